@@ -1,0 +1,25 @@
+"""Differentially private training on Ray that costs less than non-private training."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from grape_ray.config import Config, Method, Performance, Privacy
+    from grape_ray.noise import privatize
+    from grape_ray.engines import make_engine, register_rule
+
+__all__ = ["Config", "Method", "Performance", "Privacy", "make_engine", "privatize", "register_rule"]
+
+_HOMES = {
+    "Config": "config", "Method": "config", "Performance": "config", "Privacy": "config",
+    "make_engine": "engines", "privatize": "noise", "register_rule": "engines",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are loaded on first use, so that the command line starts without torch."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"grape_ray.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'grape_ray' has no attribute {name!r}")

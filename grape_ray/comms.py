@@ -1,0 +1,80 @@
+"""What ranks say to each other: reduce a flat sum by slices, gather the released slices, share small objects; a no-op at world size 1."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Comms:
+    """The ranks of one attempt.
+
+    Attributes:
+        rank, world_size: this process's place.
+        bytes_sent: payload bytes this rank has put on the wire in reductions and gathers, by the ring algorithm's count.
+    """
+
+    def __init__(self, rank: int = 0, world_size: int = 1):
+        self.rank, self.world_size, self.bytes_sent = rank, world_size, 0
+
+    @classmethod
+    def local(cls) -> Comms:
+        """One process alone."""
+        return cls()
+
+    @classmethod
+    def distributed(cls) -> Comms:
+        """The default torch.distributed group, which must be initialised."""
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    def slice_of(self, length: int) -> tuple[int, int]:
+        """The half-open slice of a flat vector that this rank owns; the last ranks' may be shorter or empty."""
+        share = -(-length // self.world_size)
+        return min(self.rank * share, length), min((self.rank + 1) * share, length)
+
+    def reduce_slice(self, flat: Tensor) -> Tensor:
+        """Sum of `flat` (n,) over ranks, this rank's slice alone (at most ceil(n / world_size) elements)."""
+        low, high = self.slice_of(flat.numel())
+        if self.world_size == 1:
+            return flat
+        share = -(-flat.numel() // self.world_size)
+        padded = torch.nn.functional.pad(flat, (0, share * self.world_size - flat.numel()))
+        mine = torch.empty(share, dtype=flat.dtype, device=flat.device)
+        dist.reduce_scatter_tensor(mine, padded)
+        self.bytes_sent += share * (self.world_size - 1) * flat.element_size()
+        return mine[: high - low]
+
+    def gather_slices(self, mine: Tensor, length: int) -> Tensor:
+        """The whole flat vector (length,) from every rank's slice."""
+        if self.world_size == 1:
+            return mine
+        share = -(-length // self.world_size)
+        padded = torch.nn.functional.pad(mine, (0, share - mine.numel()))
+        whole = torch.empty(share * self.world_size, dtype=mine.dtype, device=mine.device)
+        dist.all_gather_into_tensor(whole, padded)
+        self.bytes_sent += share * (self.world_size - 1) * mine.element_size()
+        return whole[:length]
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's `value`, on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's `value`, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        boxes: list[Any] = [None] * self.world_size
+        dist.all_gather_object(boxes, value)
+        return boxes
+
+    def barrier(self) -> None:
+        """Waits until every rank is here."""
+        if self.world_size > 1:
+            dist.barrier()

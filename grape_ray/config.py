@@ -1,0 +1,233 @@
+"""The frozen configuration of a run, in three parts: what moves the mechanism, what moves the model, what may move speed alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+from grape_ray.errors import ConfigError, nearest
+from grape_ray.methods import METHODS
+
+
+def _require(ok: bool, what: str, got: object, expected: str, fix: str = "") -> None:
+    if not ok:
+        raise ConfigError(what, got, expected, fix)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _count(value: Any, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """Everything that changes the privacy mechanism.
+
+    Attributes:
+        epsilon, delta: the promise for the whole run, adding or removing one record.
+        expected_batch_size: mean number of records in a Poisson batch; sampling_prob is this divided by the number of records.
+        steps: optimizer steps planned.
+        spare_steps: extra step tokens for the steps that a restart repeats.
+        clip_norm: bound C on each example's contribution in L2 norm.
+        clipping: `flat` (one norm over all tensors), `automatic` (every example scaled to norm just under C) or `per_layer`
+            (each tensor bounded by C / sqrt(number of tensors)); all three have sensitivity C.
+        noise_multiplier: standard deviation of the noise in units of C; None calibrates it from the fields above.
+        probes, shared_probes: of method `randomized`: probes a layer, and whether a batch shares them.
+    """
+
+    epsilon: float = 8.0
+    delta: float = 1e-5
+    expected_batch_size: int = 64
+    steps: int = 100
+    spare_steps: int = 0
+    clip_norm: float = 1.0
+    clipping: str = "flat"
+    noise_multiplier: float | None = None
+    probes: int = 32
+    shared_probes: bool = False
+
+    def __post_init__(self) -> None:
+        _require(_number(self.epsilon) and self.epsilon > 0, "privacy.epsilon", self.epsilon, "a finite number > 0")
+        _require(_number(self.delta) and 1e-11 <= self.delta < 1, "privacy.delta", self.delta, "a number in [1e-11, 1)")
+        _require(_count(self.expected_batch_size, 1), "privacy.expected_batch_size", self.expected_batch_size, "an integer >= 1")
+        _require(_count(self.steps, 1), "privacy.steps", self.steps, "an integer >= 1")
+        _require(_count(self.spare_steps, 0), "privacy.spare_steps", self.spare_steps, "an integer >= 0")
+        _require(_number(self.clip_norm) and self.clip_norm > 0, "privacy.clip_norm", self.clip_norm, "a finite number > 0")
+        _choice("privacy.clipping", self.clipping, ("flat", "automatic", "per_layer"))
+        sigma = self.noise_multiplier
+        _require(sigma is None or (_number(sigma) and sigma > 0), "privacy.noise_multiplier", sigma, "None or a finite number > 0")
+        _require(_count(self.probes, 1), "privacy.probes", self.probes, "an integer >= 1")
+
+
+@dataclass(frozen=True)
+class Method:
+    """How gradients become updates; none of it enters epsilon.
+
+    Attributes:
+        name: a row of `grape_ray.methods.METHODS`.
+        rank: coordinates kept of a projected weight's compressed side.
+        side: `in` compresses a linear layer's inputs (kept projected from the forward pass on), `out` its outputs, `smaller` the
+            smaller of the two (GaLore's rule, used by the DP-GRAPE paper).
+        refresh: steps between new projections; 0 never refreshes.
+        moments: at a refresh `keep` (the paper's), `reset`, or `transfer` (lift the old coordinates and project them again).
+        scale: `unbiased` draws the projection from N(0, 1/r); `paper` from N(0, 1/r^2), as the authors' public code does.
+        dense: name patterns (fnmatch) of tensors that are never projected.
+        project_min_numel: tensors with fewer elements are kept in full.
+        optimizer: `adam` or `sgd`; learning_rate, betas, eps, momentum, weight_decay (decoupled) are its own.
+        warmup_steps, schedule: linear warm-up, then `constant`, `linear` or `cosine` decay to zero at the last step.
+        correct_noise_bias: subtract the known noise variance from Adam's second moment.
+    """
+
+    name: str = "grape"
+    rank: int = 16
+    side: str = "in"
+    refresh: int = 100
+    moments: str = "keep"
+    scale: str = "unbiased"
+    dense: tuple[str, ...] = ()
+    project_min_numel: int = 4096
+    optimizer: str = "adam"
+    learning_rate: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    schedule: str = "constant"
+    correct_noise_bias: bool = False
+
+    def __post_init__(self) -> None:
+        _choice("method.name", self.name, METHODS)
+        _require(_count(self.rank, 1), "method.rank", self.rank, "an integer >= 1")
+        _choice("method.side", self.side, ("in", "out", "smaller"))
+        _require(_count(self.refresh, 0), "method.refresh", self.refresh, "an integer >= 0")
+        _choice("method.moments", self.moments, ("keep", "reset", "transfer"))
+        _choice("method.scale", self.scale, ("unbiased", "paper"))
+        _choice("method.optimizer", self.optimizer, ("adam", "sgd"))
+        _choice("method.schedule", self.schedule, ("constant", "linear", "cosine"))
+        _require(_count(self.project_min_numel, 0), "method.project_min_numel", self.project_min_numel, "an integer >= 0")
+        _require(_number(self.learning_rate) and self.learning_rate > 0, "method.learning_rate", self.learning_rate, "a number > 0")
+        betas_ok = len(self.betas) == 2 and all(_number(b) and 0 <= b < 1 for b in self.betas)
+        _require(betas_ok, "method.betas", self.betas, "two numbers in [0, 1)")
+        _require(_number(self.eps) and self.eps > 0, "method.eps", self.eps, "a number > 0")
+        _require(_number(self.momentum) and 0 <= self.momentum < 1, "method.momentum", self.momentum, "a number in [0, 1)")
+        _require(_number(self.weight_decay) and self.weight_decay >= 0, "method.weight_decay", self.weight_decay, "a number >= 0")
+        _require(_count(self.warmup_steps, 0), "method.warmup_steps", self.warmup_steps, "an integer >= 0")
+
+
+@dataclass(frozen=True)
+class Performance:
+    """What may change speed and memory but no result (beyond float rounding) and no guarantee.
+
+    Attributes:
+        micro_batch_size: examples in one forward and backward pass.
+        num_workers: Ray Train workers; 0 runs in this process, without Ray.
+        use_gpu: one GPU a worker.
+        charge_chunk: steps reserved in the ledger at a time; a crash loses at most one chunk.
+        checkpoint_every, eval_every: steps; 0 only at the end.
+        keep_checkpoints: committed checkpoints kept.
+        max_failures: worker failures that a run survives; each is a new attempt.
+        start_timeout_s: how long to wait for the cluster's resources before giving up.
+        threads_per_worker: torch threads in a worker; 0 leaves torch's own choice.
+    """
+
+    micro_batch_size: int = 32
+    num_workers: int = 0
+    use_gpu: bool = False
+    charge_chunk: int = 25
+    checkpoint_every: int = 0
+    eval_every: int = 0
+    keep_checkpoints: int = 2
+    max_failures: int = 3
+    start_timeout_s: float = 300.0
+    threads_per_worker: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low in (("micro_batch_size", 1), ("num_workers", 0), ("charge_chunk", 1), ("checkpoint_every", 0), ("eval_every", 0),
+                          ("keep_checkpoints", 1), ("max_failures", 0), ("threads_per_worker", 0)):  # fmt: skip
+            _require(_count(getattr(self, name), low), f"performance.{name}", getattr(self, name), f"an integer >= {low}")
+        ok = _number(self.start_timeout_s) and self.start_timeout_s > 0
+        _require(ok, "performance.start_timeout_s", self.start_timeout_s, "a number of seconds > 0")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run: a task (model and data) and how to train it.
+
+    Attributes:
+        task: a frozen dataclass with the methods of `grape_ray.task.Task`; its fields can be overridden as `task.<field>`.
+        seed: public seed of initialisation and projections; noise and sampling come from the secret master key instead.
+    """
+
+    task: Any
+    privacy: Privacy = field(default_factory=Privacy)
+    method: Method = field(default_factory=Method)
+    performance: Performance = field(default_factory=Performance)
+    seed: int = 0
+
+    def override(self, assignments: typing.Iterable[str]) -> Config:
+        """This config with `key=value` assignments applied, such as `method.rank=8`.
+
+        Raises:
+            ConfigError: an unknown key (with the nearest names), a value of the wrong type, or a value out of range.
+        """
+        config = self
+        for text in assignments:
+            key, sign, value = text.partition("=")
+            _require(bool(sign), "--set", text, "key=value, such as method.rank=8")
+            config = _assign(config, key.strip().split("."), value.strip(), key.strip())
+        return config
+
+
+def _assign(node: Any, path: list[str], value: str, key: str) -> Any:
+    """A copy of the dataclass `node` in which the field at `path` is parsed from `value`."""
+    names = {f.name: f for f in dataclasses.fields(node)}
+    if path[0] not in names:
+        known = {".".join([*key.split(".")[: -len(path)], n]) for n in names}
+        raise ConfigError("--set: unknown key", key, "a field of the configuration", nearest(key, known))
+    current = getattr(node, path[0])
+    if len(path) > 1:
+        if not dataclasses.is_dataclass(current):
+            raise ConfigError("--set: unknown key", key, f"{path[0]} has no fields of its own")
+        return dataclasses.replace(node, **{path[0]: _assign(current, path[1:], value, key)})
+    if dataclasses.is_dataclass(current):
+        inner = ", ".join(f"{key}.{f.name}" for f in dataclasses.fields(current))
+        raise ConfigError("--set: a group is not a value", key, f"one of {inner}")
+    hint = typing.get_type_hints(type(node))[path[0]]
+    return dataclasses.replace(node, **{path[0]: _parse(value, hint, key)})
+
+
+def _parse(text: str, hint: Any, key: str) -> Any:
+    """`text` as the annotated type: str as it is, everything else as JSON (`none` and comma lists allowed)."""
+    options = typing.get_args(hint) if typing.get_origin(hint) not in (None, tuple) else (hint,)
+    if type(None) in options and text.lower() in ("none", "null"):
+        return None
+    for kind in options:
+        origin = typing.get_origin(kind) or kind
+        if origin is str:
+            return text
+        if origin is tuple:
+            inner = typing.get_args(kind)[0]
+            return tuple(_parse(part.strip(), inner, key) for part in text.strip("()[]").split(",") if part.strip())
+        try:
+            value = json.loads(text.lower() if origin is bool else text)
+        except ValueError:
+            continue
+        if origin is float and _number(value):
+            return float(value)
+        if isinstance(value, origin) and isinstance(value, bool) == (origin is bool):
+            return value
+    names = " or ".join(getattr(o, "__name__", str(o)) for o in options)
+    raise ConfigError(f"--set {key}", text, f"a value of type {names}")
+
+
+def _choice(what: str, got: str, known: typing.Iterable[str]) -> None:
+    if got not in known:
+        raise ConfigError(what, got, "one of " + ", ".join(known), nearest(str(got), known))

@@ -1,0 +1,155 @@
+"""The engine: per-example gradients of any model, clipped and summed, without touching the model object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from grape_ray.clipping import factors
+from grape_ray.engines.layout import Layouts, UnseenUse
+from grape_ray.engines.sink import Materialised, Sink, sum_dtype
+from grape_ray.engines.tracked import Session, tracking
+from grape_ray.errors import ConfigError, UnsupportedLayer
+from grape_ray.subspace import Subspace, owned_parameters
+from grape_ray.types import ClippedSum
+
+PerExampleLoss = Callable[[nn.Module, Any], Tensor]
+
+
+class Engine:
+    """Turns (model, batch) into a ClippedSum; subclasses choose the sink and how often to go backward.
+
+    Args:
+        model: any nn.Module; it stays the caller's object, unwrapped and unpatched between calls.
+        clip_norm: bound C on an example's contribution. clipping: a policy of `grape_ray.clipping`.
+        subspace: where weights are trained; the identity trains them in full.
+
+    Raises:
+        UnsupportedLayer: a layer mixes examples (batch normalisation in training mode).
+        ConfigError: nothing is trainable.
+    """
+
+    private = True
+    sink_type: type[Sink] = Materialised
+
+    def __init__(self, model: nn.Module, *, clip_norm: float, clipping: str = "flat", subspace: Subspace | None = None):
+        self.model, self.clip_norm, self.clipping = model, clip_norm, clipping
+        self.subspace = subspace or Subspace()
+        self.params = {name: param for name, (_, param) in owned_parameters(model).items()}
+        self._layouts = Layouts()
+        if not self.params:
+            raise ConfigError("model", "no trainable parameter", "at least one with requires_grad=True")
+        for name, module in model.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+                raise UnsupportedLayer(
+                    f"batch normalisation '{name}' in training mode", None, "no mixing of examples", "use GroupNorm or call .eval() on it"
+                )
+
+    def clipped_sum(self, per_example_loss: PerExampleLoss, batch: Any, step: int = 0, mask: Tensor | None = None) -> ClippedSum:
+        """Sum over the batch's examples of their clipped (projected) gradients.
+
+        Args:
+            per_example_loss: `(model, batch) -> (B,)`, each entry a function of its own example alone.
+            batch: a tensor, or a dict, list or tuple of them; tensors that carry examples have B entries in dimension 0.
+            step: decides the projection's period. mask: (B,) bool; False rows are padding and contribute nothing.
+
+        Guarantees: adding or removing one example moves the sum by at most clip_norm in L2 over all tensors; an example whose
+        gradient is not finite contributes zero; an empty batch gives zeros without running the model.
+
+        Raises:
+            UnsupportedLayer: a trainable tensor's per-example gradient cannot be had. ConfigError: the loss has another shape.
+        """
+        rows = batch_rows(batch)
+        if rows == 0:
+            return self.empty_sum()
+        # A model may take another path when no row is padded, so a second probe takes copies of every row.
+        for seen_rows in (1, rows):
+            try:
+                return self._pass(per_example_loss, batch, rows, step, mask)
+            except UnseenUse:
+                self._probe(per_example_loss, batch, step, seen_rows)
+        return self._pass(per_example_loss, batch, rows, step, mask)
+
+    def empty_sum(self) -> ClippedSum:
+        """The clipped sum of no example: zeros, to be noised like any other."""
+        return self._complete({}, {})
+
+    def _pass(self, per_example_loss: PerExampleLoss, batch: Any, rows: int, step: int, mask: Tensor | None) -> ClippedSum:
+        session = self._session(rows, step)
+        with tracking(self.model, self.params, session), torch.enable_grad():
+            losses = check_losses(per_example_loss(self.model, batch), rows)
+            if losses.requires_grad:
+                losses.sum().backward()
+            session.flush()
+        return self._clip(session.sink, losses, mask)
+
+    def _clip(self, sink: Sink, losses: Tensor, mask: Tensor | None) -> ClippedSum:
+        """Norms, factors, sum."""
+        weights, norms = self._factors(sink, losses, mask)
+        bad = (~torch.isfinite(norms)).nonzero().squeeze(1)
+        sums = sink.weighted_sum(weights, bad)
+        return self._complete(sums, {"norms": norms, "losses": losses.detach()})
+
+    def _factors(self, sink: Sink, losses: Tensor, mask: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
+        found = sink.squared_norms()
+        zeros = torch.zeros(losses.shape[0], dtype=torch.float64, device=losses.device)
+        complete = {name: found.get(name, zeros) for name in self.params}
+        norms = torch.stack(list(complete.values())).sum(0).sqrt()
+        return factors(complete, self.clipping, self.clip_norm, mask), norms
+
+    def _complete(self, sums: dict[str, Tensor], unprotected: dict[str, Tensor]) -> ClippedSum:
+        """The sum with zeros for every tensor that the batch left unused: it is noised all the same."""
+        sink = self.sink_type(self.params, 0, self.subspace, 0)
+        tensors = {
+            name: sums[name].to(sum_dtype(p)) if name in sums else torch.zeros(sink.shape(name), dtype=sum_dtype(p), device=p.device)
+            for name, p in self.params.items()
+        }
+        return ClippedSum(tensors, self.clip_norm, unprotected)
+
+    def _session(self, rows: int, step: int) -> Session:
+        sink = self.sink_type(self.params, rows, self.subspace, self.subspace.period(step))
+        return Session(rows, self._layouts, sink, next(iter(self.params.values())).device)
+
+    def _probe(self, per_example_loss: PerExampleLoss, batch: Any, step: int, seen_rows: int) -> None:
+        """Learns which uses carry the batch, on copies of its first `seen_rows` examples; consumes no random state."""
+        rows = batch_rows(batch)
+        devices = [next(iter(self.params.values())).device.index or 0] if torch.cuda.is_available() else []
+
+        def run(times: int) -> None:
+            copies = tree_map(lambda t: torch.cat([t[:seen_rows]] * times) if carries(t, rows) else t, batch)
+            with tracking(self.model, self.params, self._session(times * seen_rows, step)), torch.no_grad():
+                per_example_loss(self.model, copies)
+
+        with torch.random.fork_rng(devices):
+            self._layouts.probe(run)
+
+
+def batch_rows(batch: Any) -> int:
+    """Examples in a batch: the length of its first tensor."""
+    tensors = [t for t in tree_flatten(_plain_dict(batch))[0] if isinstance(t, Tensor) and t.ndim]
+    if not tensors:
+        raise ConfigError("batch", type(batch).__name__, "a tensor, or a dict, list or tuple of tensors with examples in dimension 0")
+    return tensors[0].shape[0]
+
+
+def carries(leaf: Any, rows: int) -> bool:
+    """Whether a leaf of the batch has one entry an example."""
+    return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == rows
+
+
+def _plain_dict(batch: Any) -> Any:
+    return dict(batch) if hasattr(batch, "keys") else batch
+
+
+def check_losses(losses: Any, rows: int) -> Tensor:
+    """The losses, if they are one an example."""
+    if not isinstance(losses, Tensor) or losses.shape != (rows,):
+        got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise ConfigError(
+            "per_example_loss", got, f"a tensor of shape ({rows},), one loss an example", "reduce over tokens, not over examples"
+        )
+    return losses

@@ -1,0 +1,160 @@
+"""The fast rules: operations whose per-example gradient is a pair of factors or a cheap sum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grape_ray.engines.taps import ConvTap, EmbeddingTap, MatrixTap, NormTap
+from grape_ray.engines.tracked import Node, Session, Tracked, tracked_in
+from grape_ray.errors import UnsupportedLayer
+from grape_ray.engines.dispatch import copies, fast_rule, general
+
+
+def _bind(args: tuple, kwargs: dict, names: str, **defaults: Any) -> list[Any]:
+    """The arguments by name, in order."""
+    listed = names.split()
+    given = dict(zip(listed, args)) | kwargs
+    return [given.get(n, defaults.get(n)) for n in listed]
+
+
+def _node(value: Any) -> Node | None:
+    return value.node if isinstance(value, Tracked) else None
+
+
+def _plain(value: Any) -> Any:
+    return value.node.value if isinstance(value, Tracked) else value
+
+
+def _matrix(session: Session, x: Tensor, weight: Any, bias: Any, by_rows: bool) -> Tensor:
+    return MatrixTap.apply(session.anchor, session, x, _plain(weight), _plain(bias), _node(weight), _node(bias), by_rows)
+
+
+@fast_rule("linear")
+def linear(session: Session, func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
+    x, weight, bias = _bind(args, kwargs, "input weight bias")
+    if isinstance(x, Tracked):
+        return general(session, func, name, args, kwargs)
+    if not session.batched(tracked_in(args, kwargs), name, x.shape):
+        return session.derive(func, args, kwargs)
+    return _matrix(session, x, weight, bias, by_rows=True)
+
+
+@fast_rule("matmul", "mm")
+def matmul(session: Session, func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
+    x, weight = _bind(args, kwargs, "input other")
+    if isinstance(x, Tracked) or weight.ndim != 2 or x.ndim < 2:
+        return general(session, func, name, args, kwargs)
+    if not session.batched([weight], name, x.shape):
+        return session.derive(func, args, kwargs)
+    return _matrix(session, x, weight, None, by_rows=False)
+
+
+@fast_rule("addmm")
+def addmm(session: Session, func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
+    """bias + x W, as GPT-2's Conv1D writes it."""
+    bias, x, weight, beta, alpha = _bind(args, kwargs, "input mat1 mat2 beta alpha", beta=1, alpha=1)
+    bias_fits = isinstance(bias, Tensor) and bias.ndim == 1
+    if isinstance(x, Tracked) or beta != 1 or alpha != 1 or not bias_fits:
+        return general(session, func, name, args, kwargs)
+    if not session.batched(tracked_in(args, kwargs), name, x.shape):
+        return session.derive(func, args, kwargs)
+    return _matrix(session, x, weight, bias, by_rows=False)
+
+
+@fast_rule("embedding")
+def embedding(session: Session, func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
+    ids, table, padding_idx, max_norm, _, by_freq, _ = _bind(
+        args, kwargs, "input weight padding_idx max_norm norm_type scale_grad_by_freq sparse"
+    )  # fmt: skip
+    if max_norm is not None or by_freq:
+        raise UnsupportedLayer(f"embedding {table.node.label}", "max_norm or scale_grad_by_freq", "neither: they mix examples", "unset them")
+    if not session.batched([table], name, ids.shape):
+        return session.derive(func, args, kwargs)
+    return EmbeddingTap.apply(session.anchor, session, ids, table.node.value, table.node, padding_idx)
+
+
+@fast_rule("getitem")
+def getitem(session: Session, func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
+    """weight[ids], an embedding without the module."""
+    table, ids = args
+    looks_up = isinstance(ids, Tensor) and not isinstance(ids, Tracked) and ids.dtype in (torch.int64, torch.int32)
+    if isinstance(table, Tracked) and table.ndim == 2 and looks_up and ids.ndim and session.batched([table], name, ids.shape):
+        return EmbeddingTap.apply(session.anchor, session, ids, table.node.value, table.node, None)
+    return general(session, func, name, args, kwargs)
+
+
+@fast_rule("layer_norm")
+def layer_norm(session: Session, func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
+    x, shape, weight, bias, eps, _ = _bind(args, kwargs, "input normalized_shape weight bias eps cudnn_enable", eps=1e-5)
+    if isinstance(x, Tracked) or not session.batched(tracked_in(args, kwargs), name, x.shape):
+        return general(session, func, name, args, kwargs)
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.float()
+    y = NormTap.apply(session.anchor, session, x, tuple(shape), _plain(weight), _plain(bias), (_node(weight), _node(bias)), eps)
+    return y.to(dtype) if dtype == x.dtype else y
+
+
+def _per_channel(session: Session, y: Tensor, weight: Any, bias: Any) -> Tensor:
+    """y * weight + bias with one of each a channel (dimension 1), through the broadcasting rules."""
+    shape = (1, -1, *[1] * (y.ndim - 2))
+    if weight is not None:
+        y = y * weight.view(shape)
+    return y if bias is None else y + bias.view(shape)
+
+
+@fast_rule("group_norm")
+def group_norm(session: Session, func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
+    x, groups, weight, bias, eps = _bind(args, kwargs, "input num_groups weight bias eps", eps=1e-5)
+    return _per_channel(session, F.group_norm(x, groups, None, None, eps), weight, bias)
+
+
+@fast_rule("batch_norm")
+def batch_norm(session: Session, func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
+    x, mean, var, weight, bias, training, _, eps = _bind(
+        args, kwargs, "input running_mean running_var weight bias training momentum eps", training=False, eps=1e-5
+    )  # fmt: skip
+    if training:
+        label = ", ".join(t.node.label for t in tracked_in(args, kwargs))
+        raise UnsupportedLayer(
+            f"batch normalisation {label} in training mode", None, "no mixing of examples", "use GroupNorm or call .eval() on the layer"
+        )
+    return _per_channel(session, F.batch_norm(x, mean, var, None, None, False, 0.0, eps), weight, bias)
+
+
+@fast_rule("rms_norm")
+def rms_norm(session: Session, func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
+    x, shape, weight, eps = _bind(args, kwargs, "input normalized_shape weight eps")
+    return F.rms_norm(x, shape, None, eps) * weight
+
+
+@fast_rule("conv1d", "conv2d", "conv3d")
+def convolution(session: Session, func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
+    x, weight, bias, stride, padding, dilation, groups = _bind(
+        args, kwargs, "input weight bias stride padding dilation groups", stride=1, padding=0, dilation=1, groups=1
+    )  # fmt: skip
+    dims = weight.ndim - 2
+    node = _node(weight)
+    plain = node is None or (node.root is not None and not node.transposed)
+    if isinstance(x, Tracked) or isinstance(padding, str) or groups != 1 or dims > 2 or x.ndim != dims + 2 or not plain:
+        return general(session, func, name, args, kwargs)
+    if not session.batched(tracked_in(args, kwargs), name, x.shape):
+        return session.derive(func, args, kwargs)
+    spec = tuple([v] * dims if isinstance(v, int) else list(v) for v in (stride, padding, dilation))
+    return ConvTap.apply(session.anchor, session, x, _plain(weight), _plain(bias), node, _node(bias), spec)
+
+
+@fast_rule("scaled_dot_product_attention")
+def attention(session: Session, func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
+    """Attention with a learned bias (T5's relative positions) as its mask."""
+    query, mask = args[0], kwargs.get("attn_mask")
+    if len(tracked_in(args, kwargs)) != 1 or not isinstance(mask, Tracked):
+        return general(session, func, name, args, kwargs)
+    if not session.batched([mask], name, query.shape):
+        return session.derive(func, args, kwargs)
+    return func(*args, **(kwargs | {"attn_mask": copies(session, mask, query.ndim, query.shape[0] // session.rows)}))

@@ -1,0 +1,33 @@
+"""The one table of methods: a name, what it is made of, and where its engine lives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """One point in the space of methods (DESIGN.md, section 2).
+
+    Attributes:
+        engine: `module:Class` below `grape_ray.engines`.
+        subspace: `identity`, `gaussian` (before the clip) or `svd` (of the private gradient, after the noise).
+        norm: how an example's norm is had.
+        private: whether it carries a guarantee.
+        exact: whether the clip bounds every example's norm surely; otherwise the accountant covers the estimate's law.
+        title: one line for tables.
+    """
+
+    engine: str
+    subspace: str
+    norm: str
+    private: bool
+    exact: bool
+    title: str
+
+
+METHODS: dict[str, MethodInfo] = {
+    "grape": MethodInfo("base:Engine", "gaussian", "exact, of the projected gradient", True, True, "DP-GRAPE: project, clip, noise in rank r"),
+    "dp_adam": MethodInfo("base:Engine", "identity", "exact, materialised", True, True, "per-example gradients in full"),
+    "none": MethodInfo("plain:Plain", "identity", "-", False, True, "non-private yardstick"),
+}

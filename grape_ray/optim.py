@@ -1,0 +1,122 @@
+"""Optimizers over coordinates: moments live where the gradient lives, and the update is lifted onto the weight in place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grape_ray.config import Method
+from grape_ray.engines.sink import sum_dtype
+from grape_ray.errors import CheckpointError, GrapeRayError
+from grape_ray.subspace import Projection, Subspace
+from grape_ray.types import NonPrivateGradient, PrivateGradient
+
+
+def learning_rate(method: Method, step: int, total_steps: int) -> float:
+    """The rate at `step` (0-based): linear warm-up, then the schedule's decay to zero at `total_steps`."""
+    if step < method.warmup_steps:
+        return method.learning_rate * (step + 1) / method.warmup_steps
+    if method.schedule == "constant":
+        return method.learning_rate
+    done = (step - method.warmup_steps) / max(total_steps - method.warmup_steps, 1)
+    left = 1 - min(done, 1.0)
+    return method.learning_rate * (left if method.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left)))
+
+
+class Optimizer:
+    """Adam or SGD with decoupled weight decay (Loshchilov and Hutter 2019) on released gradients.
+
+    Args:
+        params: parameter name -> Parameter, changed in place. subspace: the one that the gradients come from.
+        method: rates, betas, the moment policy at a refresh. total_steps: where the schedule ends.
+    """
+
+    def __init__(self, params: Mapping[str, nn.Parameter], subspace: Subspace, method: Method, total_steps: int):
+        self.params, self.subspace, self.method, self.total_steps = dict(params), subspace, method, total_steps
+        self.updates, self._period = 0, 0
+        slots = ("first", "second") if method.optimizer == "adam" else ("first",) if method.momentum else ()
+        self._state: dict[str, dict[str, Tensor]] = {slot: {} for slot in slots}
+        for name, param in self.params.items():
+            plan = subspace.plan.get(name)
+            for slot in slots:
+                self._state[slot][name] = torch.zeros(plan.shape if plan else param.shape, dtype=sum_dtype(param), device=param.device)
+
+    def step(self, gradient: PrivateGradient | NonPrivateGradient, step: int) -> None:
+        """One update. Raises GrapeRayError for anything that did not come through the noise line (or method `none`)."""
+        if not isinstance(gradient, (PrivateGradient, NonPrivateGradient)):
+            raise GrapeRayError(
+                "the optimizer's gradient", type(gradient).__name__, "a PrivateGradient", "pass the clipped sum through noise.privatize"
+            )
+        period = self.subspace.period(step)
+        if period != self._period:
+            self._refresh(self._period, period)
+            self._period = period
+        self.updates += 1
+        rate = learning_rate(self.method, step, self.total_steps)
+        with torch.no_grad():
+            for name, param in self.params.items():
+                update = self._direction(name, gradient.tensors[name], gradient.noise_std)
+                if self.method.weight_decay:
+                    param.mul_(1 - rate * self.method.weight_decay)
+                self.subspace.lift_(param.data, name, period, update, -rate)
+
+    def _direction(self, name: str, grad: Tensor, noise_std: float) -> Tensor:
+        """The direction in coordinates; may reuse the gradient's memory."""
+        if self.method.optimizer == "sgd":
+            if not self.method.momentum:
+                return grad
+            return self._state["first"][name].mul_(self.method.momentum).add_(grad)
+        beta1, beta2 = self.method.betas
+        first, second = self._state["first"][name], self._state["second"][name]
+        first.lerp_(grad, 1 - beta1)
+        second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        unbiased = second / (1 - beta2**self.updates)
+        if self.method.correct_noise_bias:  # in coordinates the noise variance is known exactly
+            unbiased = unbiased.sub_(noise_std**2).clamp_(min=0)
+        return unbiased.sqrt_().add_(self.method.eps).reciprocal_().mul_(first).div_(1 - beta1**self.updates)
+
+    def _refresh(self, old: int, new: int) -> None:
+        """Applies the moment policy where the projection changes."""
+        if self.method.moments == "keep":
+            return
+        for name, plan in self.subspace.plan.items():
+            for slot, tensors in self._state.items():
+                if self.method.moments == "reset":
+                    tensors[name].zero_()
+                else:
+                    tensors[name] = self._transferred(tensors[name], name, plan, old, new, slot == "second")
+
+    def _transferred(self, coords: Tensor, name: str, plan: Projection, old: int, new: int, square: bool) -> Tensor:
+        """Old coordinates lifted and projected anew, divided by E[R^T R] = dim/rank; second moments by the squared change of basis."""
+        before = self.subspace.matrix(name, old, self.params[name])
+        after = self.subspace.matrix(name, new, self.params[name])
+        change = (before.T @ after) * (plan.rank / plan.dim)
+        change = change.square() if square else change
+        return change.T @ coords if plan.axis == 0 else coords @ change
+
+    def state_dict(self) -> dict[str, Any]:
+        """`<slot>/<name>` -> tensor, and the counters `updates` and `period` as ints."""
+        tensors = {f"{slot}/{name}": t for slot, named in self._state.items() for name, t in named.items()}
+        return {**tensors, "updates": self.updates, "period": self._period}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores `state_dict`. Raises CheckpointError where a tensor is missing or has another shape."""
+        for slot, named in self._state.items():
+            for name, mine in named.items():
+                saved = state.get(f"{slot}/{name}")
+                if saved is None or saved.shape != mine.shape:
+                    got = "none" if saved is None else tuple(saved.shape)
+                    raise CheckpointError(
+                        f"optimizer state {slot} of '{name}'", got, f"shape {tuple(mine.shape)}", "resume with the run's own method and rank"
+                    )
+                mine.copy_(saved)
+        self.updates, self._period = int(state["updates"]), int(state["period"])
+
+
+def make_optimizer(params: Mapping[str, nn.Parameter], subspace: Subspace, method: Method, total_steps: int) -> Optimizer:
+    """The optimizer that a config names."""
+    return Optimizer(params, subspace, method, total_steps)

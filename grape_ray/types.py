@@ -1,0 +1,85 @@
+"""The few types that cross module borders; the noise line runs between ClippedSum and PrivateGradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from grape_ray.errors import GrapeRayError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ClippedSum:
+    """SENSITIVE: the sum over examples of clipped per-example gradients; never log, save or step with it.
+
+    Guarantees: adding or removing one example moves `tensors`, taken as one flat vector, by at most `sensitivity` in L2 norm.
+
+    Attributes:
+        tensors: parameter name -> sum, fp32 or fp64; shape of the parameter, or of its coordinates where a subspace projects it.
+        sensitivity: L2 sensitivity under add/remove of one example; the noise's standard deviation is noise_multiplier * sensitivity.
+        unprotected: per-example diagnostics of shape (B,), e.g. `norms` and `losses`; outside every guarantee.
+    """
+
+    tensors: Mapping[str, Tensor]
+    sensitivity: float
+    unprotected: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    def __add__(self, other: ClippedSum) -> ClippedSum:
+        """The sum over two disjoint sets of examples (micro-batches of one step); adds into this one's memory."""
+        if self.tensors.keys() != other.tensors.keys() or self.sensitivity != other.sensitivity:
+            raise GrapeRayError(
+                "two clipped sums of different mechanisms cannot be added",
+                f"sensitivities {self.sensitivity} and {other.sensitivity}",
+                "sums made by one engine in one step",
+            )
+        for name, mine in self.tensors.items():
+            mine.add_(other.tensors[name])
+        joined = {k: [*_listed(v), *_listed(other.unprotected[k])] for k, v in self.unprotected.items() if k in other.unprotected}
+        return ClippedSum(self.tensors, self.sensitivity, joined)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+_DOOR = object()
+
+
+@dataclass(frozen=True)
+class PrivateGradient:
+    """Released: the noised mean gradient of one step; everything computed from it is post-processing.
+
+    Made by `grape_ray.noise.privatize` alone.
+
+    Attributes:
+        tensors: as in ClippedSum, divided by the expected batch size, noise included.
+        step: the step whose noise it carries.
+        noise_std: standard deviation of the noise in each coordinate of `tensors`, after the division.
+    """
+
+    tensors: Mapping[str, Tensor]
+    step: int
+    noise_std: float
+    _door: object = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self._door is not _DOOR:
+            raise GrapeRayError(
+                "a PrivateGradient is made by noise.privatize alone",
+                "a direct construction",
+                "a ClippedSum that went through noise.privatize",
+                "call grape_ray.noise.privatize",
+            )
+
+
+@dataclass(frozen=True)
+class NonPrivateGradient:
+    """The plain mean gradient of the non-private yardstick (method `none`); carries no guarantee at all."""
+
+    tensors: Mapping[str, Tensor]
+    step: int
+    noise_std: float = 0.0
