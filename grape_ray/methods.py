@@ -27,7 +27,7 @@ class MethodInfo:
 
 
 METHODS: dict[str, MethodInfo] = {
-    "grape": MethodInfo("base:Engine", "gaussian", "exact, of the projected gradient", True, True, "DP-GRAPE: project, clip, noise in rank r"),
+    "grape": MethodInfo("base:Engine", "gaussian", "exact, of the projected gradient", True, True, "DP-GRAPE: project, clip, noise"),
     "dp_adam": MethodInfo("base:Engine", "identity", "exact, materialised", True, True, "per-example gradients in full"),
     "none": MethodInfo("plain:Plain", "identity", "-", False, True, "non-private yardstick"),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -59,6 +59,8 @@ def privatize(
 ) -> PrivateGradient:
     """The private mean gradient: (sum over ranks of `summed` + N(0, (noise_multiplier * sensitivity)^2)) / expected_batch_size.
 
+    The sum's memory is reused.
+
     Each rank reduces, noises and divides the slice it owns of the flat vector, then all gather: the noise is drawn once, in
     float64 from a cryptographic stream, and is bitwise the same at any world size. An empty batch is noised like any other.
 
@@ -75,6 +77,8 @@ def privatize(
     for name, value in (("noise_multiplier", noise_multiplier), ("expected_batch_size", expected_batch_size)):
         if not (math.isfinite(value) and value > 0):
             raise ConfigError(name, value, "a finite number > 0")
+    if not math.isfinite(summed.sensitivity):
+        raise ConfigError("sensitivity of the sum", summed.sensitivity, "a finite bound", "method `none` clips nothing: no noise covers it")
     stream.claim(step)
     std = noise_multiplier * summed.sensitivity
 
@@ -96,12 +100,29 @@ def _by_slices(tensors: Mapping[str, Tensor], comms: Comms, release) -> dict[str
     """Reduces `tensors` over ranks, passes each owned slice with its global offset through `release`, and gathers."""
     if comms.world_size == 1:
         out, offset = {}, 0
-        for name, tensor in tensors.items():
-            out[name] = release(tensor.reshape(-1), offset).view(tensor.shape)
-            offset += tensor.numel()
+        for group in _groups(tensors):
+            flat = torch.cat([t.reshape(-1) for t in group.values()]) if len(group) > 1 else next(iter(group.values())).reshape(-1)
+            out |= _split(release(flat, offset), group)
+            offset += flat.numel()
         return out
     flat = torch.cat([t.reshape(-1) for t in tensors.values()])
     mine = comms.reduce_slice(flat)
     whole = comms.gather_slices(release(mine.clone(), comms.slice_of(flat.numel())[0]), flat.numel())
-    parts = whole.split([t.numel() for t in tensors.values()])
+    return _split(whole, tensors)
+
+
+def _split(flat: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    parts = flat.split([t.numel() for t in tensors.values()])
     return {name: part.view(t.shape) for (name, t), part in zip(tensors.items(), parts)}
+
+
+def _groups(tensors: Mapping[str, Tensor], numel: int = 1 << 18) -> Iterator[dict[str, Tensor]]:
+    """Consecutive tensors together up to `numel` elements: many small ones share one draw, a large one needs no copy."""
+    group: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if group and sum(t.numel() for t in group.values()) + tensor.numel() > numel:
+            yield group
+            group = {}
+        group[name] = tensor
+    if group:
+        yield group

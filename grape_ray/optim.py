@@ -111,7 +111,7 @@ class Optimizer:
                 if saved is None or saved.shape != mine.shape:
                     got = "none" if saved is None else tuple(saved.shape)
                     raise CheckpointError(
-                        f"optimizer state {slot} of '{name}'", got, f"shape {tuple(mine.shape)}", "resume with the run's own method and rank"
+                        f"optimizer state {slot} of '{name}'", got, f"shape {tuple(mine.shape)}", "resume with the run's own config"
                     )
                 mine.copy_(saved)
         self.updates, self._period = int(state["updates"]), int(state["period"])

@@ -16,7 +16,7 @@ from grape_ray.rng import public_normals
 
 @dataclass(frozen=True)
 class Projection:
-    """How one weight, seen as a matrix (d0, d1) with d1 the product of all later dimensions, is compressed.
+    """How one weight, seen as a matrix (d0, d1), is compressed: d0 is its first dimension that is not 1, d1 all later ones.
 
     Attributes:
         axis: the compressed side, 0 or 1. dim: its length. other: the other side's length. rank: coordinates left of it.
@@ -26,6 +26,11 @@ class Projection:
     dim: int
     other: int
     rank: int
+
+    @property
+    def rows(self) -> int:
+        """d0 of the matrix view: `weight.view(rows, -1)`."""
+        return self.dim if self.axis == 0 else self.other
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -58,7 +63,7 @@ class Subspace:
             weight.add_(coords.to(weight.dtype), alpha=alpha)
             return
         matrix = self.matrix(name, period, weight).to(weight.dtype)
-        flat, coords = weight.view(weight.shape[0], -1), coords.to(weight.dtype)
+        flat, coords = weight.view(plan.rows, -1), coords.to(weight.dtype)
         left, right = (matrix, coords) if plan.axis == 0 else (coords, matrix.T)
         flat.addmm_(left, right, alpha=alpha)
 
@@ -114,7 +119,8 @@ def plan_projections(
     for name, (owner, param) in owned_parameters(model).items():
         if param.ndim < 2 or param.numel() < min_numel or any(fnmatch.fnmatch(name, p) for p in patterns):
             continue
-        sides = (param.shape[0], param.numel() // param.shape[0])
+        leading = next((n for n in param.shape if n != 1), 1)
+        sides = (leading, param.numel() // leading)
         axis = _axis(owner, sides, side)
         if rank >= sides[axis]:
             raise ConfigError(

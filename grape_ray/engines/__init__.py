@@ -16,7 +16,9 @@ from grape_ray.subspace import Gaussian, Subspace, plan_projections
 __all__ = ["Engine", "from_config", "make_engine", "register_rule"]
 
 
-def make_engine(model: nn.Module, method: str = "grape", clip_norm: float = 1.0, *, clipping: str = "flat", key: bytes = b"", **options: Any):
+def make_engine(
+    model: nn.Module, method: str = "grape", clip_norm: float = 1.0, *, clipping: str = "flat", key: bytes = b"", **options: Any
+) -> Engine:
     """An engine for a model, without Ray and without a config file.
 
     Args:

@@ -17,6 +17,7 @@ from grape_ray.errors import ConfigError, UnsupportedLayer
 from grape_ray.subspace import Subspace, owned_parameters
 from grape_ray.types import ClippedSum
 
+_CONTENT_ROWS = 8  # examples compared with each other when a model is first seen
 PerExampleLoss = Callable[[nn.Module, Any], Tensor]
 
 
@@ -119,13 +120,14 @@ class Engine:
         rows = batch_rows(batch)
         devices = [next(iter(self.params.values())).device.index or 0] if torch.cuda.is_available() else []
 
-        def run(times: int) -> None:
-            copies = tree_map(lambda t: torch.cat([t[:seen_rows]] * times) if carries(t, rows) else t, batch)
-            with tracking(self.model, self.params, self._session(times * seen_rows, step)), torch.no_grad():
-                per_example_loss(self.model, copies)
+        def run(pick: Callable[[Tensor], Tensor], count: int) -> None:
+            picked = tree_map(lambda t: pick(t) if carries(t, rows) else t, batch)
+            with tracking(self.model, self.params, self._session(count, step)), torch.no_grad():
+                per_example_loss(self.model, picked)
 
         with torch.random.fork_rng(devices):
-            self._layouts.probe(run)
+            self._layouts.probe(lambda times: run(lambda t: torch.cat([t[:seen_rows]] * times), times * seen_rows))
+            self._layouts.check_contents(lambda i: run(lambda t: t[i : i + 1], 1), min(rows, _CONTENT_ROWS))
 
 
 def batch_rows(batch: Any) -> int:

@@ -20,18 +20,19 @@ from grape_ray.errors import UnsupportedLayer
 
 Rule = Callable[[Session, Callable, str, tuple, dict], Any]
 
-READS = frozenset(
-    "shape dtype device ndim layout requires_grad is_cuda is_cpu is_leaf is_sparse is_quantized is_meta is_mps is_xpu is_nested itemsize "
-    "nbytes names grad grad_fn data size dim ndimension numel nelement stride is_contiguous element_size len is_floating_point "
-    "is_complex data_ptr get_device storage_offset repr format detach zeros_like ones_like empty_like full_like rand_like randn_like "
-    "new_zeros new_ones new_empty new_full new_tensor type_as is_pinned untyped_storage broadcast_shapes result_type requires_grad_ "
-    "is_same_size deepcopy hash is_inference is_grad".split()
-)
+READS = {
+    "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_cpu", "is_leaf", "is_sparse", "is_quantized",
+    "is_meta", "is_mps", "is_xpu", "is_nested", "itemsize", "nbytes", "names", "grad", "grad_fn", "data", "size", "dim", "ndimension",
+    "numel", "nelement", "stride", "is_contiguous", "element_size", "len", "is_floating_point", "is_complex", "data_ptr", "get_device",
+    "storage_offset", "repr", "format", "detach", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like",
+    "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "type_as", "is_pinned", "untyped_storage", "broadcast_shapes",
+    "result_type", "requires_grad_", "is_same_size", "deepcopy", "hash", "is_inference", "is_grad",
+}  # fmt: skip
 SAME_UP_TO_CAST = {"to", "float", "double", "half", "bfloat16", "contiguous", "type", "clone", "cuda", "cpu"}
 BROADCASTS = {
     "add", "radd", "iadd", "sub", "rsub", "isub", "mul", "rmul", "imul", "div", "truediv", "rdiv", "rtruediv", "itruediv", "pow", "rpow",
     "where", "maximum", "minimum", "lerp", "addcmul", "addcdiv", "masked_fill", "eq", "ne", "lt", "le", "gt", "ge", "subtract",
-    "multiply", "divide", "prelu",
+    "multiply", "divide",
 }  # fmt: skip
 _USER: dict[Any, Callable] = {}
 _FAST: dict[str, Rule] = {}
@@ -91,7 +92,7 @@ def general(session: Session, func: Callable, name: str, args: tuple, kwargs: di
         return _broadcast(session, func, name, args, kwargs)
     derived = session.derive(func, args, kwargs)
     first = derived[0] if isinstance(derived, (tuple, list)) else derived
-    if not isinstance(first, Tensor) or not session.batched(found, name, first.shape):
+    if not isinstance(first, Tensor) or not session.batched(found, f"{name}.result", first.shape):
         return derived
     if name in ("expand", "repeat") and isinstance(args[0], Tracked):
         return _spread(session, name, args, kwargs, first.shape)
@@ -178,7 +179,7 @@ def _user(session: Session, func: Callable, name: str, args: tuple, kwargs: dict
     from grape_ray.engines.taps import UserTap
 
     derived = session.derive(func, args, kwargs)
-    if not session.batched(tracked_in(args, kwargs), name, derived.shape):
+    if not session.batched(tracked_in(args, kwargs), f"{name}.result", derived.shape):
         return derived
     nodes = [a.node if isinstance(a, Tracked) else None for a in args]
     return UserTap.apply(session.anchor, session, func, _USER[func], nodes, values_of(kwargs), *values_of(args))

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from grape_ray.engines.dispatch import copies, fast_rule, general
 from grape_ray.engines.taps import ConvTap, EmbeddingTap, MatrixTap, NormTap
 from grape_ray.engines.tracked import Node, Session, Tracked, tracked_in
 from grape_ray.errors import UnsupportedLayer
-from grape_ray.engines.dispatch import copies, fast_rule, general
 
 
 def _bind(args: tuple, kwargs: dict, names: str, **defaults: Any) -> list[Any]:
@@ -72,7 +72,7 @@ def embedding(session: Session, func: Callable, name: str, args: tuple, kwargs: 
         args, kwargs, "input weight padding_idx max_norm norm_type scale_grad_by_freq sparse"
     )  # fmt: skip
     if max_norm is not None or by_freq:
-        raise UnsupportedLayer(f"embedding {table.node.label}", "max_norm or scale_grad_by_freq", "neither: they mix examples", "unset them")
+        raise UnsupportedLayer(f"embedding {table.node.label}", "max_norm or by_freq", "neither (they mix examples)", "unset them")
     if not session.batched([table], name, ids.shape):
         return session.derive(func, args, kwargs)
     return EmbeddingTap.apply(session.anchor, session, ids, table.node.value, table.node, padding_idx)

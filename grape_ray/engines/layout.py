@@ -63,6 +63,33 @@ class Layouts:
                 return
         raise UnsupportedLayer("the model's use of its parameters does not settle", None, "a forward pass that is a function of shapes")
 
+    def check_contents(self, run: Callable[[int], None], rows: int) -> None:
+        """Runs example by example (`run(i)` for i < rows): entries an example owns may not depend on what it says.
+
+        Raises:
+            UnsupportedLayer: tokens are routed by their values, as in a mixture of experts.
+        """
+        first: dict[Key, list[tuple[int, ...]]] = {}
+        for index in range(rows):
+            self._seen = []
+            try:
+                run(index)
+            finally:
+                seen, self._seen = self._seen, None
+            found: dict[Key, list[tuple[int, ...]]] = {}
+            for key, shape, _ in seen:
+                found.setdefault(key, []).append(shape)
+            for key, shapes in found.items():
+                known = first.setdefault(key, shapes)
+                if len(known) == len(shapes) and known != shapes:
+                    a, b = next((a, b) for a, b in zip(known, shapes) if a != b)
+                    raise UnsupportedLayer(
+                        f"operation '{key[1]}' on parameter {key[0]}",
+                        f"shape {a} for one example and {b} for another of the same length",
+                        "a first dimension that is the batch, whatever the examples say (no routing of tokens by their values)",
+                        "freeze the parameter (requires_grad=False)",
+                    )
+
     def _settle(self, two: list, three: list) -> bool:
         """Compares the passes; True where every provisional verdict was right."""
         stable = True
@@ -71,8 +98,11 @@ class Layouts:
                 stable = False
                 break
             verdict = _follows(key, a, b)
+            kinds = self._kinds.setdefault(key, set())
+            if verdict != guess and len(kinds) == 2:
+                raise _ambiguous(key, a, SIZES[0])
             stable = stable and verdict == guess
-            self._kinds.setdefault(key, set()).add(verdict)
+            kinds.add(verdict)
         return stable
 
 
@@ -99,9 +129,13 @@ def _decide(kinds: set[bool], key: Key, shape: tuple[int, ...], rows: int, probi
         return next(iter(kinds))
     if not fits or (shape[0] == 1 and rows > 1):
         return False
-    if probing or shape[0] == rows:
+    if probing:
         return True
-    raise UnsupportedLayer(
+    raise _ambiguous(key, shape, rows)
+
+
+def _ambiguous(key: Key, shape: tuple[int, ...], rows: int) -> UnsupportedLayer:
+    return UnsupportedLayer(
         f"operation '{key[1]}' on parameter {key[0]}, used with and without the batch",
         f"shape {shape} for {rows} examples, which could be either",
         "one reading",

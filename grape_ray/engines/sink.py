@@ -57,7 +57,7 @@ def sum_dtype(param: Tensor) -> torch.dtype:
 
 def squared(stored: Tensor) -> Tensor:
     """Squared norms (B,) in float64 of stored gradients (B, ...)."""
-    return torch.linalg.vector_norm(stored.flatten(1), dim=1).double().square()
+    return torch.linalg.vector_norm(stored.reshape(stored.shape[0], -1), dim=1).double().square()
 
 
 class Materialised(Sink):
@@ -85,7 +85,7 @@ class Materialised(Sink):
         plan = self.subspace.plan.get(name)
         if plan is not None:
             matrix = self.subspace.matrix(name, self.period, self.params[name]).to(grads.dtype)
-            flat = grads.reshape(self.rows, grads.shape[1], -1)
+            flat = grads.reshape(self.rows, plan.rows, -1)
             grads = matrix.T @ flat if plan.axis == 0 else flat @ matrix
         self._add(name, grads)
 
@@ -101,5 +101,5 @@ class Materialised(Sink):
         for name in list(self.stored):
             stored = self.stored.pop(name)  # freed as soon as summed
             stored.index_fill_(0, bad, 0.0)
-            sums[name] = (factors[name].to(stored.dtype) @ stored.flatten(1)).view(self.shape(name))
+            sums[name] = (factors[name].to(stored.dtype) @ stored.reshape(self.rows, -1)).view(self.shape(name))
         return sums

@@ -1,0 +1,76 @@
+"""The reference: one ordinary backward pass an example, then the definition of clipping, written as plainly as possible."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def one_of(batch, index, rows):
+    """Example `index` alone."""
+    return {k: v[index : index + 1] if isinstance(v, torch.Tensor) and v.ndim and v.shape[0] == rows else v for k, v in batch.items()}
+
+
+def example_gradients(model, loss, batch, rows):
+    """A dict of gradients an example, unused tensors as zeros."""
+    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    out = []
+    for index in range(rows):
+        value = loss(model, one_of(batch, index, rows)).sum()
+        grads = torch.autograd.grad(value, list(params.values()), allow_unused=True)
+        out.append({n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(params.items(), grads)})
+    return out
+
+
+def projected(grads, subspace, period=0):
+    """The gradients in the subspace's coordinates."""
+    out = {}
+    for name, grad in grads.items():
+        plan = subspace.plan.get(name)
+        if plan is None:
+            out[name] = grad
+            continue
+        matrix, flat = subspace.matrix(name, period, grad), grad.reshape(plan.rows, -1)
+        out[name] = matrix.T @ flat if plan.axis == 0 else flat @ matrix
+    return out
+
+
+def norm_of(grads):
+    return math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
+
+
+def clipped(examples, clip_norm, clipping="flat"):
+    """Sum of clipped gradients."""
+    total = {name: torch.zeros_like(g) for name, g in examples[0].items()}
+    for grads in examples:
+        norm = norm_of(grads)
+        for name, grad in grads.items():
+            if clipping == "flat":
+                factor = min(1.0, clip_norm / norm) if norm else 1.0
+            elif clipping == "automatic":
+                factor = clip_norm / (norm + 0.01)
+            else:
+                bound, own = clip_norm / math.sqrt(len(grads)), norm_of({name: grad})
+                factor = min(1.0, bound / own) if own else 1.0
+            total[name] += factor * grad
+    return total
+
+
+def expected(engine, loss, batch, rows, period=0):
+    """What `engine.clipped_sum` must return."""
+    examples = [projected(g, engine.subspace, period) for g in example_gradients(engine.model, loss, batch, rows)]
+    return clipped(examples, engine.clip_norm, engine.clipping)
+
+
+def median_norm(model, loss, batch, rows):
+    """A clip norm that clips about half of the examples."""
+    norms = sorted(norm_of(g) for g in example_gradients(model, loss, batch, rows))
+    return norms[(len(norms) - 1) // 2] * 1.001
+
+
+def worst(got, want):
+    """Largest difference, relative to the largest entry of the reference."""
+    assert got.keys() == want.keys()
+    scale = max(float(w.abs().max()) for w in want.values()) or 1.0
+    return max(float((got[n] - want[n]).abs().max()) for n in want) / scale

@@ -1,0 +1,133 @@
+"""The noise has the law, the independence and the reach that the accountant assumes."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from grape_ray.errors import ConfigError, GrapeRayError, NoiseReuse
+from grape_ray.noise import NoiseStream, privatize
+from grape_ray.optim import make_optimizer
+from grape_ray.rng import normals, poisson_batch, public_normals
+from grape_ray.types import ClippedSum, PrivateGradient
+
+KEY = b"n" * 32
+FALSE_ALARM = 1e-6  # of each statistical test below; seeds are pinned, so a pass is for ever
+
+
+def zeros(**shapes):
+    return ClippedSum({n: torch.zeros(s) for n, s in shapes.items()}, sensitivity=2.0)
+
+
+def variance_accepted(sample, std):
+    """Chi-square test of the variance at the stated false-alarm rate."""
+    n = sample.size
+    low, high = stats.chi2.ppf([FALSE_ALARM / 2, 1 - FALSE_ALARM / 2], n)
+    return low <= float((sample / std).astype(np.float64).__pow__(2).sum()) <= high
+
+
+@pytest.mark.statistical
+def test_variance_is_the_declared_one_and_not_a_tenth_more_or_less():
+    released = privatize(zeros(a=(300, 40), b=(777,)), NoiseStream(KEY), step=3, noise_multiplier=1.5, expected_batch_size=10)
+    std = 1.5 * 2.0 / 10
+    assert released.noise_std == pytest.approx(std)
+    for tensor in released.tensors.values():
+        sample = tensor.numpy().ravel()
+        assert variance_accepted(sample, std)
+    whole = np.concatenate([t.numpy().ravel() for t in released.tensors.values()])
+    assert not variance_accepted(whole, 0.9 * std)
+    assert not variance_accepted(whole, 1.1 * std)
+
+
+@pytest.mark.statistical
+def test_normals_are_normal_in_body_and_tail():
+    sample = normals(KEY, 0, 0, 2_000_000)
+    assert stats.kstest(sample, "norm").pvalue > FALSE_ALARM
+    assert stats.kstest(sample * 1.01, "norm").pvalue < FALSE_ALARM  # the test has power
+    beyond = int((np.abs(sample) > 4).sum())
+    assert stats.binomtest(beyond, sample.size, 2 * stats.norm.sf(4)).pvalue > FALSE_ALARM
+    assert np.abs(normals(KEY, 1, 0, 20_000_000)).max() > 5.3  # a 24-bit transform stops at 5.77; 53 bits reach 8.6
+
+
+@pytest.mark.statistical
+def test_no_correlation_across_coordinates_steps_keys_and_lags():
+    n = 200_000
+    bound = stats.norm.isf(FALSE_ALARM / 2) / math.sqrt(n)
+    base = normals(KEY, 5, 0, n + 64)
+    others = [normals(KEY, 6, 0, n), normals(KEY, 5 + 2**32, 0, n), normals(b"m" * 32, 5, 0, n), normals(KEY, 5, 10**9, n)]
+    others += [base[lag : lag + n] for lag in (1, 2, 3, 32, 64)]
+    for other in others:
+        assert abs(np.corrcoef(base[:n], other)[0, 1]) < bound
+        assert abs(np.corrcoef(base[:n] ** 2, other**2)[0, 1]) < 2 * bound
+    assert abs(np.corrcoef(base[:n], base[:n] + base[1 : n + 1])[0, 1]) > bound  # it would see one
+
+
+def test_any_slice_and_any_thread_count_give_the_same_bits():
+    whole = normals(KEY, 9, 0, 50_000)
+    for start, count in ((0, 1), (1, 1), (8191, 2), (777, 30_001), (49_999, 1)):
+        assert (normals(KEY, 9, start, count) == whole[start : start + count]).all()
+    assert (normals(KEY, 9, 0, 50_000, threads=3) == whole).all()
+    assert (public_normals(b"k", "layer", 2, (50, 4)) == public_normals(b"k", "layer", 2, (50, 4))).all()
+    assert (public_normals(b"k", "layer", 2, (50, 4)) != public_normals(b"k", "layer", 3, (50, 4))).any()
+
+
+def test_a_step_is_drawn_once():
+    stream = NoiseStream(KEY)
+    privatize(zeros(a=(3,)), stream, step=4, noise_multiplier=1.0, expected_batch_size=1)
+    for step in (4, 3):
+        with pytest.raises(NoiseReuse):
+            privatize(zeros(a=(3,)), stream, step=step, noise_multiplier=1.0, expected_batch_size=1)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("field", ["noise_multiplier", "expected_batch_size"])
+def test_numbers_without_meaning_are_refused_before_any_noise_is_drawn(field, value):
+    stream = NoiseStream(KEY)
+    numbers = {"noise_multiplier": 1.0, "expected_batch_size": 1.0, field: value}
+    with pytest.raises(ConfigError, match=field):
+        privatize(zeros(a=(3,)), stream, step=0, **numbers)
+    privatize(zeros(a=(3,)), stream, step=0, noise_multiplier=1.0, expected_batch_size=1.0)
+    with pytest.raises(ConfigError):
+        privatize(ClippedSum({"a": torch.zeros(3)}, float("inf")), stream, step=1, noise_multiplier=1.0, expected_batch_size=1.0)
+
+
+def test_the_noise_line_is_a_type():
+    model = torch.nn.Linear(3, 2)
+    from grape_ray import Method, make_engine
+
+    engine = make_engine(model, "dp_adam")
+    optimizer = make_optimizer(engine.params, engine.subspace, Method(name="dp_adam"), 1)
+    with pytest.raises(GrapeRayError, match="PrivateGradient"):
+        optimizer.step(engine.empty_sum(), 0)  # type: ignore[arg-type]
+    with pytest.raises(GrapeRayError, match="privatize"):
+        PrivateGradient({}, 0, 1.0)
+    assert "n" * 32 not in repr(NoiseStream(KEY))
+
+
+@pytest.mark.statistical
+def test_sampling_is_poisson():
+    size, prob, steps = 400, 0.1, 3000
+    inside = np.zeros((steps, size), dtype=bool)
+    for step in range(steps):
+        inside[step, poisson_batch(KEY, step, size, prob)] = True
+    counts = inside.sum(1)
+    z = stats.norm.isf(FALSE_ALARM / 2)
+    assert abs(counts.mean() - size * prob) < z * math.sqrt(size * prob * (1 - prob) / steps)
+    spread = size * prob * (1 - prob)
+    assert stats.chi2.cdf((steps - 1) * counts.var(ddof=1) / spread, steps - 1) == pytest.approx(0.5, abs=0.5 - FALSE_ALARM / 2)
+    per_record = stats.chi2.sf(((inside.sum(0) - steps * prob) ** 2 / (steps * prob * (1 - prob))).sum(), size)
+    assert per_record > FALSE_ALARM
+    pairs = np.corrcoef(inside[:, :60].T) - np.eye(60)
+    assert np.abs(pairs).max() < stats.norm.isf(FALSE_ALARM / 60**2) / math.sqrt(steps)
+    consecutive = np.corrcoef(inside[:-1].ravel(), inside[1:].ravel())[0, 1]
+    assert abs(consecutive) < z / math.sqrt(inside[1:].size)
+
+
+def test_sampling_is_exact_at_its_ends():
+    assert (poisson_batch(KEY, 0, 1000, 1.0) == np.arange(1000)).all()
+    assert poisson_batch(KEY, 0, 1000, 1e-12).size == 0
+    assert poisson_batch(KEY, 0, 0, 0.5).size == 0
+    grown = poisson_batch(KEY, 7, 2000, 0.3)
+    assert (grown[grown < 1000] == poisson_batch(KEY, 7, 1000, 0.3)).all()  # a record's fate does not depend on the others
