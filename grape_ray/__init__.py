@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from grape_ray.config import Config, Method, Performance, Privacy
-    from grape_ray.noise import privatize
     from grape_ray.engines import make_engine, register_rule
+    from grape_ray.noise import privatize
 
 __all__ = ["Config", "Method", "Performance", "Privacy", "make_engine", "privatize", "register_rule"]
 

@@ -29,5 +29,7 @@ class MethodInfo:
 METHODS: dict[str, MethodInfo] = {
     "grape": MethodInfo("base:Engine", "gaussian", "exact, of the projected gradient", True, True, "DP-GRAPE: project, clip, noise"),
     "dp_adam": MethodInfo("base:Engine", "identity", "exact, materialised", True, True, "per-example gradients in full"),
+    "ghost": MethodInfo("ghost:Ghost", "identity", "exact, Gram or transient", True, True, "ghost clipping: two backward passes"),
+    "bookkeeping": MethodInfo("taped:BookKeeping", "identity", "exact, Gram or instantiated", True, True, "Book-Keeping: one backward pass"),
     "none": MethodInfo("plain:Plain", "identity", "-", False, True, "non-private yardstick"),
 }

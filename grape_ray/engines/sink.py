@@ -28,6 +28,9 @@ class Sink:
             return None
         return self.subspace.matrix(name, self.period, self.params[name]).to(like.dtype)
 
+    def announce(self, name: str) -> None:
+        """Says in the forward pass that backward will bring gradients of `name` once more."""
+
     def pair(self, name: str, left: Left, right: Tensor) -> None:
         """One use of weight `name`: its per-example gradient is left^T right (rules.pairs)."""
         raise NotImplementedError

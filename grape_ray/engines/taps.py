@@ -36,6 +36,7 @@ class ExpandTap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, session: Session, node: Node, shape: tuple[int, ...]) -> Tensor:
         ctx.session, ctx.node = session, node
+        session.announce(node)
         return node.value.view(shape).expand(session.rows, *shape[1:])
 
     @staticmethod
@@ -52,6 +53,7 @@ class MatrixTap(torch.autograd.Function):
         dtype = x.dtype
         x, weight, bias = _cast(x, weight, bias)
         ctx.session, ctx.nodes, ctx.by_rows, ctx.dtype = session, (weight_node, bias_node), by_rows, dtype
+        session.announce(weight_node, bias_node)
         kept = None
         if weight_node is not None:
             ctx.axis = int(by_rows != weight_node.transposed)  # the parameter's axis on which x lies
@@ -84,6 +86,7 @@ class EmbeddingTap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor, session: Session, ids, weight, node: Node, padding_idx: int | None):
         ctx.session, ctx.node, ctx.padding_idx = session, node, padding_idx
+        session.announce(node)
         ctx.save_for_backward(ids)
         return F.embedding(ids, weight)
 
@@ -109,6 +112,7 @@ class NormTap(torch.autograd.Function):
     def forward(ctx: Any, anchor, session: Session, x, shape, weight, bias, nodes: tuple[Node | None, Node | None], eps: float):
         y, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
         ctx.session, ctx.nodes, ctx.shape = session, nodes, shape
+        session.announce(*nodes)
         ctx.save_for_backward(x, mean, rstd, weight, bias)
         return y
 
@@ -142,6 +146,7 @@ class ConvTap(torch.autograd.Function):
         dtype = x.dtype
         x, weight, bias = _cast(x, weight, bias)
         ctx.session, ctx.nodes, ctx.spec, ctx.dtype = session, (weight_node, bias_node), spec, dtype
+        session.announce(weight_node, bias_node)
         matrix = session.sink.input_matrix(weight_node.root, 1, x) if weight_node is not None else None
         kept = None
         if matrix is not None:  # projecting patches is a convolution with the projection's columns as filters
@@ -182,6 +187,7 @@ class UserTap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor, session: Session, func, per_example_grad, nodes: list[Node | None], kwargs: dict, *args):
         ctx.session, ctx.func, ctx.rule, ctx.nodes, ctx.kwargs = session, func, per_example_grad, nodes, kwargs
+        session.announce(*nodes)
         ctx.args = [None if isinstance(a, Tensor) else a for a in args]
         ctx.save_for_backward(*(a if isinstance(a, Tensor) else None for a in args))
         return func(*args, **kwargs)

@@ -90,6 +90,12 @@ class Session:
         label = ", ".join(t.node.label for t in tracked)
         return self.layouts.batched((label, name, str(len(shape))), tuple(shape), self.rows)
 
+    def announce(self, *nodes: Node | None) -> None:
+        """Tells the sink which parameters this operation will bring gradients of."""
+        for node in nodes:
+            for name in node.leaves if node is not None else ():
+                self.sink.announce(name)
+
     def derive(self, func: Callable, args: tuple, kwargs: dict, transposed: bool | None = None) -> Any:
         """The operation on shared values alone; tensors in the result are tracked.
 

@@ -50,3 +50,71 @@ def project(factor: Left, matrix: Tensor) -> Tensor:
 def outer(left: Left, right: Tensor) -> Tensor:
     """left^T right per example -> (B,O,I)."""
     return left.outer(right) if isinstance(left, Index) else torch.bmm(left.transpose(1, 2), right)
+
+
+Pair = tuple[Left, Tensor]
+
+
+def positions(uses: list[Pair]) -> int:
+    """T over all uses."""
+    return sum(right.shape[1] for _, right in uses)
+
+
+def gram_squared_norms(uses: list[Pair]) -> Tensor:
+    """||sum_u left_u^T right_u||^2 per example by inner products of positions (ghost norm; Li et al. 2022) -> (B,).
+
+    Sums over pairs of uses, so tied and reused weights are exact. The result is clamped at 0: rounding may leave a tiny negative.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    for first in range(len(uses)):
+        for second in range(first, len(uses)):
+            left = _inner(uses[first][0], uses[second][0])
+            right = torch.bmm(uses[first][1], uses[second][1].transpose(1, 2))
+            part = (left * right).sum((1, 2), dtype=torch.float64)
+            total = total + part * (1 if first == second else 2)
+    return total.clamp(min=0)
+
+
+def _inner(a: Left, b: Left) -> Tensor:
+    """a b^T per example, (B,Ta,Tb)."""
+    if isinstance(a, Index):
+        if isinstance(b, Index):
+            return (a.ids.unsqueeze(2) == b.ids.unsqueeze(1)).to(torch.float32)
+        return _inner(b, a).transpose(1, 2)
+    if isinstance(b, Index):
+        return a.gather(2, b.ids.unsqueeze(1).expand(-1, a.shape[1], -1))
+    return torch.bmm(a, b.transpose(1, 2))
+
+
+def segment_squared_norms(index: Index, right: Tensor) -> Tensor:
+    """Squared norms of an embedding's per-example gradient by sums over equal ids, O(T I) each: no table, no T x T -> (B,)."""
+    rows, length, width = right.shape
+    ids, order = index.ids.sort(dim=1)
+    fresh = torch.ones_like(ids, dtype=torch.bool)
+    fresh[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    slots = fresh.cumsum(1) - 1 + torch.arange(rows, device=ids.device).unsqueeze(1) * length
+    ordered = right.gather(1, order.unsqueeze(2).expand(-1, -1, width))
+    sums = right.new_zeros(rows * length, width).index_add_(0, slots.reshape(-1), ordered.reshape(-1, width))
+    return torch.linalg.vector_norm(sums.view(rows, -1), dim=1).double().square()
+
+
+def summed(left: Left, right: Tensor) -> Tensor:
+    """left^T right over all examples and positions -> (O,I), one matrix product."""
+    if isinstance(left, Index):
+        return left.summed(right)
+    return left.reshape(-1, left.shape[-1]).T @ right.reshape(-1, right.shape[-1])
+
+
+def scaled(left: Left, right: Tensor, factors: Tensor) -> Pair:
+    """The pair with each example's product scaled by its factor (B,), applied to the narrower side."""
+    if isinstance(left, Index) or right.shape[-1] <= left.shape[-1]:
+        return left, right * factors.view(-1, 1, 1).to(right.dtype)
+    return left * factors.view(-1, 1, 1).to(left.dtype), right
+
+
+def without(left: Left, right: Tensor, bad: Tensor) -> Pair:
+    """The pair with zeros in the rows `bad`, whose entries are not finite."""
+    if bad.numel():
+        right = right.index_fill(0, bad, 0.0)
+        left = left if isinstance(left, Index) else left.index_fill(0, bad, 0.0)
+    return left, right

@@ -72,5 +72,5 @@ def median_norm(model, loss, batch, rows):
 def worst(got, want):
     """Largest difference, relative to the largest entry of the reference."""
     assert got.keys() == want.keys()
-    scale = max(float(w.abs().max()) for w in want.values()) or 1.0
-    return max(float((got[n] - want[n]).abs().max()) for n in want) / scale
+    scale = max(float(w.detach().abs().max()) for w in want.values()) or 1.0
+    return max(float((got[n] - want[n]).detach().abs().max()) for n in want) / scale

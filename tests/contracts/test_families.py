@@ -51,7 +51,7 @@ def test_every_family_is_right_under_every_method(family):
             got = engine.clipped_sum(loss, batch).tensors
             worst_error = max(worst_error, worst(got, expected(engine, loss, batch, rows)))
         _CELLS[family, method] = f"{worst_error:.0e}"
-        assert worst_error < 1e-8, method
+        assert worst_error < 1e-6, method  # Llama and T5 normalise in float32
 
 
 @pytest.mark.parametrize("family", ["BERT", "OPT (tied)", "Llama"])

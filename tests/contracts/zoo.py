@@ -149,7 +149,7 @@ class Bare(nn.Module):
 
     def forward(self, x):
         x = torch.cat((self.token.expand(x.shape[0], -1, -1), x), dim=1) + self.place
-        x = (1 + self.scale.float().to(x.dtype)) * x - self.shift
+        x = (1 + self.scale.double().to(x.dtype)) * x - self.shift
         x = x + self.table[torch.arange(x.shape[1]) % 9] * self.gate
         x = self.mix @ x
         return x + self.table[(x[..., 0] > 0).long()]

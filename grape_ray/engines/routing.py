@@ -1,0 +1,50 @@
+"""How a weight's per-example norm is had, decided per call from shapes alone.
+
+B examples, T positions (of all uses together), O and I the weight's sides, K probes.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
+
+from grape_ray.errors import ConfigError, nearest
+
+ROUTES = ("gram", "instantiate", "sketch")
+
+
+def norm_route(positions: int, outputs: int, inputs: int, probes: int | None = None) -> str:
+    """The cheapest way to a squared norm.
+
+    Without probes the rule of Book-Keeping's MixOpt (Bu et al. 2022): the Gram trick iff 2 T^2 <= O I, else instantiate, which
+    compares the memory of two T x T products with that of one gradient. With probes an estimate (Hutchinson) is chosen where it
+    needs fewer multiplications, T K (O + I), than the better exact way, T min(T (O + I), O I).
+
+    Args:
+        positions: T. outputs, inputs: O, I. probes: K, or None where only exact norms are allowed.
+
+    Returns:
+        `gram`, `instantiate` or `sketch`.
+    """
+    exact = "gram" if 2 * positions**2 <= outputs * inputs else "instantiate"
+    if probes is None:
+        return exact
+    cheapest = min(positions * (outputs + inputs), outputs * inputs)
+    return "sketch" if probes * (outputs + inputs) < cheapest else exact
+
+
+def overridden(name: str, overrides: Iterable[tuple[str, str]]) -> str | None:
+    """The route that the first matching (pattern, route) sets for parameter `name`, if any."""
+    return next((route for pattern, route in overrides if fnmatch.fnmatch(name, pattern)), None)
+
+
+def parse_overrides(texts: Iterable[str], estimates: bool) -> tuple[tuple[str, str], ...]:
+    """`pattern:route` texts as pairs. Raises ConfigError for an unknown route, or for `sketch` under an exact method."""
+    pairs = []
+    for text in texts:
+        pattern, _, route = text.rpartition(":")
+        known = ROUTES if estimates else ROUTES[:2]
+        if not pattern or route not in known:
+            raise ConfigError("method.routes", text, "pattern:route with a route of " + ", ".join(known), nearest(route, known))
+        pairs.append((pattern, route))
+    return tuple(pairs)
