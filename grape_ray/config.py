@@ -80,6 +80,8 @@ class Method:
         scale: `unbiased` draws the projection from N(0, 1/r); `paper` from N(0, 1/r^2), as the authors' public code does.
         dense: name patterns (fnmatch) of tensors that are never projected.
         project_min_numel: tensors with fewer elements are kept in full.
+        estimator: of method `randomized`: `hutchinson` or `hutch++`.
+        routes: `pattern:route` texts (fnmatch on names) that overrule how a layer's norm is had: gram, instantiate or sketch.
         optimizer: `adam` or `sgd`; learning_rate, betas, eps, momentum, weight_decay (decoupled) are its own.
         warmup_steps, schedule: linear warm-up, then `constant`, `linear` or `cosine` decay to zero at the last step.
         correct_noise_bias: subtract the known noise variance from Adam's second moment.
@@ -93,6 +95,8 @@ class Method:
     scale: str = "unbiased"
     dense: tuple[str, ...] = ()
     project_min_numel: int = 4096
+    estimator: str = "hutchinson"
+    routes: tuple[str, ...] = ()
     optimizer: str = "adam"
     learning_rate: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
@@ -110,6 +114,7 @@ class Method:
         _require(_count(self.refresh, 0), "method.refresh", self.refresh, "an integer >= 0")
         _choice("method.moments", self.moments, ("keep", "reset", "transfer"))
         _choice("method.scale", self.scale, ("unbiased", "paper"))
+        _choice("method.estimator", self.estimator, ("hutchinson", "hutch++"))
         _choice("method.optimizer", self.optimizer, ("adam", "sgd"))
         _choice("method.schedule", self.schedule, ("constant", "linear", "cosine"))
         _require(_count(self.project_min_numel, 0), "method.project_min_numel", self.project_min_numel, "an integer >= 0")

@@ -30,6 +30,12 @@ METHODS: dict[str, MethodInfo] = {
     "grape": MethodInfo("base:Engine", "gaussian", "exact, of the projected gradient", True, True, "DP-GRAPE: project, clip, noise"),
     "dp_adam": MethodInfo("base:Engine", "identity", "exact, materialised", True, True, "per-example gradients in full"),
     "ghost": MethodInfo("ghost:Ghost", "identity", "exact, Gram or transient", True, True, "ghost clipping: two backward passes"),
-    "bookkeeping": MethodInfo("taped:BookKeeping", "identity", "exact, Gram or instantiated", True, True, "Book-Keeping: one backward pass"),
+    "bookkeeping": MethodInfo(
+        "taped:BookKeeping", "identity", "exact, Gram or instantiated", True, True, "Book-Keeping: one backward pass"
+    ),
+    "randomized": MethodInfo("randomized:Randomized", "identity", "Hutchinson or Hutch++ estimate", True, False, "DP-SGD-RC"),
+    "dp_galore": MethodInfo(
+        "taped:BookKeeping", "svd", "exact, Gram or instantiated", True, True, "DP-GaLore: SVD of the private gradient"
+    ),
     "none": MethodInfo("plain:Plain", "identity", "-", False, True, "non-private yardstick"),
 }

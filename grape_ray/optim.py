@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from grape_ray.config import Method
+from grape_ray.engines import Engine
 from grape_ray.engines.sink import sum_dtype
 from grape_ray.errors import CheckpointError, GrapeRayError
-from grape_ray.subspace import Projection, Subspace
+from grape_ray.methods import METHODS
+from grape_ray.subspace import Subspace, Svd, plan_projections
 from grape_ray.types import NonPrivateGradient, PrivateGradient
 
 
@@ -51,18 +53,18 @@ class Optimizer:
             raise GrapeRayError(
                 "the optimizer's gradient", type(gradient).__name__, "a PrivateGradient", "pass the clipped sum through noise.privatize"
             )
-        period = self.subspace.period(step)
-        if period != self._period:
-            self._refresh(self._period, period)
-            self._period = period
+        period, rate = self.subspace.period(step), learning_rate(self.method, step, self.total_steps)
         self.updates += 1
-        rate = learning_rate(self.method, step, self.total_steps)
         with torch.no_grad():
             for name, param in self.params.items():
-                update = self._direction(name, gradient.tensors[name], gradient.noise_std)
+                coords = self.subspace.project(name, gradient.tensors[name], period)
+                if period != self._period and name in self.subspace.plan:
+                    self._refresh(name, self._period, period)
+                update = self._direction(name, coords, gradient.noise_std)
                 if self.method.weight_decay:
                     param.mul_(1 - rate * self.method.weight_decay)
                 self.subspace.lift_(param.data, name, period, update, -rate)
+        self._period = period
 
     def _direction(self, name: str, grad: Tensor, noise_std: float) -> Tensor:
         """The direction in coordinates; may reuse the gradient's memory."""
@@ -79,29 +81,22 @@ class Optimizer:
             unbiased = unbiased.sub_(noise_std**2).clamp_(min=0)
         return unbiased.sqrt_().add_(self.method.eps).reciprocal_().mul_(first).div_(1 - beta1**self.updates)
 
-    def _refresh(self, old: int, new: int) -> None:
-        """Applies the moment policy where the projection changes."""
+    def _refresh(self, name: str, old: int, new: int) -> None:
+        """Applies the moment policy where the projection changes; second moments move by the squared change of basis."""
         if self.method.moments == "keep":
             return
-        for name, plan in self.subspace.plan.items():
-            for slot, tensors in self._state.items():
-                if self.method.moments == "reset":
-                    tensors[name].zero_()
-                else:
-                    tensors[name] = self._transferred(tensors[name], name, plan, old, new, slot == "second")
-
-    def _transferred(self, coords: Tensor, name: str, plan: Projection, old: int, new: int, square: bool) -> Tensor:
-        """Old coordinates lifted and projected anew, divided by E[R^T R] = dim/rank; second moments by the squared change of basis."""
-        before = self.subspace.matrix(name, old, self.params[name])
-        after = self.subspace.matrix(name, new, self.params[name])
-        change = (before.T @ after) * (plan.rank / plan.dim)
-        change = change.square() if square else change
-        return change.T @ coords if plan.axis == 0 else coords @ change
+        for slot, tensors in self._state.items():
+            if self.method.moments == "reset":
+                tensors[name].zero_()
+                continue
+            change = self.subspace.change_of_basis(name, old, new, tensors[name])
+            change = change.square() if slot == "second" else change
+            tensors[name] = change.T @ tensors[name] if self.subspace.plan[name].axis == 0 else tensors[name] @ change
 
     def state_dict(self) -> dict[str, Any]:
         """`<slot>/<name>` -> tensor, and the counters `updates` and `period` as ints."""
         tensors = {f"{slot}/{name}": t for slot, named in self._state.items() for name, t in named.items()}
-        return {**tensors, "updates": self.updates, "period": self._period}
+        return {**tensors, **self.subspace.state_dict(), "updates": self.updates, "period": self._period}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores `state_dict`. Raises CheckpointError where a tensor is missing or has another shape."""
@@ -114,9 +109,13 @@ class Optimizer:
                         f"optimizer state {slot} of '{name}'", got, f"shape {tuple(mine.shape)}", "resume with the run's own config"
                     )
                 mine.copy_(saved)
+        self.subspace.load_state_dict(state)
         self.updates, self._period = int(state["updates"]), int(state["period"])
 
 
-def make_optimizer(params: Mapping[str, nn.Parameter], subspace: Subspace, method: Method, total_steps: int) -> Optimizer:
-    """The optimizer that a config names."""
-    return Optimizer(params, subspace, method, total_steps)
+def make_optimizer(model: nn.Module, engine: Engine, method: Method, total_steps: int) -> Optimizer:
+    """The optimizer that goes with an engine: in its subspace, or for DP-GaLore in one found from the private gradients."""
+    subspace = engine.subspace
+    if METHODS[method.name].subspace == "svd":
+        subspace = Svd(plan_projections(model, method.rank, method.side, method.dense, method.project_min_numel), method.refresh)
+    return Optimizer(engine.params, subspace, method, total_steps)

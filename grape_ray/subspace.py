@@ -6,6 +6,7 @@ import fnmatch
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,22 @@ class Subspace:
         """The projection (dim, rank) of weight `name` in `period`, on the device of `like`, fp32 (fp64 beside fp64 weights)."""
         raise NotImplementedError
 
+    def project(self, name: str, gradient: Tensor, period: int) -> Tensor:
+        """The coordinates of a released gradient; the identity where the gradient came in coordinates already."""
+        return gradient
+
+    def change_of_basis(self, name: str, old: int, new: int, like: Tensor) -> Tensor:
+        """(rank, rank): coordinates @ it moves what was lifted by the old matrix onto the new one; see Optimizer, `transfer`."""
+        plan = self.plan[name]
+        return (self.matrix(name, old, like).T @ self.matrix(name, new, like)) * (plan.rank / plan.dim)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What cannot be made anew from keys; nothing here."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores `state_dict`."""
+
     def lift_(self, weight: Tensor, name: str, period: int, coords: Tensor, alpha: float) -> None:
         """weight += alpha * (coords lifted to the weight's shape), in place and without a full-size temporary."""
         plan = self.plan.get(name)
@@ -98,6 +115,47 @@ class Gaussian(Subspace):
         if self._cached:
             self._cache[name] = (period, matrix)
         return matrix
+
+
+class Svd(Subspace):
+    """GaLore's subspace (Zhao et al. 2024): leading singular vectors of the PRIVATE gradient at the start of each period.
+
+    It looks only at released gradients, so it is post-processing and costs no privacy.
+    """
+
+    def __init__(self, plan: Mapping[str, Projection], refresh: int):
+        super().__init__(plan, refresh)
+        self._matrices: dict[str, tuple[int, Tensor]] = {}
+        self._before: dict[str, Tensor] = {}
+
+    def matrix(self, name: str, period: int, like: Tensor) -> Tensor:
+        held, matrix = self._matrices[name]
+        return matrix if held == period else self._before[name]
+
+    def project(self, name: str, gradient: Tensor, period: int) -> Tensor:
+        plan = self.plan.get(name)
+        if plan is None:
+            return gradient
+        flat = gradient.view(plan.rows, -1)
+        if name not in self._matrices or self._matrices[name][0] != period:
+            if name in self._matrices:
+                self._before[name] = self._matrices[name][1]
+            left, _, right = torch.linalg.svd(flat, full_matrices=False)
+            self._matrices[name] = (period, (left[:, : plan.rank] if plan.axis == 0 else right[: plan.rank].T).contiguous())
+        matrix = self._matrices[name][1]
+        return matrix.T @ flat if plan.axis == 0 else flat @ matrix
+
+    def change_of_basis(self, name: str, old: int, new: int, like: Tensor) -> Tensor:
+        return self._before[name].T @ self._matrices[name][1]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {f"subspace/{period}/{name}": matrix for name, (period, matrix) in self._matrices.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for key, value in state.items():
+            if key.startswith("subspace/"):
+                _, period, name = key.split("/", 2)
+                self._matrices[name] = (int(period), value)
 
 
 def plan_projections(

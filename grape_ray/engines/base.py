@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from grape_ray.clipping import factors
+from grape_ray.config import Method, Privacy
 from grape_ray.engines.layout import Layouts, UnseenUse
+from grape_ray.engines.routing import parse_overrides
 from grape_ray.engines.sink import Materialised, Sink, sum_dtype
 from grape_ray.engines.tracked import Session, tracking
 from grape_ray.errors import ConfigError, UnsupportedLayer
@@ -28,6 +30,7 @@ class Engine:
         model: any nn.Module; it stays the caller's object, unwrapped and unpatched between calls.
         clip_norm: bound C on an example's contribution. clipping: a policy of `grape_ray.clipping`.
         subspace: where weights are trained; the identity trains them in full.
+        routes: (name pattern, route) pairs that overrule `routing.norm_route`.
 
     Raises:
         UnsupportedLayer: a layer mixes examples (batch normalisation in training mode).
@@ -37,8 +40,16 @@ class Engine:
     private = True
     sink_type: type[Sink] = Materialised
 
-    def __init__(self, model: nn.Module, *, clip_norm: float, clipping: str = "flat", subspace: Subspace | None = None):
-        self.model, self.clip_norm, self.clipping = model, clip_norm, clipping
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        clip_norm: float,
+        clipping: str = "flat",
+        subspace: Subspace | None = None,
+        routes: tuple[tuple[str, str], ...] = (),
+    ):
+        self.model, self.clip_norm, self.clipping, self.routes = model, clip_norm, clipping, routes
         self.subspace = subspace or Subspace()
         self.params = {name: param for name, (_, param) in owned_parameters(model).items()}
         self._layouts = Layouts()
@@ -49,6 +60,20 @@ class Engine:
                 raise UnsupportedLayer(
                     f"batch normalisation '{name}' in training mode", None, "no mixing of examples", "use GroupNorm or call .eval() on it"
                 )
+
+    @staticmethod
+    def common(privacy: Privacy, method: Method, subspace: Subspace, estimates: bool = False) -> dict[str, Any]:
+        """The arguments that every engine takes, from a run's config."""
+        routes = parse_overrides(method.routes, estimates)
+        return {"clip_norm": privacy.clip_norm, "clipping": privacy.clipping, "subspace": subspace, "routes": routes}
+
+    @classmethod
+    def from_config(cls, model: nn.Module, privacy: Privacy, method: Method, subspace: Subspace) -> Engine:
+        """The engine that a run's config asks for."""
+        return cls(model, **cls.common(privacy, method, subspace))
+
+    def use_secret(self, key: bytes, rank: int = 0) -> None:
+        """Takes this attempt's secret (32 bytes), for methods that draw secret numbers before the noise; the others need none."""
 
     def clipped_sum(self, per_example_loss: PerExampleLoss, batch: Any, step: int = 0, mask: Tensor | None = None) -> ClippedSum:
         """Sum over the batch's examples of their clipped (projected) gradients.
@@ -112,8 +137,12 @@ class Engine:
         return ClippedSum(tensors, self.clip_norm, unprotected)
 
     def _session(self, rows: int, step: int) -> Session:
+        return Session(rows, self._layouts, self._make_sink(rows, step), next(iter(self.params.values())).device)
+
+    def _make_sink(self, rows: int, step: int) -> Sink:
         sink = self.sink_type(self.params, rows, self.subspace, self.subspace.period(step))
-        return Session(rows, self._layouts, sink, next(iter(self.params.values())).device)
+        sink.overrides = self.routes
+        return sink
 
     def _probe(self, per_example_loss: PerExampleLoss, batch: Any, step: int, seen_rows: int) -> None:
         """Learns which uses carry the batch, on copies of its first `seen_rows` examples; consumes no random state."""

@@ -18,6 +18,8 @@ class Sink:
         params: the trainable tensors by name. rows: examples B. subspace, period: where projected weights live.
     """
 
+    overrides: tuple[tuple[str, str], ...] = ()
+
     def __init__(self, params: Mapping[str, nn.Parameter], rows: int, subspace: Subspace, period: int):
         self.params, self.rows, self.subspace, self.period = params, rows, subspace, period
 

@@ -21,8 +21,6 @@ from grape_ray.subspace import Subspace
 class Tape(Sink):
     """Keeps pairs of factors of weights, and the per-example gradients of small tensors."""
 
-    overrides: tuple[tuple[str, str], ...] = ()
-
     def __init__(self, params: Mapping[str, nn.Parameter], rows: int, subspace: Subspace, period: int):
         super().__init__(params, rows, subspace, period)
         self.uses: dict[str, list[Pair]] = {}

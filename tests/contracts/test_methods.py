@@ -101,8 +101,8 @@ def test_without_clip_and_noise_every_full_rank_method_is_plain_adamw(method):
     options = Method(name=method, learning_rate=0.01, weight_decay=0.1)
     ours, theirs, yardstick = (zoo.build_layer("LayerNorm") for _ in range(3))
     engine, plain = engine_for(ours, method, 1e9), engine_for(yardstick, "none")
-    first = make_optimizer(engine.params, engine.subspace, options, 4)
-    third = make_optimizer(plain.params, plain.subspace, options, 4)
+    first = make_optimizer(ours, engine, options, 4)
+    third = make_optimizer(yardstick, plain, options, 4)
     adamw = torch.optim.AdamW(theirs.parameters(), lr=0.01, weight_decay=0.1)
     stream = NoiseStream(b"e" * 32)
     for step, batch in enumerate(batches):

@@ -21,7 +21,7 @@ def train(comms, method, steps=3):
     """Three steps on this rank's share; returns released gradients and final weights."""
     model, data = zoo.build_layer("bare parameters"), zoo.layer_batch(rows=40)
     engine = make_engine(model, method, 0.8, key=b"w", rank=3, project_min_numel=100, refresh=2)
-    optimizer = make_optimizer(engine.params, engine.subspace, Method(name=method, rank=3, learning_rate=0.05), steps)
+    optimizer = make_optimizer(model, engine, Method(name=method, rank=3, learning_rate=0.05), steps)
     stream, released, batches = NoiseStream(NOISE), [], []
     for step in range(steps):
         chosen = poisson_batch(SAMPLING, step, 40, 0.1 if step else 1e-3)  # the first batch is empty or nearly so on every rank

@@ -98,7 +98,7 @@ def test_the_noise_line_is_a_type():
     from grape_ray import Method, make_engine
 
     engine = make_engine(model, "dp_adam")
-    optimizer = make_optimizer(engine.params, engine.subspace, Method(name="dp_adam"), 1)
+    optimizer = make_optimizer(model, engine, Method(name="dp_adam"), 1)
     with pytest.raises(GrapeRayError, match="PrivateGradient"):
         optimizer.step(engine.empty_sum(), 0)  # type: ignore[arg-type]
     with pytest.raises(GrapeRayError, match="privatize"):

@@ -1,0 +1,124 @@
+"""DP-SGD with randomized clipping: norms of wide layers are estimated from fresh Gaussian probes, small ones are exact.
+
+Source: arXiv 2605.24879 (DP-SGD-RC); the accountant is `accounting.randomized`. An estimate may exceed or undercut the norm, so the
+clipped contribution is bounded in law, not surely: the noise multiplier must come from that accountant. Probes are secret by
+default, each example with its own; `shared` ones serve the whole batch at a larger noise multiplier.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grape_ray.config import Method, Privacy
+from grape_ray.engines.base import PerExampleLoss
+from grape_ray.engines.ghost import Ghost, TwoPasses
+from grape_ray.engines.routing import norm_route, overridden
+from grape_ray.engines.sink import Sink, sum_dtype
+from grape_ray.errors import ConfigError
+from grape_ray.rng import normals
+from grape_ray.rules import pairs, sketch
+from grape_ray.rules.pairs import Index, Pair
+from grape_ray.subspace import Subspace
+from grape_ray.types import ClippedSum
+
+ESTIMATORS = {"hutchinson": sketch.hutchinson, "hutch++": sketch.hutch_plus_plus}
+
+
+class ProbeStream:
+    """Fresh Gaussian probes from a secret stream: a function of (key, step, number of draws so far in the step).
+
+    In shared mode every micro-batch and rank of a step must see the same probes, so a draw depends on (step, weight) alone.
+    """
+
+    def __init__(self, key: bytes, probes: int, shared: bool, rank: int = 0):
+        label = b"shared" if shared else b"secret|" + str(rank).encode()
+        self._key = hashlib.sha256(key + b"|probes|" + label).digest()
+        self.probes, self.shared = probes, shared
+        self._step, self._used = -1, 0
+
+    def at(self, step: int) -> None:
+        """Turns to a step; the micro-batches of one step go on where the last one stopped."""
+        if step != self._step:
+            self._step, self._used = step, 0
+
+    def draw(self, rows: int, side: int, name: str, like: Tensor) -> Tensor:
+        """(rows, side, K), or (1, side, K) if shared, with entries N(0, 1/K)."""
+        rows = 1 if self.shared else rows
+        count = rows * side * self.probes
+        key, start = self._key, self._used
+        if self.shared:
+            key, start = hashlib.sha256(self._key + f"|{name}".encode()).digest(), 0
+        else:
+            self._used += count
+        flat = torch.from_numpy(normals(key, self._step, start, count, threads=min(4, os.cpu_count() or 1)))
+        return flat.mul_(1 / math.sqrt(self.probes)).view(rows, side, self.probes).to(like.device, sum_dtype(like))
+
+
+class Estimated(TwoPasses):
+    """Norms by route: sketched where that is cheaper, else exact; the sum comes from the second pass."""
+
+    stream: ProbeStream
+    estimate = staticmethod(sketch.hutchinson)
+
+    def _squared(self, name: str, uses: list[Pair], small: Tensor | None) -> Tensor:
+        lookups = [left for left, _ in uses if isinstance(left, Index)]
+        if not uses or small is not None or (lookups and len(uses) == 1):  # an embedding alone is exact by segment sums
+            return super()._squared(name, uses, small)
+        left, right = uses[0]
+        route = norm_route(pairs.positions(uses), sketch.width(left), right.shape[-1], self.stream.probes)
+        if (overridden(name, self.overrides) or route) != "sketch":
+            return super()._squared(name, uses, small)
+        number = count()
+        estimate = sketch.hutchinson if lookups else self.estimate
+        return estimate(uses, lambda side: self.stream.draw(self.rows, side, f"{name}|{next(number)}", self.params[name]))
+
+
+class Randomized(Ghost):
+    """Ghost clipping's two passes with estimated norms.
+
+    Args:
+        probes: K a layer. shared_probes: one set of probes for the whole batch. estimator: `hutchinson` or `hutch++`.
+    """
+
+    sink_type = Estimated
+
+    def __init__(self, model: nn.Module, *, probes: int = 32, shared_probes: bool = False, estimator: str = "hutchinson", **common: Any):
+        super().__init__(model, **common)
+        self.probes, self.shared_probes, self._estimate = probes, shared_probes, ESTIMATORS[estimator]
+        if self.clipping != "flat":
+            raise ConfigError(
+                "privacy.clipping with method `randomized`", self.clipping, "flat, which its accountant covers", "set privacy.clipping=flat"
+            )
+        self.use_secret(os.urandom(32))
+
+    @classmethod
+    def from_config(cls, model: nn.Module, privacy: Privacy, method: Method, subspace: Subspace) -> Randomized:
+        own = {"probes": privacy.probes, "shared_probes": privacy.shared_probes, "estimator": method.estimator}
+        return cls(model, **own, **cls.common(privacy, method, subspace, estimates=True))
+
+    def use_secret(self, key: bytes, rank: int = 0) -> None:
+        """Draws probes from this attempt's secret `key` (32 bytes) from now on; ranks draw their own unless probes are shared."""
+        self._stream = ProbeStream(key, self.probes, self.shared_probes, rank)
+
+    def _make_sink(self, rows: int, step: int) -> Sink:
+        sink = super()._make_sink(rows, step)
+        assert isinstance(sink, Estimated)
+        sink.stream, sink.estimate = self._stream, self._estimate
+        return sink
+
+    def _pass(self, per_example_loss: PerExampleLoss, batch: Any, rows: int, step: int, mask: Tensor | None) -> ClippedSum:
+        self._stream.at(step)
+        done = super()._pass(per_example_loss, batch, rows, step, mask)
+        return ClippedSum(done.tensors, done.sensitivity, {"losses": done.unprotected["losses"]})  # estimates tell of secret probes
+
+    def _factors(self, sink: Sink, losses: Tensor, mask: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
+        weights, norms = super()._factors(sink, losses, mask)
+        seen = norms > 0  # an estimate of zero bounds nothing
+        return {name: torch.where(seen, w, torch.zeros_like(w)) for name, w in weights.items()}, norms

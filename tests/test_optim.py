@@ -1,0 +1,141 @@
+"""Optimizers: schedules, moment policies at a refresh, GaLore's subspace, state that survives a checkpoint."""
+
+import pytest
+import torch
+from torch import nn
+
+from grape_ray import Method, make_engine
+from grape_ray.errors import CheckpointError, ConfigError
+from grape_ray.noise import NoiseStream, privatize
+from grape_ray.optim import learning_rate, make_optimizer
+from grape_ray.subspace import Gaussian, Projection, Svd, plan_projections
+from tests.contracts import zoo
+
+KEY = b"o" * 32
+
+
+def trained(method, steps=6, resume_at=None, **options):
+    """A small model after some private steps, going through a saved state at `resume_at`."""
+    method = Method(name=method, rank=3, project_min_numel=100, learning_rate=0.05, **options)
+    model = zoo.build_layer("reused module")
+    engine = make_engine(model, method.name, 1.0, key=b"o", rank=3, project_min_numel=100, refresh=method.refresh)
+    optimizer = make_optimizer(model, engine, method, steps)
+    stream = NoiseStream(KEY)
+    for step in range(steps):
+        if step == resume_at:
+            state = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in optimizer.state_dict().items()}
+            optimizer = make_optimizer(model, make_engine(model, method.name, 1.0, key=b"o", rank=3, project_min_numel=100,
+                                                          refresh=method.refresh), method, steps)  # fmt: skip
+            optimizer.load_state_dict(state)
+        summed = engine.clipped_sum(zoo.layer_loss, zoo.layer_batch(seed=step), step=step)
+        optimizer.step(privatize(summed, stream, step=step, noise_multiplier=0.3, expected_batch_size=6), step)
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("moments", ["keep", "reset", "transfer"])
+@pytest.mark.parametrize("method", ["grape", "dp_galore", "dp_adam"])
+def test_a_saved_state_resumes_bitwise(method, moments):
+    plain = trained(method, moments=moments, refresh=2)
+    for at in (1, 2, 3):
+        assert torch.equal(trained(method, moments=moments, refresh=2, resume_at=at), plain)
+
+
+@pytest.mark.parametrize("method", ["grape", "dp_galore"])
+def test_moment_policies_differ_once_the_subspace_changes(method):
+    ends = {m: trained(method, moments=m, refresh=2) for m in ("keep", "reset", "transfer")}
+    assert not torch.equal(ends["keep"], ends["reset"])
+    assert not torch.equal(ends["keep"], ends["transfer"])
+    never = {m: trained(method, moments=m, refresh=0) for m in ("keep", "reset")}
+    assert torch.equal(never["keep"], never["reset"])
+
+
+def test_a_state_of_another_rank_is_refused():
+    model = zoo.build_layer("Linear")
+    pair = [make_engine(model, "grape", 1.0, rank=r, project_min_numel=100) for r in (3, 4)]
+    first, second = (make_optimizer(model, e, Method(rank=r, project_min_numel=100), 1) for e, r in zip(pair, (3, 4)))
+    with pytest.raises(CheckpointError, match=r"layer\.weight"):
+        second.load_state_dict(first.state_dict())
+
+
+def test_transfer_keeps_what_two_subspaces_share():
+    plan = {"w": Projection(axis=1, dim=400, other=5, rank=300)}
+    subspace = Gaussian(plan, b"k", refresh=1)
+    weight, coords = torch.zeros(5, 400), torch.randn(5, 300)
+    subspace.lift_(weight, "w", 0, coords, 1.0)
+    moved = coords @ subspace.change_of_basis("w", 0, 1, weight)
+    lifted = torch.zeros(5, 400)
+    subspace.lift_(lifted, "w", 1, moved, 1.0)
+    assert torch.cosine_similarity(lifted.flatten(), weight.flatten(), 0) > 0.5
+
+
+@pytest.mark.statistical
+def test_the_gaussian_projection_keeps_norms_and_its_lift_is_unbiased():
+    """False-alarm rate 1e-6 for the mean of 4000 norms (pinned key)."""
+    vector = torch.randn(1, 50, generator=torch.Generator().manual_seed(0))
+    subspace = Gaussian({"w": Projection(1, 50, 1, 8)}, b"k", refresh=1)
+    ratios, total = [], torch.zeros(1, 50)
+    for period in range(4000):
+        coords = vector @ subspace.matrix("w", period, vector)
+        ratios.append(float(coords.square().sum() / vector.square().sum()))
+        subspace.lift_(total, "w", period, coords, 1 / 4000)
+    mean = sum(ratios) / len(ratios)
+    assert abs(mean - 1) < 5 * (2 / 8 / 4000) ** 0.5
+    assert abs(mean - 1 / 8) > 0.5  # the authors' scale would give 1/r
+    assert float((total - vector).norm() / vector.norm()) < 0.1
+    paper = Gaussian({"w": Projection(1, 50, 1, 8)}, b"k", refresh=1, scale="paper")
+    torch.testing.assert_close(paper.matrix("w", 3, vector) * 8**0.5, subspace.matrix("w", 3, vector))
+
+
+def test_galore_finds_the_leading_directions_of_the_private_gradient():
+    g = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(30, 2, generator=g))[0]
+    gradient = torch.randn(20, 2, generator=g) @ basis.T
+    subspace = Svd({"w": Projection(1, 30, 20, 2)}, refresh=10)
+    coords = subspace.project("w", gradient, 0)
+    lifted = torch.zeros(20, 30)
+    subspace.lift_(lifted, "w", 0, coords, 1.0)
+    torch.testing.assert_close(lifted, gradient)
+    held = subspace.matrix("w", 0, gradient)
+    subspace.project("w", torch.randn(20, 30), 0)
+    assert torch.equal(subspace.matrix("w", 0, gradient), held)  # kept within a period
+
+
+def test_schedules():
+    method = Method(learning_rate=1.0, warmup_steps=4, schedule="linear")
+    assert [learning_rate(method, s, 14) for s in (0, 1, 3, 4, 9, 14)] == [0.25, 0.5, 1.0, 1.0, 0.5, 0.0]
+    cosine = Method(learning_rate=2.0, schedule="cosine")
+    assert learning_rate(cosine, 5, 10) == pytest.approx(1.0)
+    assert learning_rate(Method(learning_rate=0.3), 99, 10) == 0.3
+
+
+def test_the_known_noise_can_be_taken_out_of_adams_second_moment():
+    plain, corrected = trained("dp_adam"), trained("dp_adam", correct_noise_bias=True)
+    assert not torch.equal(plain, corrected)
+    assert torch.isfinite(corrected).all()
+
+
+def test_sgd_with_momentum_is_torchs():
+    model, twin = nn.Linear(3, 2), nn.Linear(3, 2)
+    twin.load_state_dict(model.state_dict())
+    method = Method(name="none", optimizer="sgd", momentum=0.9, learning_rate=0.1)
+    engine = make_engine(model, "none")
+    optimizer, reference = make_optimizer(model, engine, method, 3), torch.optim.SGD(twin.parameters(), 0.1, momentum=0.9)
+    from grape_ray.noise import nonprivate_mean
+
+    def loss(model, batch):
+        return model(batch["x"]).square().sum(1)
+
+    for step in range(3):
+        batch = {"x": torch.randn(4, 3)}
+        optimizer.step(nonprivate_mean(engine.clipped_sum(loss, batch), step=step, batch_size=4), step)
+        reference.zero_grad()
+        loss(twin, batch).mean().backward()
+        reference.step()
+    torch.testing.assert_close(model.weight, twin.weight)
+
+
+def test_rank_must_be_below_the_side_it_compresses():
+    with pytest.raises(ConfigError, match=r"rank.*'0\.weight'.*64"):
+        plan_projections(nn.Sequential(nn.Linear(64, 256)), rank=64)
+    assert plan_projections(nn.Sequential(nn.Linear(64, 256)), rank=64, dense=("0.*",)) == {}
+    assert plan_projections(nn.Sequential(nn.Linear(64, 256)), rank=64, side="out")["0.weight"].axis == 0
