@@ -1,0 +1,243 @@
+"""Epsilon, noise and number of steps, each from the other two and always from above, with privacy loss distributions."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from grape_ray.accounting.events import (
+    GAUSSIAN,
+    MAX_NOISE_MULTIPLIER,
+    MAX_STEPS,
+    MIN_NOISE_MULTIPLIER,
+    RANDOMIZED,
+    Mechanism,
+    check_count,
+    check_delta,
+    check_epsilon,
+)
+from grape_ray.errors import BudgetExceeded
+
+if TYPE_CHECKING:
+    from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
+
+_FINEST, _COARSEST = 1e-5, 1e-2  # spacing of privacy losses: rounding noise below, needless error above
+_MAX_CELLS = 1_000_000
+_ENOUGH = 5e-4  # relative change of epsilon under a halved spacing that ends the refinement
+_PRECISION = 1e-4  # relative width of the bracket that ends the search for a noise multiplier
+
+
+def epsilon(mechanism: Mechanism, steps: int, delta: float) -> float:
+    """An upper bound, tight to about 0.1 %, on the epsilon of ``steps`` adaptively composed steps at this delta.
+
+    Add/remove adjacency only. Pessimistic connect-the-dots discretisation (Doroshenko et al. 2022), composed by FFT; every spacing of
+    the discretisation bounds from above, so refining stops when it no longer pays. Without subsampling the closed form is used.
+
+    Returns:
+        epsilon >= 0; infinity where no finite one holds.
+
+    Raises:
+        ConfigError: a number is out of range.
+    """
+    steps, delta = check_count("steps", steps), check_delta(delta)
+    if _plain(mechanism):
+        return _gaussian_epsilon(math.sqrt(steps) / mechanism.noise_multiplier, delta)
+    return _refined(mechanism, steps, delta)[0]
+
+
+def affords(mechanism: Mechanism, steps: int, epsilon: float, delta: float) -> bool:
+    """Whether ``steps`` steps are (epsilon, delta)-differentially private; True is proved, False may be off by 0.05 % of epsilon.
+
+    Raises:
+        ConfigError: a number is out of range.
+    """
+    steps, epsilon, delta = check_count("steps", steps), check_epsilon(epsilon), check_delta(delta)
+    if _plain(mechanism):
+        return _gaussian_delta(math.sqrt(steps) / mechanism.noise_multiplier, epsilon) <= delta
+    spacing = _first_spacing(mechanism)
+    while _excess(mechanism, steps, epsilon, delta, spacing) > 0:  # any spacing proves it, so a failure only means to look closer
+        spacing /= 2
+        if spacing < _FINEST or _cells(mechanism, steps, spacing) > _MAX_CELLS:
+            return False
+    return True
+
+
+def noise_multiplier(
+    epsilon: float,
+    delta: float,
+    sampling_prob: float,
+    steps: int,
+    *,
+    method: str = GAUSSIAN,
+    probes: int = 0,
+    probes_shared: bool = False,
+) -> float:
+    """The least noise multiplier, to 0.01 % from above, with which ``steps`` steps cost at most (epsilon, delta).
+
+    Raises:
+        ConfigError: a number is out of range.
+        BudgetExceeded: not even the largest noise multiplier suffices.
+    """
+    epsilon, delta, steps = check_epsilon(epsilon), check_delta(delta), check_count("steps", steps)
+    most = Mechanism(method, sampling_prob, MAX_NOISE_MULTIPLIER, probes, probes_shared)
+
+    def search(start: float, width: float, reach: float, spacing: float | None = None) -> float:
+        def excess(log_quiet: float) -> float:
+            at = replace(most, noise_multiplier=min(MAX_NOISE_MULTIPLIER, max(MIN_NOISE_MULTIPLIER, math.exp(-log_quiet))))
+            return _excess(at, steps, epsilon, delta, spacing or _first_spacing(at))
+
+        bounds = -math.log(MAX_NOISE_MULTIPLIER), -math.log(MIN_NOISE_MULTIPLIER)
+        found = _boundary(excess, -math.log(start), bounds, width, reach)
+        if found is None:
+            fix = "raise epsilon or delta, or lower sampling_prob or steps"
+            raise BudgetExceeded("no noise multiplier is large enough", None, f"one up to {MAX_NOISE_MULTIPLIER:g}", fix)
+        return min(MAX_NOISE_MULTIPLIER, max(MIN_NOISE_MULTIPLIER, math.exp(-found)))
+
+    if _plain(most):
+        return search(math.sqrt(steps), 1e-7, 1.0)
+    # A coarse search finds the neighbourhood, where the spacing that is needed can be told; the fine search starts from there.
+    rough = search(1.0, 0.02, 0.5)
+    spacing = _refined(replace(most, noise_multiplier=rough), steps, delta)[1]
+    return search(rough, _PRECISION, 0.02, spacing)
+
+
+def steps_within(mechanism: Mechanism, epsilon: float, delta: float) -> int:
+    """The largest number of steps, up to 10^6 and to 0.01 % from below, that is (epsilon, delta)-private; 0 where not one step is.
+
+    Raises:
+        ConfigError: a number is out of range.
+    """
+    epsilon, delta = check_epsilon(epsilon), check_delta(delta)
+
+    def search(start: int, width: float, reach: float, spacing: float) -> int:
+        def excess(log_steps: float) -> float:
+            return _excess(mechanism, int(math.exp(log_steps) + 1e-6), epsilon, delta, spacing)
+
+        found = _boundary(excess, math.log(start), (0.0, math.log(MAX_STEPS)), width, reach)
+        return 0 if found is None else int(math.exp(found) + 1e-6)
+
+    spacing = _first_spacing(mechanism)
+    guess = max(1, search(100, 0.02, 2.0, spacing))
+    if not _plain(mechanism):
+        spacing = _refined(mechanism, guess, delta)[1]
+    count = search(guess, _PRECISION, 0.02, spacing)
+    return count + 1 if count < MAX_STEPS and _excess(mechanism, count + 1, epsilon, delta, spacing) <= 0 else count
+
+
+def _refined(mechanism: Mechanism, steps: int, delta: float) -> tuple[float, float]:
+    """(epsilon, spacing), halving the spacing until it matters no more."""
+    spacing = _first_spacing(mechanism)
+    best = _composed(mechanism, steps, spacing).get_epsilon_for_delta(delta)
+    while spacing / 2 >= _FINEST and _cells(mechanism, steps, spacing / 2) <= _MAX_CELLS:
+        spacing /= 2
+        finer = _composed(mechanism, steps, spacing).get_epsilon_for_delta(delta)
+        if finer >= best * (1 - _ENOUGH):
+            return min(best, finer), spacing
+        best = finer
+    return best, spacing
+
+
+def _excess(mechanism: Mechanism, steps: int, epsilon: float, delta: float, spacing: float) -> float:
+    """Logarithm of (an upper bound on the composition's delta at epsilon, over delta): not above 0 where the steps fit."""
+    if _plain(mechanism):
+        reached = _gaussian_delta(math.sqrt(steps) / mechanism.noise_multiplier, epsilon)
+    else:
+        reached = float(_composed(mechanism, steps, spacing).get_delta_for_epsilon(epsilon))
+    return math.log(max(reached, 1e-300) / delta)
+
+
+def _composed(mechanism: Mechanism, steps: int, spacing: float) -> PrivacyLossDistribution:
+    """The privacy loss distribution of the composition."""
+    return _one_step(mechanism, spacing).self_compose(steps)
+
+
+@functools.lru_cache(maxsize=4)
+def _one_step(mechanism: Mechanism, spacing: float) -> PrivacyLossDistribution:
+    """The pessimistic privacy loss distribution of one step, on multiples of the spacing."""
+    # Imported here: dp_accounting brings scipy, which a ledger's reader need not wait for.
+    if mechanism.name == RANDOMIZED:
+        from grape_ray.accounting.randomized import one_step
+
+        return one_step(mechanism, spacing)
+    from dp_accounting.pld import privacy_loss_distribution
+
+    return privacy_loss_distribution.from_gaussian_mechanism(
+        mechanism.noise_multiplier,
+        sampling_prob=mechanism.sampling_prob,
+        value_discretization_interval=spacing,
+        use_connect_dots=True,
+    )
+
+
+def _first_spacing(mechanism: Mechanism) -> float:
+    """A quarter of the standard deviation of one step's privacy loss, roughly: coarser spacings lose more than they save."""
+    inverse = 1 / mechanism.noise_multiplier
+    loss = min(mechanism.sampling_prob * math.sqrt(math.expm1(min(inverse**2, 100.0))), inverse)
+    return min(_COARSEST, max(_FINEST, loss / 4))
+
+
+def _cells(mechanism: Mechanism, steps: int, spacing: float) -> float:
+    """About how many cells the composition has at this spacing."""
+    inverse = 1 / mechanism.noise_multiplier
+    one = inverse**2 / 2 + 10 * inverse
+    loss = min(mechanism.sampling_prob * math.sqrt(math.expm1(min(inverse**2, 100.0))), inverse)
+    return (one + steps * loss**2 / 2 + 16 * math.sqrt(steps) * loss) / spacing
+
+
+def _plain(mechanism: Mechanism) -> bool:
+    """Whether each step is a Gaussian mechanism on the whole dataset, whose composition is one Gaussian mechanism."""
+    return mechanism.name == GAUSSIAN and mechanism.sampling_prob == 1.0
+
+
+def _gaussian_delta(mu: float, epsilon: float) -> float:
+    """The delta of a Gaussian mechanism of sensitivity over noise mu (Balle and Wang 2018, theorem 8)."""
+    from scipy.special import log_ndtr
+
+    upper, lower = float(log_ndtr(mu / 2 - epsilon / mu)), epsilon + float(log_ndtr(-mu / 2 - epsilon / mu))
+    return math.exp(upper) * -math.expm1(min(0.0, lower - upper))
+
+
+def _gaussian_epsilon(mu: float, delta: float) -> float:
+    """The least epsilon, from above, of a Gaussian mechanism of sensitivity over noise mu."""
+    if _gaussian_delta(mu, 0.0) <= delta:
+        return 0.0
+    low, high = 0.0, 1.0
+    while _gaussian_delta(mu, high) > delta:
+        low, high = high, 2 * high
+    while high - low > 1e-9 * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if _gaussian_delta(mu, middle) <= delta else (middle, high)
+    return high
+
+
+def _boundary(excess: Callable[[float], float], start: float, bounds: tuple[float, float], width: float, reach: float) -> float | None:
+    """The largest x within bounds with excess(x) <= 0, to the width and from below, for an increasing excess; None where there is none.
+
+    Gallops from the start, then halves by false position (Illinois), kept off both ends so that the bracket closes from both sides.
+    """
+    x, fx = start, excess(start)
+    sign = 1.0 if fx <= 0 else -1.0
+    while True:
+        y = min(bounds[1], max(bounds[0], x + sign * reach))
+        if y == x:
+            return x if sign > 0 else None
+        fy = excess(y)
+        if (fy <= 0) != (fx <= 0):
+            break
+        x, fx, reach = y, fy, 2 * reach
+    (good, f_good), (bad, f_bad) = ((x, fx), (y, fy)) if sign > 0 else ((y, fy), (x, fx))
+    last = 0
+    while bad - good > width:
+        middle = good + (bad - good) * f_good / (f_good - f_bad)
+        middle = min(bad - width / 2, max(good + width / 2, middle))
+        value = excess(middle)
+        if value <= 0:
+            good, f_good, f_bad = middle, value, f_bad / 2 if last == 1 else f_bad
+            last = 1
+        else:
+            bad, f_bad, f_good = middle, value, f_good / 2 if last == -1 else f_good
+            last = -1
+    return good

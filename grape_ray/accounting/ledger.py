@@ -1,0 +1,296 @@
+"""The durable, hash-chained ledger of one dataset, from which every training step is paid before its noise is drawn."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from grape_ray.accounting import calibration
+from grape_ray.accounting.events import check_count, check_delta, check_epsilon
+from grape_ray.accounting.records import FORMAT, Entry, Study, check_name, decode, entry_name
+from grape_ray.accounting.replay import State, StudyState
+from grape_ray.errors import BudgetExceeded, GrapeRayError, LedgerError, StorageError
+from grape_ray.storage import Storage
+
+_MAX_RACES = 1000
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Grant:
+    """Steps that were paid for: ``first_step`` to ``first_step + steps - 1``; ``steps`` is 0 when the study is exhausted."""
+
+    chunk: int
+    first_step: int
+    steps: int
+
+
+class Ledger:
+    """A chain of entries in a folder, each created exclusively, so that any number of writers agree on one order.
+
+    Guarantees: what a method returns is durable; a study is never charged more than its tokens; a (run, attempt) number, and a step
+    within an attempt, is granted once; when storage cannot be reached nothing is granted. Every call may be repeated after a failure.
+    A charge whose answer was lost is found again by (study, run, attempt, chunk).
+    """
+
+    def __init__(self, storage: Storage, state: State):
+        self._storage, self._state = storage, state
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(
+        cls,
+        url: str | os.PathLike[str] | Storage,
+        dataset_id: str | None = None,
+        epsilon: float | None = None,
+        delta: float | None = None,
+        create: bool = True,
+    ) -> Ledger:
+        """The ledger at a folder, made if need be.
+
+        Args:
+            url: local path or fsspec URL.
+            dataset_id: what the budget protects; None takes an existing ledger as it is.
+            epsilon, delta: the budget of the dataset over all studies; needed to create, and compared when given.
+            create: whether a missing ledger is made.
+
+        Raises:
+            LedgerError: missing, damaged, of another dataset or budget, or out of reach.
+            ConfigError: a number is out of range.
+        """
+        storage = url if isinstance(url, Storage) else Storage(url)
+        ledger = cls(storage, State())
+        with ledger._lock:
+            ledger._refresh(thorough=True)
+            if ledger._state.next_seq == 0:
+                if dataset_id is None or epsilon is None or delta is None or not create:
+                    fix = "check the location, or name dataset_id, epsilon and delta to make one"
+                    raise LedgerError("there is no ledger", storage.url, "a folder with 00000000.json", fix)
+                ledger._create(check_name("dataset_id", dataset_id), check_epsilon(epsilon), check_delta(delta))
+        for name, wanted in (("dataset_id", dataset_id), ("epsilon", epsilon), ("delta", delta)):
+            found = getattr(ledger._state, name)
+            if wanted is not None and wanted != found:
+                fix = "one ledger serves one dataset with one budget: use another folder, or what it was opened with"
+                raise LedgerError(f"the ledger {storage.url} has another {name}", wanted, repr(found), fix)
+        return ledger
+
+    @property
+    def ledger_id(self) -> str:
+        """A random name, to be a label of every key, so that two ledgers never lead to one key."""
+        return self._state.ledger_id
+
+    @property
+    def head(self) -> str:
+        """Hash of the last entry known here; keep it elsewhere, and ``verify(url, head)`` finds a ledger that was rolled back."""
+        return self._state.head
+
+    @property
+    def state(self) -> State:
+        """What the entries say, read anew; not to be changed.
+
+        Raises:
+            LedgerError: out of reach or damaged.
+        """
+        with self._lock:
+            self._refresh()
+            return self._state
+
+    def ensure_study(self, study: Study) -> StudyState:
+        """Register a study, or find it as it was registered.
+
+        Raises:
+            BudgetExceeded: its tokens cost more than its epsilon and delta, or these exceed what the dataset has left.
+            LedgerError: a different study has the name.
+        """
+
+        def decide(state: State):
+            if study.name not in state.studies:
+                if not calibration.affords(study.mechanism, study.tokens, study.epsilon, study.delta):
+                    expected = f"at most {calibration.steps_within(study.mechanism, study.epsilon, study.delta)}"
+                    what = f"epsilon {study.epsilon:g} does not buy the steps"
+                    raise BudgetExceeded(what, study.tokens, expected, "raise epsilon or noise")
+                return ("study", study.payload()), None
+            known = state.studies[study.name]
+            if known.study != study:
+                fix = "give the new study a new name"
+                raise LedgerError(f"study {study.name!r} was registered differently", str(study), str(known.study), fix)
+            return None, known
+
+        self._append(decide)
+        return self._state.study(study.name)
+
+    def begin_attempt(self, study: str, run: str, key_id: str) -> int:
+        """The number, from 1, of a new attempt of a run; every earlier attempt is over from now on.
+
+        Derive the attempt's keys only after this returns: the number is durable by then, and is never given out again.
+
+        Args:
+            study, run: names.
+            key_id: ``keys.key_id`` of the master key.
+
+        Raises:
+            LedgerError: no such study, or out of reach.
+        """
+        check_name("run", run)
+        check_name("key_id", key_id)
+
+        def decide(state: State):
+            number = len(state.study(study).runs.get(run, [])) + 1
+            return ("attempt", {"study": study, "run": run, "attempt": number, "key_id": key_id}), number
+
+        return self._append(decide)
+
+    def charge(self, study: str, run: str, attempt: int, chunk: int, steps: int, first_step: int | None = None) -> Grant:
+        """Pay for the next steps of an attempt; their noise may be drawn once this has returned.
+
+        Args:
+            study, run, attempt: from ``begin_attempt``.
+            chunk: number of the call, growing within the attempt; the same call again returns the same grant and costs nothing.
+            steps: how many steps are asked for; fewer are granted at the end of the budget, and none (nothing is written) after it.
+            first_step: the first step's number; by default the one after the steps paid for, or 0.
+
+        Raises:
+            LedgerError: the chunk was charged with other arguments, or the ledger is out of reach.
+            NoiseReuse: a newer attempt has begun, the attempt is closed, or a step was paid for before in this attempt.
+        """
+        steps, chunk, attempt = check_count("steps", steps), check_count("chunk", chunk, 0), check_count("attempt", attempt)
+        if first_step is not None:
+            first_step = check_count("first_step", first_step, 0)
+
+        def decide(state: State):
+            known = state.attempt(study, run, attempt).charges.get(chunk)
+            if known is not None:
+                if known.asked != steps or first_step not in (None, known.first_step):
+                    got, expected = f"{steps} steps from {first_step}", f"{known.asked} steps from {known.first_step}"
+                    raise LedgerError(f"chunk {chunk} was charged with other arguments", got, expected, "use a new chunk number")
+                return None, Grant(chunk, known.first_step, known.steps)
+            live = state.live_attempt(study, run, attempt)
+            first = live.next_step if first_step is None else first_step
+            granted = min(steps, state.study(study).left)
+            if granted == 0:
+                return None, Grant(chunk, first, 0)
+            payload = {"study": study, "run": run, "attempt": attempt, "chunk": chunk}
+            return ("charge", {**payload, "first_step": first, "asked": steps, "steps": granted}), Grant(chunk, first, granted)
+
+        return self._append(decide)
+
+    def close_attempt(self, study: str, run: str, attempt: int) -> None:
+        """End an attempt: it can be charged no more. Closing it again does nothing.
+
+        Raises:
+            LedgerError: no such attempt, or out of reach.
+        """
+
+        def decide(state: State):
+            over = state.attempt(study, run, attempt).closed or attempt < len(state.study(study).runs[run])
+            return (None if over else ("close", {"study": study, "run": run, "attempt": attempt})), None
+
+        self._append(decide)
+
+    def refund(self, study: str, run: str, attempt: int, chunk: int, steps: int) -> None:
+        """Give back the last ``steps`` steps of the attempt's last chunk, and end the attempt, so that they never start.
+
+        Only for steps whose noise was provably not drawn; a crash loses its chunk. The same call again does nothing.
+
+        Raises:
+            LedgerError: not the last chunk, more than was charged, refunded before with another count, or out of reach.
+            NoiseReuse: the attempt is over.
+        """
+        steps, chunk, attempt = check_count("steps", steps), check_count("chunk", chunk, 0), check_count("attempt", attempt)
+
+        def decide(state: State):
+            if state.attempt(study, run, attempt).refunds.get(chunk) == steps:
+                return None, None
+            return ("refund", {"study": study, "run": run, "attempt": attempt, "chunk": chunk, "steps": steps}), None
+
+        self._append(decide)
+
+    def epsilon_spent(self, study: str) -> float:
+        """Epsilon, at the study's delta, of the steps charged so far: for display. What is guaranteed is the study's epsilon.
+
+        Raises:
+            LedgerError: no such study, or out of reach.
+        """
+        known = self.state.study(study)
+        used = known.used
+        return min(known.study.epsilon, calibration.epsilon(known.study.mechanism, used, known.study.delta)) if used else 0.0
+
+    def _create(self, dataset_id: str, epsilon: float, delta: float) -> None:
+        """Write the first entry, or take the one of a faster writer."""
+        payload = {"format": FORMAT, "ledger_id": os.urandom(16).hex(), "dataset_id": dataset_id, "epsilon": epsilon, "delta": delta}
+        if not self._write("open", payload):
+            self._refresh()
+
+    def _append(self, decide: Callable[[State], tuple[tuple[str, dict[str, Any]] | None, _Result]]) -> _Result:
+        """Read what others wrote, decide on it, and write the next entry; begin again when another writer was faster."""
+        with self._lock:
+            for _ in range(_MAX_RACES):
+                self._refresh()
+                wanted, result = decide(self._state)
+                if wanted is None or self._write(*wanted):
+                    return result
+        raise LedgerError("other writers were always faster", _MAX_RACES, "fewer tries", "let fewer processes charge this ledger")
+
+    def _write(self, kind: str, payload: dict[str, Any]) -> bool:
+        """Make the next entry durable, and only then believe it; False when its place was taken."""
+        entry = Entry(self._state.next_seq, self._state.head, kind, payload, time.time())
+        self._state.check(decode(entry.name, entry.encode()))
+        try:
+            self._storage.create(entry.name, entry.encode())
+        except FileExistsError:
+            return False
+        except (StorageError, OSError) as error:
+            raise _unreachable(self._storage, error) from error
+        self._state.apply(entry)
+        return True
+
+    def _refresh(self, thorough: bool = False) -> None:
+        """Apply the entries that are new, up to the first missing name; ``thorough`` also finds a gap."""
+        if self._state.next_seq > 0:
+            self._check_head()
+        while (data := self._read(entry_name(self._state.next_seq))) is not None:
+            entry = decode(entry_name(self._state.next_seq), data)
+            try:
+                self._state.apply(entry)
+            except GrapeRayError as error:
+                fix = "restore the ledger from a copy, and spend nothing from it until then"
+                raise LedgerError(f"ledger entry {entry.name} breaks a rule: {error}", None, "", fix) from error
+        if thorough:
+            self._check_gap()
+
+    def _read(self, name: str) -> bytes | None:
+        """An entry's file, or None where it is missing."""
+        try:
+            return self._storage.read(name)
+        except FileNotFoundError:
+            return None
+        except (StorageError, OSError) as error:
+            raise _unreachable(self._storage, error) from error
+
+    def _check_head(self) -> None:
+        """Refuse to go on with a ledger that was removed or rolled back under a living process."""
+        name = entry_name(self._state.next_seq - 1)
+        data = self._read(name)
+        if data is None or decode(name, data).hash != self._state.head:
+            what = f"ledger entry {name} was {'removed' if data is None else 'replaced'} under this process"
+            raise LedgerError(what, None, "an append-only ledger", "restore the ledger from a copy")
+
+    def _check_gap(self) -> None:
+        """Refuse a folder with entries beyond a missing one: an entry was removed."""
+        try:
+            beyond = [n for n in self._storage.list() if n[:8].isdigit() and n[8:] == ".json" and n > entry_name(self._state.next_seq)]
+        except (StorageError, OSError) as error:
+            raise _unreachable(self._storage, error) from error
+        if beyond:
+            what = f"ledger entry {entry_name(self._state.next_seq)} is missing"
+            raise LedgerError(what, None, f"every entry up to {beyond[-1]}", "restore the ledger from a copy")
+
+
+def _unreachable(storage: Storage, error: Exception) -> LedgerError:
+    """Fail closed."""
+    fix = "nothing was granted; check the location and try again"
+    return LedgerError(f"the ledger {storage.url} cannot be reached", str(error), "storage that can be used", fix)

@@ -1,0 +1,196 @@
+"""The rules of a ledger: the state that its entries lead to, and the refusal of an entry that breaks a rule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from grape_ray.accounting.events import check_count, check_delta, check_epsilon
+from grape_ray.accounting.records import FORMAT, GENESIS, Entry, Study, check_name
+from grape_ray.errors import BudgetExceeded, ConfigError, LedgerError, NoiseReuse
+
+_RESTORE = "restore the ledger from a copy"
+_ROUNDING = 1 + 1e-12  # a sum of decimal shares, 0.1 + 0.2 of 0.3, may exceed the whole by a rounding
+
+
+@dataclass(frozen=True)
+class Charge:
+    """A chunk of steps that was paid for: ``steps`` of the ``asked``, from ``first_step`` on."""
+
+    chunk: int
+    first_step: int
+    asked: int
+    steps: int
+
+
+@dataclass
+class Attempt:
+    """What one attempt of a run has been charged."""
+
+    number: int
+    key_id: str
+    charges: dict[int, Charge] = field(default_factory=dict)
+    refunds: dict[int, int] = field(default_factory=dict)
+    closed: bool = False
+
+    @property
+    def used(self) -> int:
+        """Steps charged less steps refunded."""
+        return sum(c.steps for c in self.charges.values()) - sum(self.refunds.values())
+
+    @property
+    def next_step(self) -> int:
+        """The first step whose noise this attempt has not paid for yet."""
+        return max((c.first_step + c.steps for c in self.charges.values()), default=0)
+
+
+@dataclass
+class StudyState:
+    """A study and the attempts of its runs, by run name, in order."""
+
+    study: Study
+    runs: dict[str, list[Attempt]] = field(default_factory=dict)
+
+    @property
+    def used(self) -> int:
+        """Tokens gone."""
+        return sum(attempt.used for attempts in self.runs.values() for attempt in attempts)
+
+    @property
+    def left(self) -> int:
+        """Tokens that can still be charged."""
+        return self.study.tokens - self.used
+
+
+@dataclass
+class State:
+    """Everything a chain of entries says; grows by ``apply`` alone."""
+
+    ledger_id: str = ""
+    dataset_id: str = ""
+    epsilon: float = 0.0
+    delta: float = 0.0
+    studies: dict[str, StudyState] = field(default_factory=dict)
+    next_seq: int = 0
+    head: str = GENESIS
+
+    def apply(self, entry: Entry) -> None:
+        """Take the next entry in; the state is unchanged when ``check`` refuses it."""
+        self.check(entry)()
+        self.next_seq, self.head = entry.seq + 1, entry.hash
+
+    def check(self, entry: Entry) -> Callable[[], None]:
+        """Hold the next entry against the rules, and change nothing; what is returned makes the change.
+
+        Raises:
+            LedgerError, BudgetExceeded, NoiseReuse: the entry does not follow, or breaks a rule.
+        """
+        if entry.seq != self.next_seq:
+            raise LedgerError("the entry is out of order", entry.seq, f"seq {self.next_seq}", _RESTORE)
+        if entry.prev != self.head:
+            raise LedgerError("the chain is broken before this entry", entry.prev[:12], self.head[:12], _RESTORE)
+        if (entry.kind == "open") != (entry.seq == 0):
+            raise LedgerError("a ledger starts with its only opening", entry.kind, "open at seq 0 alone", _RESTORE)
+        try:
+            commit = getattr(self, f"_{entry.kind}")(entry.payload)
+        except ConfigError as error:
+            raise LedgerError(f"the entry holds what no ledger may: {error}") from error
+        return commit
+
+    def study(self, name: str) -> StudyState:
+        """The study of that name, or LedgerError."""
+        if name not in self.studies:
+            raise LedgerError("the ledger knows no such study", name, ", ".join(sorted(self.studies)) or "a study", "register it first")
+        return self.studies[name]
+
+    def attempt(self, study: str, run: str, number: int) -> Attempt:
+        """That attempt, or LedgerError."""
+        attempts = self.study(study).runs.get(run, [])
+        if not 1 <= number <= len(attempts):
+            raise LedgerError(f"run {run!r} has no such attempt", number, f"1 to {len(attempts)}", "begin the attempt first")
+        return attempts[number - 1]
+
+    def live_attempt(self, study: str, run: str, number: int) -> Attempt:
+        """That attempt, if it may still be charged.
+
+        Raises:
+            NoiseReuse: a later attempt has begun, or this one was closed.
+        """
+        attempt = self.attempt(study, run, number)
+        latest = len(self.study(study).runs[run])
+        if number != latest or attempt.closed:
+            reason = f"attempt {latest} has begun" if number != latest else "it was closed"
+            raise NoiseReuse(f"attempt {number} of run {run!r} is over: {reason}", None, "a live attempt", "stop this process")
+        return attempt
+
+    def _open(self, payload: Mapping) -> Callable[[], None]:
+        if payload["format"] != FORMAT:
+            raise LedgerError("the ledger has another format", payload["format"], f"format {FORMAT}", "use the version that wrote it")
+        check_name("dataset_id", payload["dataset_id"])
+        epsilon, delta = check_epsilon(payload["epsilon"]), check_delta(payload["delta"])
+
+        def commit() -> None:
+            self.epsilon, self.delta = epsilon, delta
+            self.ledger_id, self.dataset_id = payload["ledger_id"], payload["dataset_id"]
+
+        return commit
+
+    def _study(self, payload: Mapping) -> Callable[[], None]:
+        study = Study.from_payload(payload)
+        if study.name in self.studies:
+            raise LedgerError("a study is registered twice", study.name, "one entry a study", _RESTORE)
+        for unit, budget in (("epsilon", self.epsilon), ("delta", self.delta)):
+            taken = math.fsum(getattr(s.study, unit) for s in self.studies.values())
+            if taken + getattr(study, unit) > budget * _ROUNDING:
+                expected = f"{unit} <= {max(0.0, budget - taken):.6g}, what other studies leave of the dataset's {budget:g}"
+                what = f"study {study.name!r} costs too much"
+                raise BudgetExceeded(what, f"{unit} {getattr(study, unit):g}", expected, "lower its share")
+        return lambda: self.studies.update({study.name: StudyState(study)})
+
+    def _attempt(self, payload: Mapping) -> Callable[[], None]:
+        state = self.study(payload["study"])
+        check_name("run", payload["run"])
+        attempts = state.runs.get(payload["run"], [])
+        if payload["attempt"] != len(attempts) + 1:
+            what = f"attempt of run {payload['run']!r} has a wrong number"
+            raise NoiseReuse(what, payload["attempt"], f"{len(attempts) + 1}: each number is used once", "begin a new attempt")
+        return lambda: state.runs.setdefault(payload["run"], []).append(Attempt(payload["attempt"], payload["key_id"]))
+
+    def _charge(self, payload: Mapping) -> Callable[[], None]:
+        charge = Charge(payload["chunk"], payload["first_step"], payload["asked"], payload["steps"])
+        attempt = self.live_attempt(payload["study"], payload["run"], payload["attempt"])
+        check_count("steps", charge.steps)
+        if charge.steps > charge.asked:
+            raise LedgerError("more steps granted than asked for", charge.steps, f"at most {charge.asked}", _RESTORE)
+        if charge.chunk <= max(attempt.charges, default=-1):
+            expected = f"above {max(attempt.charges)}"
+            raise LedgerError("a chunk's number does not grow", charge.chunk, expected, "number the chunks of an attempt upwards")
+        if charge.first_step < attempt.next_step:
+            fix = "begin a new attempt, which has a new key"
+            raise NoiseReuse("a step is asked for twice under one key", charge.first_step, f"{attempt.next_step} or later", fix)
+        left = self.study(payload["study"]).left
+        if charge.steps > left:
+            raise BudgetExceeded(f"study {payload['study']!r} is overdrawn", f"{charge.steps} steps", f"at most {left}", "stop training")
+        return lambda: attempt.charges.update({charge.chunk: charge})
+
+    def _refund(self, payload: Mapping) -> Callable[[], None]:
+        attempt = self.live_attempt(payload["study"], payload["run"], payload["attempt"])
+        last = max(attempt.charges, default=None)
+        if last is None or payload["chunk"] != last or last in attempt.refunds:
+            what = f"chunk {payload['chunk']} cannot be refunded"
+            raise LedgerError(what, None, "the attempt's last chunk, once", "refund nothing that may have started")
+        charged = attempt.charges[last].steps
+        check_count("steps", payload["steps"])
+        if payload["steps"] > charged:
+            raise LedgerError("a refund above its charge", payload["steps"], f"at most {charged}", "refund only steps that never started")
+
+        def commit() -> None:
+            attempt.refunds[last] = payload["steps"]
+            attempt.closed = True  # what was refunded can never start any more
+
+        return commit
+
+    def _close(self, payload: Mapping) -> Callable[[], None]:
+        attempt = self.live_attempt(payload["study"], payload["run"], payload["attempt"])
+        return lambda: setattr(attempt, "closed", True)

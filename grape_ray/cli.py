@@ -1,0 +1,60 @@
+"""The ``grape-ray`` program: a table of commands, each imported only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, NoReturn
+
+import click
+
+from grape_ray.errors import GrapeRayError, nearest
+
+# A command lives in grape_ray/commands/<name>.py as `command`; its line here is what --help shows, so that --help imports none.
+COMMANDS = {
+    "account": "Noise, epsilon or number of steps, each from the others.",
+    "ledger": "Show or verify the ledger of a dataset.",
+    "train": "Run a pipeline, privately and paid for.",
+    "export": "Write a run's model as a folder that Hugging Face loads.",
+}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands' names and helps, and imports a command on demand.
+
+    An error raised on purpose becomes one line on stderr and exit status 2.
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        return importlib.import_module(f"grape_ray.commands.{cmd_name}").command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and args[0] not in COMMANDS:
+            ctx.fail(f"no such command {args[0]!r}; {nearest(args[0], COMMANDS)}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except GrapeRayError as error:
+            _fail(ctx, error)
+
+
+def _fail(ctx: click.Context, error: GrapeRayError) -> NoReturn:
+    """One line, status 2."""
+    click.echo("error: " + " ".join(str(error).split()), err=True)
+    ctx.exit(2)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="grape-ray")
+def main() -> None:
+    """Differentially private training on Ray."""

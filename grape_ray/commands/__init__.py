@@ -1,0 +1,1 @@
+"""One module a command of the ``grape-ray`` program, imported only when that command is called."""

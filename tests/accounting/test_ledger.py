@@ -1,0 +1,316 @@
+"""The ledger's promises: idempotent, fenced, never overdrawn, and closed when storage fails at any moment."""
+
+import multiprocessing
+import queue
+import threading
+
+import pytest
+
+from grape_ray.accounting import Grant, Ledger, Mechanism, Study, verify
+from grape_ray.errors import BudgetExceeded, ConfigError, GrapeRayError, LedgerError, NoiseReuse, StorageError
+from grape_ray.storage import Storage
+
+TOKENS = 20
+MECHANISM = Mechanism("poisson_gaussian", 1.0, 10.0)
+STUDY = Study("s", MECHANISM, 4.0, 1e-6, TOKENS)
+
+
+def fresh(url, study=STUDY):
+    ledger = Ledger.open(url, "data", 8.0, 1e-5)
+    ledger.ensure_study(study)
+    return ledger
+
+
+@pytest.fixture
+def url(tmp_path):
+    return str(tmp_path / "ledger")
+
+
+class Faulty(Storage):
+    """A storage whose nth creation fails, before or after it has happened."""
+
+    def __init__(self, url, nth, after):
+        super().__init__(url)
+        self.left, self.after = nth, after
+
+    def create(self, name, data):
+        self.left -= 1
+        if self.left == 0 and not self.after:
+            raise StorageError("injected fault before the write")
+        super().create(name, data)
+        if self.left == 0:
+            raise StorageError("injected fault after the write")
+
+
+def script(ledger):
+    """A whole run's calls; returns the steps granted, with one retry of each call that failed."""
+
+    def sure(call):
+        try:
+            return call()
+        except LedgerError:
+            return call()
+
+    sure(lambda: ledger.ensure_study(STUDY))
+    granted = []
+    for _ in range(2):
+        attempt = sure(lambda: ledger.begin_attempt("s", "r", "id"))
+        for chunk in range(2):
+            granted.append(sure(lambda a=attempt, c=chunk: ledger.charge("s", "r", a, c, 3)).steps)
+    sure(lambda: ledger.refund("s", "r", attempt, 1, 2))
+    return granted
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("nth", range(1, 10))
+def test_a_fault_at_any_write_loses_no_charge_and_grants_none_twice(url, nth, after):
+    def opened():
+        return Ledger.open(storage, "data", 8.0, 1e-5)
+
+    storage = Faulty(url, nth, after)
+    try:
+        ledger = opened()
+    except LedgerError:
+        ledger = opened()
+    assert script(ledger) == [3, 3, 3, 3]
+    state = Ledger.open(url).state
+    assert state.study("s").used == 12 - 2
+    assert verify(url).ok
+    assert state.next_seq >= 9
+
+
+@pytest.mark.parametrize("nth", range(1, 9))
+def test_a_process_that_dies_at_a_write_is_followed_by_another(url, nth):
+    def life():
+        ledger = Ledger.open(Faulty(url, nth, nth % 2 == 0), "data", 8.0, 1e-5)
+        ledger.ensure_study(STUDY)
+        attempt = ledger.begin_attempt("s", "r", "id")
+        for chunk in range(9):
+            ledger.charge("s", "r", attempt, chunk, 1)
+
+    with pytest.raises(LedgerError):
+        life()
+    successor = fresh(url)
+    before = successor.state.study("s").used
+    attempt = successor.begin_attempt("s", "r", "id")
+    assert successor.charge("s", "r", attempt, 0, TOKENS).steps == TOKENS - before
+    assert verify(url).ok
+
+
+def test_nothing_is_granted_when_storage_is_gone(url, tmp_path):
+    ledger = fresh(url)
+    attempt = ledger.begin_attempt("s", "r", "id")
+    (tmp_path / "ledger").rename(tmp_path / "away")
+    with pytest.raises(LedgerError, match="removed"):
+        ledger.charge("s", "r", attempt, 0, 1)
+    assert not (tmp_path / "ledger").exists()
+    (tmp_path / "ledger").write_text("a file in the folder's place")
+    with pytest.raises(LedgerError, match="cannot be reached"):
+        ledger.charge("s", "r", attempt, 0, 1)
+
+
+def test_a_ledger_rolled_back_under_a_process_is_noticed(url, tmp_path):
+    ledger = fresh(url)
+    attempt = ledger.begin_attempt("s", "r", "id")
+    ledger.charge("s", "r", attempt, 0, 5)
+    (tmp_path / "ledger" / "00000003.json").unlink()
+    with pytest.raises(LedgerError, match="removed"):
+        ledger.charge("s", "r", attempt, 1, 5)
+
+
+def test_a_duplicate_call_returns_the_first_grant_and_writes_nothing(url):
+    ledger = fresh(url)
+    attempt = ledger.begin_attempt("s", "r", "id")
+    first = ledger.charge("s", "r", attempt, 0, 7)
+    entries = ledger.state.next_seq
+    again = Ledger.open(url)
+    assert first == ledger.charge("s", "r", attempt, 0, 7) == again.charge("s", "r", attempt, 0, 7, first_step=0) == Grant(0, 0, 7)
+    ledger.ensure_study(STUDY)
+    assert ledger.state.next_seq == entries
+    for arguments in ((6,), (7, 1)):
+        with pytest.raises(LedgerError, match="other arguments"):
+            ledger.charge("s", "r", attempt, 0, *arguments)
+
+
+def test_the_budget_ends_with_fewer_steps_and_then_none(url):
+    ledger = fresh(url)
+    attempt = ledger.begin_attempt("s", "r", "id")
+    assert [ledger.charge("s", "r", attempt, c, 8) for c in range(4)] == [Grant(0, 0, 8), Grant(1, 8, 8), Grant(2, 16, 4), Grant(3, 20, 0)]
+    entries = ledger.state.next_seq
+    assert ledger.charge("s", "other", ledger.begin_attempt("s", "other", "id"), 0, 1).steps == 0
+    assert ledger.state.next_seq == entries + 1
+    assert ledger.state.study("s").left == 0
+    assert 0 < ledger.epsilon_spent("s") <= 4.0
+
+
+def test_a_newer_attempt_fences_the_older(url):
+    old, new = fresh(url), Ledger.open(url)
+    first = old.begin_attempt("s", "r", "id")
+    old.charge("s", "r", first, 0, 2)
+    second = new.begin_attempt("s", "r", "id")
+    assert (first, second) == (1, 2)
+    with pytest.raises(NoiseReuse, match="attempt 2 has begun"):
+        old.charge("s", "r", first, 1, 2)
+    with pytest.raises(NoiseReuse):
+        old.refund("s", "r", first, 0, 1)
+    # Steps repeated after a crash are charged again, under the new attempt.
+    assert new.charge("s", "r", second, 0, 2, first_step=0) == Grant(0, 0, 2)
+    assert old.state.study("s").used == 4
+
+
+def test_a_step_is_never_granted_twice_in_one_attempt(url):
+    ledger = fresh(url)
+    attempt = ledger.begin_attempt("s", "r", "id")
+    ledger.charge("s", "r", attempt, 0, 5, first_step=10)
+    with pytest.raises(NoiseReuse, match="twice"):
+        ledger.charge("s", "r", attempt, 1, 5, first_step=14)
+    assert ledger.charge("s", "r", attempt, 1, 5).first_step == 15
+    ledger.charge("s", "r", attempt, 7, 1)
+    with pytest.raises(LedgerError, match="grow"):
+        ledger.charge("s", "r", attempt, 6, 1)
+
+
+def test_a_refund_ends_the_attempt(url):
+    ledger = fresh(url)
+    attempt = ledger.begin_attempt("s", "r", "id")
+    ledger.charge("s", "r", attempt, 0, 5)
+    ledger.charge("s", "r", attempt, 1, 5)
+    for chunk, steps in ((0, 1), (1, 6)):
+        with pytest.raises(LedgerError):
+            ledger.refund("s", "r", attempt, chunk, steps)
+    ledger.refund("s", "r", attempt, 1, 3)
+    ledger.refund("s", "r", attempt, 1, 3)
+    assert ledger.state.study("s").used == 7
+    with pytest.raises(NoiseReuse, match="closed"):
+        ledger.charge("s", "r", attempt, 2, 1)
+    with pytest.raises(NoiseReuse):
+        ledger.refund("s", "r", attempt, 1, 2)
+
+
+def test_a_closed_attempt_stays_closed(url):
+    ledger = fresh(url)
+    attempt = ledger.begin_attempt("s", "r", "id")
+    ledger.close_attempt("s", "r", attempt)
+    ledger.close_attempt("s", "r", attempt)
+    with pytest.raises(NoiseReuse, match="closed"):
+        ledger.charge("s", "r", attempt, 0, 1)
+    assert ledger.begin_attempt("s", "r", "id") == 2
+
+
+def test_studies_share_the_budget_of_the_dataset(url):
+    ledger = fresh(url)
+    entries = ledger.state.next_seq
+    with pytest.raises(BudgetExceeded, match="epsilon"):
+        ledger.ensure_study(Study("t", MECHANISM, 4.01, 1e-6, 1))
+    with pytest.raises(BudgetExceeded, match="delta"):
+        ledger.ensure_study(Study("t", MECHANISM, 1.0, 9.1e-6, 1))
+    with pytest.raises(BudgetExceeded, match="does not buy"):
+        ledger.ensure_study(Study("t", MECHANISM, 4.0, 1e-6, 10_000))
+    with pytest.raises(LedgerError, match="differently"):
+        ledger.ensure_study(Study("s", MECHANISM, 4.0, 1e-6, TOKENS - 1))
+    assert ledger.state.next_seq == entries
+    ledger.ensure_study(Study("t", MECHANISM, 4.0, 9e-6, TOKENS))
+
+
+def test_shares_in_decimals_add_up_to_the_whole(tmp_path):
+    ledger = Ledger.open(str(tmp_path / "l"), "data", 0.3, 3e-6)
+    quiet = Mechanism("poisson_gaussian", 1.0, 1000.0)
+    for name, share in (("a", 0.1), ("b", 0.2)):
+        ledger.ensure_study(Study(name, quiet, share, 1e-6, 1))
+    with pytest.raises(BudgetExceeded):
+        ledger.ensure_study(Study("c", quiet, 0.001, 1e-6, 1))
+
+
+@pytest.mark.parametrize("arguments", [("other", 8.0, 1e-5), ("data", 9.0, 1e-5), ("data", 8.0, 2e-5)])
+def test_another_dataset_or_budget_is_refused(url, arguments):
+    fresh(url)
+    with pytest.raises(LedgerError, match="another"):
+        Ledger.open(url, *arguments)
+
+
+def test_a_missing_ledger_is_not_made_unasked(url, tmp_path):
+    for call in (lambda: Ledger.open(url), lambda: Ledger.open(url, "data", 8.0, 1e-5, create=False)):
+        with pytest.raises(LedgerError, match="no ledger"):
+            call()
+    with pytest.raises(ConfigError):
+        Ledger.open(url, "data", float("nan"), 1e-5)
+    assert not (tmp_path / "ledger").exists()
+
+
+def test_unknown_names_are_errors(url):
+    ledger = fresh(url)
+    for call in (
+        lambda: ledger.begin_attempt("nope", "r", "id"),
+        lambda: ledger.charge("s", "nope", 1, 0, 1),
+        lambda: ledger.charge("s", "r", 1, 0, 1),
+        lambda: ledger.begin_attempt("s", "", "id"),
+        lambda: ledger.begin_attempt("s", "a\nb", "id"),
+        lambda: ledger.epsilon_spent("nope"),
+    ):
+        with pytest.raises(GrapeRayError):
+            call()
+
+
+@pytest.mark.parametrize("bad", [0, -1, 1.5, float("nan"), True, 10**12, "3", None])
+def test_bad_counts_are_refused_before_anything_is_written(url, bad):
+    ledger = fresh(url)
+    attempt = ledger.begin_attempt("s", "r", "id")
+    entries = ledger.state.next_seq
+    with pytest.raises(ConfigError):
+        ledger.charge("s", "r", attempt, 0, bad)
+    assert ledger.state.next_seq == entries
+
+
+def test_two_ledgers_have_two_names(tmp_path):
+    assert fresh(str(tmp_path / "a")).ledger_id != fresh(str(tmp_path / "b")).ledger_id
+
+
+def _greedy(url, run, results, count=40):
+    ledger = Ledger.open(url)
+    attempt = ledger.begin_attempt("s", run, "id")
+    granted = sum(ledger.charge("s", run, attempt, chunk, 3).steps for chunk in range(count))
+    results.put(granted)
+
+
+def _check_greedy(url, granted, tokens):
+    assert sum(granted) == tokens
+    assert Ledger.open(url).state.study("s").used == tokens
+    assert verify(url).ok
+
+
+def test_threads_never_overdraw(url):
+    study = Study("s", Mechanism("poisson_gaussian", 1.0, 50.0), 4.0, 1e-6, 100)
+    fresh(url, study)
+    results = queue.Queue()
+    threads = [threading.Thread(target=_greedy, args=(url, f"r{i}", results)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    _check_greedy(url, [results.get_nowait() for _ in threads], 100)
+
+
+def test_processes_never_overdraw(url):
+    study = Study("s", Mechanism("poisson_gaussian", 1.0, 50.0), 4.0, 1e-6, 100)
+    fresh(url, study)
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    processes = [context.Process(target=_greedy, args=(url, f"r{i}", results)) for i in range(2)]
+    for process in processes:
+        process.start()
+    granted = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    _check_greedy(url, granted, 100)
+
+
+def test_creators_at_one_time_agree_on_one_ledger(url):
+    ledgers = []
+    threads = [threading.Thread(target=lambda: ledgers.append(fresh(url))) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(ledgers) == 6
+    assert len({ledger.ledger_id for ledger in ledgers}) == 1
+    assert len({ledger.state.head for ledger in ledgers}) == 1
