@@ -13,6 +13,7 @@ from grape_ray.errors import GrapeRayError, nearest
 COMMANDS = {
     "account": "Noise, epsilon or number of steps, each from the others.",
     "ledger": "Show or verify the ledger of a dataset.",
+    "check": "See whether a model or pipeline can be trained, before anything is paid for.",
     "train": "Run a pipeline, privately and paid for.",
     "export": "Write a run's model as a folder that Hugging Face loads.",
 }

@@ -113,6 +113,7 @@ class Engine:
             session.flush()
         return self._clip(session.sink, losses, mask)
 
+    @torch.no_grad()
     def _clip(self, sink: Sink, losses: Tensor, mask: Tensor | None) -> ClippedSum:
         """Norms, factors, sum."""
         weights, norms = self._factors(sink, losses, mask)

@@ -129,8 +129,8 @@ def _broadcast(session: Session, func: Callable, name: str, args: tuple, kwargs:
 
 def _spread(session: Session, name: str, args: tuple, kwargs: dict, shape: torch.Size) -> Tensor:
     """`expand` and `repeat` along the batch: every example's copy is its own."""
-    sizes = [*(args[1] if len(args) > 1 and isinstance(args[1], (tuple, list, torch.Size)) else args[1:])]
-    sizes = sizes or list(next(iter(kwargs.values())))
+    sizes = [*args[1:]] or list(kwargs.values())
+    sizes = list(sizes[0]) if isinstance(sizes[0], (tuple, list)) else sizes
     own = copies(session, args[0], len(shape), shape[0] // session.rows)
     return own.expand(shape) if name == "expand" else own.repeat(1, *sizes[1:])
 

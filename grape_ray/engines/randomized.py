@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections.abc import Callable
 from itertools import count
 from typing import Any
 
@@ -65,7 +66,7 @@ class Estimated(TwoPasses):
     """Norms by route: sketched where that is cheaper, else exact; the sum comes from the second pass."""
 
     stream: ProbeStream
-    estimate = staticmethod(sketch.hutchinson)
+    estimator: Callable[[list[Pair], sketch.Draw], Tensor]
 
     def _squared(self, name: str, uses: list[Pair], small: Tensor | None) -> Tensor:
         lookups = [left for left, _ in uses if isinstance(left, Index)]
@@ -76,7 +77,7 @@ class Estimated(TwoPasses):
         if (overridden(name, self.overrides) or route) != "sketch":
             return super()._squared(name, uses, small)
         number = count()
-        estimate = sketch.hutchinson if lookups else self.estimate
+        estimate = sketch.hutchinson if lookups else self.estimator
         return estimate(uses, lambda side: self.stream.draw(self.rows, side, f"{name}|{next(number)}", self.params[name]))
 
 
@@ -91,7 +92,7 @@ class Randomized(Ghost):
 
     def __init__(self, model: nn.Module, *, probes: int = 32, shared_probes: bool = False, estimator: str = "hutchinson", **common: Any):
         super().__init__(model, **common)
-        self.probes, self.shared_probes, self._estimate = probes, shared_probes, ESTIMATORS[estimator]
+        self.probes, self.shared_probes, self._estimator = probes, shared_probes, ESTIMATORS[estimator]
         if self.clipping != "flat":
             raise ConfigError(
                 "privacy.clipping with method `randomized`", self.clipping, "flat, which its accountant covers", "set privacy.clipping=flat"
@@ -110,7 +111,7 @@ class Randomized(Ghost):
     def _make_sink(self, rows: int, step: int) -> Sink:
         sink = super()._make_sink(rows, step)
         assert isinstance(sink, Estimated)
-        sink.stream, sink.estimate = self._stream, self._estimate
+        sink.stream, sink.estimator = self._stream, self._estimator
         return sink
 
     def _pass(self, per_example_loss: PerExampleLoss, batch: Any, rows: int, step: int, mask: Tensor | None) -> ClippedSum:

@@ -16,7 +16,7 @@ from grape_ray.engines.tracked import Node, Session
 from grape_ray.rules.pairs import Index
 
 
-def _cast(*tensors: Tensor | None) -> list[Tensor | None]:
+def _cast(*tensors: Tensor | None) -> list[Any]:
     """The tensors as autocast would pass them to a matrix product."""
     device = next(t for t in tensors if t is not None).device.type
     if not torch.is_autocast_enabled(device):

@@ -12,9 +12,9 @@ def patches(x: Tensor, kernel: tuple[int, ...], spec: tuple) -> Tensor:
     Args:
         spec: (stride, padding, dilation), a list each.
     """
-    stride, padding, dilation = (list(s) for s in spec)
+    stride, padding, dilation = (tuple(s) for s in spec)
     kernel = tuple(kernel)
     if len(kernel) == 1:
         x, kernel = x.unsqueeze(2), (1, *kernel)
-        stride, padding, dilation = [1, *stride], [0, *padding], [1, *dilation]
+        stride, padding, dilation = (1, *stride), (0, *padding), (1, *dilation)
     return F.unfold(x, kernel, dilation, padding, stride).transpose(1, 2)

@@ -136,7 +136,7 @@ def test_ranks_draw_different_secret_probes_and_the_same_shared_ones():
 
 def test_a_zero_estimate_contributes_nothing(monkeypatch):
     engine = engine_for(wide_model(), routes=("*weight:sketch",))
-    monkeypatch.setattr(engine, "_estimate", lambda uses, draw: torch.zeros(uses[0][1].shape[0], dtype=torch.float64))
+    monkeypatch.setattr(engine, "_estimator", lambda uses, draw: torch.zeros(uses[0][1].shape[0], dtype=torch.float64))
     for param in (p for n, p in engine.model.named_parameters() if n.endswith("bias")):
         param.requires_grad_(False)
         engine.params = {n: p for n, p in engine.params.items() if p is not param}

@@ -1,0 +1,1 @@
+"""Models and tasks made from Hugging Face's libraries."""

@@ -1,0 +1,158 @@
+"""The preflight that every run makes: a few examples against one ordinary backward pass each, before anything is paid for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from grape_ray.config import Method, Privacy
+from grape_ray.engines import Engine, from_config
+from grape_ray.engines.base import PerExampleLoss, batch_rows, carries
+from grape_ray.errors import UnsupportedLayer
+from grape_ray.methods import METHODS
+from grape_ray.subspace import Subspace
+from grape_ray.types import ClippedSum
+
+# Largest difference that rounding explains, over the largest entry: fp32 sums of another order, and 8-bit mantissas.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3}
+_LOW_PRECISION = 0.1
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a preflight found right.
+
+    Attributes:
+        method: the method. examples: compared with a backward pass of their own. tensors: trainable tensors, all of them noised.
+        projected: those trained in a subspace. parameters: trainable numbers; coordinates: numbers noised a step.
+        worst: largest difference over the largest entry, and the tensor it was found in.
+    """
+
+    method: str
+    examples: int
+    tensors: int
+    projected: int
+    parameters: int
+    coordinates: int
+    worst: float
+    worst_tensor: str
+
+
+def preflight(
+    model: nn.Module, per_example_loss: PerExampleLoss, batch: Any, privacy: Privacy, method: Method, key: bytes = b"", examples: int = 3
+) -> Report:
+    """Compares an engine with ordinary autograd on the first examples of a batch.
+
+    Raises:
+        UnsupportedLayer: a tensor's clipped sum differs from the reference, is missing, or one example exceeds the clip norm; the
+            tensor is named. ConfigError: the method cannot train this model (a rank above a layer's side, a loss of a wrong shape).
+    """
+    training = model.training
+    model.eval()  # dropout would draw other masks in the reference
+    try:
+        rows = min(batch_rows(batch), examples)
+        few = _rows(batch, slice(0, rows), batch_rows(batch))
+        engine = from_config(model, privacy, method, key)
+        exact = engine if METHODS[method.name].exact else from_config(model, privacy, _exact_twin(method), key)
+        summed = exact.clipped_sum(per_example_loss, few)
+        _complete(engine, engine.clipped_sum(per_example_loss, few))
+        worst, tensor = _compare(exact, per_example_loss, few, rows, summed)
+        if engine.private and METHODS[method.name].exact:
+            for index in range(rows):
+                _bounded(engine.clipped_sum(per_example_loss, _rows(few, slice(index, index + 1), rows)), privacy.clip_norm)
+    finally:
+        model.train(training)
+    return Report(
+        method.name,
+        rows,
+        len(engine.params),
+        len(engine.subspace.plan),
+        sum(p.numel() for p in engine.params.values()),
+        sum(t.numel() for t in summed.tensors.values()),
+        worst,
+        tensor,
+    )
+
+
+def _exact_twin(method: Method) -> Method:
+    """The method with exact norms on the same taps, for one that estimates them."""
+    return Method(name="ghost", routes=tuple(r for r in method.routes if not r.endswith(":sketch")))
+
+
+def _rows(batch: Any, rows: slice, of: int) -> Any:
+    return tree_map(lambda t: t[rows] if carries(t, of) else t, dict(batch) if isinstance(batch, Mapping) else batch)
+
+
+def _complete(engine: Engine, summed: ClippedSum) -> None:
+    trainable = {name for name, p in engine.model.named_parameters() if p.requires_grad}
+    lost = trainable - set(summed.tensors)
+    if lost:
+        raise UnsupportedLayer(f"parameter '{min(lost)}'", "no gradient and no noise", "every trainable tensor noised", "freeze it")
+
+
+def _bounded(summed: ClippedSum, clip_norm: float) -> None:
+    norm = math.sqrt(sum(float(t.double().square().sum()) for t in summed.tensors.values()))
+    if not norm <= clip_norm * (1 + 1e-4):
+        raise UnsupportedLayer("the clipped gradient of one example", f"norm {norm:g}", f"at most clip_norm = {clip_norm:g}")
+
+
+def _compare(engine: Engine, loss: PerExampleLoss, batch: Any, rows: int, summed: ClippedSum) -> tuple[float, str]:
+    """The largest relative difference from the reference, and where. Raises UnsupportedLayer above what rounding explains."""
+    wanted = _reference(engine, loss, batch, rows)
+    finite = {n: torch.nan_to_num(t.double(), nan=float("inf")) for n, t in summed.tensors.items()}
+    scale = max(float(t.abs().max()) for t in wanted.values()) or 1.0
+    errors = {name: float((finite[name] - wanted[name]).abs().max()) / scale for name in wanted}
+    name = max(errors, key=lambda n: errors[n])
+    limit = max(_TOLERANCE.get(p.dtype, _LOW_PRECISION) for p in engine.params.values())
+    if not errors[name] <= limit:
+        raise UnsupportedLayer(
+            f"per-example gradient of parameter '{name}'",
+            f"{errors[name]:.1e} away from a backward pass an example",
+            f"at most {limit:g}, relative",
+            "freeze it (requires_grad=False), or teach its operation with grape_ray.register_rule",
+        )
+    return errors[name], name
+
+
+def _reference(engine: Engine, loss: PerExampleLoss, batch: Any, rows: int) -> dict[str, Tensor]:
+    """The definition, by ordinary autograd: each example's gradient, projected, clipped, added up in float64."""
+    total: dict[str, Tensor] = {}
+    names, params = list(engine.params), list(engine.params.values())
+    for index in range(rows):
+        value = loss(engine.model, _rows(batch, slice(index, index + 1), rows)).sum()
+        found = torch.autograd.grad(value, params, allow_unused=True) if value.requires_grad else [None] * len(params)
+        grads = {
+            n: _projected(engine.subspace, n, torch.zeros_like(p) if g is None else g).double() for n, p, g in zip(names, params, found)
+        }
+        factor = _factors(grads, engine)
+        for name, grad in grads.items():
+            total[name] = total.get(name, 0) + factor[name] * grad
+    return total
+
+
+def _projected(subspace: Subspace, name: str, grad: Tensor) -> Tensor:
+    plan = subspace.plan.get(name)
+    if plan is None:
+        return grad
+    flat = grad.reshape(plan.rows, -1)
+    matrix = subspace.matrix(name, 0, grad).to(flat.dtype)
+    return matrix.T @ flat if plan.axis == 0 else flat @ matrix
+
+
+def _factors(grads: dict[str, Tensor], engine: Engine) -> dict[str, float]:
+    if not engine.private:
+        return dict.fromkeys(grads, 1.0)
+    squares = {name: float(g.square().sum()) for name, g in grads.items()}
+    norm = math.sqrt(sum(squares.values()))
+    if engine.clipping == "automatic":
+        return dict.fromkeys(grads, engine.clip_norm / (norm + 0.01))
+    if engine.clipping == "flat":
+        return dict.fromkeys(grads, min(1.0, engine.clip_norm / norm) if norm else 1.0)
+    bound = engine.clip_norm / math.sqrt(len(grads))
+    return {name: min(1.0, bound / math.sqrt(s)) if s else 1.0 for name, s in squares.items()}
