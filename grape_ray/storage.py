@@ -132,7 +132,10 @@ class Storage:
     def _place(self, name: str, data: bytes, *, exclusive: bool) -> None:
         """Write beside, fsync, then link (fails when taken) or rename (replaces), and fsync the folder."""
         path = Path(self._path(name))
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:  # not the name that is taken, but the folder's place
+            raise StorageError("a file is in the way", str(path.parent), "a folder, or nothing yet", "choose another location") from error
         temporary = path.with_name(f"{_TEMPORARY}{os.urandom(8).hex()}")
         try:
             with temporary.open("xb") as file:

@@ -1,0 +1,16 @@
+"""``grape-ray export``: a run's newest checkpoint as a folder that Hugging Face loads."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command("export")
+@click.argument("run")
+@click.argument("folder")
+def command(run, folder) -> None:
+    """Write the model of RUN (a run's folder or URL) to FOLDER, for AutoModel....from_pretrained."""
+    from grape_ray.export import export
+
+    step = export(run, folder)
+    click.echo(f"{folder}: the model after step {step}")

@@ -1,0 +1,40 @@
+"""``grape-ray train``: run a pipeline, privately and paid for."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import click
+
+
+@click.command("train")
+@click.argument("pipeline")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override a field, such as method.rank=8; repeatable.")
+@click.option("--workers", type=int, help="Ray Train workers; 0 trains in this process. Short for performance.num_workers.")
+@click.option("--storage", default="runs", show_default=True, help="Folder or URL (s3://...) of runs and their checkpoints.")
+@click.option("--ledger", help="Folder or URL of the dataset's ledger; left out, your own ledger of this dataset.")
+@click.option("--run", "name", help="Name of the run; an existing one with the same config is resumed.")
+@click.option("--key-file", help="Master key, made if missing; left out, ~/.config/grape-ray/master.key.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
+def command(pipeline, assignments, workers, storage, ledger, name, key_file, as_json) -> None:
+    """Train PIPELINE, a module such as pipelines.digits_vit, or module:function.
+
+    Every step is charged to the ledger before its noise is drawn. Validation metrics are computed on data that counts as public.
+    """
+    from grape_ray.resolve import pipeline as resolve
+
+    config = resolve(pipeline).override([*assignments, *([] if workers is None else [f"performance.num_workers={workers}"])])
+    # From here on torch is needed, and its import takes seconds; what could be wrong with the words above was told before.
+    from grape_ray.orchestrate.train import run_plan
+    from grape_ray.plan import prepare
+    from grape_ray.report import Reporter, summary
+
+    plan = prepare(config, run=name, storage=storage, ledger=ledger, key_path=key_file)
+    with Reporter(sys.stderr, config.privacy.steps) as reporter:
+        reporter.say(f"run {plan.run} in {plan.storage}, {config.performance.num_workers} workers")
+        result = run_plan(plan, reporter)
+    for line in summary(result):
+        click.echo(line)
+    if as_json:
+        click.echo(json.dumps(result))

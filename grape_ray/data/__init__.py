@@ -1,0 +1,1 @@
+"""Datasets: Arrow tables read over fsspec, checked, fingerprinted, and kept as flat arrays."""

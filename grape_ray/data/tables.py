@@ -1,0 +1,114 @@
+"""Parquet tables over fsspec, checked column by column before any work begins."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, cast
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from grape_ray.errors import DataError, nearest
+
+
+def read_table(url: str, columns: Sequence[str]) -> pa.Table:
+    """The named columns of a Parquet file, of all Parquet files in a folder, or of those that a pattern with `*` matches.
+
+    Args:
+        url: a local path, `hf://datasets/<owner>/<name>/...`, `s3://...` or any other URL that fsspec knows.
+
+    Raises:
+        DataError: nothing there, not Parquet, a column missing, or no rows.
+    """
+    try:
+        fs, path = cast(tuple[Any, str], fsspec.core.url_to_fs(url))
+        files = sorted(fs.glob(path)) if "*" in path else sorted(fs.glob(f"{path}/**/*.parquet")) if fs.isdir(path) else [path]
+    except Exception as error:
+        raise DataError("data cannot be reached", url, "a Parquet file, folder or URL", f"{type(error).__name__}: {error}") from error
+    if not files or not all(fs.exists(file) for file in files):
+        raise DataError("data not found", url, "a Parquet file, or a folder or pattern with some", "check the path")
+    table = pa.concat_tables([_read_file(fs, file, columns) for file in files], promote_options="permissive")
+    if table.num_rows == 0:
+        raise DataError("data has no rows", url, "at least one record", "check the path")
+    return table
+
+
+def _read_file(fs: Any, path: str, columns: Sequence[str]) -> pa.Table:
+    """The named columns of one file."""
+    try:
+        with fs.open(path, "rb") as handle:
+            file = pq.ParquetFile(handle)
+            names = set(file.schema_arrow.names)
+            for column in columns:
+                if column not in names:
+                    raise DataError(f"column missing in {path}", column, "a column of the file", nearest(column, names))
+            return file.read(columns=list(columns))
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise DataError("data cannot be read as Parquet", path, "an intact Parquet file", f"the reader says: {reason}") from error
+
+
+def texts(table: pa.Table, column: str, url: str) -> list[str]:
+    """A column of strings. Raises DataError for another type or a missing value."""
+    values = table[column]
+    if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
+        raise DataError(f"column '{column}' of {url}", str(values.type), "strings", "name the text column")
+    _refuse_nulls(values, column, url)
+    return values.to_pylist()
+
+
+def labels(table: pa.Table, column: str, url: str, classes: int) -> np.ndarray:
+    """A column of class labels, int64 (N,). Raises DataError for another type, a missing value, or a label outside [0, classes)."""
+    values = table[column]
+    if not pa.types.is_integer(values.type):
+        raise DataError(f"column '{column}' of {url}", str(values.type), "integers", "name the label column")
+    _refuse_nulls(values, column, url)
+    found = values.to_numpy().astype(np.int64)
+    outside = np.flatnonzero((found < 0) | (found >= classes))
+    if len(outside):
+        row = int(outside[0])
+        raise DataError(
+            f"label in row {row} of column '{column}' of {url}",
+            int(found[row]),
+            f"0 to {classes - 1}",
+            "correct the file, or set the task's number of classes",
+        )
+    return found
+
+
+def _refuse_nulls(values: pa.ChunkedArray, column: str, url: str) -> None:
+    if values.null_count:
+        raise DataError(f"column '{column}' of {url}", f"{values.null_count} missing values", "a value in every row", "drop those rows")
+
+
+def fingerprint(table: pa.Table) -> str:
+    """32 hexadecimal digits that depend on the rows' content and order, not on files, chunks or compression (SHA-256).
+
+    A copy that was edited or put in another order has another fingerprint, so it gets another ledger: whoever trains on both must add
+    their budgets up.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(table.column_names):
+        column = table[name]
+        digest.update(f"{name}|{len(column)}|".encode())
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            lengths = pc.call_function("binary_length", [column]).to_numpy()
+            digest.update(lengths.astype("<i8").tobytes())
+            for chunk in column.chunks:
+                digest.update(b"".join(value.as_buffer() for value in chunk if value.is_valid))
+        else:
+            digest.update(column.to_numpy().astype("<i8").tobytes())
+    return digest.hexdigest()[:32]
+
+
+def fingerprint_arrays(*arrays: np.ndarray) -> str:
+    """As `fingerprint`, of numeric arrays."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype.str}|{array.shape}|".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:32]

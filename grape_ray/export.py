@@ -1,0 +1,49 @@
+"""From a run's newest checkpoint to a folder that Hugging Face loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from grape_ray import checkpoint
+from grape_ray.errors import CheckpointError, StorageError
+from grape_ray.plan import RUN_FILE
+from grape_ray.resolve import rebuild_task
+from grape_ray.storage import Storage
+
+
+def export(run: str, folder: str | os.PathLike[str]) -> int:
+    """Writes the model of a run's newest whole checkpoint for `AutoModel....from_pretrained`; returns the checkpoint's step.
+
+    Args:
+        run: path or URL of the run's folder. folder: local folder to make; it appears whole or not at all.
+
+    Raises:
+        CheckpointError: no run or no whole checkpoint there. StorageError: `folder` is taken or cannot be made.
+    """
+    place, target = Storage(run), Path(folder).expanduser().absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise StorageError("the folder to export to is taken", str(target), "a new or an empty folder", "choose another")
+    try:
+        description = json.loads(place.read(RUN_FILE))
+    except FileNotFoundError as error:
+        raise CheckpointError("no run there", run, f"a run's folder, with {RUN_FILE}", "name the folder below --storage") from error
+    newest = checkpoint.latest(place)
+    if newest is None:
+        raise CheckpointError("the run has no checkpoint", run, "a committed checkpoint", "train it first")
+    task = rebuild_task(description["task"])
+    model = task.build_model(description["seed"])
+    checkpoint.restore(model, newest.model)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as scratch:
+            task.save(model, Path(scratch, "model"))
+            if target.exists():
+                target.rmdir()
+            shutil.move(Path(scratch, "model"), target)
+    except OSError as error:
+        raise StorageError("the export cannot be written", str(target), "a folder that you may make", str(error)) from error
+    return newest.step

@@ -1,0 +1,120 @@
+"""The training loop: reserve steps, take them, evaluate, checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from grape_ray.comms import Comms
+from grape_ray.config import Performance
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands; none of it depends on private data.
+
+    Attributes:
+        step: steps that the model has taken, over all attempts; total: steps planned.
+        executed: steps that this attempt has executed. steps_per_s: mean speed since this attempt's first step.
+        metrics: the newest validation metrics, and the step they belong to.
+    """
+
+    step: int
+    total: int
+    executed: int = 0
+    steps_per_s: float = 0.0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    metrics_step: int | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a loop ended: the last progress, and whether the budget ended it early."""
+
+    progress: Progress
+    exhausted: bool
+
+
+class Hooks(Protocol):
+    """What a loop needs of the world around it."""
+
+    def reserve(self, step: int, count: int) -> int:
+        """Pays for up to `count` steps from `step` on; returns how many are paid for, 0 at the budget's end. Rank 0 alone calls it."""
+        ...
+
+    def evaluate(self) -> dict[str, float]:
+        """Validation metrics of the model as it is. Rank 0 alone calls it."""
+        ...
+
+    def checkpoint(self, progress: Progress) -> None:
+        """Makes the state durable. Every rank calls it, at the same steps."""
+        ...
+
+    def progressed(self, progress: Progress) -> None:
+        """Told after each step, on rank 0, and last with the final metrics."""
+        ...
+
+
+def run_loop(take_step: Callable[[int], None], hooks: Hooks, performance: Performance, start: int, total: int, comms: Comms) -> Outcome:
+    """Takes steps `start .. total` (0-based, half open), each paid for beforehand.
+
+    A budget that ends before `total` ends the loop in good order: what was trained so far is evaluated and checkpointed.
+
+    Raises:
+        What a hook raises on rank 0 is raised on every rank, so that no rank waits for ever.
+    """
+    progress, paid_until, exhausted = Progress(start, total), start, False
+    saved = start or None  # a run that does not begin at 0 begins at a checkpoint, which is not to be written again
+    began = time.monotonic()
+    while progress.step < total:
+        step = progress.step
+        if step >= paid_until:
+            wanted = min(performance.charge_chunk, total - step)
+            paid_until = step + _on_rank_zero(comms, lambda s=step, w=wanted: hooks.reserve(s, w))
+            if paid_until == step:
+                exhausted = True
+                break
+        take_step(step)
+        executed = progress.executed + 1
+        speed = executed / max(time.monotonic() - began, 1e-9)
+        progress = Progress(step + 1, total, executed, speed, progress.metrics, progress.metrics_step)
+        if progress.step < total:
+            if _due(progress.step, performance.eval_every):
+                progress = _evaluated(progress, hooks, comms)
+            if _due(progress.step, performance.checkpoint_every):
+                hooks.checkpoint(progress)
+                saved = progress.step
+            if comms.rank == 0:
+                hooks.progressed(progress)
+    progress = _evaluated(progress, hooks, comms)
+    if saved != progress.step:
+        hooks.checkpoint(progress)
+    if comms.rank == 0:
+        hooks.progressed(progress)
+    return Outcome(progress, exhausted)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _evaluated(progress: Progress, hooks: Hooks, comms: Comms) -> Progress:
+    """The progress with fresh metrics, which every rank gets from rank 0."""
+    metrics = _on_rank_zero(comms, hooks.evaluate)
+    return Progress(progress.step, progress.total, progress.executed, progress.steps_per_s, metrics, progress.step)
+
+
+def _on_rank_zero(comms: Comms, call: Callable):
+    """The result of `call` on rank 0, on every rank; its error, too, so that the others do not wait for a broadcast that never comes."""
+    answer, error = None, None
+    if comms.rank == 0:
+        try:
+            answer = call()
+        except Exception as caught:
+            error = caught
+    answer, error = comms.broadcast_object((answer, error))
+    if error is not None:
+        raise error
+    return answer

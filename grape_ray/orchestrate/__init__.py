@@ -1,0 +1,1 @@
+"""Where runs meet Ray: the only folder that imports it."""

@@ -1,0 +1,64 @@
+"""A Ray cluster for the time of a run: the one that is there, or a small local one that leaves nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+OBJECT_STORE_BYTES = 200_000_000  # batches never travel through Ray, and its default takes a third of the memory
+
+_DEFAULTS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # also how long a report waits
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+_LOCAL_DEFAULTS = {
+    # The one switch that makes every Ray process listen on the loopback interface alone; macOS and Windows have it so.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
+}
+
+
+def set_defaults(start_timeout_s: float) -> None:
+    """Settings that Ray takes from the environment, to be made before it is imported.
+
+    What the user has set stays as it is, but for the deadline after which a group of workers that cannot be started is given up.
+    """
+    local = {} if os.environ.get("RAY_ADDRESS") or "ray" in sys.modules else _LOCAL_DEFAULTS
+    for name, value in {**_DEFAULTS, **local}.items():
+        os.environ.setdefault(name, value)
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = f"{start_timeout_s:g}"
+
+
+@contextlib.contextmanager
+def cluster(workers: int) -> Iterator[None]:
+    """Connects to Ray for the time of the block.
+
+    A connection that exists is used and kept. Otherwise the cluster at RAY_ADDRESS is used, and left running; without one a local
+    cluster is started, on the loopback interface alone, with a CPU a worker, and ended with the block.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False)
+    else:
+        start_local(max(workers, os.cpu_count() or 1))
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def start_local(cpus: int) -> None:
+    """Starts a local cluster of this many logical CPUs; `ray.shutdown()` ends it."""
+    import ray
+
+    store = OBJECT_STORE_BYTES
+    ray.init(address="local", num_cpus=cpus, object_store_memory=store, include_dashboard=False, log_to_driver=False)

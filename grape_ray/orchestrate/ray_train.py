@@ -1,0 +1,125 @@
+"""A run on Ray Train workers: one process a rank, restarted as a new attempt when one is lost."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from grape_ray.comms import Comms
+from grape_ray.errors import GrapeRayError
+from grape_ray.execute import ProgressFile, execute
+from grape_ray.loop import Progress
+from grape_ray.orchestrate.cluster import cluster, set_defaults
+from grape_ray.plan import PROGRESS_FILE, RESULT_FILE, Plan
+
+_WATCH_EVERY_S = 0.5
+
+
+class WorkersFailed(GrapeRayError):
+    """Workers were lost more often than performance.max_failures allows, or could not be started in time."""
+
+
+def fit(plan: Plan, on_progress: Callable[[Progress, float | None], None] | None = None) -> dict[str, Any]:
+    """Runs a plan on its workers and returns what `execute` returned there.
+
+    Raises:
+        WorkersFailed: the cluster did not give the workers within performance.start_timeout_s, or too many were lost.
+        GrapeRayError: what a worker raised.
+    """
+    performance = plan.config.performance
+    set_defaults(performance.start_timeout_s)
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    plan.folder().remove(RESULT_FILE)
+    with cluster(performance.num_workers), _watching(plan, on_progress):
+        trainer = TorchTrainer(
+            lambda: worker(plan),
+            torch_config=TorchConfig(backend="nccl" if performance.use_gpu else "gloo"),
+            scaling_config=ray.train.ScalingConfig(num_workers=performance.num_workers, use_gpu=performance.use_gpu),
+            run_config=ray.train.RunConfig(
+                # A name of its own for each launch: Ray would take up the state of an earlier one, but checkpoints and what is
+                # paid for are this package's own, so a run resumes whatever wrote it, with any number of workers or none.
+                name=f"ray-{secrets.token_hex(4)}",
+                storage_path=f"{plan.storage}/{plan.run}",
+                # A group that cannot be started is the controller's failure; by default Ray tries again for ever.
+                failure_config=ray.train.FailureConfig(max_failures=performance.max_failures, controller_failure_limit=0),
+            ),
+        )
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise _translated(error, plan) from error
+    return json.loads(plan.folder().read(RESULT_FILE))
+
+
+def worker(plan: Plan) -> None:
+    """One rank, inside a Ray Train worker."""
+    import ray.train
+    from ray.train.torch import get_device
+
+    def report(name: str, facts: Mapping[str, Any]) -> None:
+        """Tells Ray's callbacks of a checkpoint, which stays where it is: a report for each step would cost Ray's polling time."""
+        ray.train.report({**facts["metrics"], "step": facts["step"], "checkpoint_path": f"{plan.folder().url}/{name}"})
+
+    device = get_device() if plan.config.performance.use_gpu else torch.device("cpu")
+    execute(plan, Comms.distributed(), device=device, on_progress=ProgressFile(plan.folder()), on_checkpoint=report)
+
+
+def _translated(error: Exception, plan: Plan) -> GrapeRayError:
+    """A worker's own error where there is one, otherwise what happened to the workers."""
+    performance = plan.config.performance
+    failures = [f for f in getattr(error, "worker_failures", {}).values() if isinstance(f, Exception)]
+    for failure in failures:
+        cause = getattr(failure, "cause", failure)
+        if isinstance(cause, GrapeRayError):
+            return cause
+    reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
+    if not failures:
+        need = f"{performance.num_workers} workers with a {'GPU' if performance.use_gpu else 'CPU'} each"
+        fix = "lower performance.num_workers, or enlarge the cluster"
+        return WorkersFailed(f"the cluster gave no workers within {performance.start_timeout_s:g} s", reason, need, fix)
+    fix = f"see what ended them; then run again with the name {plan.run} to resume"
+    return WorkersFailed("workers failed too often", reason, f"at most {performance.max_failures} failures", fix)
+
+
+class _watching:
+    """Passes on the progress that rank 0 keeps in the run's folder, for the time of a block."""
+
+    def __init__(self, plan: Plan, on_progress: Callable[[Progress, float | None], None] | None):
+        self._folder, self._on_progress = plan.folder(), on_progress
+        self._over = threading.Event()
+        self._seen = b""
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> None:
+        self._folder.remove(PROGRESS_FILE)
+        if self._on_progress:
+            self._thread.start()
+
+    def __exit__(self, *exception: object) -> None:
+        self._over.set()
+        if self._on_progress:
+            self._thread.join()
+            self._look()
+
+    def _watch(self) -> None:
+        while not self._over.wait(_WATCH_EVERY_S):
+            self._look()
+
+    def _look(self) -> None:
+        try:
+            text = self._folder.read(PROGRESS_FILE)
+        except (FileNotFoundError, GrapeRayError):
+            return
+        if text != self._seen and self._on_progress:
+            self._seen = text
+            fields = json.loads(text)
+            self._on_progress(Progress(**{k: v for k, v in fields.items() if k != "epsilon"}), fields["epsilon"])

@@ -1,0 +1,47 @@
+"""Training a config to its end: in this process, or on Ray Train workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from grape_ray.comms import Comms
+from grape_ray.config import Config
+from grape_ray.execute import execute
+from grape_ray.loop import Progress
+from grape_ray.plan import Plan, prepare
+
+
+def train(
+    config: Config,
+    *,
+    run: str | None = None,
+    storage: str = "runs",
+    ledger: str | None = None,
+    key_path: str | None = None,
+    on_progress: Callable[[Progress, float | None], None] | None = None,
+) -> dict[str, Any]:
+    """Checks, prices and runs a config; the arguments are those of `grape_ray.plan.prepare`.
+
+    Args:
+        on_progress: told (progress, epsilon spent) as the run goes on.
+
+    Returns:
+        run, method, epsilon (spent), delta, steps (that the model has taken), noise_multiplier, metrics (validation), seconds,
+        peak_bytes (largest over processes), checkpoint and ledger (URLs); also exhausted, executed_steps (known to have been executed,
+        repeats included), charged_steps, attempts, steps_per_s and workers. epsilon, delta, noise_multiplier and ledger are None for
+        method `none`.
+
+    Raises:
+        GrapeRayError: one of its kinds for whatever is wrong.
+    """
+    return run_plan(prepare(config, run=run, storage=storage, ledger=ledger, key_path=key_path), on_progress)
+
+
+def run_plan(plan: Plan, on_progress: Callable[[Progress, float | None], None] | None = None) -> dict[str, Any]:
+    """Runs or resumes what `prepare` checked; the result is that of `train`."""
+    if plan.config.performance.num_workers == 0:
+        return execute(plan, Comms.local(), on_progress=on_progress)
+    from grape_ray.orchestrate.ray_train import fit  # Ray takes seconds to import, and a run in this process does without it
+
+    return fit(plan, on_progress)

@@ -1,0 +1,218 @@
+"""The plan of a run: everything checked and priced before the first step, so that bad input costs nothing and leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grape_ray.accounting import calibration, keys
+from grape_ray.accounting.events import GAUSSIAN, RANDOMIZED, Mechanism
+from grape_ray.accounting.ledger import Ledger
+from grape_ray.accounting.records import Study
+from grape_ray.config import Config
+from grape_ray.engines import Engine, from_config
+from grape_ray.errors import BudgetExceeded, ConfigError, DataError
+from grape_ray.methods import METHODS
+from grape_ray.preflight import preflight
+from grape_ray.resolve import describe
+from grape_ray.storage import Storage
+from grape_ray.task import Data, Task
+
+RUN_FILE, RESULT_FILE, PROGRESS_FILE = "run.json", "result.json", "progress.json"
+_PUBLIC = bytes(32)  # the root of every key that is no secret
+_TRIAL_RECORDS = 3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that was checked; plain values, so that it can be sent to workers. It holds no key.
+
+    Attributes:
+        run: name of the run, of its folder below `storage` and, unless `study` says otherwise, of its study in the ledger.
+        storage: URL of the folder of runs. ledger: URL of the dataset's ledger; None for the non-private yardstick.
+        key_path: file of the master key, on the machine of rank 0; None for the usual place.
+        sampling_prob: chance of each record to be in a batch. noise_multiplier: noise standard deviation over the sensitivity.
+        tokens: steps that the run's study may take, repeats included; 0 for the yardstick.
+    """
+
+    config: Config
+    run: str
+    storage: str
+    ledger: str | None
+    key_path: str | None
+    study: str
+    dataset_id: str
+    sampling_prob: float
+    noise_multiplier: float
+    tokens: int
+
+    @property
+    def private(self) -> bool:
+        """Whether the method carries a guarantee."""
+        return METHODS[self.config.method.name].private
+
+    def folder(self) -> Storage:
+        """The run's own folder."""
+        return Storage(self.storage).child(self.run)
+
+    def mechanism(self) -> Mechanism:
+        """What each step costs."""
+        return Mechanism(**_mechanism(self.config), sampling_prob=self.sampling_prob, noise_multiplier=self.noise_multiplier)
+
+
+def public_key(config: Config, stream: str) -> bytes:
+    """The key of a public stream (`projection`, `dropout`, the yardstick's `sampling`), a function of the public seed."""
+    return keys.derive(_PUBLIC, "public", config.seed, stream)
+
+
+def build_engine(config: Config, model: Any) -> Engine:
+    """The engine that the config names, with its public projections."""
+    return from_config(model, config.privacy, config.method, public_key(config, "projection"))
+
+
+def prepare(
+    config: Config,
+    *,
+    run: str | None = None,
+    storage: str = "runs",
+    ledger: str | None = None,
+    key_path: str | None = None,
+) -> Plan:
+    """Checks a run whole: data, model, method, price, ledger, storage; then registers it.
+
+    Args:
+        run: name of the run; an existing one with the same config is resumed. None makes a new name.
+        storage: path or URL of the folder of runs.
+        ledger: path or URL of the dataset's ledger; None is the user's own ledger of this dataset (`default_ledger`).
+        key_path: file of the master key; None is `accounting.keys.default_path()`.
+
+    Raises:
+        GrapeRayError: one of its kinds for whatever is wrong; nothing was written then.
+    """
+    task: Task = config.task
+    run = run or _new_name(config)
+    _check_name(run)
+    data = task.load()
+    sampling_prob = _sampling_prob(config, data)
+    _try_out(config, data)
+    root = _absolute(storage)
+    place = Storage(root)
+    if not METHODS[config.method.name].private:
+        plan = Plan(config, run, root, None, None, run, data.dataset_id, sampling_prob, 0.0, 0)
+        place.check_writable()
+        _register(plan, place)
+        return plan
+    noise, tokens = _price(config, sampling_prob)
+    where = _absolute(ledger) if ledger else default_ledger(data, root, run)
+    keys.check_outside(key_path or keys.default_path(), root, where)
+    plan = Plan(config, run, root, where, key_path, run, data.dataset_id, sampling_prob, noise, tokens)
+    existing = Storage(where).exists("00000000.json")
+    if existing:  # read before anything is written: it may be another dataset's
+        Ledger.open(where, data.dataset_id, create=False)
+    place.check_writable()
+    _check_same_run(plan, place)
+    budget = (None, None) if existing else (config.privacy.epsilon, config.privacy.delta)
+    book = Ledger.open(where, data.dataset_id, *budget)
+    book.ensure_study(Study(plan.study, plan.mechanism(), config.privacy.epsilon, config.privacy.delta, tokens))
+    _register(plan, place)
+    return plan
+
+
+def default_ledger(data: Data, storage: str, run: str) -> str:
+    """Where a dataset's ledger lies unless told otherwise: in one place, so that all runs of a user on one dataset share one budget.
+
+    Local runs share a folder of the user's; runs on remote storage share one beside the runs, where every machine reaches it. A dataset
+    that is public has nothing to lose, so each of its runs gets a ledger of its own, and a demonstration can be repeated at will.
+    """
+    if data.public:
+        return f"{storage}/{run}/ledger"
+    if "://" in storage:
+        return f"{storage}/ledgers/{data.dataset_id}"
+    home = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+    return str(home / "grape-ray" / "ledgers" / data.dataset_id)
+
+
+def _new_name(config: Config) -> str:
+    return f"{config.task.name}-{config.method.name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
+
+
+def _check_name(run: str) -> None:
+    if not run or run in (".", "..") or not all(c.isalnum() or c in "._-" for c in run) or not run.isascii():
+        raise ConfigError("run", run, "letters, digits, dots, dashes and underscores", "choose another name")
+
+
+def _absolute(url: str) -> str:
+    """A URL as it is; a path made absolute, so that workers agree on it."""
+    return url.rstrip("/") if "://" in url else str(Path(url).expanduser().absolute())
+
+
+def _sampling_prob(config: Config, data: Data) -> float:
+    """expected_batch_size over the number of records, if that is a probability."""
+    for split in ("train", "validation"):
+        if len(getattr(data, split)) == 0:
+            raise DataError(f"the {split} split is empty", 0, "at least one record", "check the data")
+    size, records = config.privacy.expected_batch_size, len(data.train)
+    if size > records:
+        got = f"{size} of {records} records, a sampling_prob of {size / records:g}"
+        raise ConfigError("privacy.expected_batch_size", got, "a sampling_prob of at most 1", f"choose at most {records}")
+    return size / records
+
+
+def _try_out(config: Config, data: Data) -> None:
+    """Builds the model and compares a few records with ordinary autograd, so that what cannot be trained is told now; nothing is kept."""
+    task: Task = config.task
+    batch = task.collate(data.train, np.arange(min(_TRIAL_RECORDS, len(data.train))))
+    preflight(task.build_model(config.seed), task.per_example_loss, batch, config.privacy, config.method)
+
+
+def _mechanism(config: Config) -> dict[str, Any]:
+    """The name and the probes of a step's mechanism."""
+    if METHODS[config.method.name].exact:
+        return {"name": GAUSSIAN}
+    return {"name": RANDOMIZED, "probes": config.privacy.probes, "probes_shared": config.privacy.shared_probes}
+
+
+def _price(config: Config, sampling_prob: float) -> tuple[float, int]:
+    """(noise multiplier, steps that the budget buys): the noise calibrated to the steps, or the steps counted for a given noise."""
+    privacy, kind = config.privacy, _mechanism(config)
+    if privacy.noise_multiplier is None:
+        tokens, method = privacy.steps + privacy.spare_steps, kind.pop("name")
+        return calibration.noise_multiplier(privacy.epsilon, privacy.delta, sampling_prob, tokens, method=method, **kind), tokens
+    mechanism = Mechanism(**kind, sampling_prob=sampling_prob, noise_multiplier=privacy.noise_multiplier)
+    tokens = calibration.steps_within(mechanism, privacy.epsilon, privacy.delta)
+    if tokens == 0:
+        fix = "raise privacy.noise_multiplier or privacy.epsilon"
+        raise BudgetExceeded("privacy.noise_multiplier is too small", privacy.noise_multiplier, "enough for one step", fix)
+    return privacy.noise_multiplier, tokens
+
+
+def _check_same_run(plan: Plan, root: Storage) -> bool:
+    """Whether the run exists already. Raises ConfigError where it was begun with another config or dataset."""
+    name = f"{plan.run}/{RUN_FILE}"
+    if not root.exists(name):
+        return False
+    known = json.loads(root.read(name))
+    mine = json.loads(_description(plan))
+    differing = sorted(k for k in mine if mine[k] != known.get(k))
+    if differing:
+        fix = "give the new run a name of its own"
+        raise ConfigError(f"run {plan.run} exists with another {', '.join(differing)}", None, "the config that it was begun with", fix)
+    return True
+
+
+def _register(plan: Plan, root: Storage) -> None:
+    """Keeps the description of the run, from which it is resumed and exported."""
+    if not _check_same_run(plan, root):
+        root.create(f"{plan.run}/{RUN_FILE}", _description(plan))
+
+
+def _description(plan: Plan) -> bytes:
+    facts = {"run": plan.run, "ledger": plan.ledger, "study": plan.study, "dataset_id": plan.dataset_id}
+    return json.dumps({**describe(plan.config), **facts}, indent=1, sort_keys=True).encode()

@@ -1,0 +1,88 @@
+"""From the name of a pipeline to its frozen Config, and from a saved description back to a task."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import os
+import pkgutil
+import sys
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from grape_ray.config import Config
+from grape_ray.errors import ConfigError, nearest
+
+
+def pipeline(reference: str) -> Config:
+    """The Config of a pipeline.
+
+    Args:
+        reference: `module:function`, or a module whose function of the same last name (`pipelines.sst2` -> `sst2`), or else
+            `config`, is meant; looked up in the current folder, too.
+
+    Raises:
+        ConfigError: no such module or function, or it returns something else.
+    """
+    module_name, _, function_name = reference.partition(":")
+    module = _import(module_name, reference)
+    for name in [function_name] if function_name else [module_name.rpartition(".")[2], "config"]:
+        function = getattr(module, name, None)
+        if callable(function):
+            config = function()
+            if not isinstance(config, Config):
+                raise ConfigError(f"pipeline {reference}", type(config).__name__, "a function that returns a grape_ray.Config")
+            return config
+    functions = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
+    raise ConfigError("pipeline has no such function", reference, "module:function", nearest(function_name or module_name, functions))
+
+
+def _import(name: str, reference: str) -> ModuleType:
+    """The module, from the path or the current folder."""
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (name == error.name or name.startswith(f"{error.name}.")):
+            what = f"pipeline {reference} needs a module"
+            raise ConfigError(what, error.name, "an installed module", f"pip install {error.name}") from error
+        raise ConfigError("pipeline not found", reference, "an importable module", nearest(name, _neighbours(name))) from error
+    except (ImportError, SyntaxError, ValueError, TypeError) as error:
+        raise ConfigError("pipeline cannot be imported", reference, "an importable module", f"{type(error).__name__}: {error}") from error
+
+
+def _neighbours(name: str) -> list[str]:
+    """Modules beside the one that is missing."""
+    package = name.rpartition(".")[0] or "pipelines"
+    spec = importlib.util.find_spec(package.split(".")[0])
+    places = list(spec.submodule_search_locations or []) if spec else []
+    return [f"{package.split('.')[0]}.{m.name}" for m in pkgutil.iter_modules(places)] or ["pipelines.digits_vit"]
+
+
+def describe_task(task: Any) -> dict[str, Any]:
+    """A task as JSON values: where its class lives, and its fields."""
+    kind = type(task)
+    return {"class": f"{kind.__module__}:{kind.__qualname__}", "fields": dataclasses.asdict(task)}
+
+
+def rebuild_task(description: Mapping[str, Any]) -> Any:
+    """The task that `describe_task` described. Raises ConfigError where its class cannot be imported or has other fields."""
+    reference = description["class"]
+    module_name, _, qualified = reference.partition(":")
+    found: Any = _import(module_name, reference)
+    try:
+        for part in qualified.split("."):
+            found = getattr(found, part)
+        return found(**description["fields"])
+    except (AttributeError, TypeError) as error:
+        fix = "call it where the run's own version can be imported"
+        raise ConfigError("the task of the run cannot be rebuilt", reference, "a class with the saved fields", fix) from error
+
+
+def describe(config: Config) -> dict[str, Any]:
+    """What decides a run's result, as JSON values; `performance` is left out, because it must not."""
+    parts = {name: dataclasses.asdict(getattr(config, name)) for name in ("privacy", "method")}
+    return {"task": describe_task(config.task), **parts, "seed": config.seed}

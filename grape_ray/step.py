@@ -1,0 +1,78 @@
+"""One training step: this rank's share of the Poisson batch, clipped sums, the noise line, the update."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from grape_ray.comms import Comms
+from grape_ray.data.arrays import Records
+from grape_ray.engines import Engine
+from grape_ray.noise import NoiseStream, nonprivate_mean, privatize
+from grape_ray.optim import Optimizer
+from grape_ray.rng import poisson_batch, words
+from grape_ray.task import Task, to_device
+from grape_ray.types import ClippedSum, NonPrivateGradient, PrivateGradient
+
+
+@dataclass(frozen=True)
+class Step:
+    """The function (model state, key, step) -> model state; every rank calls it for every step.
+
+    Guarantees: each record is in the batch with probability `sampling_prob`, independently, whatever the number of ranks; the noise is
+    drawn once; an empty batch or an empty share is a step like any other.
+
+    Attributes:
+        noise: this attempt's secret stream; None for the non-private yardstick.
+        noise_multiplier: noise standard deviation over the sensitivity. expected_batch_size: the divisor.
+        sampling_key: 32 bytes, secret and of this attempt (of the public seed for the yardstick).
+        dropout_key: 32 public bytes. micro_batch_size: examples a pass; changes rounding at most.
+    """
+
+    task: Task
+    model: nn.Module
+    engine: Engine
+    optimizer: Optimizer
+    records: Records
+    comms: Comms
+    device: torch.device
+    noise: NoiseStream | None
+    noise_multiplier: float
+    sampling_prob: float
+    expected_batch_size: int
+    sampling_key: bytes
+    dropout_key: bytes
+    micro_batch_size: int
+
+    def __call__(self, step: int) -> None:
+        """Takes step `step` (0-based). Raises NoiseReuse where this attempt has drawn the step's noise before."""
+        batch = poisson_batch(self.sampling_key, step, len(self.records), self.sampling_prob)
+        share = batch[self.comms.rank :: self.comms.world_size]
+        self.optimizer.step(self._gradient(self._summed(share, step), step, len(batch)), step)
+
+    def _summed(self, share: np.ndarray, step: int) -> ClippedSum:
+        """The clipped sum over this rank's share, by micro-batches."""
+        total, share = None, self.records.by_length(share)
+        for start in range(0, len(share), self.micro_batch_size):
+            if self.model.training:  # dropout's masks, too, are a function of (key, step), of the rank and of the place in its share
+                place = 2 * (self.comms.rank * len(self.records) + start)
+                torch.manual_seed(int(words(self.dropout_key, step, place, 1)[0] >> np.uint64(1)))
+            batch = to_device(self.task.collate(self.records, share[start : start + self.micro_batch_size]), self.device)
+            part = self.engine.clipped_sum(self.task.per_example_loss, batch, step=step)
+            total = part if total is None else total + part
+        return self.engine.empty_sum() if total is None else total
+
+    def _gradient(self, summed: ClippedSum, step: int, batch_size: int) -> PrivateGradient | NonPrivateGradient:
+        if self.noise is None:
+            return nonprivate_mean(summed, step=step, batch_size=batch_size, comms=self.comms)
+        return privatize(
+            summed,
+            self.noise,
+            step=step,
+            noise_multiplier=self.noise_multiplier,
+            expected_batch_size=self.expected_batch_size,
+            comms=self.comms,
+        )

@@ -1,0 +1,95 @@
+"""What a run trains: the protocol that joins a model to its data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from grape_ray.data.arrays import Records
+
+
+@dataclass(frozen=True)
+class Data:
+    """A dataset, split.
+
+    Attributes:
+        train: the records that the guarantee protects, each an example of its own.
+        validation: records treated as PUBLIC: metrics computed on them are reported without noise and without charge.
+        dataset_id: fingerprint of `train`; the ledger of one dataset refuses another.
+        public: whether `train` holds nobody's secrets (a demonstration set), so that each run may keep a ledger of its own.
+    """
+
+    train: Records
+    validation: Records
+    dataset_id: str
+    public: bool = False
+
+
+@runtime_checkable
+class Task(Protocol):
+    """A model and its data. Make it a frozen dataclass of plain values, importable wherever workers run.
+
+    Every process of a run calls these methods anew, so each must give the same answer everywhere; nothing is sent between processes.
+    """
+
+    @property
+    def name(self) -> str:
+        """A short name for files and reports: letters, digits, dots, dashes, underscores."""
+        ...
+
+    def load(self) -> Data:
+        """Read and check the whole dataset. Raises DataError before any work for anything that cannot be used."""
+        ...
+
+    def build_model(self, seed: int) -> nn.Module:
+        """The model at step 0, a function of the public seed alone; in eval mode unless dropout is wanted."""
+        ...
+
+    def collate(self, records: Records, indices: np.ndarray) -> Mapping[str, Tensor]:
+        """The batch of the records at `indices`: tensors with B = len(indices) in dimension 0."""
+        ...
+
+    def per_example_loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Losses (B,), each a function of its own example alone: the unit that the guarantee protects."""
+        ...
+
+    def evaluate(self, model: nn.Module, records: Records) -> dict[str, float]:
+        """Metrics of the model on records, such as {"accuracy": 0.9, "loss": 0.3}."""
+        ...
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write a folder that Hugging Face's AutoModel....from_pretrained loads."""
+        ...
+
+
+def classification_metrics(task: Task, model: nn.Module, records: Records, batch_size: int = 64) -> dict[str, float]:
+    """Accuracy and mean cross-entropy of a Hugging Face classifier whose batches carry `labels` (B,)."""
+    correct, loss = 0, 0.0
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        for start in range(0, len(records), batch_size):
+            batch = to_device(task.collate(records, np.arange(start, min(start + batch_size, len(records)))), device)
+            logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits.float()
+            correct += int((logits.argmax(-1) == batch["labels"]).sum())
+            loss += float(nn.functional.cross_entropy(logits, batch["labels"], reduction="sum"))
+    model.train(was_training)
+    return {"accuracy": correct / len(records), "loss": loss / len(records)}
+
+
+def classification_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Cross-entropy (B,) of a Hugging Face classifier on a batch with `labels` (B,)."""
+    logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+    return nn.functional.cross_entropy(logits, batch["labels"], reduction="none")
+
+
+def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The batch on a device."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -1,0 +1,223 @@
+"""The loop and the session around it, in one process: charge before noise, clean ends, resume, and what nothing may depend on."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from grape_ray import checkpoint
+from grape_ray.accounting import keys
+from grape_ray.accounting.ledger import Ledger
+from grape_ray.accounting.verify import verify
+from grape_ray.comms import Comms
+from grape_ray.config import Config, Performance
+from grape_ray.errors import ConfigError, GrapeRayError, LedgerError
+from grape_ray.execute import Attempt, begin_attempt, execute
+from grape_ray.loop import Progress, run_loop
+from grape_ray.orchestrate.train import train
+from grape_ray.plan import prepare
+from grape_ray.storage import Storage
+from tests.tiny import tiny
+
+WANTED = ["run", "method", "epsilon", "delta", "steps", "noise_multiplier", "metrics", "seconds", "peak_bytes", "checkpoint", "ledger"]
+FIXED = Attempt(1, b"s" * 32, b"n" * 32, b"p" * 32)
+
+
+def fixed_keys(plan, comms):
+    """A real attempt in the ledger, with the streams of another: what only a test may do."""
+    return dataclasses.replace(FIXED, number=begin_attempt(plan, comms).number)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs a config, in one storage with one key."""
+
+    def go(config: Config, **options):
+        return train(config, storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"), **options)
+
+    return go
+
+
+def weights(tmp_path, name):
+    found = checkpoint.latest(Storage(tmp_path / "runs" / name))
+    assert found is not None
+    return found
+
+
+class Recorder:
+    """Hooks that write down what the loop asks for."""
+
+    def __init__(self, budget=10**9, fail_at=None):
+        self.budget, self.fail_at, self.calls = budget, fail_at, []
+
+    def reserve(self, step, count):
+        self.calls.append(("reserve", step, count))
+        granted = min(count, self.budget)
+        self.budget -= granted
+        return granted
+
+    def evaluate(self):
+        self.calls.append("evaluate")
+        return {"accuracy": 0.5}
+
+    def checkpoint(self, progress):
+        self.calls.append(("checkpoint", progress.step))
+
+    def progressed(self, progress):
+        pass
+
+    def take(self, step):
+        self.calls.append(("step", step))
+
+
+def test_every_step_is_reserved_before_it_is_taken():
+    hooks = Recorder()
+    outcome = run_loop(hooks.take, hooks, Performance(charge_chunk=3, checkpoint_every=4, eval_every=5), 2, 9, Comms.local())
+    assert hooks.calls == [
+        ("reserve", 2, 3), ("step", 2), ("step", 3), ("checkpoint", 4), ("step", 4), "evaluate",
+        ("reserve", 5, 3), ("step", 5), ("step", 6), ("step", 7), ("checkpoint", 8),
+        ("reserve", 8, 1), ("step", 8), "evaluate", ("checkpoint", 9),
+    ]  # fmt: skip
+    assert (outcome.exhausted, outcome.progress.step, outcome.progress.executed) == (False, 9, 7)
+
+
+def test_the_end_of_the_budget_is_a_clean_end():
+    hooks = Recorder(budget=4)
+    outcome = run_loop(hooks.take, hooks, Performance(charge_chunk=3), 0, 9, Comms.local())
+    assert outcome.exhausted
+    assert outcome.progress.step == 4
+    assert hooks.calls[-2:] == ["evaluate", ("checkpoint", 4)]
+    again = Recorder(budget=0)
+    run_loop(again.take, again, Performance(), 4, 9, Comms.local())
+    assert again.calls == [("reserve", 4, 5), "evaluate"]  # the checkpoint it began from is not written again
+
+
+def test_a_run_is_charged_for_its_steps_and_verifies(run, tmp_path):
+    seen = []
+    result = run(tiny(), run="a", on_progress=lambda progress, epsilon: seen.append((progress.step, epsilon)))
+    assert set(WANTED) <= set(result)
+    assert (result["steps"], result["charged_steps"], result["executed_steps"]) == (12, 12, 12)
+    assert 0 < result["epsilon"] < 8  # spare steps are unspent
+    assert verify(result["ledger"], weights(tmp_path, "a").facts["ledger_head"]).ok
+    assert [step for step, _ in seen] == list(range(1, 13))
+    assert json.loads((tmp_path / "runs" / "a" / "result.json").read_text()) == result
+    assert not any(b"losses" in f.read_bytes() for f in (tmp_path / "runs").rglob("*.json"))
+
+
+def test_two_attempts_share_no_key(run, tmp_path):
+    plan = prepare(tiny(), run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+    one, two = begin_attempt(plan, Comms.local()), begin_attempt(plan, Comms.local())
+    secrets = [one.noise_key, one.sampling_key, one.probe_key, two.noise_key, two.sampling_key, two.probe_key]
+    assert len(set(secrets)) == 6
+    assert (one.number, two.number) == (1, 2)
+    assert not any(key.hex() in repr(attempt) or repr(key) in repr(attempt) for key in secrets for attempt in (one, two))
+    master = keys.master_key(tmp_path / "key")
+    stored = b"".join(f.read_bytes() for f in (tmp_path / "runs").rglob("*") if f.is_file())
+    assert not any(key in stored or key.hex().encode() in stored for key in [*secrets, master])
+
+
+@pytest.mark.parametrize("method", ["grape", "dp_galore", "none"])
+def test_resumed_weights_are_bitwise_those_of_an_uninterrupted_run(tmp_path, method):
+    config = dataclasses.replace(tiny(dropout=0.1), method=dataclasses.replace(tiny().method, name=method))
+
+    class Stop(Exception):
+        pass
+
+    def interrupt(progress: Progress, epsilon):
+        if progress.step == 10:
+            raise Stop
+
+    options = {"storage": str(tmp_path / "runs"), "key_path": str(tmp_path / "key")}
+    begin = begin_attempt if method == "none" else fixed_keys
+    whole = prepare(config, run="whole", **options)
+    execute(whole, Comms.local(), begin=begin)
+    cut = prepare(config, run="cut", **options)
+    with pytest.raises(Stop):
+        execute(cut, Comms.local(), begin=begin, on_progress=interrupt)
+    result = execute(cut, Comms.local(), begin=begin)
+    one, two = weights(tmp_path, "whole"), weights(tmp_path, "cut")
+    assert all(torch.equal(one.model[name], two.model[name]) for name in one.model)
+    assert all(torch.equal(torch.as_tensor(one.optimizer[n]), torch.as_tensor(two.optimizer[n])) for n in one.optimizer)
+    if method != "none":  # 12 charged before the crash at step 10, then 8..12 again
+        assert (result["attempts"], result["charged_steps"], result["executed_steps"]) == (2, 16, 12)
+        assert verify(result["ledger"]).ok
+
+
+def test_an_attempt_with_its_own_key_draws_other_noise(run, tmp_path):
+    run(tiny(), run="a")
+    run(tiny(), run="b")
+    one, two = weights(tmp_path, "a").model, weights(tmp_path, "b").model
+    assert not any(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_performance_moves_no_more_than_rounding(tmp_path):
+    models = []
+    for name, changes in {"a": {}, "b": {"micro_batch_size": 7, "charge_chunk": 5, "checkpoint_every": 3, "eval_every": 2}}.items():
+        config = dataclasses.replace(tiny(), performance=dataclasses.replace(tiny().performance, **changes))
+        execute(prepare(config, run=name, storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key")), Comms.local(), begin=fixed_keys)
+        models.append(weights(tmp_path, name).model)
+    for name in models[0]:
+        torch.testing.assert_close(models[0][name], models[1][name], rtol=0, atol=2e-4)
+
+
+def test_exhausted_budget_keeps_what_was_trained(run, tmp_path):
+    config = dataclasses.replace(tiny(), privacy=dataclasses.replace(tiny().privacy, noise_multiplier=1.0, epsilon=4.0, steps=500))
+    result = run(config, run="a")
+    plan = prepare(config, run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+    assert result["exhausted"]
+    assert result["steps"] == result["charged_steps"] == plan.tokens < 500
+    assert result["epsilon"] <= 4.0
+    assert weights(tmp_path, "a").step == plan.tokens
+    again = run(config, run="a")  # nothing left: it ends at once, and spends nothing
+    assert (again["steps"], again["charged_steps"]) == (plan.tokens, plan.tokens)
+
+
+def test_empty_batches_are_steps_like_any_other(run):
+    config = dataclasses.replace(tiny(), privacy=dataclasses.replace(tiny().privacy, expected_batch_size=1))
+    assert run(config)["executed_steps"] == 12  # each is empty with probability 0.37
+
+
+def test_a_run_name_with_another_config_is_refused(run):
+    run(tiny(), run="a")
+    with pytest.raises(ConfigError, match="another privacy"):
+        run(dataclasses.replace(tiny(), privacy=dataclasses.replace(tiny().privacy, clip_norm=2.0)), run="a")
+    with pytest.raises(ConfigError, match="letters, digits"):
+        run(tiny(), run="../a")
+
+
+def test_a_ledger_that_was_rolled_back_is_refused_at_resume(run, tmp_path):
+    result = run(tiny(), run="a")
+    entries = sorted((tmp_path / "runs" / "a" / "ledger").glob("*.json"))
+    for entry in entries[-3:]:
+        entry.unlink()
+    with pytest.raises(LedgerError, match="not the one that this run was charged to"):
+        run(tiny(), run="a")
+    assert verify(result["ledger"]).ok  # cut off cleanly: the checkpoint alone knows
+
+
+def test_private_data_share_one_budget(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
+    first = run(tiny(public=False), run="a")
+    assert first["ledger"].startswith(str(tmp_path / "share"))
+    with pytest.raises(GrapeRayError, match=r"epsilon|budget"):
+        run(tiny(public=False), run="b")
+    assert not (tmp_path / "runs" / "b").exists()
+    assert Ledger.open(first["ledger"], create=False).state.epsilon == 8.0
+
+
+def test_the_master_key_may_not_lie_with_the_runs(tmp_path):
+    with pytest.raises(ConfigError, match="master key"):
+        train(tiny(), storage=str(tmp_path), key_path=str(tmp_path / "key"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_yardstick_needs_no_ledger_and_is_reproducible(run, tmp_path):
+    config = dataclasses.replace(tiny(), method=dataclasses.replace(tiny().method, name="none"))
+    result = run(config, run="a")
+    run(config, run="b")
+    assert result["ledger"] is None
+    assert result["epsilon"] is None
+    one, two = weights(tmp_path, "a").model, weights(tmp_path, "b").model
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not (tmp_path / "key").exists()
