@@ -21,6 +21,7 @@ from grape_ray.engines import Engine, from_config
 from grape_ray.errors import BudgetExceeded, ConfigError, DataError
 from grape_ray.methods import METHODS
 from grape_ray.preflight import preflight
+from grape_ray.preflight import preflight
 from grape_ray.resolve import describe
 from grape_ray.storage import Storage
 from grape_ray.task import Data, Task
@@ -166,10 +167,11 @@ def _sampling_prob(config: Config, data: Data) -> float:
 
 
 def _try_out(config: Config, data: Data) -> None:
-    """Builds the model and compares a few records with ordinary autograd, so that what cannot be trained is told now; nothing is kept."""
+    """The preflight on the first records, so that what cannot be trained is told now; nothing is kept."""
     task: Task = config.task
     batch = task.collate(data.train, np.arange(min(_TRIAL_RECORDS, len(data.train))))
-    preflight(task.build_model(config.seed), task.per_example_loss, batch, config.privacy, config.method)
+    model = task.build_model(config.seed)
+    preflight(model, task.per_example_loss, batch, config.privacy, config.method, public_key(config, "projection"), _TRIAL_RECORDS)
 
 
 def _mechanism(config: Config) -> dict[str, Any]:
