@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -45,7 +44,7 @@ class NoiseStream:
 
     def normals(self, step: int, start: int, count: int) -> Tensor:
         """Standard normals `start .. start+count` of a step's noise vector, float64."""
-        return torch.from_numpy(normals(self._key, step, start, count, threads=min(4, os.cpu_count() or 1)))
+        return torch.from_numpy(normals(self._key, step, start, count))
 
 
 def privatize(

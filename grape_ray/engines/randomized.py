@@ -58,7 +58,7 @@ class ProbeStream:
             key, start = hashlib.sha256(self._key + f"|{name}".encode()).digest(), 0
         else:
             self._used += count
-        flat = torch.from_numpy(normals(key, self._step, start, count, threads=min(4, os.cpu_count() or 1)))
+        flat = torch.from_numpy(normals(key, self._step, start, count))
         return flat.mul_(1 / math.sqrt(self.probes)).view(rows, side, self.probes).to(like.device, sum_dtype(like))
 
 

@@ -48,7 +48,7 @@ def test_normals_are_normal_in_body_and_tail():
     assert stats.kstest(sample * 1.01, "norm").pvalue < FALSE_ALARM  # the test has power
     beyond = int((np.abs(sample) > 4).sum())
     assert stats.binomtest(beyond, sample.size, 2 * stats.norm.sf(4)).pvalue > FALSE_ALARM
-    assert np.abs(normals(KEY, 1, 0, 20_000_000)).max() > 5.3  # a 24-bit transform stops at 5.77; 53 bits reach 8.6
+    assert np.abs(normals(KEY, 1, 0, 20_000_000)).max() > 5.3  # a 24-bit transform stops at 5.77; 52 bits reach 8.49
 
 
 @pytest.mark.statistical
@@ -64,11 +64,10 @@ def test_no_correlation_across_coordinates_steps_keys_and_lags():
     assert abs(np.corrcoef(base[:n], base[:n] + base[1 : n + 1])[0, 1]) > bound  # it would see one
 
 
-def test_any_slice_and_any_thread_count_give_the_same_bits():
+def test_any_slice_gives_the_same_bits():
     whole = normals(KEY, 9, 0, 50_000)
-    for start, count in ((0, 1), (1, 1), (8191, 2), (777, 30_001), (49_999, 1)):
+    for start, count in ((0, 1), (1, 1), (16383, 2), (777, 30_001), (49_999, 1)):
         assert (normals(KEY, 9, start, count) == whole[start : start + count]).all()
-    assert (normals(KEY, 9, 0, 50_000, threads=3) == whole).all()
     assert (public_normals(b"k", "layer", 2, (50, 4)) == public_normals(b"k", "layer", 2, (50, 4))).all()
     assert (public_normals(b"k", "layer", 2, (50, 4)) != public_normals(b"k", "layer", 3, (50, 4))).any()
 
