@@ -8,6 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# Renamed in torch 2.13, where the old names warn.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class Comms:
     """The ranks of one attempt.
@@ -43,7 +47,7 @@ class Comms:
         share = -(-flat.numel() // self.world_size)
         padded = torch.nn.functional.pad(flat, (0, share * self.world_size - flat.numel()))
         mine = torch.empty(share, dtype=flat.dtype, device=flat.device)
-        dist.reduce_scatter_tensor(mine, padded)
+        _reduce_scatter(mine, padded)
         self.bytes_sent += share * (self.world_size - 1) * flat.element_size()
         return mine[: high - low]
 
@@ -54,7 +58,7 @@ class Comms:
         share = -(-length // self.world_size)
         padded = torch.nn.functional.pad(mine, (0, share - mine.numel()))
         whole = torch.empty(share * self.world_size, dtype=mine.dtype, device=mine.device)
-        dist.all_gather_into_tensor(whole, padded)
+        _all_gather(whole, padded)
         self.bytes_sent += share * (self.world_size - 1) * mine.element_size()
         return whole[:length]
 

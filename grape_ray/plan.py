@@ -21,7 +21,6 @@ from grape_ray.engines import Engine, from_config
 from grape_ray.errors import BudgetExceeded, ConfigError, DataError
 from grape_ray.methods import METHODS
 from grape_ray.preflight import preflight
-from grape_ray.preflight import preflight
 from grape_ray.resolve import describe
 from grape_ray.storage import Storage
 from grape_ray.task import Data, Task

@@ -44,6 +44,7 @@ def rank_main(rank, world, path, method, out):
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
     comms = Comms.distributed()
     torch.save((*train(comms, method), noise_alone(comms, method), comms.bytes_sent), f"{out}/{rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
 
 

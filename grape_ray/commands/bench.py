@@ -1,0 +1,154 @@
+"""``grape-ray bench``: time, memory and traffic of every method, beside the non-private loop and the peers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.group("bench")
+def command() -> None:
+    """Measure; the results file is made by these commands alone."""
+
+
+def _shape(function: Any) -> Any:
+    """The options that choose a model and its shape."""
+    for option in (
+        click.option("--model", default="encoder", show_default=True, help="A row of grape_ray.bench.models."),
+        click.option("--rows", type=int, help="Examples B in a batch."),
+        click.option("--tokens", type=int, help="Positions T of a text."),
+        click.option("--vocabulary", type=int, default=1000, show_default=True),
+        click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True),
+        click.option("--bf16", is_flag=True, help="Run the loss under bf16 autocast."),
+        click.option("--threads", type=int, default=0, help="torch threads; 0 leaves torch's choice."),
+        click.option("--out", type=click.Path(path_type=Path), help="Write the section into this results file."),
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line."),
+    ):
+        function = option(function)
+    return function
+
+
+def _setting(options: dict[str, Any]) -> Any:
+    from grape_ray.bench.models import setting
+
+    return setting(**{k: options[k] for k in ("model", "rows", "tokens", "vocabulary", "device", "bf16", "threads")})
+
+
+def _finish(
+    title: str, columns: Sequence[str], rows: list[list[str]], facts: dict[str, Any], options: dict[str, Any], note: str = ""
+) -> None:
+    """Prints the table, keeps it if asked to, and ends with the JSON line."""
+    from grape_ray.bench import report
+
+    body = report.table(columns, rows) + (f"\n\n{note}" if note else "")
+    click.echo(body)
+    if options["out"]:
+        context = click.get_current_context()
+        given = [
+            f"--{k.replace('_', '-')} {v}"
+            for k, v in context.params.items()
+            if k not in ("out", "as_json") and v not in (None, False, 0, "")
+        ]
+        report.save(title, body, " ".join([context.command_path, *given]), options["out"])
+    if options["as_json"]:
+        click.echo(json.dumps(facts))
+
+
+@command.command("methods")
+@_shape
+@click.option("--methods", default="", help="Comma list of method or method:rank; left out, all of them.")
+@click.option("--rounds", type=int, default=7, show_default=True)
+@click.option("--steps", type=int, default=1, show_default=True, help="Steps a candidate takes in a round.")
+def methods(methods: str, rounds: int, steps: int, **options: Any) -> None:
+    """Seconds a step and peak bytes above the model, in interleaved rounds, as ratios to `none`."""
+    from grape_ray.bench.candidates import chosen
+    from grape_ray.bench.measure import measure
+    from grape_ray.bench.report import METHOD_COLUMNS, method_rows, surroundings
+
+    where = _setting(options)
+    found = measure(where, chosen([m for m in methods.split(",") if m]), rounds, steps, lambda text: click.echo(text, err=True))
+    rows = [row.to_json() for row in found]
+    note = "Seconds are CPU-seconds of the process, all threads." if where.device == "cpu" else "Seconds are of the synchronised GPU."
+    _finish(
+        f"Methods: {where.title}", METHOD_COLUMNS, method_rows(rows), {"model": where.model, **surroundings(), "rows": rows}, options, note
+    )
+
+
+@command.command("profile")
+@_shape
+@click.option("--methods", default="none,grape:16,bookkeeping,ghost", show_default=True, help="Comma list of method or method:rank.")
+@click.option("--steps", type=int, default=3, show_default=True)
+def profile(methods: str, steps: int, **options: Any) -> None:
+    """Where a step's seconds and bytes go."""
+    from grape_ray.bench.candidates import chosen, label
+    from grape_ray.bench.processes import Process
+    from grape_ray.bench.report import surroundings
+
+    where, facts = _setting(options), []
+    for method, rank in chosen([m for m in methods.split(",") if m]):
+        with Process(where, method, rank) as process:
+            phases = process.ask("phases", steps)
+        with Process(where, method, rank) as process:
+            facts.append({"method": label(method, rank), **phases, **process.ask("bytes", 1)})
+    rows = [[f"`{fact['method']}`", "error", fact["error"]] for fact in facts if "error" in fact]
+    for fact in facts:
+        rows += [[f"`{fact['method']}`", name, f"{seconds:.4f} s"] for name, seconds in fact.get("phases", {}).items() if seconds > 5e-5]
+        rows += [[f"`{fact['method']}`", name, f"{size / 2**20:.1f} MiB"] for name, size in fact.get("bytes", {}).items()]
+    _finish(
+        f"Profile: {where.title}", ("method", "where", "a step"), rows, {"model": where.model, **surroundings(), "rows": facts}, options
+    )
+
+
+@command.command("length")
+@_shape
+@click.option("--methods", default="none,ghost,bookkeeping,randomized", show_default=True)
+@click.option("--lengths", default="256,512,1024,2048,4096", show_default=True)
+@click.option("--steps", type=int, default=1, show_default=True)
+def length(methods: str, lengths: str, steps: int, **options: Any) -> None:
+    """Peak bytes and the seconds that norms take, against the number of tokens; ratios to `none` of the same length."""
+    from grape_ray.bench.candidates import chosen, label
+    from grape_ray.bench.processes import Process
+    from grape_ray.bench.report import surroundings
+
+    facts: list[dict[str, Any]] = []
+    for tokens in (int(n) for n in lengths.split(",")):
+        where, base = _setting({**options, "tokens": tokens}), None
+        for method, rank in chosen(methods.split(",")):
+            with Process(where, method, rank, for_memory=True) as process:
+                peak = process.ask("memory", 2)
+            with Process(where, method, rank) as process:
+                norms = process.ask("phases", steps).get("phases", {}).get("norms")
+            base = base or peak.get("peak_bytes")
+            ratio = peak["peak_bytes"] / base if base and "peak_bytes" in peak else None
+            facts.append({"tokens": tokens, "method": label(method, rank), "memory_ratio": ratio, "norm_seconds": norms, **peak})
+            click.echo(json.dumps(facts[-1]), err=True)
+    rows = [
+        [
+            str(f["tokens"]),
+            f"`{f['method']}`",
+            f"{f.get('peak_bytes', 0) / 2**20:.0f}",
+            f"{f['memory_ratio'] or 0:.3f}",
+            f"{f['norm_seconds'] or 0:.3f}",
+        ]
+        for f in facts
+    ]
+    facts_out = {"model": options["model"], **surroundings(), "rows": facts}
+    _finish(f"Length: {options['model']}", ("T", "method", "peak MiB", "memory ratio", "norm s"), rows, facts_out, options)
+
+
+@command.command("comm")
+@_shape
+@click.option("--rank", type=int, default=16, show_default=True)
+def comm(rank: int, **options: Any) -> None:
+    """Bytes that a rank sends a step, DP-GRAPE beside full-rank DP-Adam, on two real ranks."""
+    from grape_ray.bench.comm import bytes_per_step
+
+    where = _setting(options)
+    sent = {method: bytes_per_step(where, method, rank) for method in ("grape", "dp_adam")}
+    rows = [[f"`{m}`", f"{b:,}", f"{b / sent['dp_adam']:.4f}"] for m, b in sent.items()]
+    facts = {"bytes_per_step": sent, "model": where.model, "rank": rank}
+    _finish(f"Traffic: {where.model}, rank {rank}", ("method", "bytes a step", "ratio"), rows, facts, options)

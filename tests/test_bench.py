@@ -1,0 +1,76 @@
+"""The benchmarks run, in real processes and on a tiny model, and report in the promised shape; nothing here asserts a time."""
+
+import importlib.util
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from grape_ray.bench.candidates import CANDIDATES, chosen
+from grape_ray.bench.report import save
+from grape_ray.cli import main
+from grape_ray.errors import ConfigError
+from grape_ray.methods import METHODS
+
+
+def run(*words):
+    done = CliRunner().invoke(main, ["bench", *words, "--model", "tiny", "--json"])
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_methods_reports_the_promised_shape(tmp_path):
+    out = tmp_path / "RESULTS.md"
+    facts = run("methods", "--methods", "floor,grape:4,bookkeeping,opacus_hooks", "--rounds", "2", "--out", str(out))
+    assert facts["model"] == "tiny"
+    assert {"hardware", "versions", "commit"} <= facts.keys()
+    rows = {r["method"]: r for r in facts["rows"]}
+    assert [r["method"] for r in facts["rows"]] == ["none", "floor", "grape", "bookkeeping", "opacus_hooks"]
+    assert rows["none"]["time_ratio"] == 1.0
+    assert rows["none"]["memory_ratio"] == 1.0
+    assert rows["grape"]["rank"] == 4
+    for name in ("floor", "grape", "bookkeeping"):
+        assert rows[name]["seconds"] > 0
+        assert rows[name]["peak_bytes"] >= 0
+    if importlib.util.find_spec("opacus") is None:
+        assert "not installed" in rows["opacus_hooks"]["error"]
+        assert rows["opacus_hooks"]["seconds"] is None
+    assert "| `grape` | 4 |" in out.read_text()
+
+
+def test_profile_accounts_for_time_and_bytes():
+    facts = run("profile", "--methods", "grape:4,ghost", "--steps", "2")
+    grape = next(r for r in facts["rows"] if r["method"] == "grape:4")
+    assert {"forward", "backward", "noise", "optimizer"} <= grape["phases"].keys()
+    assert grape["phases"]["forward"] > 0
+    assert grape["bytes"]["clipped sum"] > 0
+
+
+def test_length_reports_every_method_at_every_length():
+    facts = run("length", "--methods", "none,randomized", "--lengths", "8,16")
+    assert [(r["tokens"], r["method"]) for r in facts["rows"]] == [(8, "none"), (8, "randomized"), (16, "none"), (16, "randomized")]
+
+
+def test_comm_counts_what_two_ranks_send():
+    facts = run("comm", "--rank", "4")
+    assert facts["rank"] == 4
+    assert 0 < facts["bytes_per_step"]["grape"] < facts["bytes_per_step"]["dp_adam"]
+
+
+def test_a_section_is_replaced_and_others_are_kept(tmp_path):
+    path = tmp_path / "RESULTS.md"
+    save("One", "first", "cmd", path)
+    save("Two", "other", "cmd", path)
+    save("One", "second", "cmd", path)
+    text = path.read_text()
+    assert "first" not in text
+    assert text.index("other") < text.index("second")
+    assert text.count("## One") == 1
+
+
+def test_every_method_has_a_candidate_and_unknown_ones_are_named():
+    assert {n for n, info in METHODS.items() if info.private} <= CANDIDATES.keys()
+    assert chosen(["grape:8"]) == [("none", None), ("grape", 8)]
+    for wrong in ("grap", "ghost:4", "grape:x"):
+        with pytest.raises(ConfigError):
+            chosen([wrong])
