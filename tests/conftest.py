@@ -1,8 +1,11 @@
 """Settings of the whole suite: few threads, no hub, no usage reports."""
 
 import os
+import tempfile
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+_CACHE = tempfile.TemporaryDirectory(prefix="grape-ray-tests-")  # no answer of an earlier session; removed at exit
+os.environ["XDG_CACHE_HOME"] = _CACHE.name

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
+from grape_ray.accounting import cache
 from grape_ray.accounting.events import (
     GAUSSIAN,
     MAX_NOISE_MULTIPLIER,
@@ -77,12 +78,26 @@ def noise_multiplier(
 ) -> float:
     """The least noise multiplier, to 0.01 % from above, with which ``steps`` steps cost at most (epsilon, delta).
 
+    Answers are remembered on disk (``accounting.cache``), and proved again by ``affords`` when they are recalled.
+
     Raises:
         ConfigError: a number is out of range.
         BudgetExceeded: not even the largest noise multiplier suffices.
     """
     epsilon, delta, steps = check_epsilon(epsilon), check_delta(delta), check_count("steps", steps)
     most = Mechanism(method, sampling_prob, MAX_NOISE_MULTIPLIER, probes, probes_shared)
+    question = {**asdict(most), "epsilon": epsilon, "delta": delta, "steps": steps}
+    known = cache.recall(question)
+    in_range = known is not None and MIN_NOISE_MULTIPLIER <= known <= MAX_NOISE_MULTIPLIER
+    if known is not None and in_range and affords(replace(most, noise_multiplier=known), steps, epsilon, delta):
+        return known
+    found = _least_noise(most, epsilon, delta, steps)
+    cache.remember(question, found)
+    return found
+
+
+def _least_noise(most: Mechanism, epsilon: float, delta: float, steps: int) -> float:
+    """The search behind ``noise_multiplier``; `most` is the mechanism at the largest noise."""
 
     def search(start: float, width: float, reach: float, spacing: float | None = None) -> float:
         def excess(log_quiet: float) -> float:

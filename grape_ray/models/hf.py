@@ -40,6 +40,24 @@ def load_sequence_classifier(name: str, classes: int, seed: int, dropout: bool =
     return _load(name, build).train(dropout)
 
 
+def load_causal_lm(name: str, seed: int) -> nn.Module:
+    """A decoder with its language-modelling head, fp32, dropout off.
+
+    Args:
+        name: hub name, or a folder with config.json and weights. seed: public seed of whatever the weights leave out.
+
+    Raises:
+        ConfigError: no such model, or it does not generate text.
+    """
+
+    def build(place: str) -> nn.Module:
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            return transformers.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+
+    return _load(name, build).eval()
+
+
 def save_pretrained(model: nn.Module, folder: Path) -> None:
     """Writes a Hugging Face model's folder, without progress bars."""
     transformers.utils.logging.disable_progress_bar()
