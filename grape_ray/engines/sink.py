@@ -41,6 +41,11 @@ class Sink:
         """Per-example gradients (B, *param.shape) of a small tensor."""
         raise NotImplementedError
 
+    def affine(self, name: str, bias: str, left: Tensor, right: Tensor) -> None:
+        """One use of weight `name` together with the shift `bias` (O) of the same outputs."""
+        self.dense(bias, left.sum(1))
+        self.pair(name, left, right)
+
     def squared_norms(self) -> dict[str, Tensor]:
         """Per tensor the squared norm of each example's gradient, (B,) float64; unused tensors are left out."""
         raise NotImplementedError
@@ -68,7 +73,9 @@ def squared(stored: Tensor) -> Tensor:
 class Materialised(Sink):
     """Keeps every example's gradient, projected where the subspace says so: DP-GRAPE, or DP-SGD where it says nothing.
 
-    A projected weight is projected first and contracted second, so (B, O, I) never exists: (B,T,R) then (B,O,R) or (B,R,I).
+    A projected weight is projected first and contracted second, so (B, O, I) never exists: (B,T,R) then (B,R,I) or (B,R,O). The rank is
+    the leading side in either case: that product reads the long output gradient row by row, and a column of ones beside the
+    projected inputs gives the bias's gradient in the same reading.
     """
 
     def __init__(self, params: Mapping[str, nn.Parameter], rows: int, subspace: Subspace, period: int):
@@ -83,15 +90,27 @@ class Materialised(Sink):
         matrix = self.subspace.matrix(name, self.period, self.params[name])
         if plan.axis == 0:
             self._add(name, outer(project(left, matrix), right))
+        elif isinstance(left, Tensor):
+            self._add(name, outer(project(right, matrix), left))
         else:
-            self._add(name, outer(left, project(right, matrix)))
+            self._add(name, outer(left, project(right, matrix)).transpose(1, 2))
+
+    def affine(self, name: str, bias: str, left: Tensor, right: Tensor) -> None:
+        plan = self.subspace.plan.get(name)
+        if plan is None or plan.axis == 0 or bias in self.subspace.plan:
+            super().affine(name, bias, left, right)
+            return
+        projected = project(right, self.subspace.matrix(name, self.period, self.params[name]))
+        both = outer(torch.cat([projected, projected.new_ones(*projected.shape[:2], 1)], 2), left)
+        self._add(name, both[:, :-1])
+        self._add(bias, both[:, -1])
 
     def dense(self, name: str, grads: Tensor) -> None:
         plan = self.subspace.plan.get(name)
         if plan is not None:
             matrix = self.subspace.matrix(name, self.period, self.params[name]).to(grads.dtype)
             flat = grads.reshape(self.rows, plan.rows, -1)
-            grads = matrix.T @ flat if plan.axis == 0 else flat @ matrix
+            grads = matrix.T @ (flat if plan.axis == 0 else flat.transpose(1, 2))
         self._add(name, grads)
 
     def _add(self, name: str, grads: Tensor) -> None:
@@ -106,5 +125,8 @@ class Materialised(Sink):
         for name in list(self.stored):
             stored = self.stored.pop(name)  # freed as soon as summed
             stored.index_fill_(0, bad, 0.0)
-            sums[name] = (factors[name].to(stored.dtype) @ stored.reshape(self.rows, -1)).view(self.shape(name))
+            total, plan = factors[name].to(stored.dtype) @ stored.reshape(self.rows, -1), self.subspace.plan.get(name)
+            if plan is not None and plan.axis == 1:
+                total = total.view(plan.rank, plan.other).T.contiguous()
+            sums[name] = total.view(self.shape(name))
         return sums

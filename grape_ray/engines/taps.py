@@ -68,16 +68,27 @@ class MatrixTap(torch.autograd.Function):
         kept, weight = ctx.saved_tensors
         weight_node, bias_node = ctx.nodes
         grad3 = per_example(grad, ctx.session.rows)
-        if bias_node is not None:
-            ctx.session.dense(bias_node, grad3.sum(1))
-        if weight_node is not None:
-            if weight_node.root:
-                ctx.session.sink.pair(weight_node.root, *((grad3, kept) if ctx.axis else (kept, grad3)))
-            else:
-                left, right = (grad3, kept) if ctx.by_rows else (kept, grad3)
-                ctx.session.dense(weight_node, torch.bmm(left.transpose(1, 2), right))
+        _hand_over(ctx, weight_node, bias_node, grad3, kept)
         grad_x = (grad @ (weight if ctx.by_rows else weight.T)).to(ctx.dtype) if ctx.needs_input_grad[2] else None
         return None, None, grad_x, None, None, None, None, None
+
+
+def _hand_over(ctx: Any, weight_node: Node | None, bias_node: Node | None, grad: Tensor, kept: Tensor | None) -> None:
+    """Tells the sink of one use of a weight and its bias; grad (B,T,O), kept (B,T,I) or projected (B,T,R)."""
+    sink = ctx.session.sink
+    together = weight_node is not None and bias_node is not None and weight_node.root and bias_node.root
+    if together and ctx.axis and kept is not None:
+        sink.affine(weight_node.root, bias_node.root, grad, kept)
+        return
+    if bias_node is not None:
+        ctx.session.dense(bias_node, grad.sum(1))
+    if weight_node is None or kept is None:
+        return
+    if weight_node.root:
+        sink.pair(weight_node.root, *((grad, kept) if ctx.axis else (kept, grad)))
+    else:
+        left, right = (grad, kept) if ctx.by_rows else (kept, grad)
+        ctx.session.dense(weight_node, torch.bmm(left.transpose(1, 2), right))
 
 
 class EmbeddingTap(torch.autograd.Function):
