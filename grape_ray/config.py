@@ -141,6 +141,9 @@ class Performance:
         max_failures: worker failures that a run survives; each is a new attempt.
         start_timeout_s: how long to wait for the cluster's resources before giving up.
         threads_per_worker: torch threads in a worker; 0 leaves torch's own choice.
+        sharded: spread the model's weights over the workers (FSDP2), so that none holds it whole.
+        precision: `fp32`, or `bf16` for products and activations; norms, coordinates and noise are fp32 in either.
+        recompute: keep each block's input alone for the backward pass (activation checkpointing).
     """
 
     micro_batch_size: int = 32
@@ -153,12 +156,16 @@ class Performance:
     max_failures: int = 3
     start_timeout_s: float = 300.0
     threads_per_worker: int = 0
+    sharded: bool = False
+    precision: str = "fp32"
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         for name, low in (("micro_batch_size", 1), ("num_workers", 0), ("charge_chunk", 1), ("checkpoint_every", 0), ("eval_every", 0),
                           ("keep_checkpoints", 1), ("max_failures", 0), ("threads_per_worker", 0)):  # fmt: skip
             _require(_count(getattr(self, name), low), f"performance.{name}", getattr(self, name), f"an integer >= {low}")
         ok = _number(self.start_timeout_s) and self.start_timeout_s > 0
+        _choice("performance.precision", self.precision, ("fp32", "bf16"))
         _require(ok, "performance.start_timeout_s", self.start_timeout_s, "a number of seconds > 0")
 
 

@@ -10,13 +10,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
-from grape_ray import checkpoint
+from grape_ray import checkpoint, sharding
 from grape_ray.accounting import keys
 from grape_ray.accounting.ledger import Ledger
 from grape_ray.accounting.verify import verify
 from grape_ray.comms import Comms
+from grape_ray.engines import Engine
+from grape_ray.engines.base import PerExampleLoss
 from grape_ray.errors import DataError, LedgerError
 from grape_ray.loop import Outcome, Progress, run_loop
 from grape_ray.noise import NoiseStream
@@ -24,7 +27,7 @@ from grape_ray.optim import Optimizer, make_optimizer
 from grape_ray.plan import PROGRESS_FILE, RESULT_FILE, Plan, build_engine, public_key
 from grape_ray.step import Step
 from grape_ray.storage import Storage
-from grape_ray.task import Data, Task
+from grape_ray.task import Data, Task, under_autocast
 
 _PROGRESS_EVERY_S = 1.0
 
@@ -92,6 +95,10 @@ class Session:
         self.epsilon = self.ledger.epsilon_spent(self.plan.study)
         return granted
 
+    @property
+    def evaluates_together(self) -> bool:
+        return sharding.is_sharded(self.model)
+
     def evaluate(self) -> dict[str, float]:
         task: Task = self.plan.config.task
         return task.evaluate(self.model, self.data.validation)
@@ -143,15 +150,14 @@ def execute(
     data = config.task.load()
     if data.dataset_id != plan.dataset_id:
         raise DataError("the training data changed", data.dataset_id, plan.dataset_id, "every worker must see the same data")
-    model = config.task.build_model(config.seed).to(device)
-    engine = build_engine(config, model)
-    optimizer = make_optimizer(model, engine, config.method, config.privacy.steps)
+    model, engine, loss = _model_and_engine(plan, data, device)
+    optimizer = make_optimizer(model, engine, config.method, config.privacy.steps, public_key(config, "rounding"))
     start, earlier = _resume(plan, comms, folder, model, optimizer)
     attempt = begin(plan, comms)
     if attempt.probe_key:
         engine.use_secret(attempt.probe_key, comms.rank)
     step = Step(
-        task=config.task, model=model, engine=engine, optimizer=optimizer, records=data.train, comms=comms, device=device,
+        task=config.task, loss=loss, model=model, engine=engine, optimizer=optimizer, records=data.train, comms=comms, device=device,
         noise=NoiseStream(attempt.noise_key) if attempt.noise_key else None, noise_multiplier=plan.noise_multiplier,
         sampling_prob=plan.sampling_prob, expected_batch_size=config.privacy.expected_batch_size, sampling_key=attempt.sampling_key,
         dropout_key=public_key(config, "dropout"), micro_batch_size=config.performance.micro_batch_size,
@@ -162,6 +168,29 @@ def execute(
     )  # fmt: skip
     outcome = run_loop(step, session, config.performance, start, config.privacy.steps, comms)
     return _conclude(session, outcome, time.monotonic() - began)
+
+
+def _model_and_engine(plan: Plan, data: Data, device: torch.device) -> tuple[torch.nn.Module, Engine, PerExampleLoss]:
+    """The model on its device, whole or this rank's shards of it, its engine, and the loss in the precision that was asked for.
+
+    A sharded model's engine learns how parameters are used before they are spread, from the shortest and the longest records.
+    """
+    config, performance = plan.config, plan.config.performance
+    task: Task = config.task
+    model, low = task.build_model(config.seed), performance.precision == "bf16"
+    if not performance.sharded:
+        if performance.recompute:
+            sharding.recompute_blocks(model)
+        model = model.to(device)
+        loss = under_autocast(task.per_example_loss, device.type) if low else task.per_example_loss
+        return model, build_engine(config, model), loss
+    trial = build_engine(config, model)
+    order = data.train.by_length(np.arange(len(data.train)))
+    layouts = trial.learn(task.per_example_loss, task.collate(data.train, np.unique(order[[0, -1]])))
+    sharding.shard(model, device, torch.bfloat16 if low else None, performance.recompute)
+    engine = build_engine(config, model)
+    engine.adopt(layouts)
+    return model, engine, task.per_example_loss
 
 
 def _resume(plan: Plan, comms: Comms, folder: Storage, model: torch.nn.Module, optimizer: Optimizer) -> tuple[int, int]:

@@ -44,8 +44,13 @@ class Hooks(Protocol):
         """Pays for up to `count` steps from `step` on; returns how many are paid for, 0 at the budget's end. Rank 0 alone calls it."""
         ...
 
+    @property
+    def evaluates_together(self) -> bool:
+        """Whether every rank must evaluate, as a model whose weights are spread over them needs; otherwise rank 0 does it alone."""
+        ...
+
     def evaluate(self) -> dict[str, float]:
-        """Validation metrics of the model as it is. Rank 0 alone calls it."""
+        """Validation metrics of the model as it is."""
         ...
 
     def checkpoint(self, progress: Progress) -> None:
@@ -102,7 +107,7 @@ def _due(step: int, every: int) -> bool:
 
 def _evaluated(progress: Progress, hooks: Hooks, comms: Comms) -> Progress:
     """The progress with fresh metrics, which every rank gets from rank 0."""
-    metrics = _on_rank_zero(comms, hooks.evaluate)
+    metrics = comms.broadcast_object(hooks.evaluate()) if hooks.evaluates_together else _on_rank_zero(comms, hooks.evaluate)
     return Progress(progress.step, progress.total, progress.executed, progress.steps_per_s, metrics, progress.step)
 
 

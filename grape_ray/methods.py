@@ -16,6 +16,7 @@ class MethodInfo:
         private: whether it carries a guarantee.
         exact: whether the clip bounds every example's norm surely; otherwise the accountant covers the estimate's law.
         title: one line for tables.
+        shards: whether it trains a model whose weights are spread over the workers (performance.sharded).
     """
 
     engine: str
@@ -24,14 +25,15 @@ class MethodInfo:
     private: bool
     exact: bool
     title: str
+    shards: bool = False
 
 
 METHODS: dict[str, MethodInfo] = {
-    "grape": MethodInfo("base:Engine", "gaussian", "exact, of the projected gradient", True, True, "DP-GRAPE: project, clip, noise"),
-    "dp_adam": MethodInfo("base:Engine", "identity", "exact, materialised", True, True, "per-example gradients in full"),
+    "grape": MethodInfo("base:Engine", "gaussian", "exact, of the projected gradient", True, True, "DP-GRAPE: project, clip, noise", True),
+    "dp_adam": MethodInfo("base:Engine", "identity", "exact, materialised", True, True, "per-example gradients in full", True),
     "ghost": MethodInfo("ghost:Ghost", "identity", "exact, Gram or transient", True, True, "ghost clipping: two backward passes"),
     "bookkeeping": MethodInfo(
-        "taped:BookKeeping", "identity", "exact, Gram or instantiated", True, True, "Book-Keeping: one backward pass"
+        "taped:BookKeeping", "identity", "exact, Gram or instantiated", True, True, "Book-Keeping: one backward pass", True
     ),
     "randomized": MethodInfo("randomized:Randomized", "identity", "Hutchinson or Hutch++ estimate", True, False, "DP-SGD-RC"),
     "dp_galore": MethodInfo(

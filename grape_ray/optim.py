@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grape_ray import sharding
 from grape_ray.config import Method
 from grape_ray.engines import Engine
 from grape_ray.engines.sink import sum_dtype
 from grape_ray.errors import CheckpointError, GrapeRayError
 from grape_ray.methods import METHODS
+from grape_ray.rng import public_bits
 from grape_ray.subspace import Subspace, Svd, plan_projections
 from grape_ray.types import NonPrivateGradient, PrivateGradient
 
@@ -32,20 +34,35 @@ def learning_rate(method: Method, step: int, total_steps: int) -> float:
 class Optimizer:
     """Adam or SGD with decoupled weight decay (Loshchilov and Hutter 2019) on released gradients.
 
+    Of a sharded parameter each rank keeps the moments of, and updates, the rows that it holds. Weights in bfloat16 are updated in fp32
+    and rounded stochastically, with public bits that depend on (key, name, step) alone: plain rounding would lose small updates.
+
     Args:
         params: parameter name -> Parameter, changed in place. subspace: the one that the gradients come from.
-        method: rates, betas, the moment policy at a refresh. total_steps: where the schedule ends.
+        method: rates, betas, the moment policy at a refresh. total_steps: where the schedule ends. rounding_key: any public bytes.
     """
 
-    def __init__(self, params: Mapping[str, nn.Parameter], subspace: Subspace, method: Method, total_steps: int):
+    def __init__(self, params: Mapping[str, nn.Parameter], subspace: Subspace, method: Method, total_steps: int, rounding_key: bytes = b""):
         self.params, self.subspace, self.method, self.total_steps = dict(params), subspace, method, total_steps
-        self.updates, self._period = 0, 0
+        self.updates, self._period, self._rounding_key = 0, 0, rounding_key
+        self._rows = {name: self._rows_of(name, param) for name, param in self.params.items()}
         slots = ("first", "second") if method.optimizer == "adam" else ("first",) if method.momentum else ()
         self._state: dict[str, dict[str, Tensor]] = {slot: {} for slot in slots}
         for name, param in self.params.items():
-            plan = subspace.plan.get(name)
+            plan, like = subspace.plan.get(name), sharding.local(param)
+            shape = plan.shape if plan else like.shape
+            if plan and plan.axis == 1:
+                shape = (self._rows[name].stop - self._rows[name].start, plan.rank)
             for slot in slots:
-                self._state[slot][name] = torch.zeros(plan.shape if plan else param.shape, dtype=sum_dtype(param), device=param.device)
+                self._state[slot][name] = torch.zeros(shape, dtype=sum_dtype(param), device=like.device)
+
+    def _rows_of(self, name: str, param: Tensor) -> slice:
+        """The rows of the weight, seen as a matrix, that this rank updates."""
+        plan = self.subspace.plan.get(name)
+        held = sharding.rows(param)
+        if plan is None or plan.rows == param.shape[0]:
+            return held
+        return slice(0, plan.rows if sharding.local(param).numel() else 0)  # (1, d0, ...): one rank holds it all
 
     def step(self, gradient: PrivateGradient | NonPrivateGradient, step: int) -> None:
         """One update. Raises GrapeRayError for anything that did not come through the noise line (or method `none`)."""
@@ -60,11 +77,28 @@ class Optimizer:
                 coords = self.subspace.project(name, gradient.tensors[name], period)
                 if period != self._period and name in self.subspace.plan:
                     self._refresh(name, self._period, period)
-                update = self._direction(name, coords, gradient.noise_std)
-                if self.method.weight_decay:
-                    param.mul_(1 - rate * self.method.weight_decay)
-                self.subspace.lift_(param.data, name, period, update, -rate)
+                update = self._direction(name, self._mine(name, param, coords), gradient.noise_std)
+                self._apply(name, sharding.local(param), update, rate, step, period)
         self._period = period
+
+    def _mine(self, name: str, param: Tensor, coords: Tensor) -> Tensor:
+        """What this rank needs of a gradient: its rows, or all coordinates where the rows are what is compressed."""
+        plan = self.subspace.plan.get(name)
+        if sharding.local(param).shape == param.shape or (plan is not None and plan.axis == 0):
+            return coords
+        return coords[self._rows[name]]
+
+    def _apply(self, name: str, weight: Tensor, update: Tensor, rate: float, step: int, period: int) -> None:
+        """weight -= rate * (lifted update + weight_decay * weight), in the weight's own memory."""
+        exact = weight.float() if weight.dtype == torch.bfloat16 else weight
+        if self.method.weight_decay:
+            exact.mul_(1 - rate * self.method.weight_decay)
+        self.subspace.lift_(exact, name, period, update, -rate, self._rows[name])
+        if exact is not weight:
+            flat, rows = exact.view(max(exact.shape[0], 1), -1), self._rows[name]
+            whole = self.params[name].shape[0], flat.shape[1]
+            bits = torch.from_numpy(public_bits(self._rounding_key, name, step, whole, rows).astype("i4"))
+            weight.copy_(round_stochastically(flat, bits.to(weight.device)).view(weight.shape))
 
     def _direction(self, name: str, grad: Tensor, noise_std: float) -> Tensor:
         """The direction in coordinates; may reuse the gradient's memory."""
@@ -113,9 +147,18 @@ class Optimizer:
         self.updates, self._period = int(state["updates"]), int(state["period"])
 
 
-def make_optimizer(model: nn.Module, engine: Engine, method: Method, total_steps: int) -> Optimizer:
+def round_stochastically(exact: Tensor, bits: Tensor) -> Tensor:
+    """fp32 as bfloat16, up or down with probabilities that keep the mean.
+
+    Args:
+        bits: int32, uniform in [0, 2^16), of the same shape: added below the kept half of each number before the rest is cut off.
+    """
+    return (exact.view(torch.int32) + bits).bitwise_and_(-65536).view(torch.float32).to(torch.bfloat16)
+
+
+def make_optimizer(model: nn.Module, engine: Engine, method: Method, total_steps: int, rounding_key: bytes = b"") -> Optimizer:
     """The optimizer that goes with an engine: in its subspace, or for DP-GaLore in one found from the private gradients."""
     subspace = engine.subspace
     if METHODS[method.name].subspace == "svd":
         subspace = Svd(plan_projections(model, method.rank, method.side, method.dense, method.project_min_numel), method.refresh)
-    return Optimizer(engine.params, subspace, method, total_steps)
+    return Optimizer(engine.params, subspace, method, total_steps, rounding_key)

@@ -99,6 +99,7 @@ def prepare(
     task: Task = config.task
     run = run or _new_name(config)
     _check_name(run)
+    _check_sharding(config)
     data = task.load()
     sampling_prob = _sampling_prob(config, data)
     _try_out(config, data)
@@ -146,6 +147,20 @@ def _new_name(config: Config) -> str:
 def _check_name(run: str) -> None:
     if not run or run in (".", "..") or not all(c.isalnum() or c in "._-" for c in run) or not run.isascii():
         raise ConfigError("run", run, "letters, digits, dots, dashes and underscores", "choose another name")
+
+
+def _check_sharding(config: Config) -> None:
+    """Whether the method trains weights that no worker holds whole."""
+    if not config.performance.sharded:
+        return
+    if config.performance.num_workers == 0:
+        fix = "set performance.num_workers, or --workers"
+        raise ConfigError("performance.sharded", "0 workers", "at least one Ray Train worker", fix)
+    known = [name for name, info in METHODS.items() if info.shards]
+    if config.method.name not in known:
+        raise ConfigError(
+            "method.name with performance.sharded", config.method.name, "one of " + ", ".join(known), "unset performance.sharded"
+        )
 
 
 def _absolute(url: str) -> str:

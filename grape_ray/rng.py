@@ -6,6 +6,7 @@ Secret streams (noise, sampling, probes) come from AES-256 in counter mode; publ
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from fractions import Fraction
 
 import numpy as np
@@ -13,6 +14,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 _CHUNK = 16384  # normals made at a time; fixed, so that a value does not depend on the slice it was asked for in
 _WORD = 1 << 64
+_BLOCK_ROWS = 1024  # rows of a public matrix made at a time
 
 
 def words(key: bytes, step: int, first: int, count: int) -> np.ndarray:
@@ -79,8 +81,34 @@ def poisson_batch(key: bytes, step: int, size: int, sampling_prob: float) -> np.
     return np.flatnonzero(words(key, step, 0, size) < np.uint64(threshold)).astype(np.int64)
 
 
-def public_normals(key: bytes, label: str, period: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Standard normals, float32, of a public stream: a function of (key, label, period) alone; used for projections."""
-    digest = hashlib.sha256(b"|".join([key, label.encode(), str(period).encode()])).digest()
-    philox = np.random.Philox(key=np.frombuffer(digest[:16], dtype="<u8"))
-    return np.random.Generator(philox).standard_normal(shape, dtype=np.float32)
+def public_normals(key: bytes, label: str, period: int, shape: tuple[int, int], rows: slice = slice(None)) -> np.ndarray:
+    """Standard normals, float32, of a public stream: a function of (key, label, period) alone; used for projections.
+
+    Args:
+        shape: of the whole matrix. rows: the part of its rows that is wanted; it costs little more than that part.
+    """
+    return _by_blocks(key, label, period, shape, rows, lambda stream, size: stream.standard_normal(size, dtype=np.float32))
+
+
+def public_bits(key: bytes, label: str, step: int, shape: tuple[int, int], rows: slice = slice(None)) -> np.ndarray:
+    """Uniform uint16 of a public stream, in rows like `public_normals`; used to round weights stochastically."""
+    return _by_blocks(key, label, step, shape, rows, lambda stream, size: stream.integers(0, 1 << 16, size, dtype=np.uint16))
+
+
+def _by_blocks(
+    key: bytes,
+    label: str,
+    number: int,
+    shape: tuple[int, int],
+    rows: slice,
+    draw: Callable[[np.random.Generator, tuple[int, int]], np.ndarray],
+) -> np.ndarray:
+    """Rows of a matrix of random numbers, each block of rows from a Philox stream of its own."""
+    start, stop, _ = rows.indices(shape[0])
+    parts = [draw(np.random.default_rng(0), (0, shape[1]))]
+    for block in range(start // _BLOCK_ROWS, -(-stop // _BLOCK_ROWS)):
+        first = block * _BLOCK_ROWS
+        digest = hashlib.sha256(b"|".join([key, label.encode(), str(number).encode(), str(block).encode()])).digest()
+        stream = np.random.Generator(np.random.Philox(key=np.frombuffer(digest[:16], dtype="<u8")))
+        parts.append(draw(stream, (min(_BLOCK_ROWS, shape[0] - first), shape[1]))[max(start - first, 0) : max(stop - first, 0)])
+    return np.concatenate(parts)

@@ -11,9 +11,11 @@ from torch import nn
 from grape_ray.comms import Comms
 from grape_ray.data.arrays import Records
 from grape_ray.engines import Engine
+from grape_ray.engines.base import PerExampleLoss
 from grape_ray.noise import NoiseStream, nonprivate_mean, privatize
 from grape_ray.optim import Optimizer
 from grape_ray.rng import poisson_batch, words
+from grape_ray.sharding import is_sharded
 from grape_ray.task import Task, to_device
 from grape_ray.types import ClippedSum, NonPrivateGradient, PrivateGradient
 
@@ -26,6 +28,7 @@ class Step:
     drawn once; an empty batch or an empty share is a step like any other.
 
     Attributes:
+        loss: per-example loss, the task's own or one in lower precision.
         noise: this attempt's secret stream; None for the non-private yardstick.
         noise_multiplier: noise standard deviation over the sensitivity. expected_batch_size: the divisor.
         sampling_key: 32 bytes, secret and of this attempt (of the public seed for the yardstick).
@@ -33,6 +36,7 @@ class Step:
     """
 
     task: Task
+    loss: PerExampleLoss
     model: nn.Module
     engine: Engine
     optimizer: Optimizer
@@ -51,17 +55,26 @@ class Step:
         """Takes step `step` (0-based). Raises NoiseReuse where this attempt has drawn the step's noise before."""
         batch = poisson_batch(self.sampling_key, step, len(self.records), self.sampling_prob)
         share = batch[self.comms.rank :: self.comms.world_size]
-        self.optimizer.step(self._gradient(self._summed(share, step), step, len(batch)), step)
+        largest = -(-len(batch) // self.comms.world_size) if is_sharded(self.model) else len(share)
+        self.optimizer.step(self._gradient(self._summed(share, largest, step), step, len(batch)), step)
 
-    def _summed(self, share: np.ndarray, step: int) -> ClippedSum:
-        """The clipped sum over this rank's share, by micro-batches."""
+    def _summed(self, share: np.ndarray, largest: int, step: int) -> ClippedSum:
+        """The clipped sum over this rank's share, by micro-batches.
+
+        The ranks of a sharded model gather its weights together, so each runs as many micro-batches as the `largest` share needs, of
+        equal sizes; what is missing is made up by rows that are masked out.
+        """
         total, share = None, self.records.by_length(share)
-        for start in range(0, len(share), self.micro_batch_size):
+        for start in range(0, largest, self.micro_batch_size):
             if self.model.training:  # dropout's masks, too, are a function of (key, step), of the rank and of the place in its share
                 place = 2 * (self.comms.rank * len(self.records) + start)
                 torch.manual_seed(int(words(self.dropout_key, step, place, 1)[0] >> np.uint64(1)))
-            batch = to_device(self.task.collate(self.records, share[start : start + self.micro_batch_size]), self.device)
-            part = self.engine.clipped_sum(self.task.per_example_loss, batch, step=step)
+            own = share[start : start + self.micro_batch_size]
+            size = min(self.micro_batch_size, largest - start)
+            filler = np.zeros(size - len(own), dtype=own.dtype)
+            mask = torch.arange(size, device=self.device) < len(own) if len(filler) else None
+            batch = to_device(self.task.collate(self.records, np.concatenate([own, filler])), self.device)
+            part = self.engine.clipped_sum(self.loss, batch, step=step, mask=mask)
             total = part if total is None else total + part
         return self.engine.empty_sum() if total is None else total
 

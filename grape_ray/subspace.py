@@ -73,16 +73,24 @@ class Subspace:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores `state_dict`."""
 
-    def lift_(self, weight: Tensor, name: str, period: int, coords: Tensor, alpha: float) -> None:
-        """weight += alpha * (coords lifted to the weight's shape), in place and without a full-size temporary."""
+    def matrix_rows(self, name: str, period: int, like: Tensor, rows: slice) -> Tensor:
+        """The rows of `matrix`, made alone where that is cheaper."""
+        return self.matrix(name, period, like)[rows]
+
+    def lift_(self, weight: Tensor, name: str, period: int, coords: Tensor, alpha: float, rows: slice = slice(None)) -> None:
+        """weight += alpha * (coords lifted to the weight's shape), in place and without a full-size temporary.
+
+        Args:
+            weight: rows `rows` of the whole one. coords: its coordinates; those rows alone where axis 1 is compressed.
+        """
         plan = self.plan.get(name)
         if plan is None:
             weight.add_(coords.to(weight.dtype), alpha=alpha)
             return
-        matrix = self.matrix(name, period, weight).to(weight.dtype)
-        flat, coords = weight.view(plan.rows, -1), coords.to(weight.dtype)
+        compressed = rows if plan.axis == 0 else slice(None)
+        matrix, coords = self.matrix_rows(name, period, weight, compressed).to(weight.dtype), coords.to(weight.dtype)
         left, right = (matrix, coords) if plan.axis == 0 else (coords, matrix.T)
-        flat.addmm_(left, right, alpha=alpha)
+        weight.view(left.shape[0], right.shape[1]).addmm_(left, right, alpha=alpha)
 
 
 class Gaussian(Subspace):
@@ -108,13 +116,20 @@ class Gaussian(Subspace):
         held = self._cache.get(name)
         if held is not None and held[0] == period and held[1].device == like.device and held[1].dtype == dtype:
             return held[1]
-        plan = self.plan[name]
-        std = 1 / plan.rank if self._scale == "paper" else 1 / math.sqrt(plan.rank)
-        drawn = torch.from_numpy(public_normals(self._key, name, period, (plan.dim, plan.rank)))
-        matrix = drawn.mul_(std).to(like.device, dtype)
+        matrix = self._draw(name, period, slice(None)).to(like.device, dtype)
         if self._cached:
             self._cache[name] = (period, matrix)
         return matrix
+
+    def matrix_rows(self, name: str, period: int, like: Tensor, rows: slice) -> Tensor:
+        if self._cached:
+            return self.matrix(name, period, like)[rows]
+        return self._draw(name, period, rows).to(like.device, torch.float64 if like.dtype == torch.float64 else torch.float32)
+
+    def _draw(self, name: str, period: int, rows: slice) -> Tensor:
+        plan = self.plan[name]
+        std = 1 / plan.rank if self._scale == "paper" else 1 / math.sqrt(plan.rank)
+        return torch.from_numpy(public_normals(self._key, name, period, (plan.dim, plan.rank), rows)).mul_(std)
 
 
 class Svd(Subspace):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -74,7 +74,7 @@ def classification_metrics(task: Task, model: nn.Module, records: Records, batch
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    with torch.inference_mode():
+    with torch.no_grad():
         for start in range(0, len(records), batch_size):
             batch = to_device(task.collate(records, np.arange(start, min(start + batch_size, len(records)))), device)
             logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits.float()
@@ -93,3 +93,13 @@ def classification_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor
 def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """The batch on a device."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def under_autocast(loss: Callable[[nn.Module, Any], Tensor], device: str) -> Callable[[nn.Module, Any], Tensor]:
+    """The loss with products and activations in bfloat16, itself in fp32."""
+
+    def under(model: nn.Module, batch: Any) -> Tensor:
+        with torch.autocast(device, torch.bfloat16):
+            return loss(model, batch).float()
+
+    return under

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "grape_ray"
 LAYERS = [
     ["errors", "methods", "config", "types", "storage", "rng"],
     ["accounting"],
-    ["comms", "subspace", "rules", "clipping", "data"],
+    ["comms", "subspace", "rules", "clipping", "data", "sharding"],
     ["engines"],
     ["noise", "optim", "task"],
     ["models", "checkpoint", "resolve"],

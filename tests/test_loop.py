@@ -57,6 +57,8 @@ class Recorder:
         self.budget -= granted
         return granted
 
+    evaluates_together = False
+
     def evaluate(self):
         self.calls.append("evaluate")
         return {"accuracy": 0.5}

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grape_ray.errors import ConfigError, nearest
+from grape_ray.task import under_autocast
 
 _FIRST_WORD = 5  # ids below are special to some family: padding, begin, end
 Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
@@ -172,12 +173,4 @@ def build(where: Setting) -> tuple[nn.Module, Loss, dict[str, Tensor]]:
     else:
         batch["input_ids"] = torch.randint(_FIRST_WORD, where.vocabulary, (where.rows, where.tokens), generator=generator)
     batch = {name: tensor.to(where.device) for name, tensor in batch.items()}
-    return model, _autocast(known.loss, where.device) if where.bf16 else known.loss, batch
-
-
-def _autocast(loss: Loss, device: str) -> Loss:
-    def under(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        with torch.autocast(device, torch.bfloat16):
-            return loss(model, batch).float()
-
-    return under
+    return model, under_autocast(known.loss, where.device) if where.bf16 else known.loss, batch

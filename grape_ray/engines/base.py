@@ -52,7 +52,7 @@ class Engine:
         self.model, self.clip_norm, self.clipping, self.routes = model, clip_norm, clipping, routes
         self.subspace = subspace or Subspace()
         self.params = {name: param for name, (_, param) in owned_parameters(model).items()}
-        self._layouts = Layouts()
+        self.layouts, self._may_probe = Layouts(), True
         if not self.params:
             raise ConfigError("model", "no trainable parameter", "at least one with requires_grad=True")
         for name, module in model.named_modules():
@@ -96,9 +96,22 @@ class Engine:
         for seen_rows in (1, rows):
             try:
                 return self._pass(per_example_loss, batch, rows, step, mask)
-            except UnseenUse:
+            except UnseenUse as unseen:
+                if not self._may_probe:
+                    fix = "train without performance.sharded, or make the model's path a function of shapes"
+                    raise UnsupportedLayer(f"a use of {unseen.args[0][0]} that no trial has met", unseen.args[0][1], "", fix) from unseen
                 self._probe(per_example_loss, batch, step, seen_rows)
         return self._pass(per_example_loss, batch, rows, step, mask)
+
+    def learn(self, per_example_loss: PerExampleLoss, batch: Any) -> Layouts:
+        """Learns how the model uses its parameters from one batch, with and without padded rows; `adopt` takes it to a sharded copy."""
+        for seen_rows in dict.fromkeys((1, batch_rows(batch))):
+            self._probe(per_example_loss, batch, 0, seen_rows)
+        return self.layouts
+
+    def adopt(self, layouts: Layouts) -> None:
+        """Uses what was learned elsewhere, and never runs the model to learn more: ranks of a sharded model must run it together."""
+        self.layouts, self._may_probe = layouts, False
 
     def empty_sum(self) -> ClippedSum:
         """The clipped sum of no example: zeros, to be noised like any other."""
@@ -138,7 +151,7 @@ class Engine:
         return ClippedSum(tensors, self.clip_norm, unprotected)
 
     def _session(self, rows: int, step: int) -> Session:
-        return Session(rows, self._layouts, self._make_sink(rows, step), next(iter(self.params.values())).device)
+        return Session(rows, self.layouts, self._make_sink(rows, step), next(iter(self.params.values())).device)
 
     def _make_sink(self, rows: int, step: int) -> Sink:
         sink = self.sink_type(self.params, rows, self.subspace, self.subspace.period(step))
@@ -156,8 +169,8 @@ class Engine:
                 per_example_loss(self.model, picked)
 
         with torch.random.fork_rng(devices):
-            self._layouts.probe(lambda times: run(lambda t: torch.cat([t[:seen_rows]] * times), times * seen_rows))
-            self._layouts.check_contents(lambda i: run(lambda t: t[i : i + 1], 1), min(rows, _CONTENT_ROWS))
+            self.layouts.probe(lambda times: run(lambda t: torch.cat([t[:seen_rows]] * times), times * seen_rows))
+            self.layouts.check_contents(lambda i: run(lambda t: t[i : i + 1], 1), min(rows, _CONTENT_ROWS))
 
 
 def batch_rows(batch: Any) -> int:

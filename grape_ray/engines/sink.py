@@ -89,7 +89,8 @@ class Materialised(Sink):
             return
         matrix = self.subspace.matrix(name, self.period, self.params[name])
         if plan.axis == 0:
-            self._add(name, outer(project(left, matrix), right))
+            projected = project(left, matrix)
+            self._add(name, outer(projected, right.to(projected.dtype)))
         elif isinstance(left, Tensor):
             self._add(name, outer(project(right, matrix), left))
         else:

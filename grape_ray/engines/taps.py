@@ -76,17 +76,15 @@ class MatrixTap(torch.autograd.Function):
 def _hand_over(ctx: Any, weight_node: Node | None, bias_node: Node | None, grad: Tensor, kept: Tensor | None) -> None:
     """Tells the sink of one use of a weight and its bias; grad (B,T,O), kept (B,T,I) or projected (B,T,R)."""
     sink = ctx.session.sink
-    together = weight_node is not None and bias_node is not None and weight_node.root and bias_node.root
-    if together and ctx.axis and kept is not None:
-        sink.affine(weight_node.root, bias_node.root, grad, kept)
+    weight, bias = (node.root if node is not None else None for node in (weight_node, bias_node))
+    if weight and bias and ctx.axis and kept is not None:
+        sink.affine(weight, bias, grad, kept)
         return
     if bias_node is not None:
         ctx.session.dense(bias_node, grad.sum(1))
-    if weight_node is None or kept is None:
-        return
-    if weight_node.root:
-        sink.pair(weight_node.root, *((grad, kept) if ctx.axis else (kept, grad)))
-    else:
+    if weight and kept is not None:
+        sink.pair(weight, *((grad, kept) if ctx.axis else (kept, grad)))
+    elif weight_node is not None and kept is not None:
         left, right = (grad, kept) if ctx.by_rows else (kept, grad)
         ctx.session.dense(weight_node, torch.bmm(left.transpose(1, 2), right))
 

@@ -9,13 +9,16 @@ or *batched* (its first dimension is the batch: from there on it is a plain tens
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten, tree_map
 
+from grape_ray import sharding
 from grape_ray.engines.layout import Layouts
 from grape_ray.errors import UnsupportedLayer
 
@@ -146,29 +149,62 @@ def _graph_of(leaf: Any) -> Any:
     return leaf.node.graph if isinstance(leaf, Tracked) else leaf
 
 
+class Slot(NamedTuple):
+    """A place in a module where a parameter is held."""
+
+    module: nn.Module
+    key: str
+    name: str
+    param: nn.Parameter
+
+
+def _stand_in(session: Session, slots: list[Slot]) -> None:
+    """Puts a stand-in into every slot that holds a whole tensor; a tied one is the same everywhere."""
+    made: dict[int, Tracked] = {}
+    for slot in slots:
+        value = slot.module._parameters[slot.key]
+        if value is None or isinstance(value, (Tracked, DTensor)):
+            continue
+        if id(value) not in made:
+            leaf = value.detach().requires_grad_()
+            made[id(value)] = session.track(Node(leaf, {slot.name: leaf}, slot.name))
+        slot.module._parameters[slot.key] = made[id(value)]  # pyright: ignore[reportArgumentType]
+
+
 @contextlib.contextmanager
 def tracking(model: nn.Module, params: dict[str, nn.Parameter], session: Session) -> Iterator[None]:
     """Swaps tracked stand-ins for `params` into the model's modules, and the parameters back afterwards, whatever happens.
 
+    A sharded model's weights are there only while their block runs, so their stand-ins are made anew each time it is entered.
+
     Raises:
         UnsupportedLayer: a parameter received an ordinary gradient, so the model reached it past the engine.
     """
-    stand_ins = {}
-    for name, param in params.items():
-        leaf = param.detach().requires_grad_()
-        stand_ins[id(param)] = session.track(Node(leaf, {name: leaf}, name))
+    names = {id(param): name for name, param in params.items()}
+    slots = [
+        Slot(module, key, names[id(param)], param)
+        for module in model.modules()
+        for key, param in module._parameters.items()
+        if param is not None and id(param) in names
+    ]
     grads = {name: p.grad for name, p in params.items()}
-    slots = [(m._parameters, k, p) for m in model.modules() for k, p in m._parameters.items() if p is not None and id(p) in stand_ins]
+    gated = dict(sharding.gates(model))
     try:
         for param in params.values():
             param.grad = None
-        for store, key, param in slots:
-            store[key] = stand_ins[id(param)]
+        owners = {part: gate for module, gate in gated.items() for part in module.modules()}  # inner blocks come later and win
+        for gate in gated.values():
+            gate.watcher = functools.partial(_stand_in, session, [s for s in slots if owners[s.module] is gate])
+        if not gated:
+            _stand_in(session, slots)
         yield
         leaked = [name for name, p in params.items() if p.grad is not None]
     finally:
-        for store, key, param in slots:
-            store[key] = param
+        for gate in gated.values():
+            gate.watcher = None
+        sharding.close(model)
+        for slot in slots:
+            slot.module._parameters[slot.key] = slot.param
         for name, param in params.items():
             param.grad = grads[name]
     if leaked:
