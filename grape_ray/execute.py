@@ -14,6 +14,7 @@ import torch
 
 from grape_ray import checkpoint
 from grape_ray.accounting import keys
+from grape_ray.accounting.book import Book
 from grape_ray.accounting.ledger import Ledger
 from grape_ray.accounting.verify import verify
 from grape_ray.comms import Comms
@@ -44,13 +45,36 @@ class Attempt:
     probe_key: bytes | None = field(repr=False, default=None)
 
 
-def begin_attempt(plan: Plan, comms: Comms) -> Attempt:
+def open_ledger(plan: Plan) -> Book:
+    """The ledger that a plan names."""
+    assert plan.ledger is not None
+    return Ledger.open(plan.ledger, plan.dataset_id, create=False)
+
+
+@dataclass(frozen=True)
+class Around:
+    """What stands around a run that is a trial of a sweep; by default nothing does.
+
+    Attributes:
+        open_ledger: gives the ledger to be charged; called on rank 0 alone.
+        on_step: told the number of each step before it is taken, on rank 0.
+        go_on: asked after each evaluation but the last, on rank 0, whether the run goes on; may wait as long as it likes.
+        score: what may be known of validation metrics, given them and the number of validation records, on rank 0.
+    """
+
+    open_ledger: Callable[[Plan], Book] = open_ledger
+    on_step: Callable[[int], None] = lambda step: None
+    go_on: Callable[[Progress], bool] = lambda progress: True
+    score: Callable[[Mapping[str, float], int], dict[str, float]] = lambda metrics, records: dict(metrics)
+
+
+def begin_attempt(plan: Plan, comms: Comms, open_ledger: Callable[[Plan], Book] = open_ledger) -> Attempt:
     """A new attempt: the number is durable in the ledger before the keys are derived, so no attempt shares a key with another."""
     if plan.ledger is None:
         return Attempt(0, public_key(plan.config, "sampling"))
     attempt = None
     if comms.rank == 0:
-        ledger = Ledger.open(plan.ledger, plan.dataset_id, create=False)
+        ledger = open_ledger(plan)
         master = keys.master_key(plan.key_path)
         number = ledger.begin_attempt(plan.study, plan.run, keys.key_id(master))
         labels = (ledger.ledger_id, plan.study, plan.run, number)
@@ -78,7 +102,8 @@ class Session:
     on_progress: Callable[[Progress, float | None], None]
     on_checkpoint: Callable[[str, Mapping[str, Any]], None]
     newest: str
-    ledger: Ledger | None = None
+    around: Around = field(default_factory=Around)
+    ledger: Book | None = None
     chunk: int = 0
     epsilon: float | None = None
 
@@ -86,7 +111,7 @@ class Session:
         if self.plan.ledger is None:
             return count
         if self.ledger is None:
-            self.ledger = Ledger.open(self.plan.ledger, self.plan.dataset_id, create=False)
+            self.ledger = self.around.open_ledger(self.plan)
         granted = self.ledger.charge(self.plan.study, self.plan.run, self.attempt.number, self.chunk, count, first_step=step).steps
         self.chunk += 1
         self.epsilon = self.ledger.epsilon_spent(self.plan.study)
@@ -94,7 +119,10 @@ class Session:
 
     def evaluate(self) -> dict[str, float]:
         task: Task = self.plan.config.task
-        return task.evaluate(self.model, self.data.validation)
+        return self.around.score(task.evaluate(self.model, self.data.validation), len(self.data.validation))
+
+    def go_on(self, progress: Progress) -> bool:
+        return self.around.go_on(progress)
 
     def checkpoint(self, progress: Progress) -> None:
         self.newest = checkpoint.folder_of(progress.step)
@@ -124,19 +152,20 @@ def execute(
     device: torch.device | None = None,
     on_progress: Callable[[Progress, float | None], None] | None = None,
     on_checkpoint: Callable[[str, Mapping[str, Any]], None] | None = None,
-    begin: Callable[[Plan, Comms], Attempt] = begin_attempt,
+    begin: Callable[[Plan, Comms], Attempt] | None = None,
+    around: Around | None = None,
 ) -> dict[str, Any]:
     """Runs or resumes a planned run on this rank, as a new attempt; every rank calls it and gets the result.
 
     Args:
         device: where the model lives; CPU if None.
-        on_progress, on_checkpoint: see Session. begin: how an attempt gets its keys.
+        on_progress, on_checkpoint: see Session. begin: how an attempt gets its keys. around: what a sweep puts around the run.
 
     Raises:
         GrapeRayError: the data changed, the ledger was rolled back or cannot be reached, or storage fails.
     """
     began = time.monotonic()
-    config, folder = plan.config, plan.folder()
+    config, folder, around = plan.config, plan.folder(), around or Around()
     if config.performance.threads_per_worker:
         torch.set_num_threads(config.performance.threads_per_worker)
     device = device or torch.device("cpu")
@@ -147,7 +176,7 @@ def execute(
     engine = build_engine(config, model)
     optimizer = make_optimizer(model, engine, config.method, config.privacy.steps)
     start, earlier = _resume(plan, comms, folder, model, optimizer)
-    attempt = begin(plan, comms)
+    attempt = begin(plan, comms) if begin else begin_attempt(plan, comms, around.open_ledger)
     if attempt.probe_key:
         engine.use_secret(attempt.probe_key, comms.rank)
     step = Step(
@@ -158,9 +187,15 @@ def execute(
     )  # fmt: skip
     session = Session(
         plan, comms, attempt, data, model, optimizer, folder, earlier,
-        on_progress or ProgressFile(folder), on_checkpoint or (lambda name, facts: None), checkpoint.folder_of(start),
+        on_progress or ProgressFile(folder), on_checkpoint or (lambda name, facts: None), checkpoint.folder_of(start), around,
     )  # fmt: skip
-    outcome = run_loop(step, session, config.performance, start, config.privacy.steps, comms)
+
+    def take(number: int) -> None:
+        if comms.rank == 0:
+            around.on_step(number)
+        step(number)
+
+    outcome = run_loop(take, session, config.performance, start, config.privacy.steps, comms)
     return _conclude(session, outcome, time.monotonic() - began)
 
 
@@ -172,7 +207,7 @@ def _resume(plan: Plan, comms: Comms, folder: Storage, model: torch.nn.Module, o
         name = newest.name if newest else None
     name = comms.broadcast_object(name)
     if name is None:
-        return 0, 0
+        return (0, 0) if plan.origin is None else _begin_from(plan, comms, folder, model, optimizer)
     found = checkpoint.load(folder, name)
     head = found.facts["ledger_head"]
     if comms.rank == 0 and plan.ledger is not None and head is not None:
@@ -184,6 +219,28 @@ def _resume(plan: Plan, comms: Comms, folder: Storage, model: torch.nn.Module, o
     return found.step, int(found.facts["executed_steps"])
 
 
+def _begin_from(plan: Plan, comms: Comms, folder: Storage, model: torch.nn.Module, optimizer: Optimizer) -> tuple[int, int]:
+    """Takes over the checkpoint of another run, and keeps it as this run's own first; returns (its step, 0)."""
+    assert plan.origin is not None
+    found = checkpoint.load(Storage(plan.origin[0]), plan.origin[1])
+    checkpoint.restore(model, found.model)
+    optimizer.load_state_dict(found.optimizer)
+    if comms.rank == 0:
+        facts = {**found.facts, "run": plan.run, "attempt": 0, "executed_steps": 0}
+        checkpoint.save(folder, found.step, model, optimizer.state_dict(), facts)
+    comms.barrier()
+    return found.step, 0
+
+
+def _settle(session: Session, unused: int) -> None:
+    """Ends the attempt; steps that were paid for and never started are given back."""
+    book, plan, number = session.ledger, session.plan, session.attempt.number
+    if book is not None and unused:
+        book.refund(plan.study, plan.run, number, session.chunk - 1, unused)
+    elif plan.ledger is not None:
+        (book or session.around.open_ledger(plan)).close_attempt(plan.study, plan.run, number)
+
+
 def _conclude(session: Session, outcome: Outcome, seconds: float) -> dict[str, Any]:
     """The result, on every rank, and durable in the run's folder; the attempt is closed."""
     plan, progress = session.plan, outcome.progress
@@ -192,9 +249,9 @@ def _conclude(session: Session, outcome: Outcome, seconds: float) -> dict[str, A
     if session.comms.rank == 0:
         ledger, charged, attempts = session.ledger, 0, 0
         if plan.ledger is not None:
-            ledger = ledger or Ledger.open(plan.ledger, plan.dataset_id, create=False)
-            ledger.close_attempt(plan.study, plan.run, session.attempt.number)
-            tries = ledger.state.study(plan.study).runs[plan.run]
+            _settle(session, outcome.paid_until - progress.step)
+            ledger = ledger or session.around.open_ledger(plan)
+            tries = ledger.attempts(plan.study, plan.run)
             charged, attempts = sum(t.used for t in tries), len(tries)
         result = {
             "run": plan.run,
@@ -209,6 +266,7 @@ def _conclude(session: Session, outcome: Outcome, seconds: float) -> dict[str, A
             "checkpoint": f"{session.folder.url}/{session.newest}",
             "ledger": plan.ledger,
             "exhausted": outcome.exhausted,
+            "stopped": outcome.stopped,
             "executed_steps": session.earlier_steps + progress.executed,
             "charged_steps": charged,
             "attempts": attempts,

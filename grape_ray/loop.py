@@ -31,10 +31,17 @@ class Progress:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a loop ended: the last progress, and whether the budget ended it early."""
+    """How a loop ended.
+
+    Attributes:
+        progress: the last. exhausted: whether the budget ended it early; stopped: whether `go_on` did.
+        paid_until: steps below it are paid for; those from `progress.step` on never started.
+    """
 
     progress: Progress
     exhausted: bool
+    stopped: bool
+    paid_until: int
 
 
 class Hooks(Protocol):
@@ -52,6 +59,10 @@ class Hooks(Protocol):
         """Makes the state durable. Every rank calls it, at the same steps."""
         ...
 
+    def go_on(self, progress: Progress) -> bool:
+        """Asked on rank 0 after each evaluation but the last, once all is durable: whether more steps are wanted."""
+        ...
+
     def progressed(self, progress: Progress) -> None:
         """Told after each step, on rank 0, and last with the final metrics."""
         ...
@@ -60,15 +71,15 @@ class Hooks(Protocol):
 def run_loop(take_step: Callable[[int], None], hooks: Hooks, performance: Performance, start: int, total: int, comms: Comms) -> Outcome:
     """Takes steps `start .. total` (0-based, half open), each paid for beforehand.
 
-    A budget that ends before `total` ends the loop in good order: what was trained so far is evaluated and checkpointed.
+    A budget that ends before `total`, or `go_on`, ends the loop in good order: what was trained so far is evaluated and checkpointed.
 
     Raises:
         What a hook raises on rank 0 is raised on every rank, so that no rank waits for ever.
     """
-    progress, paid_until, exhausted = Progress(start, total), start, False
+    progress, paid_until, exhausted, stopped = Progress(start, total), start, False, False
     saved = start or None  # a run that does not begin at 0 begins at a checkpoint, which is not to be written again
     began = time.monotonic()
-    while progress.step < total:
+    while progress.step < total and not stopped:
         step = progress.step
         if step >= paid_until:
             wanted = min(performance.charge_chunk, total - step)
@@ -88,12 +99,15 @@ def run_loop(take_step: Callable[[int], None], hooks: Hooks, performance: Perfor
                 saved = progress.step
             if comms.rank == 0:
                 hooks.progressed(progress)
-    progress = _evaluated(progress, hooks, comms)
+            if progress.metrics_step == progress.step:
+                stopped = not _on_rank_zero(comms, lambda p=progress: hooks.go_on(p))
+    if progress.metrics_step != progress.step:
+        progress = _evaluated(progress, hooks, comms)
     if saved != progress.step:
         hooks.checkpoint(progress)
     if comms.rank == 0:
         hooks.progressed(progress)
-    return Outcome(progress, exhausted)
+    return Outcome(progress, exhausted, stopped, paid_until)
 
 
 def _due(step: int, every: int) -> bool:

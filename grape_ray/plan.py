@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class Plan:
         key_path: file of the master key, on the machine of rank 0; None for the usual place.
         sampling_prob: chance of each record to be in a batch. noise_multiplier: noise standard deviation over the sensitivity.
         tokens: steps that the run's study may take, repeats included; 0 for the yardstick.
+        origin: (URL of a run's folder, name of its checkpoint) that a new run begins from; None begins from the task's own model.
     """
 
     config: Config
@@ -52,6 +53,7 @@ class Plan:
     sampling_prob: float
     noise_multiplier: float
     tokens: int
+    origin: tuple[str, str] | None = None
 
     @property
     def private(self) -> bool:
@@ -84,6 +86,8 @@ def prepare(
     storage: str = "runs",
     ledger: str | None = None,
     key_path: str | None = None,
+    study: Study | None = None,
+    origin: tuple[str, str] | None = None,
 ) -> Plan:
     """Checks a run whole: data, model, method, price, ledger, storage; then registers it.
 
@@ -92,6 +96,8 @@ def prepare(
         storage: path or URL of the folder of runs.
         ledger: path or URL of the dataset's ledger; None is the user's own ledger of this dataset (`default_ledger`).
         key_path: file of the master key; None is `accounting.keys.default_path()`.
+        study: one that the ledger holds already, whose tokens the run shares with others; None registers a study of the run's own.
+        origin: see Plan.
 
     Raises:
         GrapeRayError: one of its kinds for whatever is wrong; nothing was written then.
@@ -109,20 +115,42 @@ def prepare(
         place.check_writable()
         _register(plan, place)
         return plan
-    noise, tokens = _price(config, sampling_prob)
+    noise, tokens = (study.mechanism.noise_multiplier, study.tokens) if study else _price(config, sampling_prob)
     where = _absolute(ledger) if ledger else default_ledger(data, root, run)
     keys.check_outside(key_path or keys.default_path(), root, where)
-    plan = Plan(config, run, root, where, key_path, run, data.dataset_id, sampling_prob, noise, tokens)
+    name = study.name if study else run
+    plan = Plan(config, run, root, where, key_path, name, data.dataset_id, sampling_prob, noise, tokens, origin)
+    if study is not None:
+        check_mechanism(plan.mechanism(), study)
+        place.check_writable()
+        _register(plan, place)
+        return plan
+    _open_budget(plan, place)
+    _register(plan, place)
+    return plan
+
+
+def check_mechanism(mechanism: Mechanism, study: Study) -> None:
+    """Refuses a run whose steps are not those that the study's tokens pay for. Raises ConfigError, naming what differs."""
+    frozen = asdict(study.mechanism)
+    for field, value in asdict(mechanism).items():
+        if value != frozen[field]:
+            fix = "all runs of a study share one mechanism: vary what does not change it"
+            raise ConfigError(f"the run has another {field} than study {study.name!r}", value, f"{frozen[field]!r}", fix)
+
+
+def _open_budget(plan: Plan, place: Storage) -> None:
+    """Registers the run's own study in the dataset's ledger, which is made if need be."""
+    assert plan.ledger is not None
+    config, where = plan.config, plan.ledger
     existing = Storage(where).exists("00000000.json")
     if existing:  # read before anything is written: it may be another dataset's
-        Ledger.open(where, data.dataset_id, create=False)
+        Ledger.open(where, plan.dataset_id, create=False)
     place.check_writable()
     _check_same_run(plan, place)
     budget = (None, None) if existing else (config.privacy.epsilon, config.privacy.delta)
-    book = Ledger.open(where, data.dataset_id, *budget)
-    book.ensure_study(Study(plan.study, plan.mechanism(), config.privacy.epsilon, config.privacy.delta, tokens))
-    _register(plan, place)
-    return plan
+    book = Ledger.open(where, plan.dataset_id, *budget)
+    book.ensure_study(Study(plan.study, plan.mechanism(), config.privacy.epsilon, config.privacy.delta, plan.tokens))
 
 
 def default_ledger(data: Data, storage: str, run: str) -> str:
@@ -215,5 +243,7 @@ def _register(plan: Plan, root: Storage) -> None:
 
 
 def _description(plan: Plan) -> bytes:
-    facts = {"run": plan.run, "ledger": plan.ledger, "study": plan.study, "dataset_id": plan.dataset_id}
+    facts: dict[str, Any] = {"run": plan.run, "ledger": plan.ledger, "study": plan.study, "dataset_id": plan.dataset_id}
+    if plan.origin is not None:
+        facts["origin"] = list(plan.origin)
     return json.dumps({**describe(plan.config), **facts}, indent=1, sort_keys=True).encode()
