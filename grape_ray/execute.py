@@ -17,12 +17,15 @@ from grape_ray.accounting import keys
 from grape_ray.accounting.book import Book
 from grape_ray.accounting.ledger import Ledger
 from grape_ray.accounting.verify import verify
+from grape_ray.checkpoint import Coordinates
 from grape_ray.comms import Comms
-from grape_ray.errors import DataError, LedgerError
-from grape_ray.loop import Outcome, Progress, run_loop
+from grape_ray.errors import DataError, Interrupted, LedgerError
+from grape_ray.loop import Notice, Occasion, Outcome, Progress, run_loop
 from grape_ray.noise import NoiseStream
 from grape_ray.optim import Optimizer, make_optimizer
 from grape_ray.plan import PROGRESS_FILE, RESULT_FILE, Plan, build_engine, public_key
+from grape_ray.resolve import describe
+from grape_ray.saving import Saver, resume
 from grape_ray.step import Step
 from grape_ray.storage import Storage
 from grape_ray.task import Data, Task
@@ -48,7 +51,11 @@ class Attempt:
 def open_ledger(plan: Plan) -> Book:
     """The ledger that a plan names."""
     assert plan.ledger is not None
-    return Ledger.open(plan.ledger, plan.dataset_id, create=False)
+    return Ledger.open(plan.ledger_storage(), plan.dataset_id, create=False)
+
+
+def _always(progress: Progress) -> bool:
+    return True
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ class Around:
 
     open_ledger: Callable[[Plan], Book] = open_ledger
     on_step: Callable[[int], None] = lambda step: None
-    go_on: Callable[[Progress], bool] = lambda progress: True
+    go_on: Callable[[Progress], bool] = _always
     score: Callable[[Mapping[str, float], int], dict[str, float]] = lambda metrics, records: dict(metrics)
 
 
@@ -87,8 +94,8 @@ class Session:
     """The hooks of a run's loop on one rank.
 
     Attributes:
-        earlier_steps: executed before this attempt, as far as is known. newest: name of the newest checkpoint.
-        on_progress: told (progress, epsilon spent or None), on rank 0. on_checkpoint: told (name, facts), on every rank.
+        earlier_steps: executed before this attempt, as far as is known.
+        on_progress: told (progress, epsilon spent or None), on rank 0. on_notice: what the world asks for, the same on every rank.
     """
 
     plan: Plan
@@ -98,10 +105,10 @@ class Session:
     model: torch.nn.Module
     optimizer: Optimizer
     folder: Storage
+    saver: Saver
     earlier_steps: int
     on_progress: Callable[[Progress, float | None], None]
-    on_checkpoint: Callable[[str, Mapping[str, Any]], None]
-    newest: str
+    on_notice: Callable[[], Notice]
     around: Around = field(default_factory=Around)
     ledger: Book | None = None
     chunk: int = 0
@@ -124,8 +131,14 @@ class Session:
     def go_on(self, progress: Progress) -> bool:
         return self.around.go_on(progress)
 
-    def checkpoint(self, progress: Progress) -> None:
-        self.newest = checkpoint.folder_of(progress.step)
+    def notice(self, progress: Progress) -> Notice:
+        return self.on_notice()
+
+    def settle(self) -> None:
+        if self.around.go_on is not _always:
+            self.saver.settle()
+
+    def checkpoint(self, progress: Progress, occasion: Occasion) -> bool:
         facts = {
             "run": self.plan.run,
             "step": progress.step,
@@ -133,13 +146,9 @@ class Session:
             "ledger_head": self.ledger.head if self.ledger else None,
             "executed_steps": self.earlier_steps + progress.executed,
             "metrics": dict(progress.metrics),
+            "config": describe(self.plan.config),
         }
-        if self.comms.rank == 0:
-            checkpoint.save(self.folder, progress.step, self.model, self.optimizer.state_dict(), facts)
-        self.comms.barrier()
-        self.on_checkpoint(self.newest, facts)
-        if self.comms.rank == 0:
-            checkpoint.retain(self.folder, self.plan.config.performance.keep_checkpoints)
+        return self.saver.save(progress.step, facts, occasion)
 
     def progressed(self, progress: Progress) -> None:
         self.on_progress(progress, self.epsilon)
@@ -152,6 +161,7 @@ def execute(
     device: torch.device | None = None,
     on_progress: Callable[[Progress, float | None], None] | None = None,
     on_checkpoint: Callable[[str, Mapping[str, Any]], None] | None = None,
+    on_notice: Callable[[], Notice] = lambda: Notice.NONE,
     begin: Callable[[Plan, Comms], Attempt] | None = None,
     around: Around | None = None,
 ) -> dict[str, Any]:
@@ -159,9 +169,11 @@ def execute(
 
     Args:
         device: where the model lives; CPU if None.
-        on_progress, on_checkpoint: see Session. begin: how an attempt gets its keys. around: what a sweep puts around the run.
+        on_progress, on_notice: see Session. on_checkpoint: told (name, facts) of each committed checkpoint, on every rank.
+        begin: how an attempt gets its keys. around: what a sweep puts around the run.
 
     Raises:
+        Interrupted: a notice ended the run, after a checkpoint.
         GrapeRayError: the data changed, the ledger was rolled back or cannot be reached, or storage fails.
     """
     began = time.monotonic()
@@ -175,7 +187,7 @@ def execute(
     model = config.task.build_model(config.seed).to(device)
     engine = build_engine(config, model)
     optimizer = make_optimizer(model, engine, config.method, config.privacy.steps)
-    start, earlier = _resume(plan, comms, folder, model, optimizer)
+    start, earlier, newest, coordinates = _resume(plan, comms, folder, model, optimizer)
     attempt = begin(plan, comms) if begin else begin_attempt(plan, comms, around.open_ledger)
     if attempt.probe_key:
         engine.use_secret(attempt.probe_key, comms.rank)
@@ -185,51 +197,59 @@ def execute(
         sampling_prob=plan.sampling_prob, expected_batch_size=config.privacy.expected_batch_size, sampling_key=attempt.sampling_key,
         dropout_key=public_key(config, "dropout"), micro_batch_size=config.performance.micro_batch_size,
     )  # fmt: skip
+    saver = Saver(config, comms, folder, model, optimizer, attempt.number, on_checkpoint or (lambda name, facts: None))
+    saver.newest = newest
+    saver.resumed(coordinates)
     session = Session(
-        plan, comms, attempt, data, model, optimizer, folder, earlier,
-        on_progress or ProgressFile(folder), on_checkpoint or (lambda name, facts: None), checkpoint.folder_of(start), around,
-    )  # fmt: skip
+        plan, comms, attempt, data, model, optimizer, folder, saver, earlier, on_progress or ProgressFile(folder), on_notice, around
+    )
 
     def take(number: int) -> None:
         if comms.rank == 0:
             around.on_step(number)
         step(number)
 
-    outcome = run_loop(take, session, config.performance, start, config.privacy.steps, comms)
+    try:
+        outcome = run_loop(take, session, config.performance, start, config.privacy.steps, comms)
+        saver.settle()
+    except Exception:
+        saver.linger()
+        raise
+    if outcome.interrupted:
+        if comms.rank == 0:
+            _settle(session, outcome.paid_until - outcome.progress.step)
+        fix = f"run `grape-ray resume {folder.url}` to go on"
+        raise Interrupted(f"run {plan.run} was told to end, and is kept at step {outcome.progress.step}", None, "", fix)
     return _conclude(session, outcome, time.monotonic() - began)
 
 
-def _resume(plan: Plan, comms: Comms, folder: Storage, model: torch.nn.Module, optimizer: Optimizer) -> tuple[int, int]:
-    """Restores the newest whole checkpoint, the same on every rank; returns (its step, steps executed until then)."""
-    name = None
-    if comms.rank == 0:
-        newest = checkpoint.latest(folder)
-        name = newest.name if newest else None
-    name = comms.broadcast_object(name)
-    if name is None:
-        return (0, 0) if plan.origin is None else _begin_from(plan, comms, folder, model, optimizer)
-    found = checkpoint.load(folder, name)
+def _resume(
+    plan: Plan, comms: Comms, folder: Storage, model: torch.nn.Module, optimizer: Optimizer
+) -> tuple[int, int, str, Coordinates | None]:
+    """Restores the newest whole checkpoint; returns (its step, steps executed until then, its name, a delta's coordinates)."""
+    newest = resume(folder, comms, model, optimizer, optimizer.subspace)
+    if newest is None:
+        return (0, 0, "", None) if plan.origin is None else _begin_from(plan, comms, folder, model, optimizer)
+    found, coordinates = newest
     head = found.facts["ledger_head"]
     if comms.rank == 0 and plan.ledger is not None and head is not None:
-        report = verify(plan.ledger, head)
+        report = verify(plan.ledger_storage(), head)
         if not report.ok:
             raise LedgerError(f"the ledger {plan.ledger} is not the one that this run was charged to", report.problems[0], "", "restore it")
-    checkpoint.restore(model, found.model)
-    optimizer.load_state_dict(found.optimizer)
-    return found.step, int(found.facts["executed_steps"])
+    return found.step, int(found.facts["executed_steps"]), found.name, coordinates
 
 
-def _begin_from(plan: Plan, comms: Comms, folder: Storage, model: torch.nn.Module, optimizer: Optimizer) -> tuple[int, int]:
-    """Takes over the checkpoint of another run, and keeps it as this run's own first; returns (its step, 0)."""
+def _begin_from(
+    plan: Plan, comms: Comms, folder: Storage, model: torch.nn.Module, optimizer: Optimizer
+) -> tuple[int, int, str, Coordinates | None]:
+    """Takes over the checkpoint of another run, and keeps it as this run's own first; the result is that of `_resume`."""
     assert plan.origin is not None
     found = checkpoint.load(Storage(plan.origin[0]), plan.origin[1])
-    checkpoint.restore(model, found.model)
+    checkpoint.restore(model, found, optimizer.subspace)
     optimizer.load_state_dict(found.optimizer)
-    if comms.rank == 0:
-        facts = {**found.facts, "run": plan.run, "attempt": 0, "executed_steps": 0}
-        checkpoint.save(folder, found.step, model, optimizer.state_dict(), facts)
-    comms.barrier()
-    return found.step, 0
+    saver = Saver(plan.config, comms, folder, model, optimizer, 0, lambda name, facts: None)
+    saver.save(found.step, {**found.facts, "run": plan.run, "attempt": 0, "executed_steps": 0}, Occasion.LAST)
+    return found.step, 0, saver.newest, None
 
 
 def _settle(session: Session, unused: int) -> None:
@@ -263,7 +283,7 @@ def _conclude(session: Session, outcome: Outcome, seconds: float) -> dict[str, A
             "metrics": dict(progress.metrics),
             "seconds": round(seconds, 3),
             "peak_bytes": max(peaks),
-            "checkpoint": f"{session.folder.url}/{session.newest}",
+            "checkpoint": f"{session.folder.url}/{session.saver.newest}",
             "ledger": plan.ledger,
             "exhausted": outcome.exhausted,
             "stopped": outcome.stopped,
@@ -271,7 +291,7 @@ def _conclude(session: Session, outcome: Outcome, seconds: float) -> dict[str, A
             "charged_steps": charged,
             "attempts": attempts,
             "steps_per_s": round(progress.steps_per_s, 3),
-            "workers": plan.config.performance.num_workers,
+            "workers": session.comms.world_size if plan.config.performance.num_workers else 0,
         }
         session.folder.write(RESULT_FILE, json.dumps(result, indent=1, sort_keys=True).encode())
     return session.comms.broadcast_object(result)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,17 +29,33 @@ def learning_rate(method: Method, step: int, total_steps: int) -> float:
     return method.learning_rate * (left if method.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left)))
 
 
+class Recorder(Protocol):
+    """Told how projected weights move: `W <- decay W + alpha lift(update)`."""
+
+    def begin_step(self, period: int, decay: float) -> None:
+        """Before the weights of a step move: the period of its subspace, and its weight decay."""
+        ...
+
+    def record(self, name: str, period: int, update: Tensor, alpha: float) -> None:
+        """One projected weight's move; `update` is in coordinates and may not be kept."""
+        ...
+
+
 class Optimizer:
     """Adam or SGD with decoupled weight decay (Loshchilov and Hutter 2019) on released gradients.
 
     Args:
         params: parameter name -> Parameter, changed in place. subspace: the one that the gradients come from.
         method: rates, betas, the moment policy at a refresh. total_steps: where the schedule ends.
+
+    Attributes:
+        recorder: told of every move of a projected weight; None tells nobody.
     """
 
     def __init__(self, params: Mapping[str, nn.Parameter], subspace: Subspace, method: Method, total_steps: int):
         self.params, self.subspace, self.method, self.total_steps = dict(params), subspace, method, total_steps
         self.updates, self._period = 0, 0
+        self.recorder: Recorder | None = None
         slots = ("first", "second") if method.optimizer == "adam" else ("first",) if method.momentum else ()
         self._state: dict[str, dict[str, Tensor]] = {slot: {} for slot in slots}
         for name, param in self.params.items():
@@ -55,6 +71,8 @@ class Optimizer:
             )
         period, rate = self.subspace.period(step), learning_rate(self.method, step, self.total_steps)
         self.updates += 1
+        if self.recorder:
+            self.recorder.begin_step(period, 1 - rate * self.method.weight_decay)
         with torch.no_grad():
             for name, param in self.params.items():
                 coords = self.subspace.project(name, gradient.tensors[name], period)
@@ -63,6 +81,8 @@ class Optimizer:
                 update = self._direction(name, coords, gradient.noise_std)
                 if self.method.weight_decay:
                     param.mul_(1 - rate * self.method.weight_decay)
+                if self.recorder and name in self.subspace.plan:
+                    self.recorder.record(name, period, update, -rate)
                 self.subspace.lift_(param.data, name, period, update, -rate)
         self._period = period
 

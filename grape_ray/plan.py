@@ -18,7 +18,7 @@ from grape_ray.accounting.ledger import Ledger
 from grape_ray.accounting.records import Study
 from grape_ray.config import Config
 from grape_ray.engines import Engine, from_config
-from grape_ray.errors import BudgetExceeded, ConfigError, DataError
+from grape_ray.errors import BudgetExceeded, CheckpointError, ConfigError, DataError
 from grape_ray.methods import METHODS
 from grape_ray.preflight import preflight
 from grape_ray.resolve import describe
@@ -62,7 +62,12 @@ class Plan:
 
     def folder(self) -> Storage:
         """The run's own folder."""
-        return Storage(self.storage).child(self.run)
+        return Storage(self.storage, self.config.performance.storage_timeout_s).child(self.run)
+
+    def ledger_storage(self) -> Storage:
+        """The ledger's folder; not of a run without one."""
+        assert self.ledger is not None
+        return Storage(self.ledger, self.config.performance.storage_timeout_s)
 
     def mechanism(self) -> Mechanism:
         """What each step costs."""
@@ -229,7 +234,7 @@ def _check_same_run(plan: Plan, root: Storage) -> bool:
         return False
     known = json.loads(root.read(name))
     mine = json.loads(_description(plan))
-    differing = sorted(k for k in mine if mine[k] != known.get(k))
+    differing = sorted(k for k in mine if k != "performance" and mine[k] != known.get(k))
     if differing:
         fix = "give the new run a name of its own"
         raise ConfigError(f"run {plan.run} exists with another {', '.join(differing)}", None, "the config that it was begun with", fix)
@@ -246,4 +251,16 @@ def _description(plan: Plan) -> bytes:
     facts: dict[str, Any] = {"run": plan.run, "ledger": plan.ledger, "study": plan.study, "dataset_id": plan.dataset_id}
     if plan.origin is not None:
         facts["origin"] = list(plan.origin)
+    facts["performance"] = asdict(plan.config.performance)  # not compared: a run may be resumed with another
     return json.dumps({**describe(plan.config), **facts}, indent=1, sort_keys=True).encode()
+
+
+def read_run(folder: Storage) -> dict[str, Any]:
+    """The description of a run. Raises CheckpointError where the folder holds none."""
+    try:
+        return json.loads(folder.read(RUN_FILE))
+    except FileNotFoundError as error:
+        fix = "name the folder below --storage"
+        raise CheckpointError("no run there", folder.url, f"a run's folder, with {RUN_FILE}", fix) from error
+    except ValueError as error:
+        raise CheckpointError(f"{RUN_FILE} of the run is damaged", str(error), "JSON", "restore it from a copy") from error

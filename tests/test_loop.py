@@ -14,7 +14,7 @@ from grape_ray.comms import Comms
 from grape_ray.config import Config, Performance
 from grape_ray.errors import ConfigError, GrapeRayError, LedgerError
 from grape_ray.execute import Around, Attempt, begin_attempt, execute
-from grape_ray.loop import Progress, run_loop
+from grape_ray.loop import Notice, Occasion, Progress, run_loop
 from grape_ray.orchestrate.train import train
 from grape_ray.plan import prepare
 from grape_ray.storage import Storage
@@ -48,8 +48,8 @@ def weights(tmp_path, name):
 class Recorder:
     """Hooks that write down what the loop asks for."""
 
-    def __init__(self, budget=10**9, stop_at=None):
-        self.budget, self.stop_at, self.calls = budget, stop_at, []
+    def __init__(self, budget=10**9, stop_at=None, busy_at=(), notices=None):
+        self.budget, self.stop_at, self.busy_at, self.notices, self.calls = budget, stop_at, busy_at, notices or {}, []
 
     def reserve(self, step, count):
         self.calls.append(("reserve", step, count))
@@ -61,8 +61,17 @@ class Recorder:
         self.calls.append("evaluate")
         return {"accuracy": 0.5}
 
-    def checkpoint(self, progress):
-        self.calls.append(("checkpoint", progress.step))
+    def checkpoint(self, progress, occasion):
+        if occasion is Occasion.DUE and progress.step in self.busy_at:
+            return False
+        self.calls.append(("checkpoint", progress.step) if occasion is not Occasion.URGENT else ("urgent", progress.step))
+        return True
+
+    def settle(self):
+        pass
+
+    def notice(self, progress):
+        return self.notices.get(progress.step, Notice.NONE)
 
     def progressed(self, progress):
         pass
@@ -94,6 +103,20 @@ def test_the_end_of_the_budget_is_a_clean_end():
     again = Recorder(budget=0)
     run_loop(again.take, again, Performance(), 4, 9, Comms.local())
     assert again.calls == [("reserve", 4, 5), "evaluate"]  # the checkpoint it began from is not written again
+
+
+def test_a_checkpoint_left_out_is_made_at_the_end():
+    hooks = Recorder(busy_at=(4, 6), budget=6)
+    run_loop(hooks.take, hooks, Performance(checkpoint_every=2), 0, 9, Comms.local())
+    assert [c for c in hooks.calls if c[0] == "checkpoint"] == [("checkpoint", 2), ("checkpoint", 6)]
+
+
+def test_a_notice_brings_a_checkpoint_at_once_and_a_stop_ends_the_run_unevaluated():
+    hooks = Recorder(notices={3: Notice.SAVE, 5: Notice.STOP})
+    outcome = run_loop(hooks.take, hooks, Performance(charge_chunk=9), 0, 9, Comms.local())
+    assert [c for c in hooks.calls if c[0] in ("urgent", "checkpoint")] == [("urgent", 3), ("urgent", 5)]
+    assert (outcome.interrupted, outcome.progress.step, outcome.paid_until) == (True, 5, 9)
+    assert "evaluate" not in hooks.calls
 
 
 def test_a_run_that_is_told_to_stop_takes_no_further_step():
@@ -165,7 +188,7 @@ def test_two_attempts_share_no_key(run, tmp_path):
 
 @pytest.mark.parametrize("method", ["grape", "dp_galore", "none"])
 def test_resumed_weights_are_bitwise_those_of_an_uninterrupted_run(tmp_path, method):
-    config = dataclasses.replace(tiny(dropout=0.1), method=dataclasses.replace(tiny().method, name=method))
+    config = dataclasses.replace(tiny(dropout=0.1, slow_s=0.02), method=dataclasses.replace(tiny().method, name=method))
 
     class Stop(Exception):
         pass

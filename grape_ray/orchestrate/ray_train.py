@@ -39,11 +39,12 @@ def fit(plan: Plan, on_progress: Callable[[Progress, float | None], None] | None
 
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     plan.folder().remove(RESULT_FILE)
-    with cluster(performance.num_workers), _watching(plan, on_progress):
+    fewest, most = performance.workers
+    with cluster(most), _watching(plan, on_progress):
         trainer = TorchTrainer(
             lambda: worker(plan),
             torch_config=TorchConfig(backend="nccl" if performance.use_gpu else "gloo"),
-            scaling_config=ray.train.ScalingConfig(num_workers=performance.num_workers, use_gpu=performance.use_gpu),
+            scaling_config=ray.train.ScalingConfig(num_workers=most if fewest == most else (fewest, most), use_gpu=performance.use_gpu),
             run_config=ray.train.RunConfig(
                 # A name of its own for each launch: Ray would take up the state of an earlier one, but checkpoints and what is
                 # paid for are this package's own, so a run resumes whatever wrote it, with any number of workers or none.
