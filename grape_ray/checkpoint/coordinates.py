@@ -15,7 +15,9 @@ from torch import Tensor
 
 from grape_ray.subspace import Subspace
 
-MAX_PERIODS = 4  # beyond these a delta would no longer be small, and the next checkpoint is a full one
+# Beyond either the next checkpoint is a full one: a delta would no longer be small, or differ by more than 1e-6, since the rounding of
+# the steps themselves, which a delta does not repeat, adds up.
+MAX_PERIODS, MAX_STEPS = 4, 500
 
 
 class Coordinates:
@@ -32,7 +34,7 @@ class Coordinates:
         self._clear(None)
 
     def _clear(self, base: str | None) -> None:
-        self.base, self.deltas = base, 0
+        self.base, self.deltas, self._steps = base, 0, 0
         self._factor, self._factors = 1.0, dict[int, float]()
         self._sums: dict[int, dict[str, Tensor]] = {}
 
@@ -44,13 +46,15 @@ class Coordinates:
         """Before the records of a step: every weight is multiplied by `decay`, then moves in the subspace of `period`."""
         if self.base is None:
             return
+        self._steps += 1
+        if self._steps > MAX_STEPS or (period not in self._sums and len(self._sums) == MAX_PERIODS):
+            self._clear(None)
+            return
         if period not in self._sums:
-            if len(self._sums) == MAX_PERIODS:
-                self._clear(None)
-                return
             for earlier in self._sums.values():
                 earlier.update({name: tensor.cpu() for name, tensor in earlier.items()})
             self._sums[period], self._factors[period] = {}, 1.0
+        decay = float(torch.tensor(decay, dtype=torch.float32))  # as it is rounded before fp32 weights are multiplied: each step alike
         self._factor *= decay
         for known in self._factors:
             self._factors[known] *= decay
@@ -70,12 +74,17 @@ class Coordinates:
 
     def counters(self) -> dict[str, Any]:
         """The numbers that go with `tensors`."""
-        return {"factor": self._factor, "factors": {str(p): f for p, f in self._factors.items()}, "deltas": self.deltas}
+        return {
+            "factor": self._factor,
+            "factors": {str(p): f for p, f in self._factors.items()},
+            "deltas": self.deltas,
+            "steps": self._steps,
+        }
 
     def load(self, base: str, tensors: Mapping[str, Tensor], counters: Mapping[str, Any], like: Mapping[str, Tensor]) -> None:
         """Takes up a delta's sums, so that later deltas start from the same full checkpoint; `like` holds the weights, by name."""
         self._clear(base)
-        self.deltas, self._factor = int(counters["deltas"]), float(counters["factor"])
+        self.deltas, self._steps, self._factor = int(counters["deltas"]), int(counters["steps"]), float(counters["factor"])
         self._factors = {int(p): float(f) for p, f in counters["factors"].items()}
         self._sums = {period: {} for period in self._factors}
         newest = max(self._sums, default=0)
