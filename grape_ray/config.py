@@ -145,6 +145,7 @@ class Performance:
         storage_timeout_s: how long a call to remote storage is tried again.
         max_failures: worker failures that a run survives; each is a new attempt.
         start_timeout_s: how long to wait for the cluster's resources before giving up.
+        resize_every_s: how often a run with a range of workers looks for room to grow; growing costs the steps since the last checkpoint.
         threads_per_worker: torch threads in a worker; 0 leaves torch's own choice.
     """
 
@@ -160,13 +161,14 @@ class Performance:
     storage_timeout_s: float = 120.0
     max_failures: int = 3
     start_timeout_s: float = 300.0
+    resize_every_s: float = 60.0
     threads_per_worker: int = 0
 
     def __post_init__(self) -> None:
         for name, low in (("micro_batch_size", 1), ("charge_chunk", 1), ("checkpoint_every", 0), ("eval_every", 0), ("keep_checkpoints", 1),
                           ("delta_checkpoints", 0), ("max_failures", 0), ("threads_per_worker", 0)):  # fmt: skip
             _require(_count(getattr(self, name), low), f"performance.{name}", getattr(self, name), f"an integer >= {low}")
-        for name in ("start_timeout_s", "checkpoint_timeout_s", "storage_timeout_s"):
+        for name in ("start_timeout_s", "resize_every_s", "checkpoint_timeout_s", "storage_timeout_s"):
             value = getattr(self, name)
             _require(_number(value) and value > 0, f"performance.{name}", value, "a number of seconds > 0")
         low, high = self.workers

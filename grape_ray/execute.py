@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import resource
 import time
@@ -19,18 +18,17 @@ from grape_ray.accounting.ledger import Ledger
 from grape_ray.accounting.verify import verify
 from grape_ray.checkpoint import Coordinates
 from grape_ray.comms import Comms
-from grape_ray.errors import DataError, Interrupted, LedgerError
+from grape_ray.errors import CheckpointError, DataError, Interrupted, LedgerError, StorageError
+from grape_ray.journal import Journal
 from grape_ray.loop import Notice, Occasion, Outcome, Progress, run_loop
 from grape_ray.noise import NoiseStream
 from grape_ray.optim import Optimizer, make_optimizer
-from grape_ray.plan import PROGRESS_FILE, RESULT_FILE, Plan, build_engine, public_key
+from grape_ray.plan import RESULT_FILE, Plan, build_engine, public_key
 from grape_ray.resolve import describe
 from grape_ray.saving import Saver, resume
 from grape_ray.step import Step
 from grape_ray.storage import Storage
 from grape_ray.task import Data, Task
-
-_PROGRESS_EVERY_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -94,8 +92,9 @@ class Session:
     """The hooks of a run's loop on one rank.
 
     Attributes:
-        earlier_steps: executed before this attempt, as far as is known.
+        earlier_steps: executed before this attempt, as far as is known. tokens_left: of a study that is the run's own.
         on_progress: told (progress, epsilon spent or None), on rank 0. on_notice: what the world asks for, the same on every rank.
+        on_figures: told the figures of `orchestrate.gauges`, on rank 0.
     """
 
     plan: Plan
@@ -106,22 +105,29 @@ class Session:
     optimizer: Optimizer
     folder: Storage
     saver: Saver
+    journal: Journal
     earlier_steps: int
     on_progress: Callable[[Progress, float | None], None]
     on_notice: Callable[[], Notice]
+    on_figures: Callable[[Mapping[str, float]], None]
     around: Around = field(default_factory=Around)
     ledger: Book | None = None
     chunk: int = 0
     epsilon: float | None = None
+    tokens_left: int | None = None
 
     def reserve(self, step: int, count: int) -> int:
         if self.plan.ledger is None:
             return count
         if self.ledger is None:
             self.ledger = self.around.open_ledger(self.plan)
+            if self.plan.study == self.plan.run:
+                self.tokens_left = self.plan.tokens - sum(t.used for t in self.ledger.attempts(self.plan.study, self.plan.run))
         granted = self.ledger.charge(self.plan.study, self.plan.run, self.attempt.number, self.chunk, count, first_step=step).steps
         self.chunk += 1
         self.epsilon = self.ledger.epsilon_spent(self.plan.study)
+        self.tokens_left = None if self.tokens_left is None else self.tokens_left - granted
+        self.journal.note("charged", first_step=step, steps=granted, epsilon=self.epsilon, tokens_left=self.tokens_left)
         return granted
 
     def evaluate(self) -> dict[str, float]:
@@ -148,10 +154,19 @@ class Session:
             "metrics": dict(progress.metrics),
             "config": describe(self.plan.config),
         }
-        return self.saver.save(progress.step, facts, occasion)
+        begun = self.saver.save(progress.step, facts, occasion)
+        self.journal.note("checkpoint begun" if begun else "checkpoint left out", step=progress.step, occasion=occasion.value)
+        return begun
+
+    def committed(self, name: str, facts: Mapping[str, Any]) -> None:
+        self.journal.note("checkpoint committed", step=facts["step"], name=name, seconds=round(self.saver.lag_s, 3))
 
     def progressed(self, progress: Progress) -> None:
         self.on_progress(progress, self.epsilon)
+        figures = {"steps": progress.step, "steps_per_second": progress.steps_per_s, "epsilon_spent": self.epsilon,
+                   "tokens_left": self.tokens_left, "upload_lag_seconds": self.saver.lag_s,
+                   "checkpoints_skipped": self.saver.skipped, "attempt": self.attempt.number}  # fmt: skip
+        self.on_figures({name: float(value) for name, value in figures.items() if value is not None})
 
 
 def execute(
@@ -162,6 +177,7 @@ def execute(
     on_progress: Callable[[Progress, float | None], None] | None = None,
     on_checkpoint: Callable[[str, Mapping[str, Any]], None] | None = None,
     on_notice: Callable[[], Notice] = lambda: Notice.NONE,
+    on_figures: Callable[[Mapping[str, float]], None] = lambda figures: None,
     begin: Callable[[Plan, Comms], Attempt] | None = None,
     around: Around | None = None,
 ) -> dict[str, Any]:
@@ -169,7 +185,8 @@ def execute(
 
     Args:
         device: where the model lives; CPU if None.
-        on_progress, on_notice: see Session. on_checkpoint: told (name, facts) of each committed checkpoint, on every rank.
+        on_progress, on_notice, on_figures: see Session; without on_progress it is kept in a file of the run's folder.
+        on_checkpoint: told (name, facts) of each committed checkpoint, on every rank.
         begin: how an attempt gets its keys. around: what a sweep puts around the run.
 
     Raises:
@@ -197,12 +214,16 @@ def execute(
         sampling_prob=plan.sampling_prob, expected_batch_size=config.privacy.expected_batch_size, sampling_key=attempt.sampling_key,
         dropout_key=public_key(config, "dropout"), micro_batch_size=config.performance.micro_batch_size,
     )  # fmt: skip
-    saver = Saver(config, comms, folder, model, optimizer, attempt.number, on_checkpoint or (lambda name, facts: None))
+    saver = Saver(config, comms, folder, model, optimizer, attempt.number)
     saver.newest = newest
     saver.resumed(coordinates)
+    journal = Journal(folder, saver.attempt, comms.rank)
+    journal.note("begun", run=plan.run, step=start, world_size=comms.world_size, method=config.method.name, resumed_from=newest)
     session = Session(
-        plan, comms, attempt, data, model, optimizer, folder, saver, earlier, on_progress or ProgressFile(folder), on_notice, around
-    )
+        plan, comms, attempt, data, model, optimizer, folder, saver, journal, earlier, on_progress or journal.progress, on_notice,
+        on_figures, around,
+    )  # fmt: skip
+    saver.listeners += [session.committed, *([on_checkpoint] if on_checkpoint else [])]
 
     def take(number: int) -> None:
         if comms.rank == 0:
@@ -212,9 +233,14 @@ def execute(
     try:
         outcome = run_loop(take, session, config.performance, start, config.privacy.steps, comms)
         saver.settle()
-    except Exception:
+        journal.note("ended", step=outcome.progress.step, exhausted=outcome.exhausted, interrupted=outcome.interrupted)
+    except Exception as error:
+        told = isinstance(error, (CheckpointError, LedgerError, StorageError))  # another's text may quote a record
+        journal.note("failed", error=type(error).__name__, reason=str(error) if told else None)
         saver.linger()
         raise
+    finally:
+        journal.close()
     if outcome.interrupted:
         if comms.rank == 0:
             _settle(session, outcome.paid_until - outcome.progress.step)
@@ -247,7 +273,7 @@ def _begin_from(
     found = checkpoint.load(Storage(plan.origin[0]), plan.origin[1])
     checkpoint.restore(model, found, optimizer.subspace)
     optimizer.load_state_dict(found.optimizer)
-    saver = Saver(plan.config, comms, folder, model, optimizer, 0, lambda name, facts: None)
+    saver = Saver(plan.config, comms, folder, model, optimizer, 0)
     saver.save(found.step, {**found.facts, "run": plan.run, "attempt": 0, "executed_steps": 0}, Occasion.LAST)
     return found.step, 0, saver.newest, None
 
@@ -302,16 +328,3 @@ def _peak_bytes() -> int:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-class ProgressFile:
-    """Keeps a run's progress in a small file of its folder, once a second and with fresh metrics, for who watches from elsewhere."""
-
-    def __init__(self, folder: Storage):
-        self._folder, self._next_s = folder, 0.0
-
-    def __call__(self, progress: Progress, epsilon: float | None) -> None:
-        now = time.monotonic()
-        if now >= self._next_s or progress.metrics_step == progress.step:
-            self._next_s = now + _PROGRESS_EVERY_S
-            self._folder.write(PROGRESS_FILE, json.dumps({**dataclasses.asdict(progress), "epsilon": epsilon}).encode())

@@ -28,9 +28,9 @@ class Saver:
 
     Args:
         attempt: number of the attempt, which names its folders; 0 takes the next that the storage does not know.
-        on_commit: told (name, facts) of each committed checkpoint, on every rank.
 
     Attributes:
+        attempt: the number that names its folders. listeners: told (name, facts) of each committed checkpoint, on every rank.
         newest: name of the newest committed checkpoint, as far as this rank was told. skipped: how many were left out.
     """
 
@@ -42,13 +42,13 @@ class Saver:
         model: nn.Module,
         optimizer: Optimizer,
         attempt: int,
-        on_commit: Callable[[str, Mapping[str, Any]], None],
     ):
-        self._config, self._comms, self._model, self._optimizer, self._on_commit = config, comms, model, optimizer, on_commit
+        self._config, self._comms, self._model, self._optimizer = config, comms, model, optimizer
         performance = config.performance
-        self._attempt = attempt or comms.broadcast_object(_next_attempt(folder) if comms.rank == 0 else None)
+        self.attempt: int = attempt or comms.broadcast_object(_next_attempt(folder) if comms.rank == 0 else None)
         self._writer = Writer(folder, comms, performance.keep_checkpoints, performance.checkpoint_timeout_s)
         self._facts: Mapping[str, Any] = {}
+        self.listeners: list[Callable[[str, Mapping[str, Any]], None]] = []
         self._told = self.newest = ""
         self.skipped = 0
         self._coordinates = Coordinates(optimizer.subspace) if performance.delta_checkpoints and _lifts_exactly(config, optimizer) else None
@@ -73,7 +73,7 @@ class Saver:
             self._tell()
         else:
             self.settle()
-        name, moved = checkpoint.folder_of(step, self._attempt), self._coordinates
+        name, moved = checkpoint.folder_of(step, self.attempt), self._coordinates
         limit = self._config.performance.delta_checkpoints
         delta = moved is not None and moved.base is not None and moved.deltas < limit and occasion is not Occasion.LAST
         self._facts = facts
@@ -100,7 +100,8 @@ class Saver:
         committed = self._writer.committed
         if committed and committed != self._told:
             self._told = self.newest = committed
-            self._on_commit(committed, self._facts)
+            for listener in self.listeners:
+                listener(committed, self._facts)
 
     def _state(self, facts: Mapping[str, Any], moved: Coordinates | None) -> State:
         """This rank's part: of a full checkpoint, or, given coordinates, of what a delta cannot do without."""

@@ -37,7 +37,7 @@ class Trained:
         self.engine = from_config(self.model, config.privacy, method, b"public")
         self.optimizer = make_optimizer(self.model, self.engine, method, 1000)
         self.noise, self.step = NoiseStream(bytes(32)), 0
-        self.saver = Saver(config, Comms.local(), folder, self.model, self.optimizer, 1, lambda name, facts: None)
+        self.saver = Saver(config, Comms.local(), folder, self.model, self.optimizer, 1)
 
     def take(self, steps):
         for _ in range(steps):
