@@ -73,6 +73,8 @@ def measure(where: Setting, storage: str, rank: int, every: int, deltas: int, ro
         if saver.newest:
             manifest = checkpoint.read_manifest(place, saver.newest)
             sizes[manifest.base is not None] = manifest.bytes
+            if manifest.base:
+                sizes[False] = checkpoint.read_manifest(place, manifest.base).bytes
     rate = statistics.median(a / b for a, b in zip(plain, saving))
     return Stall(statistics.median(plain), statistics.median(saving), rate, sizes[False], sizes[True], max(copies), written, saver.skipped)
 

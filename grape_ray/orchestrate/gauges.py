@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from ray.util.metrics import Gauge
 
 DESCRIPTIONS = {
-    "grape_ray_steps": "Steps that the model has taken.",
-    "grape_ray_steps_per_second": "Mean speed of this attempt.",
-    "grape_ray_epsilon_spent": "Epsilon of the steps charged so far, at the study's delta.",
-    "grape_ray_tokens_left": "Steps that the study can still pay for.",
-    "grape_ray_upload_lag_seconds": "From the newest checkpoint's copy in memory to its manifest, or until now.",
-    "grape_ray_checkpoints_skipped": "Checkpoints left out because the one before was still on its way.",
-    "grape_ray_attempt": "Number of the attempt.",
+    "grape_steps": "Steps that the model has taken.",
+    "grape_steps_per_second": "Mean speed of this attempt.",
+    "grape_epsilon_spent": "Epsilon of the steps charged so far, at the study's delta.",
+    "grape_tokens_left": "Steps that the study can still pay for.",
+    "grape_upload_lag_seconds": "From the newest checkpoint's copy in memory to its manifest, or until now.",
+    "grape_checkpoints_skipped": "Checkpoints left out because the one before was still on its way.",
+    "grape_attempt": "Number of the attempt.",
 }
 
 
@@ -27,4 +27,4 @@ class Gauges:
     def __call__(self, figures: Mapping[str, float]) -> None:
         """Sets those of `figures` (names without the prefix) that there is a gauge for."""
         for name, value in figures.items():
-            self._gauges[f"grape_ray_{name}"].set(value, tags=self._tags)
+            self._gauges[f"grape_{name}"].set(value, tags=self._tags)

@@ -1,5 +1,6 @@
 """Notices of the end: SIGTERM to a worker, a drained node, and a cluster that grows and shrinks under a run."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -55,17 +57,50 @@ def test_a_worker_that_is_told_to_end_leaves_a_checkpoint_of_its_last_step(tmp_p
     assert checkpoint.latest(Storage(tmp_path / "runs" / "a")).step == 14
 
 
-@pytest.mark.slow
-def test_a_run_grows_and_shrinks_with_its_cluster(tmp_path):
+def on_a_changing_cluster(mode: str, tmp_path: Path) -> dict:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.orchestration.elastic", str(tmp_path)],
+        [sys.executable, "-m", "tests.orchestration.elastic", mode, str(tmp_path)],
         capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=400, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result["sizes"][0] == 1
-    assert 2 in result["sizes"]
-    assert result["sizes"][-1] == 1
     assert result["steps"] == 400
     assert result["charged_steps"] >= result["executed_steps"] >= 400
     assert verify(result["ledger"]).ok
+    return result
+
+
+@pytest.mark.slow
+def test_a_run_grows_and_shrinks_with_its_cluster(tmp_path):
+    assert on_a_changing_cluster("grow", tmp_path)["sizes"] == [1, 2, 1]
+
+
+@pytest.mark.slow
+def test_a_drained_node_brings_a_checkpoint_and_the_run_goes_on_without_it(tmp_path):
+    assert on_a_changing_cluster("drain", tmp_path)["sizes"] == [2, 1]
+    first = [e for e in events(tmp_path / "runs" / "r") if e["attempt"] == 1]
+    urgent = [e["step"] for e in first if e.get("occasion") == "urgent"]
+    assert len(urgent) == 1
+    assert any(e["event"] == "checkpoint committed" and e["step"] == urgent[0] for e in first)
+
+
+@pytest.mark.slow
+def test_figures_reach_prometheus(tmp_path, ray_cluster):
+    import ray
+
+    port, seen, over = ray.nodes()[0]["MetricsExportPort"], set(), threading.Event()
+
+    def scrape():
+        while not over.wait(1):
+            with contextlib.suppress(OSError):
+                text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()
+                seen.update(line.partition("{")[0] for line in text.splitlines() if line.startswith("ray_grape_"))
+
+    thread = threading.Thread(target=scrape)
+    thread.start()
+    config = tiny(120, slow_s=0.2).override(["performance.num_workers=2", "performance.micro_batch_size=200"])
+    train(config, run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+    over.set()
+    thread.join()
+    wanted = {"steps", "epsilon_spent", "tokens_left", "upload_lag_seconds"}
+    assert {f"ray_grape_{name}" for name in wanted} <= seen
