@@ -18,6 +18,7 @@ from grape_ray.storage import Storage
 
 FOLDER = "logs"
 _WRITE_EVERY_S = 1.0
+_LAST_WORDS_S = 10.0
 _PART_BYTES = 64 << 10
 
 
@@ -53,9 +54,9 @@ class Journal:
         self._progress = json.dumps({**dataclasses.asdict(progress), "epsilon": epsilon}).encode()
 
     def close(self) -> None:
-        """Writes what is left, if storage lets it."""
+        """Writes what is left, if storage lets it soon."""
         self._over.set()
-        self._thread.join(self._folder.deadline_s)
+        self._thread.join(_LAST_WORDS_S)
 
     def _keep_writing(self) -> None:
         while not self._over.wait(self._every_s):

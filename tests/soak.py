@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import itertools
 import json
 import os
@@ -76,12 +77,7 @@ def witnesses(path: Path) -> Iterator[dict[str, Any]]:
 def inject(kind: str, server: FaultyS3, driver: Driver, folder: Path) -> None:
     """One fault of the schedule."""
     if kind == "kill worker":
-        newest = collections.deque(witnesses(folder / "witness"), maxlen=2)
-        if newest:
-            try:
-                os.kill(newest[-1]["pid"], signal.SIGKILL)
-            except ProcessLookupError:
-                print("  (it had just gone)", flush=True)
+        kill_worker(folder / "witness")
     elif kind == "kill driver":
         driver.kill()
     elif kind == "down":
@@ -89,6 +85,19 @@ def inject(kind: str, server: FaultyS3, driver: Driver, folder: Path) -> None:
             time.sleep(20)
     else:
         server.plan(kind, times={"throttle": 12, "torn": 6, "lost": 6, "error": 8, "hang": 2}[kind])
+
+
+def kill_worker(witness: Path) -> None:
+    """Kills the worker that drew the newest noise; while none is there, because they are just being started, it waits."""
+    deadline_s = time.monotonic() + 60
+    while time.monotonic() < deadline_s:
+        newest = collections.deque(witnesses(witness), maxlen=1)
+        if newest and time.time() - newest[0]["time"] < 2:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(newest[0]["pid"], signal.SIGKILL)
+                return
+        time.sleep(0.2)
+    raise SystemExit("no worker came back")
 
 
 def soak(seconds: float, seed: int, faults: int, folder: Path) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def killed_and_resumed(folder: Path, workers: int, after_s: float, step_s: float
     return {**result, "taken": taken, "lost_steps": taken - first}
 
 
-@pytest.mark.parametrize("after_s", [0.8, 2.5])
+@pytest.mark.parametrize("after_s", [2.5, pytest.param(0.8, marks=pytest.mark.slow)])
 def test_a_killed_driver_is_resumed(tmp_path, after_s):
     result = killed_and_resumed(tmp_path, 0, after_s, 0.06)
     assert result["steps"] == STEPS

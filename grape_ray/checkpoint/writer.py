@@ -6,6 +6,7 @@ import dataclasses
 import json
 import threading
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from grape_ray.checkpoint.manifest import Manifest, retain
 from grape_ray.checkpoint.shards import Piece, Shard, snapshot, write
 from grape_ray.comms import Comms
-from grape_ray.errors import CheckpointError, GrapeRayError
+from grape_ray.errors import CheckpointError, GrapeRayError, StorageError
 from grape_ray.storage import Storage
 
 _LOOK_EVERY_S = 0.1
@@ -136,9 +137,12 @@ class Writer:
             for kind, listed in theirs["pieces"].items():
                 pieces[kind] += [Piece.from_json(p) for p in listed]
         Manifest(upload.step, upload.name, pieces, files, state.counters, state.facts, state.base).commit(self._storage)
-        for rank in range(1, self._comms.world_size):
-            self._storage.remove(_receipt(upload.name, rank))
-        retain(self._storage, self._keep)
+        try:
+            for rank in range(1, self._comms.world_size):
+                self._storage.remove(_receipt(upload.name, rank))
+            retain(self._storage, self._keep)
+        except StorageError as error:  # the checkpoint is whole; what is too many goes next time
+            warnings.warn(f"old checkpoints could not be removed: {error}", stacklevel=2)
 
     def _await_receipt(self, upload: _Upload, rank: int) -> dict[str, Any]:
         while time.monotonic() - upload.began_s < self._deadline_s:
