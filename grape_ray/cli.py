@@ -15,6 +15,7 @@ COMMANDS = {
     "ledger": "Show or verify the ledger of a dataset.",
     "check": "See whether a model or pipeline can be trained, before anything is paid for.",
     "train": "Run a pipeline, privately and paid for.",
+    "resume": "Go on with a run that was cut off.",
     "bench": "Measure time, memory and traffic of every method.",
     "export": "Write a run's model as a folder that Hugging Face loads.",
 }

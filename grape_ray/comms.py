@@ -78,6 +78,15 @@ class Comms:
         dist.all_gather_object(boxes, value)
         return boxes
 
+    def largest(self, value: int) -> int:
+        """The largest `value` of all ranks, on every rank."""
+        if self.world_size == 1:
+            return value
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        box = torch.tensor([value], dtype=torch.int32, device=device)
+        dist.all_reduce(box, op=dist.ReduceOp.MAX)
+        return int(box)
+
     def barrier(self) -> None:
         """Waits until every rank is here."""
         if self.world_size > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import typing
 from dataclasses import dataclass, field
 from typing import Any
@@ -133,13 +134,18 @@ class Performance:
 
     Attributes:
         micro_batch_size: examples in one forward and backward pass.
-        num_workers: Ray Train workers; 0 runs in this process, without Ray.
+        num_workers: Ray Train workers; 0 runs in this process, without Ray; `2:8` lets their number follow the cluster.
         use_gpu: one GPU a worker.
         charge_chunk: steps reserved in the ledger at a time; a crash loses at most one chunk.
         checkpoint_every, eval_every: steps; 0 only at the end.
         keep_checkpoints: committed checkpoints kept.
+        delta_checkpoints: of method `grape`: so many checkpoints between two full ones hold only coordinates, a few percent of the bytes;
+            weights restored from one differ from those saved by rounding.
+        checkpoint_timeout_s: how long a checkpoint may take from its copy in memory to its manifest.
+        storage_timeout_s: how long a call to remote storage is tried again.
         max_failures: worker failures that a run survives; each is a new attempt.
         start_timeout_s: how long to wait for the cluster's resources before giving up.
+        resize_every_s: how often a run with a range of workers looks for room to grow; growing costs the steps since the last checkpoint.
         threads_per_worker: torch threads in a worker; 0 leaves torch's own choice.
         sharded: spread the model's weights over the workers (FSDP2), so that none holds it whole.
         precision: `fp32`, or `bf16` for products and activations; norms, coordinates and noise are fp32 in either.
@@ -147,26 +153,41 @@ class Performance:
     """
 
     micro_batch_size: int = 32
-    num_workers: int = 0
+    num_workers: int | str = 0
     use_gpu: bool = False
     charge_chunk: int = 25
     checkpoint_every: int = 0
     eval_every: int = 0
     keep_checkpoints: int = 2
+    delta_checkpoints: int = 0
+    checkpoint_timeout_s: float = 600.0
+    storage_timeout_s: float = 120.0
     max_failures: int = 3
     start_timeout_s: float = 300.0
+    resize_every_s: float = 60.0
     threads_per_worker: int = 0
     sharded: bool = False
     precision: str = "fp32"
     recompute: bool = False
 
     def __post_init__(self) -> None:
-        for name, low in (("micro_batch_size", 1), ("num_workers", 0), ("charge_chunk", 1), ("checkpoint_every", 0), ("eval_every", 0),
-                          ("keep_checkpoints", 1), ("max_failures", 0), ("threads_per_worker", 0)):  # fmt: skip
+        for name, low in (("micro_batch_size", 1), ("charge_chunk", 1), ("checkpoint_every", 0), ("eval_every", 0), ("keep_checkpoints", 1),
+                          ("delta_checkpoints", 0), ("max_failures", 0), ("threads_per_worker", 0)):  # fmt: skip
             _require(_count(getattr(self, name), low), f"performance.{name}", getattr(self, name), f"an integer >= {low}")
-        ok = _number(self.start_timeout_s) and self.start_timeout_s > 0
         _choice("performance.precision", self.precision, ("fp32", "bf16"))
-        _require(ok, "performance.start_timeout_s", self.start_timeout_s, "a number of seconds > 0")
+        for name in ("start_timeout_s", "resize_every_s", "checkpoint_timeout_s", "storage_timeout_s"):
+            value = getattr(self, name)
+            _require(_number(value) and value > 0, f"performance.{name}", value, "a number of seconds > 0")
+        low, high = self.workers
+        _require(0 <= low <= high and (low > 0 or high == 0), "performance.num_workers", self.num_workers, "an integer >= 0, or MIN:MAX")
+
+    @property
+    def workers(self) -> tuple[int, int]:
+        """The fewest and the most workers; (-1, -1) where `num_workers` is neither a count nor a range."""
+        if _count(self.num_workers, 0):
+            return int(self.num_workers), int(self.num_workers)
+        found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", str(self.num_workers))
+        return (int(found[1]), int(found[2])) if found else (-1, -1)
 
 
 @dataclass(frozen=True)

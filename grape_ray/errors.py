@@ -64,6 +64,10 @@ class CheckpointError(GrapeRayError):
     """A checkpoint that is missing, torn or does not fit the run."""
 
 
+class Interrupted(GrapeRayError):
+    """A run that was told to end, and ended in good order."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint such as ``did you mean 'rank'?``, or the list of known names where nothing is near."""
     names = sorted(known)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import resource
 import time
@@ -15,21 +14,24 @@ import torch
 
 from grape_ray import checkpoint, sharding
 from grape_ray.accounting import keys
+from grape_ray.accounting.book import Book
 from grape_ray.accounting.ledger import Ledger
 from grape_ray.accounting.verify import verify
+from grape_ray.checkpoint import Coordinates
 from grape_ray.comms import Comms
 from grape_ray.engines import Engine
 from grape_ray.engines.base import PerExampleLoss
-from grape_ray.errors import DataError, LedgerError
-from grape_ray.loop import Outcome, Progress, run_loop
+from grape_ray.errors import CheckpointError, DataError, Interrupted, LedgerError, StorageError
+from grape_ray.journal import Journal
+from grape_ray.loop import Notice, Occasion, Outcome, Progress, run_loop
 from grape_ray.noise import NoiseStream
 from grape_ray.optim import Optimizer, make_optimizer
-from grape_ray.plan import PROGRESS_FILE, RESULT_FILE, Plan, build_engine, public_key
+from grape_ray.plan import RESULT_FILE, Plan, build_engine, public_key
+from grape_ray.resolve import describe
+from grape_ray.saving import Saver, resume
 from grape_ray.step import Step
 from grape_ray.storage import Storage
 from grape_ray.task import Data, Task, under_autocast
-
-_PROGRESS_EVERY_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,40 @@ class Attempt:
     probe_key: bytes | None = field(repr=False, default=None)
 
 
-def begin_attempt(plan: Plan, comms: Comms) -> Attempt:
+def open_ledger(plan: Plan) -> Book:
+    """The ledger that a plan names."""
+    assert plan.ledger is not None
+    return Ledger.open(plan.ledger_storage(), plan.dataset_id, create=False)
+
+
+def _always(progress: Progress) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Around:
+    """What stands around a run that is a trial of a sweep; by default nothing does.
+
+    Attributes:
+        open_ledger: gives the ledger to be charged; called on rank 0 alone.
+        on_step: told the number of each step before it is taken, on rank 0.
+        go_on: asked after each evaluation but the last, on rank 0, whether the run goes on; may wait as long as it likes.
+        score: what may be known of validation metrics, given them and the number of validation records, on rank 0.
+    """
+
+    open_ledger: Callable[[Plan], Book] = open_ledger
+    on_step: Callable[[int], None] = lambda step: None
+    go_on: Callable[[Progress], bool] = _always
+    score: Callable[[Mapping[str, float], int], dict[str, float]] = lambda metrics, records: dict(metrics)
+
+
+def begin_attempt(plan: Plan, comms: Comms, open_ledger: Callable[[Plan], Book] = open_ledger) -> Attempt:
     """A new attempt: the number is durable in the ledger before the keys are derived, so no attempt shares a key with another."""
     if plan.ledger is None:
         return Attempt(0, public_key(plan.config, "sampling"))
     attempt = None
     if comms.rank == 0:
-        ledger = Ledger.open(plan.ledger, plan.dataset_id, create=False)
+        ledger = open_ledger(plan)
         master = keys.master_key(plan.key_path)
         number = ledger.begin_attempt(plan.study, plan.run, keys.key_id(master))
         labels = (ledger.ledger_id, plan.study, plan.run, number)
@@ -66,8 +95,9 @@ class Session:
     """The hooks of a run's loop on one rank.
 
     Attributes:
-        earlier_steps: executed before this attempt, as far as is known. newest: name of the newest checkpoint.
-        on_progress: told (progress, epsilon spent or None), on rank 0. on_checkpoint: told (name, facts), on every rank.
+        earlier_steps: executed before this attempt, as far as is known. tokens_left: of a study that is the run's own.
+        on_progress: told (progress, epsilon spent or None), on rank 0. on_notice: what the world asks for, the same on every rank.
+        on_figures: told the figures of `orchestrate.gauges`, on rank 0.
     """
 
     plan: Plan
@@ -77,22 +107,30 @@ class Session:
     model: torch.nn.Module
     optimizer: Optimizer
     folder: Storage
+    saver: Saver
+    journal: Journal
     earlier_steps: int
     on_progress: Callable[[Progress, float | None], None]
-    on_checkpoint: Callable[[str, Mapping[str, Any]], None]
-    newest: str
-    ledger: Ledger | None = None
+    on_notice: Callable[[], Notice]
+    on_figures: Callable[[Mapping[str, float]], None]
+    around: Around = field(default_factory=Around)
+    ledger: Book | None = None
     chunk: int = 0
     epsilon: float | None = None
+    tokens_left: int | None = None
 
     def reserve(self, step: int, count: int) -> int:
         if self.plan.ledger is None:
             return count
         if self.ledger is None:
-            self.ledger = Ledger.open(self.plan.ledger, self.plan.dataset_id, create=False)
+            self.ledger = self.around.open_ledger(self.plan)
+            if self.plan.study == self.plan.run:
+                self.tokens_left = self.plan.tokens - sum(t.used for t in self.ledger.attempts(self.plan.study, self.plan.run))
         granted = self.ledger.charge(self.plan.study, self.plan.run, self.attempt.number, self.chunk, count, first_step=step).steps
         self.chunk += 1
         self.epsilon = self.ledger.epsilon_spent(self.plan.study)
+        self.tokens_left = None if self.tokens_left is None else self.tokens_left - granted
+        self.journal.note("charged", first_step=step, steps=granted, epsilon=self.epsilon, tokens_left=self.tokens_left)
         return granted
 
     @property
@@ -101,10 +139,19 @@ class Session:
 
     def evaluate(self) -> dict[str, float]:
         task: Task = self.plan.config.task
-        return task.evaluate(self.model, self.data.validation)
+        return self.around.score(task.evaluate(self.model, self.data.validation), len(self.data.validation))
 
-    def checkpoint(self, progress: Progress) -> None:
-        self.newest = checkpoint.folder_of(progress.step)
+    def go_on(self, progress: Progress) -> bool:
+        return self.around.go_on(progress)
+
+    def notice(self, progress: Progress) -> Notice:
+        return self.on_notice()
+
+    def settle(self) -> None:
+        if self.around.go_on is not _always:
+            self.saver.settle()
+
+    def checkpoint(self, progress: Progress, occasion: Occasion) -> bool:
         facts = {
             "run": self.plan.run,
             "step": progress.step,
@@ -112,16 +159,21 @@ class Session:
             "ledger_head": self.ledger.head if self.ledger else None,
             "executed_steps": self.earlier_steps + progress.executed,
             "metrics": dict(progress.metrics),
+            "config": describe(self.plan.config),
         }
-        if self.comms.rank == 0:
-            checkpoint.save(self.folder, progress.step, self.model, self.optimizer.state_dict(), facts)
-        self.comms.barrier()
-        self.on_checkpoint(self.newest, facts)
-        if self.comms.rank == 0:
-            checkpoint.retain(self.folder, self.plan.config.performance.keep_checkpoints)
+        begun = self.saver.save(progress.step, facts, occasion)
+        self.journal.note("checkpoint begun" if begun else "checkpoint left out", step=progress.step, occasion=occasion.value)
+        return begun
+
+    def committed(self, name: str, facts: Mapping[str, Any]) -> None:
+        self.journal.note("checkpoint committed", step=facts["step"], name=name, seconds=round(self.saver.lag_s, 3))
 
     def progressed(self, progress: Progress) -> None:
         self.on_progress(progress, self.epsilon)
+        figures = {"steps": progress.step, "steps_per_second": progress.steps_per_s, "epsilon_spent": self.epsilon,
+                   "tokens_left": self.tokens_left, "upload_lag_seconds": self.saver.lag_s,
+                   "checkpoints_skipped": self.saver.skipped, "attempt": self.attempt.number}  # fmt: skip
+        self.on_figures({name: float(value) for name, value in figures.items() if value is not None})
 
 
 def execute(
@@ -131,19 +183,25 @@ def execute(
     device: torch.device | None = None,
     on_progress: Callable[[Progress, float | None], None] | None = None,
     on_checkpoint: Callable[[str, Mapping[str, Any]], None] | None = None,
-    begin: Callable[[Plan, Comms], Attempt] = begin_attempt,
+    on_notice: Callable[[], Notice] = lambda: Notice.NONE,
+    on_figures: Callable[[Mapping[str, float]], None] = lambda figures: None,
+    begin: Callable[[Plan, Comms], Attempt] | None = None,
+    around: Around | None = None,
 ) -> dict[str, Any]:
     """Runs or resumes a planned run on this rank, as a new attempt; every rank calls it and gets the result.
 
     Args:
         device: where the model lives; CPU if None.
-        on_progress, on_checkpoint: see Session. begin: how an attempt gets its keys.
+        on_progress, on_notice, on_figures: see Session; without on_progress it is kept in a file of the run's folder.
+        on_checkpoint: told (name, facts) of each committed checkpoint, on every rank.
+        begin: how an attempt gets its keys. around: what a sweep puts around the run.
 
     Raises:
+        Interrupted: a notice ended the run, after a checkpoint.
         GrapeRayError: the data changed, the ledger was rolled back or cannot be reached, or storage fails.
     """
     began = time.monotonic()
-    config, folder = plan.config, plan.folder()
+    config, folder, around = plan.config, plan.folder(), around or Around()
     if config.performance.threads_per_worker:
         torch.set_num_threads(config.performance.threads_per_worker)
     device = device or torch.device("cpu")
@@ -152,8 +210,8 @@ def execute(
         raise DataError("the training data changed", data.dataset_id, plan.dataset_id, "every worker must see the same data")
     model, engine, loss = _model_and_engine(plan, data, device)
     optimizer = make_optimizer(model, engine, config.method, config.privacy.steps, public_key(config, "rounding"))
-    start, earlier = _resume(plan, comms, folder, model, optimizer)
-    attempt = begin(plan, comms)
+    start, earlier, newest, coordinates = _resume(plan, comms, folder, model, optimizer)
+    attempt = begin(plan, comms) if begin else begin_attempt(plan, comms, around.open_ledger)
     if attempt.probe_key:
         engine.use_secret(attempt.probe_key, comms.rank)
     step = Step(
@@ -162,11 +220,38 @@ def execute(
         sampling_prob=plan.sampling_prob, expected_batch_size=config.privacy.expected_batch_size, sampling_key=attempt.sampling_key,
         dropout_key=public_key(config, "dropout"), micro_batch_size=config.performance.micro_batch_size,
     )  # fmt: skip
+    saver = Saver(config, comms, folder, model, optimizer, attempt.number)
+    saver.newest = newest
+    saver.resumed(coordinates)
+    journal = Journal(folder, saver.attempt, comms.rank)
+    journal.note("begun", run=plan.run, step=start, world_size=comms.world_size, method=config.method.name, resumed_from=newest)
     session = Session(
-        plan, comms, attempt, data, model, optimizer, folder, earlier,
-        on_progress or ProgressFile(folder), on_checkpoint or (lambda name, facts: None), checkpoint.folder_of(start),
+        plan, comms, attempt, data, model, optimizer, folder, saver, journal, earlier, on_progress or journal.progress, on_notice,
+        on_figures, around,
     )  # fmt: skip
-    outcome = run_loop(step, session, config.performance, start, config.privacy.steps, comms)
+    saver.listeners += [session.committed, *([on_checkpoint] if on_checkpoint else [])]
+
+    def take(number: int) -> None:
+        if comms.rank == 0:
+            around.on_step(number)
+        step(number)
+
+    try:
+        outcome = run_loop(take, session, config.performance, start, config.privacy.steps, comms)
+        saver.settle()
+        journal.note("ended", step=outcome.progress.step, exhausted=outcome.exhausted, interrupted=outcome.interrupted)
+    except Exception as error:
+        told = isinstance(error, (CheckpointError, LedgerError, StorageError))  # another's text may quote a record
+        journal.note("failed", error=type(error).__name__, reason=str(error) if told else None)
+        saver.linger()
+        raise
+    finally:
+        journal.close()
+    if outcome.interrupted:
+        if comms.rank == 0:
+            _settle(session, outcome.paid_until - outcome.progress.step)
+        fix = f"run `grape-ray resume {folder.url}` to go on"
+        raise Interrupted(f"run {plan.run} was told to end, and is kept at step {outcome.progress.step}", None, "", fix)
     return _conclude(session, outcome, time.monotonic() - began)
 
 
@@ -193,24 +278,42 @@ def _model_and_engine(plan: Plan, data: Data, device: torch.device) -> tuple[tor
     return model, engine, task.per_example_loss
 
 
-def _resume(plan: Plan, comms: Comms, folder: Storage, model: torch.nn.Module, optimizer: Optimizer) -> tuple[int, int]:
-    """Restores the newest whole checkpoint, the same on every rank; returns (its step, steps executed until then)."""
-    name = None
-    if comms.rank == 0:
-        newest = checkpoint.latest(folder)
-        name = newest.name if newest else None
-    name = comms.broadcast_object(name)
-    if name is None:
-        return 0, 0
-    found = checkpoint.load(folder, name)
+def _resume(
+    plan: Plan, comms: Comms, folder: Storage, model: torch.nn.Module, optimizer: Optimizer
+) -> tuple[int, int, str, Coordinates | None]:
+    """Restores the newest whole checkpoint; returns (its step, steps executed until then, its name, a delta's coordinates)."""
+    newest = resume(folder, comms, model, optimizer, optimizer.subspace)
+    if newest is None:
+        return (0, 0, "", None) if plan.origin is None else _begin_from(plan, comms, folder, model, optimizer)
+    found, coordinates = newest
     head = found.facts["ledger_head"]
     if comms.rank == 0 and plan.ledger is not None and head is not None:
-        report = verify(plan.ledger, head)
+        report = verify(plan.ledger_storage(), head)
         if not report.ok:
             raise LedgerError(f"the ledger {plan.ledger} is not the one that this run was charged to", report.problems[0], "", "restore it")
-    checkpoint.restore(model, found.model)
+    return found.step, int(found.facts["executed_steps"]), found.name, coordinates
+
+
+def _begin_from(
+    plan: Plan, comms: Comms, folder: Storage, model: torch.nn.Module, optimizer: Optimizer
+) -> tuple[int, int, str, Coordinates | None]:
+    """Takes over the checkpoint of another run, and keeps it as this run's own first; the result is that of `_resume`."""
+    assert plan.origin is not None
+    found = checkpoint.load(Storage(plan.origin[0]), plan.origin[1])
+    checkpoint.restore(model, found, optimizer.subspace)
     optimizer.load_state_dict(found.optimizer)
-    return found.step, int(found.facts["executed_steps"])
+    saver = Saver(plan.config, comms, folder, model, optimizer, 0)
+    saver.save(found.step, {**found.facts, "run": plan.run, "attempt": 0, "executed_steps": 0}, Occasion.LAST)
+    return found.step, 0, saver.newest, None
+
+
+def _settle(session: Session, unused: int) -> None:
+    """Ends the attempt; steps that were paid for and never started are given back."""
+    book, plan, number = session.ledger, session.plan, session.attempt.number
+    if book is not None and unused:
+        book.refund(plan.study, plan.run, number, session.chunk - 1, unused)
+    elif plan.ledger is not None:
+        (book or session.around.open_ledger(plan)).close_attempt(plan.study, plan.run, number)
 
 
 def _conclude(session: Session, outcome: Outcome, seconds: float) -> dict[str, Any]:
@@ -221,9 +324,9 @@ def _conclude(session: Session, outcome: Outcome, seconds: float) -> dict[str, A
     if session.comms.rank == 0:
         ledger, charged, attempts = session.ledger, 0, 0
         if plan.ledger is not None:
-            ledger = ledger or Ledger.open(plan.ledger, plan.dataset_id, create=False)
-            ledger.close_attempt(plan.study, plan.run, session.attempt.number)
-            tries = ledger.state.study(plan.study).runs[plan.run]
+            _settle(session, outcome.paid_until - progress.step)
+            ledger = ledger or session.around.open_ledger(plan)
+            tries = ledger.attempts(plan.study, plan.run)
             charged, attempts = sum(t.used for t in tries), len(tries)
         result = {
             "run": plan.run,
@@ -235,14 +338,15 @@ def _conclude(session: Session, outcome: Outcome, seconds: float) -> dict[str, A
             "metrics": dict(progress.metrics),
             "seconds": round(seconds, 3),
             "peak_bytes": max(peaks),
-            "checkpoint": f"{session.folder.url}/{session.newest}",
+            "checkpoint": f"{session.folder.url}/{session.saver.newest}",
             "ledger": plan.ledger,
             "exhausted": outcome.exhausted,
+            "stopped": outcome.stopped,
             "executed_steps": session.earlier_steps + progress.executed,
             "charged_steps": charged,
             "attempts": attempts,
             "steps_per_s": round(progress.steps_per_s, 3),
-            "workers": plan.config.performance.num_workers,
+            "workers": session.comms.world_size if plan.config.performance.num_workers else 0,
         }
         session.folder.write(RESULT_FILE, json.dumps(result, indent=1, sort_keys=True).encode())
     return session.comms.broadcast_object(result)
@@ -253,16 +357,3 @@ def _peak_bytes() -> int:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-class ProgressFile:
-    """Keeps a run's progress in a small file of its folder, once a second and with fresh metrics, for who watches from elsewhere."""
-
-    def __init__(self, folder: Storage):
-        self._folder, self._next_s = folder, 0.0
-
-    def __call__(self, progress: Progress, epsilon: float | None) -> None:
-        now = time.monotonic()
-        if now >= self._next_s or progress.metrics_step == progress.step:
-            self._next_s = now + _PROGRESS_EVERY_S
-            self._folder.write(PROGRESS_FILE, json.dumps({**dataclasses.asdict(progress), "epsilon": epsilon}).encode())

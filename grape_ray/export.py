@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -10,8 +9,8 @@ from pathlib import Path
 
 from grape_ray import checkpoint
 from grape_ray.errors import CheckpointError, StorageError
-from grape_ray.plan import RUN_FILE
-from grape_ray.resolve import rebuild_task
+from grape_ray.plan import build_engine, read_run
+from grape_ray.resolve import rebuild_config
 from grape_ray.storage import Storage
 
 
@@ -27,16 +26,13 @@ def export(run: str, folder: str | os.PathLike[str]) -> int:
     place, target = Storage(run), Path(folder).expanduser().absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise StorageError("the folder to export to is taken", str(target), "a new or an empty folder", "choose another")
-    try:
-        description = json.loads(place.read(RUN_FILE))
-    except FileNotFoundError as error:
-        raise CheckpointError("no run there", run, f"a run's folder, with {RUN_FILE}", "name the folder below --storage") from error
+    config = rebuild_config(read_run(place))
     newest = checkpoint.latest(place)
     if newest is None:
         raise CheckpointError("the run has no checkpoint", run, "a committed checkpoint", "train it first")
-    task = rebuild_task(description["task"])
-    model = task.build_model(description["seed"])
-    checkpoint.restore(model, newest.model)
+    task = config.task
+    model = task.build_model(config.seed)
+    checkpoint.restore(model, newest, build_engine(config, model).subspace if newest.base else None)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as scratch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -29,12 +30,36 @@ class Progress:
     metrics_step: int | None = None
 
 
+class Notice(enum.IntEnum):
+    """What the world asks of a run: nothing, a checkpoint as soon as may be (a machine will go), or a checkpoint and an end."""
+
+    NONE = 0
+    SAVE = 1
+    STOP = 2
+
+
+class Occasion(enum.Enum):
+    """Why a checkpoint is made; one that is merely due may be left out while an earlier one is on its way."""
+
+    DUE = "due"
+    URGENT = "urgent"
+    LAST = "last"
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """How a loop ended: the last progress, and whether the budget ended it early."""
+    """How a loop ended.
+
+    Attributes:
+        progress: the last. exhausted: whether the budget ended it early; stopped: whether `go_on` did; interrupted: whether a notice did.
+        paid_until: steps below it are paid for; those from `progress.step` on never started.
+    """
 
     progress: Progress
     exhausted: bool
+    stopped: bool
+    paid_until: int
+    interrupted: bool = False
 
 
 class Hooks(Protocol):
@@ -53,8 +78,20 @@ class Hooks(Protocol):
         """Validation metrics of the model as it is."""
         ...
 
-    def checkpoint(self, progress: Progress) -> None:
-        """Makes the state durable. Every rank calls it, at the same steps."""
+    def checkpoint(self, progress: Progress, occasion: Occasion) -> bool:
+        """Makes the state durable, in the background if it is merely due; whether it does. Every rank calls it, at the same steps."""
+        ...
+
+    def settle(self) -> None:
+        """Waits until what `checkpoint` began is durable, where `go_on` needs it to be. Every rank calls it."""
+        ...
+
+    def notice(self, progress: Progress) -> Notice:
+        """What the world asks for after a step, the same on every rank. Every rank calls it."""
+        ...
+
+    def go_on(self, progress: Progress) -> bool:
+        """Asked on rank 0 after each evaluation but the last, once all is durable: whether more steps are wanted."""
         ...
 
     def progressed(self, progress: Progress) -> None:
@@ -65,15 +102,15 @@ class Hooks(Protocol):
 def run_loop(take_step: Callable[[int], None], hooks: Hooks, performance: Performance, start: int, total: int, comms: Comms) -> Outcome:
     """Takes steps `start .. total` (0-based, half open), each paid for beforehand.
 
-    A budget that ends before `total` ends the loop in good order: what was trained so far is evaluated and checkpointed.
+    A budget that ends before `total`, or `go_on`, ends the loop in good order: what was trained so far is evaluated and checkpointed.
 
     Raises:
         What a hook raises on rank 0 is raised on every rank, so that no rank waits for ever.
     """
-    progress, paid_until, exhausted = Progress(start, total), start, False
+    progress, paid_until, exhausted, stopped, notice = Progress(start, total), start, False, False, Notice.NONE
     saved = start or None  # a run that does not begin at 0 begins at a checkpoint, which is not to be written again
     began = time.monotonic()
-    while progress.step < total:
+    while progress.step < total and not stopped and notice is not Notice.STOP:
         step = progress.step
         if step >= paid_until:
             wanted = min(performance.charge_chunk, total - step)
@@ -88,17 +125,23 @@ def run_loop(take_step: Callable[[int], None], hooks: Hooks, performance: Perfor
         if progress.step < total:
             if _due(progress.step, performance.eval_every):
                 progress = _evaluated(progress, hooks, comms)
-            if _due(progress.step, performance.checkpoint_every):
-                hooks.checkpoint(progress)
-                saved = progress.step
+            notice = hooks.notice(progress)
+            if notice or _due(progress.step, performance.checkpoint_every):
+                occasion = Occasion.URGENT if notice else Occasion.DUE
+                saved = progress.step if hooks.checkpoint(progress, occasion) else saved
             if comms.rank == 0:
                 hooks.progressed(progress)
-    progress = _evaluated(progress, hooks, comms)
+            if progress.metrics_step == progress.step:
+                hooks.settle()
+                stopped = not _on_rank_zero(comms, lambda p=progress: hooks.go_on(p))
+    interrupted = notice is Notice.STOP and progress.step < total
+    if progress.metrics_step != progress.step and not interrupted:
+        progress = _evaluated(progress, hooks, comms)
     if saved != progress.step:
-        hooks.checkpoint(progress)
+        hooks.checkpoint(progress, Occasion.LAST)
     if comms.rank == 0:
         hooks.progressed(progress)
-    return Outcome(progress, exhausted)
+    return Outcome(progress, exhausted, stopped, paid_until, interrupted)
 
 
 def _due(step: int, every: int) -> bool:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from grape_ray import sharding
 from grape_ray.config import Method
@@ -31,6 +32,18 @@ def learning_rate(method: Method, step: int, total_steps: int) -> float:
     return method.learning_rate * (left if method.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left)))
 
 
+class Recorder(Protocol):
+    """Told how projected weights move: `W <- decay W + alpha lift(update)`."""
+
+    def begin_step(self, period: int, decay: float) -> None:
+        """Before the weights of a step move: the period of its subspace, and its weight decay."""
+        ...
+
+    def record(self, name: str, period: int, update: Tensor, alpha: float) -> None:
+        """One projected weight's move; `update` is in coordinates and may not be kept."""
+        ...
+
+
 class Optimizer:
     """Adam or SGD with decoupled weight decay (Loshchilov and Hutter 2019) on released gradients.
 
@@ -40,12 +53,16 @@ class Optimizer:
     Args:
         params: parameter name -> Parameter, changed in place. subspace: the one that the gradients come from.
         method: rates, betas, the moment policy at a refresh. total_steps: where the schedule ends. rounding_key: any public bytes.
+
+    Attributes:
+        recorder: told of every move of a projected weight; None tells nobody.
     """
 
     def __init__(self, params: Mapping[str, nn.Parameter], subspace: Subspace, method: Method, total_steps: int, rounding_key: bytes = b""):
         self.params, self.subspace, self.method, self.total_steps = dict(params), subspace, method, total_steps
         self.updates, self._period, self._rounding_key = 0, 0, rounding_key
         self._rows = {name: self._rows_of(name, param) for name, param in self.params.items()}
+        self.recorder: Recorder | None = None
         slots = ("first", "second") if method.optimizer == "adam" else ("first",) if method.momentum else ()
         self._state: dict[str, dict[str, Tensor]] = {slot: {} for slot in slots}
         for name, param in self.params.items():
@@ -72,12 +89,16 @@ class Optimizer:
             )
         period, rate = self.subspace.period(step), learning_rate(self.method, step, self.total_steps)
         self.updates += 1
+        if self.recorder:
+            self.recorder.begin_step(period, 1 - rate * self.method.weight_decay)
         with torch.no_grad():
             for name, param in self.params.items():
                 coords = self.subspace.project(name, gradient.tensors[name], period)
                 if period != self._period and name in self.subspace.plan:
                     self._refresh(name, self._period, period)
                 update = self._direction(name, self._mine(name, param, coords), gradient.noise_std)
+                if self.recorder and name in self.subspace.plan:
+                    self.recorder.record(name, period, update, -rate)
                 self._apply(name, sharding.local(param), update, rate, step, period)
         self._period = period
 
@@ -126,6 +147,17 @@ class Optimizer:
             change = self.subspace.change_of_basis(name, old, new, tensors[name])
             change = change.square() if slot == "second" else change
             tensors[name] = change.T @ tensors[name] if self.subspace.plan[name].axis == 0 else tensors[name] @ change
+
+    def places(self) -> dict[str, tuple[tuple[int, ...], int]]:
+        """Of the tensors of `state_dict` of which this rank holds some rows alone: (shape of the whole, first row)."""
+        found = {}
+        for name, param in self.params.items():
+            plan = self.subspace.plan.get(name)
+            if not isinstance(param, DTensor) or (plan is not None and plan.axis == 0):
+                continue
+            shape = tuple(plan.shape if plan else param.shape)
+            found |= {f"{slot}/{name}": (shape, self._rows[name].start) for slot in self._state}
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """`<slot>/<name>` -> tensor, and the counters `updates` and `period` as ints."""

@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from grape_ray.accounting.ledger import Ledger
 from grape_ray.accounting.records import Study
 from grape_ray.config import Config
 from grape_ray.engines import Engine, from_config
-from grape_ray.errors import BudgetExceeded, ConfigError, DataError
+from grape_ray.errors import BudgetExceeded, CheckpointError, ConfigError, DataError
 from grape_ray.methods import METHODS
 from grape_ray.preflight import preflight
 from grape_ray.resolve import describe
@@ -40,6 +40,7 @@ class Plan:
         key_path: file of the master key, on the machine of rank 0; None for the usual place.
         sampling_prob: chance of each record to be in a batch. noise_multiplier: noise standard deviation over the sensitivity.
         tokens: steps that the run's study may take, repeats included; 0 for the yardstick.
+        origin: (URL of a run's folder, name of its checkpoint) that a new run begins from; None begins from the task's own model.
     """
 
     config: Config
@@ -52,6 +53,7 @@ class Plan:
     sampling_prob: float
     noise_multiplier: float
     tokens: int
+    origin: tuple[str, str] | None = None
 
     @property
     def private(self) -> bool:
@@ -60,7 +62,12 @@ class Plan:
 
     def folder(self) -> Storage:
         """The run's own folder."""
-        return Storage(self.storage).child(self.run)
+        return Storage(self.storage, self.config.performance.storage_timeout_s).child(self.run)
+
+    def ledger_storage(self) -> Storage:
+        """The ledger's folder; not of a run without one."""
+        assert self.ledger is not None
+        return Storage(self.ledger, self.config.performance.storage_timeout_s)
 
     def mechanism(self) -> Mechanism:
         """What each step costs."""
@@ -84,6 +91,8 @@ def prepare(
     storage: str = "runs",
     ledger: str | None = None,
     key_path: str | None = None,
+    study: Study | None = None,
+    origin: tuple[str, str] | None = None,
 ) -> Plan:
     """Checks a run whole: data, model, method, price, ledger, storage; then registers it.
 
@@ -92,6 +101,8 @@ def prepare(
         storage: path or URL of the folder of runs.
         ledger: path or URL of the dataset's ledger; None is the user's own ledger of this dataset (`default_ledger`).
         key_path: file of the master key; None is `accounting.keys.default_path()`.
+        study: one that the ledger holds already, whose tokens the run shares with others; None registers a study of the run's own.
+        origin: see Plan.
 
     Raises:
         GrapeRayError: one of its kinds for whatever is wrong; nothing was written then.
@@ -110,20 +121,42 @@ def prepare(
         place.check_writable()
         _register(plan, place)
         return plan
-    noise, tokens = _price(config, sampling_prob)
+    noise, tokens = (study.mechanism.noise_multiplier, study.tokens) if study else _price(config, sampling_prob)
     where = _absolute(ledger) if ledger else default_ledger(data, root, run)
     keys.check_outside(key_path or keys.default_path(), root, where)
-    plan = Plan(config, run, root, where, key_path, run, data.dataset_id, sampling_prob, noise, tokens)
+    name = study.name if study else run
+    plan = Plan(config, run, root, where, key_path, name, data.dataset_id, sampling_prob, noise, tokens, origin)
+    if study is not None:
+        check_mechanism(plan.mechanism(), study)
+        place.check_writable()
+        _register(plan, place)
+        return plan
+    _open_budget(plan, place)
+    _register(plan, place)
+    return plan
+
+
+def check_mechanism(mechanism: Mechanism, study: Study) -> None:
+    """Refuses a run whose steps are not those that the study's tokens pay for. Raises ConfigError, naming what differs."""
+    frozen = asdict(study.mechanism)
+    for field, value in asdict(mechanism).items():
+        if value != frozen[field]:
+            fix = "all runs of a study share one mechanism: vary what does not change it"
+            raise ConfigError(f"the run has another {field} than study {study.name!r}", value, f"{frozen[field]!r}", fix)
+
+
+def _open_budget(plan: Plan, place: Storage) -> None:
+    """Registers the run's own study in the dataset's ledger, which is made if need be."""
+    assert plan.ledger is not None
+    config, where = plan.config, plan.ledger
     existing = Storage(where).exists("00000000.json")
     if existing:  # read before anything is written: it may be another dataset's
-        Ledger.open(where, data.dataset_id, create=False)
+        Ledger.open(where, plan.dataset_id, create=False)
     place.check_writable()
     _check_same_run(plan, place)
     budget = (None, None) if existing else (config.privacy.epsilon, config.privacy.delta)
-    book = Ledger.open(where, data.dataset_id, *budget)
-    book.ensure_study(Study(plan.study, plan.mechanism(), config.privacy.epsilon, config.privacy.delta, tokens))
-    _register(plan, place)
-    return plan
+    book = Ledger.open(where, plan.dataset_id, *budget)
+    book.ensure_study(Study(plan.study, plan.mechanism(), config.privacy.epsilon, config.privacy.delta, plan.tokens))
 
 
 def default_ledger(data: Data, storage: str, run: str) -> str:
@@ -216,7 +249,7 @@ def _check_same_run(plan: Plan, root: Storage) -> bool:
         return False
     known = json.loads(root.read(name))
     mine = json.loads(_description(plan))
-    differing = sorted(k for k in mine if mine[k] != known.get(k))
+    differing = sorted(k for k in mine if k != "performance" and mine[k] != known.get(k))
     if differing:
         fix = "give the new run a name of its own"
         raise ConfigError(f"run {plan.run} exists with another {', '.join(differing)}", None, "the config that it was begun with", fix)
@@ -230,5 +263,19 @@ def _register(plan: Plan, root: Storage) -> None:
 
 
 def _description(plan: Plan) -> bytes:
-    facts = {"run": plan.run, "ledger": plan.ledger, "study": plan.study, "dataset_id": plan.dataset_id}
+    facts: dict[str, Any] = {"run": plan.run, "ledger": plan.ledger, "study": plan.study, "dataset_id": plan.dataset_id}
+    if plan.origin is not None:
+        facts["origin"] = list(plan.origin)
+    facts["performance"] = asdict(plan.config.performance)  # not compared: a run may be resumed with another
     return json.dumps({**describe(plan.config), **facts}, indent=1, sort_keys=True).encode()
+
+
+def read_run(folder: Storage) -> dict[str, Any]:
+    """The description of a run. Raises CheckpointError where the folder holds none."""
+    try:
+        return json.loads(folder.read(RUN_FILE))
+    except FileNotFoundError as error:
+        fix = "name the folder below --storage"
+        raise CheckpointError("no run there", folder.url, f"a run's folder, with {RUN_FILE}", fix) from error
+    except ValueError as error:
+        raise CheckpointError(f"{RUN_FILE} of the run is damaged", str(error), "JSON", "restore it from a copy") from error

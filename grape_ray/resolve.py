@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from grape_ray.config import Config
+from grape_ray.config import Config, Method, Performance, Privacy
 from grape_ray.errors import ConfigError, nearest
 
 
@@ -80,6 +80,19 @@ def rebuild_task(description: Mapping[str, Any]) -> Any:
     except (AttributeError, TypeError) as error:
         fix = "call it where the run's own version can be imported"
         raise ConfigError("the task of the run cannot be rebuilt", reference, "a class with the saved fields", fix) from error
+
+
+def rebuild_config(description: Mapping[str, Any]) -> Config:
+    """The config that `describe` described. Raises ConfigError where this version knows other fields."""
+    parts: dict[str, Any] = {}
+    for name, kind in (("privacy", Privacy), ("method", Method), ("performance", Performance)):
+        saved: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in description.get(name, {}).items()}
+        try:
+            parts[name] = kind(**saved)
+        except TypeError as error:
+            fix = "resume with the version of grape-ray that began the run"
+            raise ConfigError(f"the {name} settings of the run cannot be rebuilt", str(error), "fields of this version", fix) from error
+    return Config(task=rebuild_task(description["task"]), seed=description["seed"], **parts)
 
 
 def describe(config: Config) -> dict[str, Any]:

@@ -1,82 +1,136 @@
-"""One seam over local folders and fsspec URLs: read, list, create exclusively, replace and remove."""
+"""One seam over local folders and fsspec URLs: read, list, create exclusively, replace, upload and remove."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import posixpath
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import fsspec
+import tenacity
 
 from grape_ray.errors import StorageError
 
+DEADLINE_S = 120.0
 _TEMPORARY = ".tmp-"
+_PART_BYTES = 16 << 20  # of a multipart upload: what it holds in memory beside its source
+_FIRST_CONTACT_S = 15.0
+_Result = TypeVar("_Result")
+
+# One request ends within s3fs's own 15 s: what is worth another try is decided here, at one place, and not three times over.
+_DRIVER_OPTIONS: dict[str, dict[str, Any]] = {"s3": {"config_kwargs": {"retries": {"total_max_attempts": 1}}}}
+_DRIVER_TRIES = 3
+_TRANSIENT = {
+    getattr(errno, name)
+    for name in ("EAGAIN", "EBUSY", "EIO", "EREMOTEIO", "ETIMEDOUT", "ECONNREFUSED", "ECONNRESET", "ECONNABORTED", "EPIPE", "ENETUNREACH",
+                 "EHOSTUNREACH", "ENETDOWN")
+    if hasattr(errno, name)
+}  # fmt: skip
+_NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
 
 class Storage:
     """A folder, local or at any fsspec URL; names are relative paths with forward slashes.
 
+    Remote storage that throttles, times out, refuses or answers nonsense is asked again, with growing pauses, until the deadline;
+    a local folder is asked once.
+
     Args:
         url: a local path, ``file://...``, ``s3://bucket/folder``, ``memory://folder`` or another protocol that fsspec knows.
+        deadline_s: how long a call to remote storage is tried again.
 
     Raises:
         StorageError: no driver for the URL, or the location cannot be reached (from every method; a missing name is FileNotFoundError).
     """
 
-    def __init__(self, url: str | os.PathLike[str]):
+    def __init__(self, url: str | os.PathLike[str], deadline_s: float = DEADLINE_S):
         url = os.fspath(url)
         if not url:
             raise StorageError("the storage location is empty", url, "a path or URL", "name a folder")
         try:
             # Listings of another process's files must be fresh, so nothing is cached.
-            self._fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True)
+            options = _DRIVER_OPTIONS.get(url.partition("://")[0].removesuffix("a"), {})
+            self._fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True, **options)
+            if options:
+                self._fs.retries = _DRIVER_TRIES
         except Exception as error:  # a driver may raise anything
             raise StorageError("no driver for the storage location", url, "a path, s3:// or another fsspec URL", str(error)) from error
         self._root = root.rstrip("/") or "/"
         self._local = "file" in (self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,))
         self.url = self._root if self._local else self._fs.unstrip_protocol(self._root)
+        self.deadline_s = deadline_s
 
     def __repr__(self) -> str:
         return f"Storage({self.url!r})"
 
     def child(self, name: str) -> Storage:
         """The folder of that name under this one."""
-        return Storage(f"{self.url.rstrip('/')}/{self._checked(name)}")
+        return Storage(f"{self.url.rstrip('/')}/{self._checked(name)}", self.deadline_s)
 
-    def read(self, name: str) -> bytes:
-        """The whole content of a file."""
+    def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
+        """The content of a file, or its bytes ``start`` to ``end`` (half open)."""
         with self._translate("read", name):
-            return self._fs.cat_file(self._path(name))
+            return self._persist(lambda: self._fs.cat_file(self._path(name), start=start, end=end))
 
-    def open(self, name: str, mode: str = "rb") -> IO[Any]:
-        """An open file, ``rb`` or ``wb``; folders are made as needed. Writing is not atomic: use ``write`` or a manifest for that."""
-        with self._translate("open", name):
-            if self._local and "r" not in mode:
-                Path(self._path(name)).parent.mkdir(parents=True, exist_ok=True)
-            return self._fs.open(self._path(name), mode)
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+        with self._translate("read", name):
+            return self._persist(lambda: self._fs.size(self._path(name)))
 
     def create(self, name: str, data: bytes) -> None:
         """Make a file that does not exist yet; when this returns it is whole and durable, and of two creators one wins.
+
+        An answer of remote storage may be lost after the file was made, and the next try then finds the name taken. So there the name
+        counts as taken only where it holds something else: let creators that must not both win differ in what they write.
 
         Raises:
             FileExistsError: the name is taken.
         """
         with self._translate("create", name):
             if self._local:
-                self._place(name, data, exclusive=True)
-            else:
-                self._fs.pipe_file(self._path(name), data, mode="create")
+                self._place(name, [data], exclusive=True)
+                return
+            try:
+                self._persist(lambda: self._fs.pipe_file(self._path(name), data, mode="create"))
+            except FileExistsError:
+                if self._persist(lambda: self._fs.cat_file(self._path(name))) != data:
+                    raise
 
     def write(self, name: str, data: bytes) -> None:
         """Make or replace a file; readers see the old content or the new, never a mixture."""
         with self._translate("write", name):
             if self._local:
-                self._place(name, data, exclusive=False)
+                self._place(name, [data], exclusive=False)
             else:
-                self._fs.pipe_file(self._path(name), data)
+                self._persist(lambda: self._fs.pipe_file(self._path(name), data))
+
+    def upload(self, name: str, blocks: Callable[[], Iterable[Any]]) -> None:
+        """Make or replace a file of any size from blocks of bytes, in multipart uploads where the driver has them.
+
+        Args:
+            blocks: gives the blocks from the first on; it is called again for every try, so it must give the same ones.
+        """
+
+        def send() -> None:
+            file = self._fs.open(self._path(name), "wb", block_size=_PART_BYTES)
+            try:
+                for block in blocks():
+                    file.write(block)
+                file.close()
+            except BaseException:
+                _give_up(file)
+                raise
+
+        with self._translate("write", name):
+            if self._local:
+                self._place(name, blocks(), exclusive=False)
+            else:
+                self._persist(send)
 
     def list(self, prefix: str = "") -> list[str]:
         """Sorted names of the files, at any depth, that start with ``prefix``; empty where the folder does not exist."""
@@ -84,7 +138,7 @@ class Storage:
             start = posixpath.dirname(prefix)
             folder = self._path(start) if start else self._root
             try:
-                paths = self._fs.find(folder)
+                paths = self._persist(lambda: self._fs.find(folder))
             except FileNotFoundError:
                 return []
             cut = len(self._root.rstrip("/")) + 1
@@ -94,12 +148,12 @@ class Storage:
     def exists(self, name: str) -> bool:
         """Whether a file of that name, or a folder with files, is there."""
         with self._translate("look up", name):
-            return self._fs.exists(self._path(name))
+            return self._persist(lambda: self._fs.exists(self._path(name)))
 
     def remove(self, name: str) -> None:
         """Remove a file, or a folder with all it holds; nothing happens where it is missing."""
         with self._translate("remove", name), contextlib.suppress(FileNotFoundError):
-            self._fs.rm(self._path(name), recursive=True)
+            self._persist(lambda: self._fs.rm(self._path(name), recursive=True))
 
     def check_writable(self) -> None:
         """Try the location out, so that a run ends before its first step where it could not keep its results.
@@ -107,14 +161,17 @@ class Storage:
         Raises:
             StorageError: nothing can be written there, or an existing file can be created a second time (a ledger needs it to fail).
         """
-        probe = f"probe-{os.urandom(8).hex()}"
-        self.create(probe, b"1")
+        probe, usual = f"probe-{os.urandom(8).hex()}", self.deadline_s
+        self.deadline_s = min(usual, _FIRST_CONTACT_S)  # a mistyped address should not take minutes to be told
         try:
+            self.create(probe, b"1")
             self.create(probe, b"2")
         except FileExistsError:
+            self.remove(probe)
             return
         finally:
-            self.remove(probe)
+            self.deadline_s = usual
+        self.remove(probe)
         fix = "use a local folder or an S3 store with conditional writes"
         raise StorageError(f"{self.url} overwrites where it should refuse", None, "exclusive creation of files", fix)
 
@@ -129,7 +186,19 @@ class Storage:
             raise StorageError("a name leaves its folder", name, "a relative path without '..'", "correct the name")
         return name.rstrip("/")
 
-    def _place(self, name: str, data: bytes, *, exclusive: bool) -> None:
+    def _persist(self, call: Callable[[], _Result]) -> _Result:
+        """The result of `call`, tried again until the deadline while remote storage fails in a way that may pass."""
+        if self._local:
+            return call()
+        tries = tenacity.Retrying(
+            stop=tenacity.stop_after_delay(self.deadline_s),
+            wait=tenacity.wait_random_exponential(multiplier=0.1, max=5),
+            retry=tenacity.retry_if_exception(_may_pass),
+            reraise=True,
+        )
+        return tries(call)
+
+    def _place(self, name: str, blocks: Iterable[Any], *, exclusive: bool) -> None:
         """Write beside, fsync, then link (fails when taken) or rename (replaces), and fsync the folder."""
         path = Path(self._path(name))
         try:
@@ -139,7 +208,8 @@ class Storage:
         temporary = path.with_name(f"{_TEMPORARY}{os.urandom(8).hex()}")
         try:
             with temporary.open("xb") as file:
-                file.write(data)
+                for block in blocks:
+                    file.write(block)
                 file.flush()
                 os.fsync(file.fileno())
             (os.link if exclusive else os.replace)(temporary, path)
@@ -155,11 +225,37 @@ class Storage:
         except (FileExistsError, StorageError):
             raise
         except Exception as error:
-            if isinstance(error, FileNotFoundError) and action in ("read", "open"):
+            if isinstance(error, FileNotFoundError) and action == "read":
                 raise
             reason = f"{type(error).__name__}: {error}"
             what = f"cannot {action} {name} in {self.url}"
+            if isinstance(error, OSError) and error.errno in _NO_ROOM:
+                raise StorageError(what, reason, "room for the file", "free space there, or choose another location") from error
+            if not self._local and _may_pass(error):
+                what, fix = f"{what}, tried for {self.deadline_s:g} s", "when the storage works again, run `grape-ray resume`"
+                raise StorageError(what, reason, "storage that answers", fix) from error
             raise StorageError(what, reason, "a location you may use", "check path and access") from error
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether remote storage may answer the same request when it is asked again: throttled, timed out, refused, cut off."""
+    if isinstance(error, (FileNotFoundError, FileExistsError, PermissionError)):
+        return False
+    if isinstance(error, (ConnectionError, TimeoutError)):
+        return True
+    for driver, name in (("s3fs.core", "S3_RETRYABLE_ERRORS"), ("botocore.exceptions", "ConnectionError"), ("aiohttp", "ClientError")):
+        kinds = getattr(sys.modules.get(driver), name, ())
+        if isinstance(error, kinds):
+            return True
+    return isinstance(error, OSError) and error.errno in _TRANSIENT
+
+
+def _give_up(file: IO[Any]) -> None:
+    """Drops what was written to a remote file; closing it would keep a torn one."""
+    with contextlib.suppress(Exception):
+        file.discard()  # type: ignore[attr-defined]  # of drivers with multipart uploads
+    with contextlib.suppress(Exception):
+        file.closed = True  # type: ignore[misc]
 
 
 def _sync_folder(folder: Path) -> None:

@@ -74,3 +74,11 @@ def test_every_method_has_a_candidate_and_unknown_ones_are_named():
     for wrong in ("grap", "ghost:4", "grape:x"):
         with pytest.raises(ConfigError):
             chosen([wrong])
+
+
+def test_checkpoint_reports_the_rate_and_the_bytes(tmp_path):
+    words = ["--rank", "4", "--rounds", "2", "--block", "6", "--every", "3", "--storage", str(tmp_path / "run")]
+    facts = run("checkpoint", *words)
+    assert facts["rate"] > 0
+    assert facts["written"] + facts["skipped"] == 6
+    assert 0 < facts["delta_bytes"] < facts["full_bytes"]

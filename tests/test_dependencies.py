@@ -18,7 +18,7 @@ LAYERS = [
     ["noise", "optim", "task"],
     ["models", "checkpoint", "resolve"],
     ["step", "loop", "preflight"],
-    ["plan", "execute", "export"],
+    ["plan", "notices", "rankstate", "saving", "journal", "execute", "export", "resume"],
     ["report", "bench"],
     ["orchestrate"],
     ["commands", "cli"],

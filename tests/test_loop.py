@@ -13,8 +13,8 @@ from grape_ray.accounting.verify import verify
 from grape_ray.comms import Comms
 from grape_ray.config import Config, Performance
 from grape_ray.errors import ConfigError, GrapeRayError, LedgerError
-from grape_ray.execute import Attempt, begin_attempt, execute
-from grape_ray.loop import Progress, run_loop
+from grape_ray.execute import Around, Attempt, begin_attempt, execute
+from grape_ray.loop import Notice, Occasion, Progress, run_loop
 from grape_ray.orchestrate.train import train
 from grape_ray.plan import prepare
 from grape_ray.storage import Storage
@@ -48,8 +48,8 @@ def weights(tmp_path, name):
 class Recorder:
     """Hooks that write down what the loop asks for."""
 
-    def __init__(self, budget=10**9, fail_at=None):
-        self.budget, self.fail_at, self.calls = budget, fail_at, []
+    def __init__(self, budget=10**9, stop_at=None, busy_at=(), notices=None):
+        self.budget, self.stop_at, self.busy_at, self.notices, self.calls = budget, stop_at, busy_at, notices or {}, []
 
     def reserve(self, step, count):
         self.calls.append(("reserve", step, count))
@@ -63,11 +63,23 @@ class Recorder:
         self.calls.append("evaluate")
         return {"accuracy": 0.5}
 
-    def checkpoint(self, progress):
-        self.calls.append(("checkpoint", progress.step))
+    def checkpoint(self, progress, occasion):
+        if occasion is Occasion.DUE and progress.step in self.busy_at:
+            return False
+        self.calls.append(("checkpoint", progress.step) if occasion is not Occasion.URGENT else ("urgent", progress.step))
+        return True
+
+    def settle(self):
+        pass
+
+    def notice(self, progress):
+        return self.notices.get(progress.step, Notice.NONE)
 
     def progressed(self, progress):
         pass
+
+    def go_on(self, progress):
+        return progress.step != self.stop_at
 
     def take(self, step):
         self.calls.append(("step", step))
@@ -93,6 +105,63 @@ def test_the_end_of_the_budget_is_a_clean_end():
     again = Recorder(budget=0)
     run_loop(again.take, again, Performance(), 4, 9, Comms.local())
     assert again.calls == [("reserve", 4, 5), "evaluate"]  # the checkpoint it began from is not written again
+
+
+def test_a_checkpoint_left_out_is_made_at_the_end():
+    hooks = Recorder(busy_at=(4, 6), budget=6)
+    run_loop(hooks.take, hooks, Performance(checkpoint_every=2), 0, 9, Comms.local())
+    assert [c for c in hooks.calls if c[0] == "checkpoint"] == [("checkpoint", 2), ("checkpoint", 6)]
+
+
+def test_a_notice_brings_a_checkpoint_at_once_and_a_stop_ends_the_run_unevaluated():
+    hooks = Recorder(notices={3: Notice.SAVE, 5: Notice.STOP})
+    outcome = run_loop(hooks.take, hooks, Performance(charge_chunk=9), 0, 9, Comms.local())
+    assert [c for c in hooks.calls if c[0] in ("urgent", "checkpoint")] == [("urgent", 3), ("urgent", 5)]
+    assert (outcome.interrupted, outcome.progress.step, outcome.paid_until) == (True, 5, 9)
+    assert "evaluate" not in hooks.calls
+
+
+def test_a_run_that_is_told_to_stop_takes_no_further_step():
+    hooks = Recorder(stop_at=4)
+    outcome = run_loop(hooks.take, hooks, Performance(charge_chunk=3, checkpoint_every=4, eval_every=2), 0, 9, Comms.local())
+    assert (outcome.stopped, outcome.exhausted, outcome.progress.step, outcome.paid_until) == (True, False, 4, 6)
+    assert hooks.calls[-2:] == ["evaluate", ("checkpoint", 4)]  # once each, though the loop ends here
+    assert ("step", 4) not in hooks.calls
+
+
+def test_a_stopped_run_gets_back_what_never_started(tmp_path):
+    config = tiny().override(["performance.eval_every=4", "performance.charge_chunk=6"])
+    taken = []
+    around = Around(on_step=taken.append, go_on=lambda progress: progress.step != 8)
+    plan = prepare(config, run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+    result = execute(plan, Comms.local(), around=around)
+    assert (result["stopped"], result["steps"], result["charged_steps"]) == (True, 8, 8)
+    assert taken == list(range(8))
+    assert plan.ledger is not None
+    (attempt,) = Ledger.open(plan.ledger).attempts("a", "a")
+    assert attempt.refunds == {1: 4}
+    assert attempt.closed
+    again = execute(plan, Comms.local())
+    assert (again["stopped"], again["steps"], again["charged_steps"], again["attempts"]) == (False, 12, 12, 2)
+
+
+def test_a_run_begins_from_the_checkpoint_of_another_with_a_key_of_its_own(tmp_path):
+    options = {"storage": str(tmp_path / "runs"), "ledger": str(tmp_path / "ledger"), "key_path": str(tmp_path / "key")}
+    first = prepare(tiny(), run="a", **options)
+    execute(first, Comms.local(), around=Around(go_on=lambda progress: False))
+    assert first.ledger is not None
+    study = Ledger.open(first.ledger).state.study("a").study
+    config = tiny().override(["method.learning_rate=0.02"])
+    second = prepare(config, run="b", study=study, origin=(first.folder().url, checkpoint.folder_of(8)), **options)
+    taken = []
+    result = execute(second, Comms.local(), around=Around(on_step=taken.append))
+    assert taken == [8, 9, 10, 11]
+    assert (result["steps"], result["charged_steps"], second.study) == (12, 4, "a")
+    before, after = weights(tmp_path, "a").model, checkpoint.load(second.folder(), checkpoint.folder_of(8)).model
+    whole = checkpoint.load(first.folder(), checkpoint.folder_of(8)).model
+    assert all(torch.equal(whole[n], after[n]) and not torch.equal(before[n], weights(tmp_path, "b").model[n]) for n in after)
+    with pytest.raises(ConfigError, match="another sampling_prob than study 'a'"):
+        prepare(config.override(["privacy.expected_batch_size=40"]), run="c", study=study, **options)
 
 
 def test_a_run_is_charged_for_its_steps_and_verifies(run, tmp_path):
@@ -121,7 +190,7 @@ def test_two_attempts_share_no_key(run, tmp_path):
 
 @pytest.mark.parametrize("method", ["grape", "dp_galore", "none"])
 def test_resumed_weights_are_bitwise_those_of_an_uninterrupted_run(tmp_path, method):
-    config = dataclasses.replace(tiny(dropout=0.1), method=dataclasses.replace(tiny().method, name=method))
+    config = dataclasses.replace(tiny(dropout=0.1, slow_s=0.02), method=dataclasses.replace(tiny().method, name=method))
 
     class Stop(Exception):
         pass

@@ -50,10 +50,8 @@ def test_create_read_write_list_remove(url):
     assert store.list("a/") == store.list("a") == ["a/1"]
     assert store.child("a").list() == ["1"]
     assert store.exists("a/1")
-    with store.open("c/2", "wb") as file:
-        file.write(b"two")
-    with store.open("c/2") as file:
-        assert file.read() == b"two"
+    store.upload("c/2", lambda: iter([b"t", memoryview(b"wo")]))
+    assert (store.read("c/2"), store.read("c/2", 1, 3), store.size("c/2")) == (b"two", b"wo", 3)
     store.write("a/1", b"uno")
     store.write("new", b"x")
     assert store.read("a/1") == b"uno"
@@ -94,7 +92,7 @@ def test_a_missing_name_is_file_not_found(url):
     with pytest.raises(FileNotFoundError):
         Storage(url).read("missing")
     with pytest.raises(FileNotFoundError):
-        Storage(url).open("missing")
+        Storage(url).size("missing")
 
 
 def test_check_writable_leaves_nothing(url):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from grape_ray.accounting import calibration
 from grape_ray.accounting.events import check_count, check_delta, check_epsilon
 from grape_ray.accounting.records import FORMAT, Entry, Study, check_name, decode, entry_name
-from grape_ray.accounting.replay import State, StudyState
+from grape_ray.accounting.replay import Attempt, State, StudyState
 from grape_ray.errors import BudgetExceeded, GrapeRayError, LedgerError, StorageError
 from grape_ray.storage import Storage
 
@@ -208,6 +208,14 @@ class Ledger:
             return ("refund", {"study": study, "run": run, "attempt": attempt, "chunk": chunk, "steps": steps}), None
 
         self._append(decide)
+
+    def attempts(self, study: str, run: str) -> Sequence[Attempt]:
+        """The attempts of a run, in order, with what each was charged.
+
+        Raises:
+            LedgerError: no such study, or out of reach.
+        """
+        return tuple(self.state.study(study).runs.get(run, ()))
 
     def epsilon_spent(self, study: str) -> float:
         """Epsilon, at the study's delta, of the steps charged so far: for display. What is guaranteed is the study's epsilon.

@@ -152,3 +152,32 @@ def comm(rank: int, **options: Any) -> None:
     rows = [[f"`{m}`", f"{b:,}", f"{b / sent['dp_adam']:.4f}"] for m, b in sent.items()]
     facts = {"bytes_per_step": sent, "model": where.model, "rank": rank}
     _finish(f"Traffic: {where.model}, rank {rank}", ("method", "bytes a step", "ratio"), rows, facts, options)
+
+
+@command.command("checkpoint")
+@_shape
+@click.option("--storage", help="Folder or URL to write to; left out, an S3-compatible server on loopback, in a process of its own.")
+@click.option("--rank", type=int, default=12, show_default=True)
+@click.option("--every", type=int, default=5, show_default=True, help="Steps between checkpoints.")
+@click.option("--deltas", type=int, default=20, show_default=True, help="Delta checkpoints between two full ones.")
+@click.option("--rounds", type=int, default=5, show_default=True)
+@click.option("--block", type=int, default=20, show_default=True, help="Steps of a block; blocks with and without checkpoints take turns.")
+def checkpoint(storage: str | None, rank: int, every: int, deltas: int, rounds: int, block: int, **options: Any) -> None:
+    """Rate of steps with checkpoints over the rate without, in interleaved blocks of one run."""
+    import contextlib
+    import dataclasses
+
+    from grape_ray.bench.checkpoint import measure, object_store
+    from grape_ray.bench.report import surroundings
+
+    where = _setting(options)
+    with contextlib.nullcontext(storage) if storage else object_store() as url:
+        found = measure(where, url, rank, every, deltas, rounds, block)
+    rows = [
+        [str(every), f"{found.without_s:.4f}", f"{found.with_s:.4f}", f"{found.rate:.3f}", f"{found.copy_s:.3f}", f"{found.full_bytes:,}",
+         f"{found.delta_bytes:,}", f"{found.written} ({found.skipped})"]
+    ]  # fmt: skip
+    columns = ("every", "s/step without", "s/step with", "rate", "longest copy s", "full bytes", "delta bytes", "written (left out)")
+    facts = {"model": where.model, "rank": rank, "every": every, "deltas": deltas, **surroundings(), **dataclasses.asdict(found)}
+    note = "The rate is the median over neighbouring blocks; a block with checkpoints ends when its last one is committed."
+    _finish(f"Checkpoints: {where.title}, grape rank {rank}, {deltas} deltas a full one", columns, rows, facts, options, note)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 import click
 
@@ -11,7 +12,7 @@ import click
 @click.command("train")
 @click.argument("pipeline")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override a field, such as method.rank=8; repeatable.")
-@click.option("--workers", type=int, help="Ray Train workers; 0 trains in this process. Short for performance.num_workers.")
+@click.option("--workers", metavar="N|MIN:MAX", help="Ray Train workers; 0 trains in this process, 2:8 follows the cluster.")
 @click.option("--storage", default="runs", show_default=True, help="Folder or URL (s3://...) of runs and their checkpoints.")
 @click.option("--ledger", help="Folder or URL of the dataset's ledger; left out, your own ledger of this dataset.")
 @click.option("--run", "name", help="Name of the run; an existing one with the same config is resumed.")
@@ -24,15 +25,25 @@ def command(pipeline, assignments, workers, storage, ledger, name, key_file, as_
     """
     from grape_ray.resolve import pipeline as resolve
 
-    config = resolve(pipeline).override([*assignments, *([] if workers is None else [f"performance.num_workers={workers}"])])
+    config = resolve(pipeline).override([*assignments, *worker_assignments(workers)])
     # From here on torch is needed, and its import takes seconds; what could be wrong with the words above was told before.
-    from grape_ray.orchestrate.train import run_plan
     from grape_ray.plan import prepare
+
+    run_and_report(prepare(config, run=name, storage=storage, ledger=ledger, key_path=key_file), as_json)
+
+
+def worker_assignments(workers: str | None) -> list[str]:
+    """What --workers stands for."""
+    return [] if workers is None else [f"performance.num_workers={workers}"]
+
+
+def run_and_report(plan: Any, as_json: bool) -> None:
+    """Runs a plan, shows its progress on stderr and its result on stdout."""
+    from grape_ray.orchestrate.train import run_plan
     from grape_ray.report import Reporter, summary
 
-    plan = prepare(config, run=name, storage=storage, ledger=ledger, key_path=key_file)
-    with Reporter(sys.stderr, config.privacy.steps) as reporter:
-        reporter.say(f"run {plan.run} in {plan.storage}, {config.performance.num_workers} workers")
+    with Reporter(sys.stderr, plan.config.privacy.steps) as reporter:
+        reporter.say(f"run {plan.run} in {plan.storage}, {plan.config.performance.num_workers} workers")
         result = run_plan(plan, reporter)
     for line in summary(result):
         click.echo(line)

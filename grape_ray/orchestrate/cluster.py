@@ -14,11 +14,11 @@ _DEFAULTS = {
     "RAY_AUTH_MODE": "token",
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # also how long a report waits
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 _LOCAL_DEFAULTS = {
     # The one switch that makes every Ray process listen on the loopback interface alone; macOS and Windows have it so.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody drains the one machine
     "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
 }
 

@@ -13,7 +13,7 @@ import torch
 
 from grape_ray.comms import Comms
 from grape_ray.errors import GrapeRayError
-from grape_ray.execute import ProgressFile, execute
+from grape_ray.execute import execute
 from grape_ray.loop import Progress
 from grape_ray.orchestrate.cluster import cluster, set_defaults
 from grape_ray.plan import PROGRESS_FILE, RESULT_FILE, Plan
@@ -35,26 +35,40 @@ def fit(plan: Plan, on_progress: Callable[[Progress, float | None], None] | None
     performance = plan.config.performance
     set_defaults(performance.start_timeout_s)
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from grape_ray.orchestrate.preemption import Listening
+    from grape_ray.orchestrate.room import while_there_is_room
 
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     plan.folder().remove(RESULT_FILE)
-    with cluster(performance.num_workers), _watching(plan, on_progress):
+    fewest, most = performance.workers
+    with cluster(most), _watching(plan, on_progress):
         trainer = TorchTrainer(
             lambda: worker(plan),
-            torch_config=TorchConfig(backend="nccl" if performance.use_gpu else "gloo"),
-            scaling_config=ray.train.ScalingConfig(num_workers=performance.num_workers, use_gpu=performance.use_gpu),
+            torch_config=Listening(backend="nccl" if performance.use_gpu else "gloo"),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=most if fewest == most else (fewest, most),
+                use_gpu=performance.use_gpu,
+                elastic_resize_monitor_interval_s=performance.resize_every_s,
+            ),
             run_config=ray.train.RunConfig(
                 # A name of its own for each launch: Ray would take up the state of an earlier one, but checkpoints and what is
                 # paid for are this package's own, so a run resumes whatever wrote it, with any number of workers or none.
                 name=f"ray-{secrets.token_hex(4)}",
                 storage_path=f"{plan.storage}/{plan.run}",
-                # A group that cannot be started is the controller's failure; by default Ray tries again for ever.
-                failure_config=ray.train.FailureConfig(max_failures=performance.max_failures, controller_failure_limit=0),
+                # A group that cannot be started is the controller's failure; by default Ray tries again for ever. A range of workers
+                # is tried again: just after a node has gone, Ray asks for as many as were there before.
+                failure_config=ray.train.FailureConfig(
+                    max_failures=performance.max_failures, controller_failure_limit=0 if fewest == most else performance.max_failures
+                ),
             ),
         )
         try:
-            trainer.fit()
+            if fewest == most:
+                trainer.fit()
+            elif not while_there_is_room(trainer.fit, fewest, performance.use_gpu, performance.start_timeout_s):
+                raise _too_small(plan, "fewer for too long")
         except ray.train.TrainingFailedError as error:
             raise _translated(error, plan) from error
     return json.loads(plan.folder().read(RESULT_FILE))
@@ -65,12 +79,16 @@ def worker(plan: Plan) -> None:
     import ray.train
     from ray.train.torch import get_device
 
+    from grape_ray.orchestrate.gauges import Gauges
+    from grape_ray.orchestrate.preemption import Notices
+
     def report(name: str, facts: Mapping[str, Any]) -> None:
         """Tells Ray's callbacks of a checkpoint, which stays where it is: a report for each step would cost Ray's polling time."""
         ray.train.report({**facts["metrics"], "step": facts["step"], "checkpoint_path": f"{plan.folder().url}/{name}"})
 
     device = get_device() if plan.config.performance.use_gpu else torch.device("cpu")
-    execute(plan, Comms.distributed(), device=device, on_progress=ProgressFile(plan.folder()), on_checkpoint=report)
+    comms = Comms.distributed()
+    execute(plan, comms, device=device, on_checkpoint=report, on_notice=Notices(comms), on_figures=Gauges(plan.run))
 
 
 def _translated(error: Exception, plan: Plan) -> GrapeRayError:
@@ -83,11 +101,16 @@ def _translated(error: Exception, plan: Plan) -> GrapeRayError:
             return cause
     reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
     if not failures:
-        need = f"{performance.num_workers} workers with a {'GPU' if performance.use_gpu else 'CPU'} each"
-        fix = "lower performance.num_workers, or enlarge the cluster"
-        return WorkersFailed(f"the cluster gave no workers within {performance.start_timeout_s:g} s", reason, need, fix)
+        return _too_small(plan, reason)
     fix = f"see what ended them; then run again with the name {plan.run} to resume"
     return WorkersFailed("workers failed too often", reason, f"at most {performance.max_failures} failures", fix)
+
+
+def _too_small(plan: Plan, reason: str) -> WorkersFailed:
+    performance = plan.config.performance
+    need = f"{performance.num_workers} workers with a {'GPU' if performance.use_gpu else 'CPU'} each"
+    fix = "lower performance.num_workers, or enlarge the cluster"
+    return WorkersFailed(f"the cluster gave no workers within {performance.start_timeout_s:g} s", reason, need, fix)
 
 
 class _watching:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from grape_ray import notices
 from grape_ray.comms import Comms
 from grape_ray.config import Config
 from grape_ray.execute import execute
@@ -41,7 +42,8 @@ def train(
 def run_plan(plan: Plan, on_progress: Callable[[Progress, float | None], None] | None = None) -> dict[str, Any]:
     """Runs or resumes what `prepare` checked; the result is that of `train`."""
     if plan.config.performance.num_workers == 0:
-        return execute(plan, Comms.local(), on_progress=on_progress)
+        with notices.listening():
+            return execute(plan, Comms.local(), on_progress=on_progress, on_notice=notices.told)
     from grape_ray.orchestrate.ray_train import fit  # Ray takes seconds to import, and a run in this process does without it
 
     return fit(plan, on_progress)

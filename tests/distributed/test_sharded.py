@@ -9,13 +9,17 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import transformers
 
-from grape_ray import Method, sharding
+from grape_ray import Config, Method, Performance, Privacy, checkpoint, sharding
 from grape_ray.comms import Comms
-from grape_ray.config import Privacy
 from grape_ray.engines import from_config
+from grape_ray.errors import ConfigError, Interrupted
+from grape_ray.execute import Attempt, begin_attempt, execute
+from grape_ray.export import export
+from grape_ray.loop import Notice
 from grape_ray.models.text_generation import TextGeneration
 from grape_ray.noise import NoiseStream
 from grape_ray.optim import make_optimizer, round_stochastically
+from grape_ray.plan import prepare
 from grape_ray.rng import public_bits, public_normals
 from grape_ray.step import Step
 
@@ -123,6 +127,60 @@ def test_bfloat16_weights_are_the_same_on_any_number_of_ranks(found, task):
         assert theirs[name].dtype == torch.bfloat16
         assert (theirs[name] != mine).float().mean() < 0.02, name  # sums over ranks differ in the last bit, which a rounding may turn over
         torch.testing.assert_close(theirs[name].float(), mine.float(), rtol=0.02, atol=2e-3)
+
+
+def begin(plan, comms):
+    """A real attempt with the streams of another, the same each time: what only a test may do."""
+    return Attempt(begin_attempt(plan, comms).number, b"s" * 32, b"n" * 32, b"p" * 32)
+
+
+def run_rank(rank, world, path, plan, stop_after):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
+    notices = iter([Notice.NONE] * (stop_after - 1) + [Notice.STOP]) if stop_after else None
+    try:
+        execute(plan, Comms.distributed(), begin=begin, on_notice=lambda: next(notices) if notices else Notice.NONE)
+    except Interrupted:
+        assert stop_after
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_a_sharded_run_is_resumed_on_another_number_of_ranks(tmp_path, task):
+    config = Config(
+        task=task,
+        privacy=Privacy(expected_batch_size=6, steps=4, spare_steps=8),
+        method=Method(rank=4, refresh=3, learning_rate=0.01, project_min_numel=200),
+        performance=Performance(micro_batch_size=3, num_workers=2, sharded=True, recompute=True, charge_chunk=2),
+    )
+    plan = prepare(config, run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+    mp.spawn(run_rank, args=(2, tmp_path / "first", plan, 2), nprocs=2)
+    half = checkpoint.latest(plan.folder())
+    assert half is not None
+    assert half.step == 2
+    mp.spawn(run_rank, args=(3, tmp_path / "second", plan, 0), nprocs=3)
+    found = checkpoint.latest(plan.folder())
+    alone = config.override(["performance.sharded=false", "performance.num_workers=0"])
+    whole = prepare(alone, run="b", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+    result = execute(whole, Comms.local(), begin=begin)
+    wanted = checkpoint.latest(whole.folder())
+    assert found is not None
+    assert wanted is not None
+    assert found.step == wanted.step == result["steps"] == 4
+    for name, tensor in wanted.model.items():
+        torch.testing.assert_close(found.model[name], tensor, rtol=0, atol=2e-5, msg=name)
+    for name in (n for n, t in wanted.optimizer.items() if isinstance(t, torch.Tensor)):
+        torch.testing.assert_close(found.optimizer[name], wanted.optimizer[name], rtol=0, atol=1e-4, msg=name)
+    export(str(tmp_path / "runs" / "a"), tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize(("words", "reason"), [(["method.name=none"], "one of grape"), (["performance.num_workers=0"], "0 workers")])
+def test_what_cannot_be_sharded_is_refused(tmp_path, task, words, reason):
+    config = Config(task=task, performance=Performance(num_workers=2, sharded=True)).override(words)
+    with pytest.raises(ConfigError, match=reason):
+        prepare(config, storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.statistical

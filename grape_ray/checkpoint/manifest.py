@@ -1,0 +1,97 @@
+"""Manifests: the small file, written last, that makes a checkpoint count; and which checkpoints a run has and keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from grape_ray.checkpoint.shards import Piece
+from grape_ray.errors import CheckpointError
+from grape_ray.storage import Storage
+
+FORMAT = 2
+MANIFEST = "manifest.json"
+_FOLDER = "checkpoints/step-"
+_INSTEAD = "an earlier one is used instead"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint holds and where; no secret and nothing of the data.
+
+    Attributes:
+        step: steps that its model has taken. name: its folder below the run's.
+        pieces: kind of state (`model`, `optimizer`, `coordinates`) -> its pieces. files: file -> bytes.
+        counters: the numbers of the state that are no tensors. facts: what was kept beside the state, such as the ledger's head.
+        base: the full checkpoint that a delta starts from; None for a full one.
+    """
+
+    step: int
+    name: str
+    pieces: Mapping[str, list[Piece]]
+    files: Mapping[str, int]
+    counters: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    base: str | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its files, the manifest left out."""
+        return sum(self.files.values())
+
+    def commit(self, storage: Storage) -> None:
+        """Writes it, and with it the checkpoint counts."""
+        fields = {**dataclasses.asdict(self), "format": FORMAT}
+        del fields["name"]
+        storage.write(f"{self.name}/{MANIFEST}", json.dumps(fields, indent=1, sort_keys=True).encode())
+
+
+def folder_of(step: int, attempt: int = 1) -> str:
+    """Name of the checkpoint that an attempt makes of a step, below a run's folder; no two attempts write into one folder."""
+    return f"{_FOLDER}{step:08d}-attempt-{attempt:04d}"
+
+
+def step_of(name: str) -> int:
+    """The step of a checkpoint's name."""
+    return int(name.removeprefix(_FOLDER)[:8])
+
+
+def names(storage: Storage) -> list[str]:
+    """Folders of the run's checkpoints, the newest first, whole or not."""
+    return sorted({"/".join(n.split("/")[:2]) for n in storage.list(_FOLDER)}, reverse=True)
+
+
+def read_manifest(storage: Storage, name: str) -> Manifest:
+    """The manifest of a checkpoint. Raises CheckpointError where it is missing, damaged or of another format."""
+    try:
+        fields = json.loads(storage.read(f"{name}/{MANIFEST}"))
+        if (found := fields.pop("format")) != FORMAT:
+            raise CheckpointError(f"checkpoint {name}", f"format {found}", f"format {FORMAT}", "use the version that wrote it")
+        pieces = {kind: [Piece.from_json(p) for p in listed] for kind, listed in fields.pop("pieces").items()}
+        return Manifest(**fields, name=name, pieces=pieces)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"checkpoint {name} is torn: no manifest", None, "", _INSTEAD) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint {name} is torn: damaged manifest", str(error), "JSON", _INSTEAD) from error
+
+
+def retain(storage: Storage, keep: int) -> None:
+    """Removes all but the newest `keep` committed checkpoints and their bases, and the torn ones older than those."""
+    files = set(storage.list(_FOLDER))
+    folders = sorted({"/".join(n.split("/")[:2]) for n in files}, reverse=True)
+    committed = [f for f in folders if f"{f}/{MANIFEST}" in files]
+    if len(committed) < keep:
+        return
+    kept = set(committed[:keep])
+    for name in committed[:keep]:
+        try:
+            kept |= {read_manifest(storage, name).base or name}
+        except CheckpointError:
+            continue
+    for name in folders:
+        if name < committed[keep - 1] and name not in kept:
+            storage.remove(f"{name}/{MANIFEST}")  # first, so that a half-removed checkpoint does not count
+            storage.remove(name)

@@ -1,0 +1,66 @@
+"""From the folder of a run to the plan that goes on with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+from grape_ray import checkpoint
+from grape_ray.accounting.ledger import Ledger
+from grape_ray.accounting.verify import verify
+from grape_ray.errors import CheckpointError, LedgerError
+from grape_ray.plan import RUN_FILE, Plan, prepare, read_run
+from grape_ray.resolve import rebuild_config
+from grape_ray.storage import Storage
+
+
+def plan_resume(run: str, *, ledger: str | None = None, key_path: str | None = None, assignments: Iterable[str] = ()) -> Plan:
+    """The plan of a run that was begun before, checked like a new one; it goes on from the newest whole checkpoint.
+
+    Args:
+        run: path or URL of the run's folder.
+        ledger: where the dataset's ledger lies now, if it was moved since.
+        key_path: file of the master key; None is the usual place. Another key than before is no harm: each attempt has its own.
+        assignments: `performance.*=value`, what may change without changing the run.
+
+    Raises:
+        CheckpointError: no run there. LedgerError: its ledger is gone, or the named one does not hold the run's charges.
+        GrapeRayError: what `prepare` finds wrong.
+    """
+    folder = Storage(run)
+    known = read_run(folder)
+    root, _, name = folder.url.rstrip("/").rpartition("/")
+    if name != known["run"]:
+        raise CheckpointError("the run's folder was renamed", name, known["run"], "give the folder its name back")
+    config = rebuild_config(known).override(assignments)
+    where, study, origin = known["ledger"], None, known.get("origin")
+    if where is not None:
+        where = ledger or where
+        if not Storage(where).exists("00000000.json"):
+            raise LedgerError("the ledger of the run is gone", where, "the folder with its entries", "name its new place with --ledger")
+        book = Ledger.open(where, known["dataset_id"], create=False)
+        if where != known["ledger"]:
+            _check_moved(folder, book, where, known["study"], name)
+            folder.write(RUN_FILE, json.dumps({**known, "ledger": where}, indent=1, sort_keys=True).encode())
+        if known["study"] != name:
+            study = book.state.study(known["study"]).study
+    return prepare(
+        config, run=name, storage=root, ledger=where, key_path=key_path, study=study, origin=(origin[0], origin[1]) if origin else None
+    )
+
+
+def _check_moved(folder: Storage, book: Ledger, where: str, study: str, run: str) -> None:
+    """Refuses a ledger that is not the run's own, or an old copy of it."""
+    heads = []
+    for name in checkpoint.names(folder):
+        try:
+            heads.append(checkpoint.read_manifest(folder, name).facts["ledger_head"])
+            break
+        except CheckpointError:
+            continue
+    problem = "" if run in book.state.study(study).runs else "it knows no attempt of the run"
+    for head in heads:
+        report = verify(where, head)
+        problem = problem or ("" if report.ok else report.problems[0])
+    if problem:
+        raise LedgerError("the ledger is not the one that the run was charged to", where, "that ledger, moved whole", problem)

@@ -1,0 +1,92 @@
+"""A driver killed without warning at random moments: `grape-ray resume` completes every run, and repeats no more than it must."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from grape_ray.accounting.verify import verify
+from tests.orchestration.test_train import processes_with
+from tests.soak import witnesses
+
+REPOSITORY = Path(__file__).parents[1]
+EVERY, STEPS = 5, 60
+
+
+def program(*words: str, token: str = "") -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", "from grape_ray.cli import main; main()", *words]
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "GRAPE_RAY_TEST_TOKEN": token}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env=env)
+
+
+def steps_by_key(witness: Path) -> Iterator[list[int]]:
+    """The steps whose noise each attempt drew on rank 0, attempt after attempt."""
+    found: dict[str, list[int]] = {}
+    for line in witnesses(witness):
+        if line["rank"] == 0:
+            found.setdefault(line["key"], []).append(line["step"])
+    yield from found.values()
+
+
+def killed_and_resumed(folder: Path, workers: int, after_s: float, step_s: float) -> dict:
+    """A run whose driver is killed `after_s` after the run was registered; what the resume says, and `lost_steps`."""
+    keys, token = ["--key-file", str(folder / "key")], uuid.uuid4().hex
+    words = [f"task.witness={folder / 'witness'}", f"task.slow_s={step_s}", f"privacy.steps={STEPS}", f"privacy.spare_steps={STEPS}",
+             f"performance.checkpoint_every={EVERY}", "performance.micro_batch_size=200", "performance.charge_chunk=4"]  # fmt: skip
+    sets = [w for word in words for w in ("--set", word)]
+    storage = ["--storage", str(folder / "runs"), "--run", "r", "--workers", str(workers)]
+    driver = program("train", "tests.witness:witnessed", *storage, *sets, *keys, token=token)
+    deadline_s = time.monotonic() + 60
+    while not (folder / "runs" / "r" / "run.json").exists():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+    time.sleep(after_s)
+    driver.send_signal(signal.SIGKILL)
+    driver.communicate()
+    if workers:
+        deadline_s = time.monotonic() + 60
+        while left := processes_with(token):
+            assert time.monotonic() < deadline_s, left
+            time.sleep(0.2)
+    before = list(steps_by_key(folder / "witness"))
+    resumed = program("resume", str(folder / "runs" / "r"), *keys, "--json")
+    output, error = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, error[-2000:]
+    result = json.loads(output.splitlines()[-1])
+    after = list(steps_by_key(folder / "witness"))
+    assert all(len(set(steps)) == len(steps) for steps in after)  # no noise was drawn twice under one key
+    taken = max(before[-1]) + 1 if before else 0
+    first = after[-1][0] if len(after) > len(before) else taken
+    assert verify(result["ledger"]).ok
+    assert result["charged_steps"] >= sum(map(len, after)) >= STEPS
+    return {**result, "taken": taken, "lost_steps": taken - first}
+
+
+@pytest.mark.parametrize("after_s", [2.5, pytest.param(0.8, marks=pytest.mark.slow)])
+def test_a_killed_driver_is_resumed(tmp_path, after_s):
+    result = killed_and_resumed(tmp_path, 0, after_s, 0.06)
+    assert result["steps"] == STEPS
+    assert result["lost_steps"] <= EVERY
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_ten_drivers_killed_at_random_moments_are_ten_runs_completed(tmp_path):
+    source, found = random.Random(7), []
+    for index in range(10):
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        after_s = source.uniform(0, 18)
+        result = killed_and_resumed(folder, 2, after_s, 0.12)
+        found.append((round(after_s, 1), result["taken"], result["lost_steps"], result["steps"]))
+        print(found[-1], flush=True)
+    assert [f[3] for f in found] == [STEPS] * 10
+    assert max(f[2] for f in found) <= EVERY

@@ -1,0 +1,115 @@
+"""A run in this process that is told to end: a checkpoint, a clear word, and a resume that loses nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from grape_ray import checkpoint
+from grape_ray.accounting.verify import verify
+from grape_ray.storage import Storage
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def program(*words: str, **environment: str) -> subprocess.Popen[str]:
+    """The program in a process of its own."""
+    command = [sys.executable, "-c", "from grape_ray.cli import main; main()", *words]
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env=env)
+
+
+def wait_for_lines(trace: Path, count: int, process: subprocess.Popen[str]) -> None:
+    """Until that many micro-batches were begun."""
+    deadline_s = time.monotonic() + 120
+    while time.monotonic() < deadline_s and process.poll() is None:
+        if trace.exists() and len(trace.read_text().splitlines()) >= count:
+            return
+        time.sleep(0.02)
+    raise AssertionError(process.communicate()[1])
+
+
+def test_sigterm_brings_a_checkpoint_and_resume_goes_on(tmp_path):
+    keys = ["--key-file", str(tmp_path / "key")]
+    words = [
+        "--set",
+        "task.slow_s=0.05",
+        "--set",
+        f"task.trace={tmp_path / 'trace'}",
+        "--set",
+        "privacy.steps=60",
+        "--set",
+        "performance.checkpoint_every=0",
+        "--run",
+        "r",
+    ]
+    cut = program("train", "tests.tiny:tiny", *words, "--storage", str(tmp_path / "runs"), *keys)
+    wait_for_lines(tmp_path / "trace", 10, cut)
+    cut.send_signal(signal.SIGTERM)
+    _, error = cut.communicate(timeout=60)
+    assert cut.returncode == 2
+    assert "told to end" in error.splitlines()[-1]
+    assert "grape-ray resume" in error.splitlines()[-1]
+    kept = checkpoint.latest(Storage(tmp_path / "runs" / "r"))
+    assert 1 <= kept.step < 60
+    resumed = program("resume", str(tmp_path / "runs" / "r"), *keys, "--set", "performance.eval_every=0", "--json")
+    output, error = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, error
+    result = json.loads(output.splitlines()[-1])
+    assert (result["steps"], result["executed_steps"], result["charged_steps"], result["attempts"]) == (60, 60, 60, 2)
+    assert verify(result["ledger"]).ok
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["nowhere"], "no run there"),
+        (["{run}", "--ledger", "{other}"], "ledger of the run is gone"),
+        (["{run}", "--set", "privacy.epsilon=3"], "performance.KEY=VALUE"),
+        (["{run}", "--workers", "4:2"], "performance.num_workers"),
+    ],
+)
+def test_what_cannot_be_resumed_is_told(tmp_path, words, part):
+    from click.testing import CliRunner
+
+    from grape_ray.cli import main
+
+    runner = CliRunner()
+    done = runner.invoke(
+        main, ["train", "tests.tiny:tiny", "--run", "r", "--storage", str(tmp_path / "runs"), "--key-file", str(tmp_path / "key")]
+    )
+    assert done.exit_code == 0, done.output
+    filled = [w.format(run=tmp_path / "runs" / "r", other=tmp_path / "other") for w in words]
+    done = runner.invoke(main, ["resume", *filled, "--key-file", str(tmp_path / "key")])
+    assert done.exit_code == 2
+    assert part in done.stderr
+
+
+def test_a_ledger_that_was_moved_is_found_and_an_old_copy_is_refused(tmp_path):
+    import shutil
+
+    from grape_ray.errors import LedgerError
+    from grape_ray.orchestrate.train import run_plan, train
+    from grape_ray.resume import plan_resume
+    from tests.tiny import tiny
+
+    key = str(tmp_path / "key")
+    train(tiny(), run="r", storage=str(tmp_path / "runs"), key_path=key)
+    ledger, run = tmp_path / "runs" / "r" / "ledger", str(tmp_path / "runs" / "r")
+    shutil.copytree(ledger, tmp_path / "old")
+    for entry in sorted((tmp_path / "old").glob("*.json"))[-3:]:
+        entry.unlink()
+    with pytest.raises(LedgerError, match="not the one that the run was charged to"):
+        plan_resume(run, ledger=str(tmp_path / "old"), key_path=key)
+    ledger.rename(tmp_path / "moved")
+    with pytest.raises(LedgerError, match="gone"):
+        plan_resume(run, key_path=key)
+    result = run_plan(plan_resume(run, ledger=str(tmp_path / "moved"), key_path=key))
+    assert result["ledger"] == str(tmp_path / "moved")
+    assert result["charged_steps"] == 12  # it was done already
+    assert run_plan(plan_resume(run, key_path=key))["ledger"] == str(tmp_path / "moved")
