@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import secrets
 from collections.abc import Mapping
@@ -79,22 +80,23 @@ class Law:
         """The smallest K and its probability (Papernot and Steinke, definition 1)."""
         if self.name == POISSON:
             return 0, math.exp(-self.mean)
-        gamma, eta = self._gamma(), self.shape
+        gamma, eta = _gamma(self.mean, self.shape), self.shape
         return 1, (1 - gamma) / math.log(1 / gamma) if eta == 0 else (1 - gamma) * eta / math.expm1(-eta * math.log(gamma))
 
     def _ratio(self, k: int) -> float:
         """P(K = k + 1) / P(K = k)."""
-        return self.mean / (k + 1) if self.name == POISSON else (1 - self._gamma()) * (k + self.shape) / (k + 1)
+        return self.mean / (k + 1) if self.name == POISSON else (1 - _gamma(self.mean, self.shape)) * (k + self.shape) / (k + 1)
 
-    def _gamma(self) -> float:
-        """The parameter of the truncated negative binomial that has this mean."""
-        low, high = -60.0, -1e-12  # of log gamma; the mean falls in gamma
-        while high - low > 1e-14 * abs(low):
-            middle = (low + high) / 2
-            gamma, eta = math.exp(middle), self.shape
-            mean = math.expm1(-middle) / -middle if eta == 0 else eta * math.expm1(-middle) / -math.expm1(eta * middle)
-            low, high = (middle, high) if mean > self.mean else (low, middle)
-        return math.exp(low)
+
+@functools.lru_cache(maxsize=8)
+def _gamma(mean: float, shape: float) -> float:
+    """The parameter of the truncated negative binomial that has this mean, by halving; the mean falls in gamma."""
+    low, high = -60.0, -1e-12  # of log gamma
+    while high - low > 1e-14 * abs(low):
+        middle = (low + high) / 2
+        found = math.expm1(-middle) / -middle if shape == 0 else shape * math.expm1(-middle) / -math.expm1(shape * middle)
+        low, high = (middle, high) if found > mean else (low, middle)
+    return math.exp(low)
 
 
 @dataclass(frozen=True)
