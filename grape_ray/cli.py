@@ -15,6 +15,8 @@ COMMANDS = {
     "ledger": "Show or verify the ledger of a dataset.",
     "check": "See whether a model or pipeline can be trained, before anything is paid for.",
     "train": "Run a pipeline, privately and paid for.",
+    "tune": "Sweep a tune space under one privacy budget.",
+    "report": "Make a page and a table of a sweep.",
     "bench": "Measure time, memory and traffic of every method.",
     "export": "Write a run's model as a folder that Hugging Face loads.",
 }

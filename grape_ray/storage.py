@@ -22,6 +22,9 @@ class Storage:
     Args:
         url: a local path, ``file://...``, ``s3://bucket/folder``, ``memory://folder`` or another protocol that fsspec knows.
 
+    Attributes:
+        url: the folder, absolute. local: whether it is on a file system of this machine.
+
     Raises:
         StorageError: no driver for the URL, or the location cannot be reached (from every method; a missing name is FileNotFoundError).
     """
@@ -36,8 +39,8 @@ class Storage:
         except Exception as error:  # a driver may raise anything
             raise StorageError("no driver for the storage location", url, "a path, s3:// or another fsspec URL", str(error)) from error
         self._root = root.rstrip("/") or "/"
-        self._local = "file" in (self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,))
-        self.url = self._root if self._local else self._fs.unstrip_protocol(self._root)
+        self.local = "file" in (self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,))
+        self.url = self._root if self.local else self._fs.unstrip_protocol(self._root)
 
     def __repr__(self) -> str:
         return f"Storage({self.url!r})"
@@ -54,7 +57,7 @@ class Storage:
     def open(self, name: str, mode: str = "rb") -> IO[Any]:
         """An open file, ``rb`` or ``wb``; folders are made as needed. Writing is not atomic: use ``write`` or a manifest for that."""
         with self._translate("open", name):
-            if self._local and "r" not in mode:
+            if self.local and "r" not in mode:
                 Path(self._path(name)).parent.mkdir(parents=True, exist_ok=True)
             return self._fs.open(self._path(name), mode)
 
@@ -65,7 +68,7 @@ class Storage:
             FileExistsError: the name is taken.
         """
         with self._translate("create", name):
-            if self._local:
+            if self.local:
                 self._place(name, data, exclusive=True)
             else:
                 self._fs.pipe_file(self._path(name), data, mode="create")
@@ -73,7 +76,7 @@ class Storage:
     def write(self, name: str, data: bytes) -> None:
         """Make or replace a file; readers see the old content or the new, never a mixture."""
         with self._translate("write", name):
-            if self._local:
+            if self.local:
                 self._place(name, data, exclusive=False)
             else:
                 self._fs.pipe_file(self._path(name), data)

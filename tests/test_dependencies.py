@@ -17,9 +17,9 @@ LAYERS = [
     ["engines"],
     ["noise", "optim", "task"],
     ["models", "checkpoint", "resolve"],
-    ["step", "loop", "preflight"],
+    ["step", "loop", "preflight", "trace", "scores"],
     ["plan", "execute", "export"],
-    ["report", "bench"],
+    ["report", "bench", "sweeps"],
     ["orchestrate"],
     ["commands", "cli"],
 ]

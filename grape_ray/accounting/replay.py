@@ -142,16 +142,16 @@ class State:
 
     def _study(self, payload: Mapping) -> Callable[[], None]:
         study = Study.from_payload(payload)
-        self._check_share(study)
+        self.check_share(study)
         return lambda: self.studies.update({study.name: StudyState(study)})
 
     def _selection(self, payload: Mapping) -> Callable[[], None]:
         selection = Selection.from_payload(payload)
-        self._check_share(selection)
+        self.check_share(selection)
         return lambda: self.selections.update({selection.name: selection})
 
-    def _check_share(self, share: Study | Selection) -> None:
-        """Refuse a name that is taken, and a share above what is left of the dataset's budget."""
+    def check_share(self, share: Study | Selection) -> None:
+        """Refuse a name that is taken, and a share above what is left of the dataset's budget. Raises LedgerError, BudgetExceeded."""
         if share.name in self.studies or share.name in self.selections:
             raise LedgerError("a study is registered twice", share.name, "one entry a study", _RESTORE)
         shares = [*(known.study for known in self.studies.values()), *self.selections.values()]

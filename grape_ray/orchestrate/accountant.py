@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
+import ray.exceptions
 from ray.util.metrics import Gauge
 
 from grape_ray.accounting import calibration
@@ -25,7 +26,7 @@ from grape_ray.storage import Storage
 NAMESPACE = "grape-ray"
 _CALLS = frozenset({"ensure_study", "ensure_selection", "begin_attempt", "charge", "refund", "close_attempt", "attempts"})
 _TIMEOUT_S = 120.0
-_GAUGE_EVERY_S = 10.0
+_GAUGE_EVERY_S = 3.0
 _HEAD = "node:__internal_head__"
 
 
@@ -123,10 +124,11 @@ class Accountant:
         """
         url = Storage(url).url
         on_head = {_HEAD: 0.001} if _HEAD in ray.cluster_resources() else {}
-        desk: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=1)(_Desk)
+        desk: Any = ray.remote(_Desk)
         placed = desk.options(
-            name=_name(url), namespace=NAMESPACE, lifetime="detached", get_if_exists=True, resources=on_head, scheduling_strategy="DEFAULT"
-        )
+            name=_name(url), namespace=NAMESPACE, lifetime="detached", get_if_exists=True, num_cpus=0, max_restarts=-1, max_task_retries=-1,
+            max_concurrency=1, resources=on_head, scheduling_strategy="DEFAULT",
+        )  # fmt: skip
         actor = placed.remote(url, secrets.token_hex(8), beat_s)
         return cls(url, _answer(actor.hold.remote()))
 

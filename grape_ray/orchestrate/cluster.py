@@ -35,7 +35,7 @@ def set_defaults(start_timeout_s: float) -> None:
 
 
 @contextlib.contextmanager
-def cluster(workers: int) -> Iterator[None]:
+def cluster(workers: int, dashboard: bool = False) -> Iterator[None]:
     """Connects to Ray for the time of the block.
 
     A connection that exists is used and kept. Otherwise the cluster at RAY_ADDRESS is used, and left running; without one a local
@@ -49,16 +49,20 @@ def cluster(workers: int) -> Iterator[None]:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False)
     else:
-        start_local(max(workers, os.cpu_count() or 1))
+        start_local(max(workers, os.cpu_count() or 1), dashboard)
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def start_local(cpus: int) -> None:
-    """Starts a local cluster of this many logical CPUs; `ray.shutdown()` ends it."""
+def start_local(cpus: int, dashboard: bool = False) -> None:
+    """Starts a local cluster of this many logical CPUs; `ray.shutdown()` ends it.
+
+    Args:
+        dashboard: Ray Train under Ray Tune needs it: it asks the dashboard which trials have ended, and waits for ever without one.
+    """
     import ray
 
     store = OBJECT_STORE_BYTES
-    ray.init(address="local", num_cpus=cpus, object_store_memory=store, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=cpus, object_store_memory=store, include_dashboard=dashboard, log_to_driver=False)

@@ -13,7 +13,7 @@ import torch
 
 from grape_ray.comms import Comms
 from grape_ray.errors import GrapeRayError
-from grape_ray.execute import ProgressFile, execute
+from grape_ray.execute import Around, ProgressFile, execute
 from grape_ray.loop import Progress
 from grape_ray.orchestrate.cluster import cluster, set_defaults
 from grape_ray.plan import PROGRESS_FILE, RESULT_FILE, Plan
@@ -25,8 +25,15 @@ class WorkersFailed(GrapeRayError):
     """Workers were lost more often than performance.max_failures allows, or could not be started in time."""
 
 
-def fit(plan: Plan, on_progress: Callable[[Progress, float | None], None] | None = None) -> dict[str, Any]:
+def fit(
+    plan: Plan,
+    on_progress: Callable[[Progress, float | None], None] | None = None,
+    around: Callable[[Plan], Around] | None = None,
+) -> dict[str, Any]:
     """Runs a plan on its workers and returns what `execute` returned there.
+
+    Args:
+        on_progress: see Session. around: makes, on each worker, what a sweep puts around the run.
 
     Raises:
         WorkersFailed: the cluster did not give the workers within performance.start_timeout_s, or too many were lost.
@@ -41,7 +48,7 @@ def fit(plan: Plan, on_progress: Callable[[Progress, float | None], None] | None
     plan.folder().remove(RESULT_FILE)
     with cluster(performance.num_workers), _watching(plan, on_progress):
         trainer = TorchTrainer(
-            lambda: worker(plan),
+            lambda: worker(plan, around),
             torch_config=TorchConfig(backend="nccl" if performance.use_gpu else "gloo"),
             scaling_config=ray.train.ScalingConfig(num_workers=performance.num_workers, use_gpu=performance.use_gpu),
             run_config=ray.train.RunConfig(
@@ -60,7 +67,7 @@ def fit(plan: Plan, on_progress: Callable[[Progress, float | None], None] | None
     return json.loads(plan.folder().read(RESULT_FILE))
 
 
-def worker(plan: Plan) -> None:
+def worker(plan: Plan, around: Callable[[Plan], Around] | None = None) -> None:
     """One rank, inside a Ray Train worker."""
     import ray.train
     from ray.train.torch import get_device
@@ -70,7 +77,12 @@ def worker(plan: Plan) -> None:
         ray.train.report({**facts["metrics"], "step": facts["step"], "checkpoint_path": f"{plan.folder().url}/{name}"})
 
     device = get_device() if plan.config.performance.use_gpu else torch.device("cpu")
-    execute(plan, Comms.distributed(), device=device, on_progress=ProgressFile(plan.folder()), on_checkpoint=report)
+    hooks: dict[str, Any] = {
+        "on_progress": ProgressFile(plan.folder()),
+        "on_checkpoint": report,
+        "around": around(plan) if around else None,
+    }
+    execute(plan, Comms.distributed(), device=device, **hooks)
 
 
 def _translated(error: Exception, plan: Plan) -> GrapeRayError:
