@@ -7,6 +7,7 @@ import hashlib
 import os
 import secrets
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ from grape_ray.storage import Storage
 NAMESPACE = "grape-ray"
 _CALLS = frozenset({"ensure_study", "ensure_selection", "begin_attempt", "charge", "refund", "close_attempt", "attempts"})
 _TIMEOUT_S = 120.0
+_TRIES, _PAUSE_S = 5, 0.5
 _GAUGE_EVERY_S = 3.0
 _HEAD = "node:__internal_head__"
 
@@ -42,14 +44,17 @@ class _Desk:
         self._ledger: Ledger | None = None
         self._claim: Claim | None = None
         self._used: dict[str, tuple[Study, int]] = {}
+        self._users: set[str] = set()
         tags = ("dataset", "study")
         self._charged = Gauge("grape_ray_steps_charged", "Step tokens of a study that are gone.", tag_keys=tags)
         self._left = Gauge("grape_ray_tokens_left", "Step tokens of a study that can still be charged.", tag_keys=tags)
         self._spent = Gauge("grape_ray_epsilon_spent", "Epsilon of the steps charged so far.", tag_keys=tags)
 
-    def hold(self) -> str:
-        """Opens the ledger for this cluster alone; returns its id."""
-        return self._open().ledger_id
+    def hold(self, user: str) -> str:
+        """Opens the ledger for this cluster alone, and for a sweep of it; returns its id."""
+        found = self._open().ledger_id
+        self._users.add(user)
+        return found
 
     def call(self, method: str, *arguments: Any) -> tuple[Any, str]:
         """(What the ledger's method returns, the ledger's head after it)."""
@@ -66,11 +71,15 @@ class _Desk:
         known = self._open().state.study(study)
         return known.study, known.used
 
-    def release(self) -> None:
-        """Lets another cluster have the ledger at once."""
+    def release(self, user: str) -> bool:
+        """Lets another cluster have the ledger at once, when no other sweep of this one uses it; returns whether that is so."""
+        self._users.discard(user)
+        if self._users:
+            return False
         if self._claim is not None:
             self._claim.release()
         self._ledger = self._claim = None
+        return True
 
     def _open(self) -> Ledger:
         """Not in the constructor: an actor whose constructor fails is never restarted, and storage may be back in a minute."""
@@ -109,28 +118,23 @@ class Accountant:
     cannot reach the ledger, nothing is granted.
 
     Args:
-        url: the ledger's folder, by which the actor is found. ledger_id: of that ledger.
+        url: the ledger's folder, by which the actor is found. beat_s: see Claim.
     """
 
-    def __init__(self, url: str, ledger_id: str):
-        self._url, self._ledger_id, self._head = url, ledger_id, ""
+    def __init__(self, url: str, beat_s: float = BEAT_S):
+        self._url, self._beat_s, self._user = url, beat_s, secrets.token_hex(8)
+        self._ledger_id, self._head = "", ""
 
     @classmethod
     def start(cls, url: str, beat_s: float = BEAT_S) -> Accountant:
-        """The accountant of this cluster for a ledger that exists, made if need be.
+        """The accountant of this cluster for a ledger that exists, made if need be; to be released.
 
         Raises:
             LedgerError: there is no ledger, it cannot be reached, or another cluster holds it.
         """
-        url = Storage(url).url
-        on_head = {_HEAD: 0.001} if _HEAD in ray.cluster_resources() else {}
-        desk: Any = ray.remote(_Desk)
-        placed = desk.options(
-            name=_name(url), namespace=NAMESPACE, lifetime="detached", get_if_exists=True, num_cpus=0, max_restarts=-1, max_task_retries=-1,
-            max_concurrency=1, resources=on_head, scheduling_strategy="DEFAULT",
-        )  # fmt: skip
-        actor = placed.remote(url, secrets.token_hex(8), beat_s)
-        return cls(url, _answer(actor.hold.remote()))
+        made = cls(Storage(url).url, beat_s)
+        made._ledger_id = made._ask("hold", made._user)
+        return made
 
     @property
     def ledger_id(self) -> str:
@@ -172,7 +176,7 @@ class Accountant:
 
     def counts(self, study: str) -> tuple[Study, int]:
         """(The study, its tokens gone)."""
-        return _answer(self._actor().counts.remote(study))
+        return self._ask("counts", study)
 
     def epsilon_spent(self, study: str) -> float:
         """See Ledger.epsilon_spent; computed here, so that nobody else waits for it."""
@@ -180,36 +184,44 @@ class Accountant:
         return min(known.epsilon, calibration.epsilon(known.mechanism, used, known.delta)) if used else 0.0
 
     def release(self) -> None:
-        """Ends the actor, once no trial is left, and lets another cluster have the ledger at once."""
+        """Ends the actor, when no other sweep of the cluster uses it, and lets another cluster have the ledger at once."""
         with contextlib.suppress(LedgerError):
-            actor = self._actor()
-            _answer(actor.release.remote())
-            ray.kill(actor, no_restart=True)
+            if self._ask("release", self._user):
+                ray.kill(self._actor(), no_restart=True)
 
     def _call(self, method: str, *arguments: Any) -> Any:
-        result, self._head = _answer(self._actor().call.remote(method, *arguments))
+        result, self._head = self._ask("call", method, *arguments)
         return result
 
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        """The actor's answer, or its own error; LedgerError for whatever kept it from answering."""
+        fix = "nothing was granted; start the sweep again to resume it"
+        for _ in range(_TRIES):
+            try:
+                return ray.get(getattr(self._actor(), method).remote(*arguments), timeout=_TIMEOUT_S)
+            except ray.exceptions.RayTaskError as error:
+                if isinstance(error.cause, GrapeRayError):
+                    raise error.cause from None
+                raise LedgerError("the accountant failed", str(error.cause), "an answer", fix) from error
+            except ray.exceptions.ActorDiedError:  # ended for good, by another sweep's end or by hand: a new one reads the same ledger
+                time.sleep(_PAUSE_S)
+            except (ray.exceptions.RayError, TimeoutError) as error:
+                what = "the accountant does not answer"
+                raise LedgerError(what, type(error).__name__, f"an answer within {_TIMEOUT_S:g} s", fix) from error
+        raise LedgerError("the accountant does not stay alive", None, "a running actor", fix)
+
     def _actor(self) -> Any:
-        try:
+        """The actor of that name, made if need be, on the head node where Ray names one."""
+        with contextlib.suppress(ValueError):
             return ray.get_actor(_name(self._url), NAMESPACE)
-        except ValueError as error:
-            fix = "nothing was granted; start the sweep again to resume it"
-            raise LedgerError(f"the accountant of {self._url} is gone", None, "a running actor", fix) from error
+        on_head = {_HEAD: 0.001} if _HEAD in ray.cluster_resources() else {}
+        desk: Any = ray.remote(_Desk)
+        placed = desk.options(
+            name=_name(self._url), namespace=NAMESPACE, lifetime="detached", get_if_exists=True, num_cpus=0, max_restarts=-1,
+            max_task_retries=-1, max_concurrency=1, resources=on_head, scheduling_strategy="DEFAULT",
+        )  # fmt: skip
+        return placed.remote(self._url, secrets.token_hex(8), self._beat_s)
 
 
 def _name(url: str) -> str:
     return f"accountant-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
-
-
-def _answer(reference: Any) -> Any:
-    """The actor's answer, or its own error; LedgerError for whatever kept it from answering."""
-    try:
-        return ray.get(reference, timeout=_TIMEOUT_S)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, GrapeRayError):
-            raise error.cause from None
-        raise LedgerError("the accountant failed", str(error.cause), "an answer", "nothing was granted") from error
-    except (ray.exceptions.RayError, TimeoutError) as error:
-        fix = "nothing was granted; start the sweep again to resume it"
-        raise LedgerError("the accountant does not answer", type(error).__name__, f"an answer within {_TIMEOUT_S:g} s", fix) from error

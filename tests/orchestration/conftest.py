@@ -1,7 +1,5 @@
 """One local Ray cluster for the whole session."""
 
-import os
-
 import pytest
 
 from grape_ray.orchestrate.cluster import set_defaults, start_local
@@ -10,7 +8,6 @@ from grape_ray.orchestrate.cluster import set_defaults, start_local
 @pytest.fixture(scope="session")
 def ray_cluster():
     """Four logical CPUs, loopback only; ended with the session."""
-    os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")
     set_defaults(60)
     import ray
 

@@ -102,6 +102,7 @@ def test_nothing_is_granted_while_the_ledger_is_away(accountant, url, tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_metrics_show_what_is_left(accountant):
     import urllib.request
 
