@@ -27,6 +27,8 @@ from grape_ray.errors import BudgetExceeded, ConfigError
 NEGATIVE_BINOMIAL, POISSON = "truncated_negative_binomial", "poisson"
 _PRECISION = 1e-4
 _MAX_MEAN = 1e4
+# Any set of Renyi orders gives an upper bound; with all of dp_accounting's own it is 0.1 % lower, and takes twice as long.
+_ORDERS = (1.25, 1.5, 1.75, *(n / 4 for n in range(8, 49)), *range(13, 64), 72, 80, 96, 128, 192, 256, 512, 1024)
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ def epsilon(mechanism: Mechanism, trial_steps: int, law: Law, delta: float) -> f
         raise ConfigError("private selection needs Renyi bounds", mechanism.name, "a method with exact norms", "use mode compose")
     step = dp_event.PoissonSampledDpEvent(mechanism.sampling_prob, dp_event.GaussianDpEvent(mechanism.noise_multiplier))
     trial = dp_event.SelfComposedDpEvent(step, check_count("trial_steps", trial_steps))
-    accountant = RdpAccountant()
+    accountant = RdpAccountant(_ORDERS)
     with _quiet():
         accountant.compose(dp_event.RepeatAndSelectDpEvent(trial, law.mean, math.inf if law.name == POISSON else law.shape))
     found = float(accountant.get_epsilon(check_delta(delta)))
@@ -197,11 +199,16 @@ def noise_multiplier(wanted: float, delta: float, sampling_prob: float, trial_st
     def fits(log_sigma: float) -> bool:
         return epsilon(replace(most, noise_multiplier=math.exp(log_sigma)), trial_steps, law, delta) <= wanted
 
-    low, high = math.log(MIN_NOISE_MULTIPLIER), math.log(MAX_NOISE_MULTIPLIER) - 1e-12
-    if not fits(high):
-        raise BudgetExceeded(
-            "no noise multiplier is large enough for the selection", None, "", "raise epsilon or delta, or ask for fewer trials"
-        )
+    least, largest = math.log(MIN_NOISE_MULTIPLIER), math.log(MAX_NOISE_MULTIPLIER) - 1e-12
+    high = 0.0
+    while not fits(high):
+        if high == largest:
+            what = "no noise multiplier is large enough for the selection"
+            raise BudgetExceeded(what, None, "", "raise epsilon or delta, or ask for fewer trials")
+        high = min(largest, high + 1)
+    low = high - 1
+    while low > least and fits(low):
+        low, high = low - 1, low
     while high - low > _PRECISION:
         middle = (low + high) / 2
         low, high = (low, middle) if fits(middle) else (middle, high)

@@ -11,11 +11,11 @@ OBJECT_STORE_BYTES = 200_000_000  # batches never travel through Ray, and its de
 
 _DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AUTH_MODE": "token",
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # also how long a report waits
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
+_BEFORE_IMPORT = {"RAY_AUTH_MODE": "token"}  # half of Ray reads it when it is imported, half when it starts
 _LOCAL_DEFAULTS = {
     # The one switch that makes every Ray process listen on the loopback interface alone; macOS and Windows have it so.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -28,8 +28,9 @@ def set_defaults(start_timeout_s: float) -> None:
 
     What the user has set stays as it is, but for the deadline after which a group of workers that cannot be started is given up.
     """
+    early = {} if "ray" in sys.modules else _BEFORE_IMPORT
     local = {} if os.environ.get("RAY_ADDRESS") or "ray" in sys.modules else _LOCAL_DEFAULTS
-    for name, value in {**_DEFAULTS, **local}.items():
+    for name, value in {**_DEFAULTS, **early, **local}.items():
         os.environ.setdefault(name, value)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = f"{start_timeout_s:g}"
 
