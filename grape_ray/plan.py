@@ -71,7 +71,7 @@ class Plan:
 
     def mechanism(self) -> Mechanism:
         """What each step costs."""
-        return Mechanism(**_mechanism(self.config), sampling_prob=self.sampling_prob, noise_multiplier=self.noise_multiplier)
+        return Mechanism(**mechanism_kind(self.config), sampling_prob=self.sampling_prob, noise_multiplier=self.noise_multiplier)
 
 
 def public_key(config: Config, stream: str) -> bytes:
@@ -109,20 +109,22 @@ def prepare(
     """
     task: Task = config.task
     run = run or _new_name(config)
-    _check_name(run)
+    check_run_name(run)
     _check_sharding(config)
     data = task.load()
-    sampling_prob = _sampling_prob(config, data)
-    _try_out(config, data)
-    root = _absolute(storage)
+    sampling_prob = sampling_prob_of(config, data)
+    try_out(config, data)
+    root = absolute(storage)
     place = Storage(root)
     if not METHODS[config.method.name].private:
+        if study is not None:
+            raise ConfigError("method.name", config.method.name, "a private method", "what a study releases is paid for, without exception")
         plan = Plan(config, run, root, None, None, run, data.dataset_id, sampling_prob, 0.0, 0)
         place.check_writable()
         _register(plan, place)
         return plan
     noise, tokens = (study.mechanism.noise_multiplier, study.tokens) if study else _price(config, sampling_prob)
-    where = _absolute(ledger) if ledger else default_ledger(data, root, run)
+    where = absolute(ledger) if ledger else default_ledger(data.dataset_id, data.public, root, run)
     keys.check_outside(key_path or keys.default_path(), root, where)
     name = study.name if study else run
     plan = Plan(config, run, root, where, key_path, name, data.dataset_id, sampling_prob, noise, tokens, origin)
@@ -159,25 +161,29 @@ def _open_budget(plan: Plan, place: Storage) -> None:
     book.ensure_study(Study(plan.study, plan.mechanism(), config.privacy.epsilon, config.privacy.delta, plan.tokens))
 
 
-def default_ledger(data: Data, storage: str, run: str) -> str:
+def default_ledger(dataset_id: str, public: bool, storage: str, run: str) -> str:
     """Where a dataset's ledger lies unless told otherwise: in one place, so that all runs of a user on one dataset share one budget.
 
     Local runs share a folder of the user's; runs on remote storage share one beside the runs, where every machine reaches it. A dataset
     that is public has nothing to lose, so each of its runs gets a ledger of its own, and a demonstration can be repeated at will.
     """
-    if data.public:
+    if public:
         return f"{storage}/{run}/ledger"
     if "://" in storage:
-        return f"{storage}/ledgers/{data.dataset_id}"
-    home = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
-    return str(home / "grape-ray" / "ledgers" / data.dataset_id)
+        return f"{storage}/ledgers/{dataset_id}"
+    return str(home() / "ledgers" / dataset_id)
+
+
+def home() -> Path:
+    """The user's own folder of what must not lie among the runs."""
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "grape-ray"
 
 
 def _new_name(config: Config) -> str:
     return f"{config.task.name}-{config.method.name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
 
 
-def _check_name(run: str) -> None:
+def check_run_name(run: str) -> None:
     if not run or run in (".", "..") or not all(c.isalnum() or c in "._-" for c in run) or not run.isascii():
         raise ConfigError("run", run, "letters, digits, dots, dashes and underscores", "choose another name")
 
@@ -186,7 +192,7 @@ def _check_sharding(config: Config) -> None:
     """Whether the method trains weights that no worker holds whole."""
     if not config.performance.sharded:
         return
-    if config.performance.num_workers == 0:
+    if config.performance.workers[1] == 0:
         fix = "set performance.num_workers, or --workers"
         raise ConfigError("performance.sharded", "0 workers", "at least one Ray Train worker", fix)
     known = [name for name, info in METHODS.items() if info.shards]
@@ -196,12 +202,12 @@ def _check_sharding(config: Config) -> None:
         )
 
 
-def _absolute(url: str) -> str:
+def absolute(url: str) -> str:
     """A URL as it is; a path made absolute, so that workers agree on it."""
     return url.rstrip("/") if "://" in url else str(Path(url).expanduser().absolute())
 
 
-def _sampling_prob(config: Config, data: Data) -> float:
+def sampling_prob_of(config: Config, data: Data) -> float:
     """expected_batch_size over the number of records, if that is a probability."""
     for split in ("train", "validation"):
         if len(getattr(data, split)) == 0:
@@ -213,7 +219,7 @@ def _sampling_prob(config: Config, data: Data) -> float:
     return size / records
 
 
-def _try_out(config: Config, data: Data) -> None:
+def try_out(config: Config, data: Data) -> None:
     """The preflight on the first records, so that what cannot be trained is told now; nothing is kept."""
     task: Task = config.task
     batch = task.collate(data.train, np.arange(min(_TRIAL_RECORDS, len(data.train))))
@@ -221,7 +227,7 @@ def _try_out(config: Config, data: Data) -> None:
     preflight(model, task.per_example_loss, batch, config.privacy, config.method, public_key(config, "projection"), _TRIAL_RECORDS)
 
 
-def _mechanism(config: Config) -> dict[str, Any]:
+def mechanism_kind(config: Config) -> dict[str, Any]:
     """The name and the probes of a step's mechanism."""
     if METHODS[config.method.name].exact:
         return {"name": GAUSSIAN}
@@ -230,7 +236,7 @@ def _mechanism(config: Config) -> dict[str, Any]:
 
 def _price(config: Config, sampling_prob: float) -> tuple[float, int]:
     """(noise multiplier, steps that the budget buys): the noise calibrated to the steps, or the steps counted for a given noise."""
-    privacy, kind = config.privacy, _mechanism(config)
+    privacy, kind = config.privacy, mechanism_kind(config)
     if privacy.noise_multiplier is None:
         tokens, method = privacy.steps + privacy.spare_steps, kind.pop("name")
         return calibration.noise_multiplier(privacy.epsilon, privacy.delta, sampling_prob, tokens, method=method, **kind), tokens

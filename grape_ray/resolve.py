@@ -27,7 +27,7 @@ def pipeline(reference: str) -> Config:
         ConfigError: no such module or function, or it returns something else.
     """
     module_name, _, function_name = reference.partition(":")
-    module = _import(module_name, reference)
+    module = load_module(module_name, reference)
     for name in [function_name] if function_name else [module_name.rpartition(".")[2], "config"]:
         function = getattr(module, name, None)
         if callable(function):
@@ -39,19 +39,19 @@ def pipeline(reference: str) -> Config:
     raise ConfigError("pipeline has no such function", reference, "module:function", nearest(function_name or module_name, functions))
 
 
-def _import(name: str, reference: str) -> ModuleType:
-    """The module, from the path or the current folder."""
+def load_module(name: str, reference: str, kind: str = "pipeline") -> ModuleType:
+    """The module, from the path or the current folder. Raises ConfigError, which calls it by its kind, where it cannot be imported."""
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not (name == error.name or name.startswith(f"{error.name}.")):
-            what = f"pipeline {reference} needs a module"
+            what = f"{kind} {reference} needs a module"
             raise ConfigError(what, error.name, "an installed module", f"pip install {error.name}") from error
-        raise ConfigError("pipeline not found", reference, "an importable module", nearest(name, _neighbours(name))) from error
+        raise ConfigError(f"{kind} not found", reference, "an importable module", nearest(name, _neighbours(name))) from error
     except (ImportError, SyntaxError, ValueError, TypeError) as error:
-        raise ConfigError("pipeline cannot be imported", reference, "an importable module", f"{type(error).__name__}: {error}") from error
+        raise ConfigError(f"{kind} cannot be imported", reference, "an importable module", f"{type(error).__name__}: {error}") from error
 
 
 def _neighbours(name: str) -> list[str]:
@@ -72,7 +72,7 @@ def rebuild_task(description: Mapping[str, Any]) -> Any:
     """The task that `describe_task` described. Raises ConfigError where its class cannot be imported or has other fields."""
     reference = description["class"]
     module_name, _, qualified = reference.partition(":")
-    found: Any = _import(module_name, reference)
+    found: Any = load_module(module_name, reference, "task")
     try:
         for part in qualified.split("."):
             found = getattr(found, part)

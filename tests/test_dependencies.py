@@ -17,9 +17,9 @@ LAYERS = [
     ["engines"],
     ["noise", "optim", "task"],
     ["models", "checkpoint", "resolve"],
-    ["step", "loop", "preflight"],
+    ["step", "loop", "preflight", "trace", "scores"],
     ["plan", "notices", "rankstate", "saving", "journal", "execute", "export", "resume"],
-    ["report", "bench"],
+    ["report", "bench", "sweeps"],
     ["orchestrate"],
     ["commands", "cli"],
 ]

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import os
-import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from grape_ray.accounting import calibration
+from grape_ray.accounting.chain import Chain, Wanted
 from grape_ray.accounting.events import check_count, check_delta, check_epsilon
-from grape_ray.accounting.records import FORMAT, Entry, Study, check_name, decode, entry_name
+from grape_ray.accounting.records import FORMAT, Study, check_name
 from grape_ray.accounting.replay import Attempt, State, StudyState
-from grape_ray.errors import BudgetExceeded, GrapeRayError, LedgerError, StorageError
+from grape_ray.accounting.selection import Selection
+from grape_ray.errors import BudgetExceeded, LedgerError
 from grape_ray.storage import Storage
 
-_MAX_RACES = 1000
 _Result = TypeVar("_Result")
 
 
@@ -37,9 +36,9 @@ class Ledger:
     A charge whose answer was lost is found again by (study, run, attempt, chunk).
     """
 
-    def __init__(self, storage: Storage, state: State):
-        self._storage, self._state = storage, state
-        self._lock = threading.Lock()
+    def __init__(self, storage: Storage):
+        self._chain = Chain(storage)
+        self._holder: str | None = None
 
     @classmethod
     def open(
@@ -63,16 +62,16 @@ class Ledger:
             ConfigError: a number is out of range.
         """
         storage = url if isinstance(url, Storage) else Storage(url)
-        ledger = cls(storage, State())
-        with ledger._lock:
-            ledger._refresh(thorough=True)
-            if ledger._state.next_seq == 0:
-                if dataset_id is None or epsilon is None or delta is None or not create:
-                    fix = "check the location, or name dataset_id, epsilon and delta to make one"
-                    raise LedgerError("there is no ledger", storage.url, "a folder with 00000000.json", fix)
-                ledger._create(check_name("dataset_id", dataset_id), check_epsilon(epsilon), check_delta(delta))
+        ledger = cls(storage)
+        if ledger._chain.refreshed(thorough=True).next_seq == 0:
+            if dataset_id is None or epsilon is None or delta is None or not create:
+                fix = "check the location, or name dataset_id, epsilon and delta to make one"
+                raise LedgerError("there is no ledger", storage.url, "a folder with 00000000.json", fix)
+            budget = {"epsilon": check_epsilon(epsilon), "delta": check_delta(delta)}
+            fields = {"ledger_id": os.urandom(16).hex(), "dataset_id": check_name("dataset_id", dataset_id), **budget}
+            ledger._chain.append(lambda state: (None if state.next_seq else ("open", {"format": FORMAT, **fields}), None))
         for name, wanted in (("dataset_id", dataset_id), ("epsilon", epsilon), ("delta", delta)):
-            found = getattr(ledger._state, name)
+            found = getattr(ledger._chain.state, name)
             if wanted is not None and wanted != found:
                 fix = "one ledger serves one dataset with one budget: use another folder, or what it was opened with"
                 raise LedgerError(f"the ledger {storage.url} has another {name}", wanted, repr(found), fix)
@@ -81,12 +80,12 @@ class Ledger:
     @property
     def ledger_id(self) -> str:
         """A random name, to be a label of every key, so that two ledgers never lead to one key."""
-        return self._state.ledger_id
+        return self._chain.state.ledger_id
 
     @property
     def head(self) -> str:
         """Hash of the last entry known here; keep it elsewhere, and ``verify(url, head)`` finds a ledger that was rolled back."""
-        return self._state.head
+        return self._chain.state.head
 
     @property
     def state(self) -> State:
@@ -95,9 +94,7 @@ class Ledger:
         Raises:
             LedgerError: out of reach or damaged.
         """
-        with self._lock:
-            self._refresh()
-            return self._state
+        return self._chain.refreshed()
 
     def ensure_study(self, study: Study) -> StudyState:
         """Register a study, or find it as it was registered.
@@ -121,7 +118,43 @@ class Ledger:
             return None, known
 
         self._append(decide)
-        return self._state.study(study.name)
+        return self._chain.state.study(study.name)
+
+    def ensure_selection(self, selection: Selection) -> None:
+        """Pay for a whole private selection, or find it as it was paid for.
+
+        Raises:
+            BudgetExceeded: it costs more than its epsilon and delta, or these exceed what the dataset has left.
+            LedgerError: a different selection, or a study, has the name.
+        """
+
+        def decide(state: State):
+            known = state.selections.get(selection.name)
+            if known is not None and known != selection:
+                raise LedgerError(f"selection {selection.name!r} was registered differently", str(selection), str(known), "use a new name")
+            if known is None and (cost := selection.cost()) > selection.epsilon:
+                what = f"epsilon {selection.epsilon:g} does not buy the selection"
+                raise BudgetExceeded(what, f"{cost:.6g}", f"at most {selection.epsilon:g}", "raise epsilon or noise")
+            return (None if known else ("selection", selection.payload())), None
+
+        self._append(decide)
+
+    def take_over(self, holder: str) -> int:
+        """Begin an epoch: from now on this object writes for ``holder``, and the holders of earlier epochs write no more.
+
+        Only holders bar one another; a ledger opened without a holder is not fenced, and is safe by the chain alone.
+
+        Returns:
+            The epoch's number, from 1.
+        """
+        check_name("holder", holder)
+
+        def decide(state: State):
+            return ("epoch", {"epoch": state.epoch + 1, "holder": holder}), state.epoch + 1
+
+        epoch = self._chain.append(decide)
+        self._holder = holder
+        return epoch
 
     def begin_attempt(self, study: str, run: str, key_id: str) -> int:
         """The number, from 1, of a new attempt of a run; every earlier attempt is over from now on.
@@ -227,78 +260,13 @@ class Ledger:
         used = known.used
         return min(known.study.epsilon, calibration.epsilon(known.study.mechanism, used, known.study.delta)) if used else 0.0
 
-    def _create(self, dataset_id: str, epsilon: float, delta: float) -> None:
-        """Write the first entry, or take the one of a faster writer."""
-        payload = {"format": FORMAT, "ledger_id": os.urandom(16).hex(), "dataset_id": dataset_id, "epsilon": epsilon, "delta": delta}
-        if not self._write("open", payload):
-            self._refresh()
+    def _append(self, decide: Callable[[State], tuple[Wanted, _Result]]) -> _Result:
+        """Extend the chain, unless another holder has taken the ledger over."""
 
-    def _append(self, decide: Callable[[State], tuple[tuple[str, dict[str, Any]] | None, _Result]]) -> _Result:
-        """Read what others wrote, decide on it, and write the next entry; begin again when another writer was faster."""
-        with self._lock:
-            for _ in range(_MAX_RACES):
-                self._refresh()
-                wanted, result = decide(self._state)
-                if wanted is None or self._write(*wanted):
-                    return result
-        raise LedgerError("other writers were always faster", _MAX_RACES, "fewer tries", "let fewer processes charge this ledger")
+        def fenced(state: State) -> tuple[Wanted, _Result]:
+            if self._holder is not None and state.holder != self._holder:
+                got, fix = f"epoch {state.epoch} of {state.holder}", "stop: another cluster, or a newer process of this one, charges it now"
+                raise LedgerError("the ledger was taken over", got, f"an epoch of {self._holder}", fix)
+            return decide(state)
 
-    def _write(self, kind: str, payload: dict[str, Any]) -> bool:
-        """Make the next entry durable, and only then believe it; False when its place was taken."""
-        entry = Entry(self._state.next_seq, self._state.head, kind, payload, time.time())
-        self._state.check(decode(entry.name, entry.encode()))
-        try:
-            self._storage.create(entry.name, entry.encode())
-        except FileExistsError:
-            return False
-        except (StorageError, OSError) as error:
-            raise _unreachable(self._storage, error) from error
-        self._state.apply(entry)
-        return True
-
-    def _refresh(self, thorough: bool = False) -> None:
-        """Apply the entries that are new, up to the first missing name; ``thorough`` also finds a gap."""
-        if self._state.next_seq > 0:
-            self._check_head()
-        while (data := self._read(entry_name(self._state.next_seq))) is not None:
-            entry = decode(entry_name(self._state.next_seq), data)
-            try:
-                self._state.apply(entry)
-            except GrapeRayError as error:
-                fix = "restore the ledger from a copy, and spend nothing from it until then"
-                raise LedgerError(f"ledger entry {entry.name} breaks a rule: {error}", None, "", fix) from error
-        if thorough:
-            self._check_gap()
-
-    def _read(self, name: str) -> bytes | None:
-        """An entry's file, or None where it is missing."""
-        try:
-            return self._storage.read(name)
-        except FileNotFoundError:
-            return None
-        except (StorageError, OSError) as error:
-            raise _unreachable(self._storage, error) from error
-
-    def _check_head(self) -> None:
-        """Refuse to go on with a ledger that was removed or rolled back under a living process."""
-        name = entry_name(self._state.next_seq - 1)
-        data = self._read(name)
-        if data is None or decode(name, data).hash != self._state.head:
-            what = f"ledger entry {name} was {'removed' if data is None else 'replaced'} under this process"
-            raise LedgerError(what, None, "an append-only ledger", "restore the ledger from a copy")
-
-    def _check_gap(self) -> None:
-        """Refuse a folder with entries beyond a missing one: an entry was removed."""
-        try:
-            beyond = [n for n in self._storage.list() if n[:8].isdigit() and n[8:] == ".json" and n > entry_name(self._state.next_seq)]
-        except (StorageError, OSError) as error:
-            raise _unreachable(self._storage, error) from error
-        if beyond:
-            what = f"ledger entry {entry_name(self._state.next_seq)} is missing"
-            raise LedgerError(what, None, f"every entry up to {beyond[-1]}", "restore the ledger from a copy")
-
-
-def _unreachable(storage: Storage, error: Exception) -> LedgerError:
-    """Fail closed."""
-    fix = "nothing was granted; check the location and try again"
-    return LedgerError(f"the ledger {storage.url} cannot be reached", str(error), "storage that can be used", fix)
+        return self._chain.append(fenced)

@@ -17,14 +17,19 @@ MAX_ENTRY_BYTES = 65536
 MAX_NAME = 200
 
 # Fields of each kind of entry, with their JSON types; further fields, and missing ones, are errors.
+# fmt: off
 SCHEMA: dict[str, dict[str, type]] = {
     "open": {"format": int, "ledger_id": str, "dataset_id": str, "epsilon": float, "delta": float},
     "study": {"name": str, "mechanism": dict, "epsilon": float, "delta": float, "tokens": int},
+    "selection": {"name": str, "mechanism": dict, "epsilon": float, "delta": float, "trial_tokens": int,
+                  "law": str, "mean": float, "shape": float},
+    "epoch": {"epoch": int, "holder": str},
     "attempt": {"study": str, "run": str, "attempt": int, "key_id": str},
     "charge": {"study": str, "run": str, "attempt": int, "chunk": int, "first_step": int, "asked": int, "steps": int},
     "refund": {"study": str, "run": str, "attempt": int, "chunk": int, "steps": int},
     "close": {"study": str, "run": str, "attempt": int},
 }
+# fmt: on
 _MECHANISM: dict[str, type] = {"name": str, "sampling_prob": float, "noise_multiplier": float, "probes": int, "probes_shared": bool}
 
 
@@ -72,7 +77,12 @@ class Study:
     def from_payload(cls, payload: Mapping[str, Any]) -> Study:
         """The study that a payload holds."""
         fields = dict(payload)
-        return cls(**{**fields, "mechanism": Mechanism(**_shaped("mechanism", fields["mechanism"], _MECHANISM))})
+        return cls(**{**fields, "mechanism": mechanism_from(fields["mechanism"])})
+
+
+def mechanism_from(payload: object) -> Mechanism:
+    """The mechanism that a payload holds."""
+    return Mechanism(**_shaped("mechanism", payload, _MECHANISM))
 
 
 @dataclass(frozen=True)

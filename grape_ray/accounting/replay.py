@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from grape_ray.accounting.events import check_count, check_delta, check_epsilon
 from grape_ray.accounting.records import FORMAT, GENESIS, Entry, Study, check_name
+from grape_ray.accounting.selection import Selection
 from grape_ray.errors import BudgetExceeded, ConfigError, LedgerError, NoiseReuse
 
 _RESTORE = "restore the ledger from a copy"
@@ -72,6 +73,9 @@ class State:
     epsilon: float = 0.0
     delta: float = 0.0
     studies: dict[str, StudyState] = field(default_factory=dict)
+    selections: dict[str, Selection] = field(default_factory=dict)
+    epoch: int = 0
+    holder: str = ""
     next_seq: int = 0
     head: str = GENESIS
 
@@ -138,15 +142,35 @@ class State:
 
     def _study(self, payload: Mapping) -> Callable[[], None]:
         study = Study.from_payload(payload)
-        if study.name in self.studies:
-            raise LedgerError("a study is registered twice", study.name, "one entry a study", _RESTORE)
-        for unit, budget in (("epsilon", self.epsilon), ("delta", self.delta)):
-            taken = math.fsum(getattr(s.study, unit) for s in self.studies.values())
-            if taken + getattr(study, unit) > budget * _ROUNDING:
-                expected = f"{unit} <= {max(0.0, budget - taken):.6g}, what other studies leave of the dataset's {budget:g}"
-                what = f"study {study.name!r} costs too much"
-                raise BudgetExceeded(what, f"{unit} {getattr(study, unit):g}", expected, "lower its share")
+        self.check_share(study)
         return lambda: self.studies.update({study.name: StudyState(study)})
+
+    def _selection(self, payload: Mapping) -> Callable[[], None]:
+        selection = Selection.from_payload(payload)
+        self.check_share(selection)
+        return lambda: self.selections.update({selection.name: selection})
+
+    def check_share(self, share: Study | Selection) -> None:
+        """Refuse a name that is taken, and a share above what is left of the dataset's budget. Raises LedgerError, BudgetExceeded."""
+        if share.name in self.studies or share.name in self.selections:
+            raise LedgerError("a study is registered twice", share.name, "one entry a study", _RESTORE)
+        shares = [*(known.study for known in self.studies.values()), *self.selections.values()]
+        for unit, budget in (("epsilon", self.epsilon), ("delta", self.delta)):
+            taken = math.fsum(getattr(known, unit) for known in shares)
+            if taken + getattr(share, unit) > budget * _ROUNDING:
+                expected = f"{unit} <= {max(0.0, budget - taken):.6g}, what other studies leave of the dataset's {budget:g}"
+                what = f"study {share.name!r} costs too much"
+                raise BudgetExceeded(what, f"{unit} {getattr(share, unit):g}", expected, "lower its share")
+
+    def _epoch(self, payload: Mapping) -> Callable[[], None]:
+        check_name("holder", payload["holder"])
+        if payload["epoch"] != self.epoch + 1:
+            raise LedgerError("an epoch has a wrong number", payload["epoch"], f"{self.epoch + 1}", _RESTORE)
+
+        def commit() -> None:
+            self.epoch, self.holder = payload["epoch"], payload["holder"]
+
+        return commit
 
     def _attempt(self, payload: Mapping) -> Callable[[], None]:
         state = self.study(payload["study"])

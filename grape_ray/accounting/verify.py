@@ -88,4 +88,8 @@ def _replay(entries: dict[int, Entry]) -> list[str]:
             study = state.studies[entry.payload["name"]].study
             if not calibration.affords(study.mechanism, study.tokens, study.epsilon, study.delta):
                 problems.append(f"{entry.name}: epsilon {study.epsilon:g} does not buy the {study.tokens} steps of study {study.name!r}")
+        if entry.kind == "selection":
+            selection = state.selections[entry.payload["name"]]
+            if selection.cost() > selection.epsilon:
+                problems.append(f"{entry.name}: epsilon {selection.epsilon:g} does not buy selection {selection.name!r}")
     return problems

@@ -26,12 +26,19 @@ def show(uri: str, as_json: bool) -> None:
         click.echo(json.dumps(summary))
         return
     click.echo(f"dataset {summary['dataset_id']}: epsilon {summary['epsilon']:g}, delta {summary['delta']:g}, {summary['entries']} entries")
+    click.echo(f"left for further studies: epsilon {summary['epsilon_left']:.6g}, delta {summary['delta_left']:.3g}")
     for name, study in summary["studies"].items():
         steps = f"{study['used']} of {study['tokens']} steps charged, {study['left']} left"
         spent = f"epsilon {study['epsilon_spent']:.4g} of {study['epsilon']:g} at delta {study['delta']:g}"
         click.echo(f"study {name}: {steps}; {spent}; noise multiplier {study['mechanism']['noise_multiplier']:.6g}")
         for run, counts in study["runs"].items():
             click.echo(f"  run {run}: {counts['used']} steps in {counts['attempts']} attempts")
+    for name, selection in summary["selections"].items():
+        spent = f"epsilon {selection['epsilon']:g} at delta {selection['delta']:g}, spent whole"
+        law = f"the best of a secret number of trials, {selection['mean']:g} on average"
+        click.echo(f"selection {name}: {law}, {selection['trial_tokens']} steps each; {spent}")
+    if summary["holder"]:
+        click.echo(f"last held by {summary['holder']}, epoch {summary['epoch']}")
 
 
 @command.command("verify")
@@ -62,4 +69,8 @@ def _summary(ledger: Ledger) -> dict:
         counts = {"used": known.used, "left": known.left, "epsilon_spent": ledger.epsilon_spent(name), "runs": runs}
         studies[name] = {**known.study.payload(), **counts}
     budget = {"dataset_id": state.dataset_id, "ledger_id": state.ledger_id, "epsilon": state.epsilon, "delta": state.delta}
-    return {**budget, "entries": state.next_seq, "head": state.head, "studies": studies}
+    selections = {name: selection.payload() for name, selection in state.selections.items()}
+    taken = {unit: sum(part[unit] for part in (*studies.values(), *selections.values())) for unit in ("epsilon", "delta")}
+    left = {f"{unit}_left": max(0.0, budget[unit] - taken[unit]) for unit in taken}
+    chain = {"entries": state.next_seq, "head": state.head, "epoch": state.epoch, "holder": state.holder}
+    return {**budget, **left, **chain, "studies": studies, "selections": selections}

@@ -11,10 +11,10 @@ OBJECT_STORE_BYTES = 200_000_000  # batches never travel through Ray, and its de
 
 _DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AUTH_MODE": "token",
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # also how long a report waits
 }
+_BEFORE_IMPORT = {"RAY_AUTH_MODE": "token"}  # half of Ray reads it when it is imported, half when it starts
 _LOCAL_DEFAULTS = {
     # The one switch that makes every Ray process listen on the loopback interface alone; macOS and Windows have it so.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -28,14 +28,15 @@ def set_defaults(start_timeout_s: float) -> None:
 
     What the user has set stays as it is, but for the deadline after which a group of workers that cannot be started is given up.
     """
+    early = {} if "ray" in sys.modules else _BEFORE_IMPORT
     local = {} if os.environ.get("RAY_ADDRESS") or "ray" in sys.modules else _LOCAL_DEFAULTS
-    for name, value in {**_DEFAULTS, **local}.items():
+    for name, value in {**_DEFAULTS, **early, **local}.items():
         os.environ.setdefault(name, value)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = f"{start_timeout_s:g}"
 
 
 @contextlib.contextmanager
-def cluster(workers: int) -> Iterator[None]:
+def cluster(workers: int, dashboard: bool = False) -> Iterator[None]:
     """Connects to Ray for the time of the block.
 
     A connection that exists is used and kept. Otherwise the cluster at RAY_ADDRESS is used, and left running; without one a local
@@ -49,16 +50,20 @@ def cluster(workers: int) -> Iterator[None]:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False)
     else:
-        start_local(max(workers, os.cpu_count() or 1))
+        start_local(max(workers, os.cpu_count() or 1), dashboard)
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def start_local(cpus: int) -> None:
-    """Starts a local cluster of this many logical CPUs; `ray.shutdown()` ends it."""
+def start_local(cpus: int, dashboard: bool = False) -> None:
+    """Starts a local cluster of this many logical CPUs; `ray.shutdown()` ends it.
+
+    Args:
+        dashboard: Ray Train under Ray Tune needs it: it asks the dashboard which trials have ended, and waits for ever without one.
+    """
     import ray
 
     store = OBJECT_STORE_BYTES
-    ray.init(address="local", num_cpus=cpus, object_store_memory=store, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=cpus, object_store_memory=store, include_dashboard=dashboard, log_to_driver=False)

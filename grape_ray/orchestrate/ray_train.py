@@ -13,7 +13,7 @@ import torch
 
 from grape_ray.comms import Comms
 from grape_ray.errors import GrapeRayError
-from grape_ray.execute import execute
+from grape_ray.execute import Around, execute
 from grape_ray.loop import Progress
 from grape_ray.orchestrate.cluster import cluster, set_defaults
 from grape_ray.plan import PROGRESS_FILE, RESULT_FILE, Plan
@@ -25,8 +25,15 @@ class WorkersFailed(GrapeRayError):
     """Workers were lost more often than performance.max_failures allows, or could not be started in time."""
 
 
-def fit(plan: Plan, on_progress: Callable[[Progress, float | None], None] | None = None) -> dict[str, Any]:
+def fit(
+    plan: Plan,
+    on_progress: Callable[[Progress, float | None], None] | None = None,
+    around: Callable[[Plan], Around] | None = None,
+) -> dict[str, Any]:
     """Runs a plan on its workers and returns what `execute` returned there.
+
+    Args:
+        on_progress: see Session. around: makes, on each worker, what a sweep puts around the run.
 
     Raises:
         WorkersFailed: the cluster did not give the workers within performance.start_timeout_s, or too many were lost.
@@ -45,7 +52,7 @@ def fit(plan: Plan, on_progress: Callable[[Progress, float | None], None] | None
     fewest, most = performance.workers
     with cluster(most), _watching(plan, on_progress):
         trainer = TorchTrainer(
-            lambda: worker(plan),
+            lambda: worker(plan, around),
             torch_config=Listening(backend="nccl" if performance.use_gpu else "gloo"),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=most if fewest == most else (fewest, most),
@@ -74,7 +81,7 @@ def fit(plan: Plan, on_progress: Callable[[Progress, float | None], None] | None
     return json.loads(plan.folder().read(RESULT_FILE))
 
 
-def worker(plan: Plan) -> None:
+def worker(plan: Plan, around: Callable[[Plan], Around] | None = None) -> None:
     """One rank, inside a Ray Train worker."""
     import ray.train
     from ray.train.torch import get_device
@@ -88,7 +95,15 @@ def worker(plan: Plan) -> None:
 
     device = get_device() if plan.config.performance.use_gpu else torch.device("cpu")
     comms = Comms.distributed()
-    execute(plan, comms, device=device, on_checkpoint=report, on_notice=Notices(comms), on_figures=Gauges(plan.run))
+    execute(
+        plan,
+        comms,
+        device=device,
+        on_checkpoint=report,
+        on_notice=Notices(comms),
+        on_figures=Gauges(plan.run),
+        around=around(plan) if around else None,
+    )
 
 
 def _translated(error: Exception, plan: Plan) -> GrapeRayError:

@@ -1,0 +1,115 @@
+"""A chain of entries in a folder: read anew before each decision, and extended by exclusive creation, so that all writers agree."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from grape_ray.accounting.records import Entry, decode, entry_name
+from grape_ray.accounting.replay import State
+from grape_ray.errors import GrapeRayError, LedgerError, StorageError
+from grape_ray.storage import Storage
+
+_MAX_RACES = 1000
+_Result = TypeVar("_Result")
+Wanted = tuple[str, dict[str, Any]] | None  # the kind and payload of an entry to be written, or nothing
+
+
+class Chain:
+    """The entries, and the state that they lead to; one thread of a process at a time.
+
+    Args:
+        storage: the folder.
+
+    Attributes:
+        state: what the entries read so far say.
+    """
+
+    def __init__(self, storage: Storage):
+        self.storage, self.state = storage, State()
+        self._lock = threading.Lock()
+
+    def refreshed(self, thorough: bool = False) -> State:
+        """The state with the entries that are new, up to the first missing name; ``thorough`` also finds a gap.
+
+        Raises:
+            LedgerError: out of reach or damaged.
+        """
+        with self._lock:
+            self._refresh(thorough)
+            return self.state
+
+    def append(self, decide: Callable[[State], tuple[Wanted, _Result]]) -> _Result:
+        """Read what others wrote, decide on it, and write the next entry; begin again when another writer was faster.
+
+        Raises:
+            GrapeRayError: what ``decide`` raises, or the entry breaks a rule. LedgerError: out of reach, damaged, or always outrun.
+        """
+        with self._lock:
+            for _ in range(_MAX_RACES):
+                self._refresh()
+                wanted, result = decide(self.state)
+                if wanted is None or self._write(*wanted):
+                    return result
+        raise LedgerError("other writers were always faster", _MAX_RACES, "fewer tries", "let fewer processes charge this ledger")
+
+    def _write(self, kind: str, payload: dict[str, Any]) -> bool:
+        """Make the next entry durable, and only then believe it; False when its place was taken."""
+        entry = Entry(self.state.next_seq, self.state.head, kind, payload, time.time())
+        self.state.check(decode(entry.name, entry.encode()))
+        try:
+            self.storage.create(entry.name, entry.encode())
+        except FileExistsError:
+            return False
+        except (StorageError, OSError) as error:
+            raise _unreachable(self.storage, error) from error
+        self.state.apply(entry)
+        return True
+
+    def _refresh(self, thorough: bool = False) -> None:
+        if self.state.next_seq > 0:
+            self._check_head()
+        while (data := self._read(entry_name(self.state.next_seq))) is not None:
+            entry = decode(entry_name(self.state.next_seq), data)
+            try:
+                self.state.apply(entry)
+            except GrapeRayError as error:
+                fix = "restore the ledger from a copy, and spend nothing from it until then"
+                raise LedgerError(f"ledger entry {entry.name} breaks a rule: {error}", None, "", fix) from error
+        if thorough:
+            self._check_gap()
+
+    def _read(self, name: str) -> bytes | None:
+        """An entry's file, or None where it is missing."""
+        try:
+            return self.storage.read(name)
+        except FileNotFoundError:
+            return None
+        except (StorageError, OSError) as error:
+            raise _unreachable(self.storage, error) from error
+
+    def _check_head(self) -> None:
+        """Refuse to go on with a ledger that was removed or rolled back under a living process."""
+        name = entry_name(self.state.next_seq - 1)
+        data = self._read(name)
+        if data is None or decode(name, data).hash != self.state.head:
+            what = f"ledger entry {name} was {'removed' if data is None else 'replaced'} under this process"
+            raise LedgerError(what, None, "an append-only ledger", "restore the ledger from a copy")
+
+    def _check_gap(self) -> None:
+        """Refuse a folder with entries beyond a missing one: an entry was removed."""
+        try:
+            beyond = [n for n in self.storage.list() if n[:8].isdigit() and n[8:] == ".json" and n > entry_name(self.state.next_seq)]
+        except (StorageError, OSError) as error:
+            raise _unreachable(self.storage, error) from error
+        if beyond:
+            what = f"ledger entry {entry_name(self.state.next_seq)} is missing"
+            raise LedgerError(what, None, f"every entry up to {beyond[-1]}", "restore the ledger from a copy")
+
+
+def _unreachable(storage: Storage, error: Exception) -> LedgerError:
+    """Fail closed."""
+    fix = "nothing was granted; check the location and try again"
+    return LedgerError(f"the ledger {storage.url} cannot be reached", str(error), "storage that can be used", fix)

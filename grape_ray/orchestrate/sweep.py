@@ -1,0 +1,63 @@
+"""A sweep from its words to its result: checked and priced, then run on a cluster in either mode."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from grape_ray.errors import ConfigError
+from grape_ray.orchestrate.cluster import cluster, set_defaults
+from grape_ray.plan import absolute
+from grape_ray.storage import Storage
+from grape_ray.sweeps import folder
+from grape_ray.sweeps.options import SELECT, Options
+
+
+def run(options: Options, say: Callable[[str], None], name: str | None = None) -> dict[str, Any]:
+    """Runs a new sweep and returns what `tune --json` prints.
+
+    Raises:
+        GrapeRayError: one of its kinds for whatever is wrong; whatever could be told beforehand was told before any work.
+    """
+    return _run(options, say, name, None)
+
+
+def resume(storage: str, name: str, asked: Mapping[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+    """Goes on with a sweep that was cut off; what it was charged stays charged.
+
+    Args:
+        asked: options that were given anew; they must be those that it was begun with.
+    """
+    described = folder.read(Storage(absolute(storage)).child(name))
+    known = described["options"]
+    differing = sorted(key for key, value in asked.items() if json.loads(json.dumps(value)) != known[key])
+    if differing:
+        words = ", ".join(f"--{key.replace('_', '-')}" for key in differing)
+        raise ConfigError(f"sweep {name} was begun with another {words}", None, "what it was begun with", "leave them out")
+    values = {field.name: known[field.name] for field in fields(Options)}
+    options = Options(**{**values, "assignments": tuple(known["assignments"]), "storage": storage})
+    return _run(options, say, name, described)
+
+
+def _run(options: Options, say: Callable[[str], None], name: str | None, described: dict[str, Any] | None) -> dict[str, Any]:
+    set_defaults(300.0)  # before anything imports Ray, as a tune space does
+    from grape_ray.sweeps import prepare, space
+
+    domains, study = space.load(options.space, options.assignments)
+    from grape_ray.orchestrate import select, tune
+
+    tune.check_domains(domains, study)
+    if described is None:
+        sweep = prepare.prepare(options, domains, study, name)
+    else:
+        sweep = prepare.resume(described, options, domains, study)
+    if options.mode == SELECT:
+        select.check(sweep)
+    workers = study.config.performance.workers[1]
+    with cluster(workers, dashboard=workers > 0):
+        sweep.register()
+        result = (select.select if options.mode == SELECT else tune.compose)(sweep, say)
+    sweep.folder().write(folder.RESULT_FILE, json.dumps(result, indent=1, sort_keys=True).encode())
+    return result

@@ -1,0 +1,217 @@
+"""A sweep in mode compose: Ray Tune proposes and stops trials, and every step that any of them takes is paid for from one study."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, PopulationBasedTraining, TrialScheduler
+from ray.tune.search import BasicVariantGenerator
+from ray.tune.search.sample import Categorical, Domain, Float, Integer
+
+from grape_ray.accounting import calibration
+from grape_ray.accounting.records import Study
+from grape_ray.errors import ConfigError
+from grape_ray.orchestrate.accountant import Accountant
+from grape_ray.orchestrate.trial import Setting, Trial
+from grape_ray.sweeps import folder
+from grape_ray.sweeps.options import Options
+from grape_ray.sweeps.prepare import Share, Sweep
+from grape_ray.sweeps.space import CONTINUABLE, SweepStudy, check_methods
+
+_HEAD = "node:__internal_head__"
+_MAX_FAILURES = 3
+_ENVIRONMENT = {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_SYNCER": "1", "TUNE_GLOBAL_CHECKPOINT_S": "3"}
+
+
+def check_domains(space: dict[str, Any], study: SweepStudy) -> None:
+    """Refuses what Ray Tune could not sample, and methods of another mechanism. Raises ConfigError."""
+    for name, domain in space.items():
+        if not isinstance(domain, Domain):
+            got = "grid_search" if isinstance(domain, dict) else type(domain).__name__
+            raise ConfigError(
+                f"the domain of {name}", got, "a domain of ray.tune, such as tune.choice([4, 8])", "a grid is no distribution"
+            )
+        if name == "method.name" and not isinstance(domain, Categorical):
+            raise ConfigError("the domain of method.name", type(domain).__name__, "tune.choice of methods")
+    if "method.name" in space:
+        check_methods(study.config.method.name, space["method.name"].categories)
+    for name in space:  # a value of a wrong type or range is told now, not by the first trial
+        study.with_values({name: space[name].sample()})
+
+
+def compose(sweep: Sweep, say: Callable[[str], None]) -> dict[str, Any]:
+    """Runs or resumes a sweep on the connected cluster; returns what `tune --json` prints.
+
+    Raises:
+        GrapeRayError: the ledger refuses the study, is held by another cluster, or cannot be reached; the cluster is too small.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    concurrent = concurrency(sweep.study, sweep.options)
+    with accountants(sweep) as (book, score_book):
+        paid, scores = sweep.steps.paid, sweep.scores
+        assert isinstance(paid, Study)
+        runs = f"{sweep.folder().url}/{folder.RUNS}"
+        setting = Setting(sweep.study, paid, runs, sweep.steps.ledger, sweep.options.key_path, book, score_book, _study(scores))
+        say(f"sweep {sweep.name} in {sweep.storage}: {paid.tokens} step tokens, noise multiplier {paid.mechanism.noise_multiplier:.4g}")
+        _Teller.say = staticmethod(say)
+        _tuner(sweep, setting, concurrent).fit()
+    return outcome(sweep)
+
+
+@contextlib.contextmanager
+def accountants(sweep: Sweep) -> Iterator[tuple[Accountant, Accountant | None]]:
+    """The accountants of the training records and of private scores, with what the sweep pays for registered; released at the end."""
+    held: list[Accountant] = []
+
+    def take(share: Share) -> Accountant:
+        share.open()
+        book = Accountant.start(share.ledger)
+        held.append(book)
+        (book.ensure_study if isinstance(share.paid, Study) else book.ensure_selection)(share.paid)  # pyright: ignore[reportArgumentType]
+        return book
+
+    try:
+        yield take(sweep.steps), take(sweep.scores) if sweep.scores else None
+    finally:
+        for book in held:
+            book.release()
+
+
+def outcome(sweep: Sweep) -> dict[str, Any]:
+    """What a sweep came to, put together from its folder and its ledger."""
+    paid = sweep.steps.paid
+    assert isinstance(paid, Study)
+    described = folder.read(sweep.folder())
+    rows = folder.trials(sweep.folder(), described)
+    best, charged = folder.best(rows), sum(row.charged for row in rows)
+    naive = calibration.epsilon(paid.mechanism, best.steps, paid.delta) if best and best.steps else None
+    return {
+        "sweep": f"{sweep.storage}/{sweep.name}",
+        "study": paid.name,
+        "mode": sweep.options.mode,
+        "epsilon": paid.epsilon,
+        "delta": paid.delta,
+        "noise_multiplier": paid.mechanism.noise_multiplier,
+        "tokens_total": paid.tokens,
+        "tokens_charged": charged,
+        "steps_executed": sum(row.executed for row in rows),
+        "trials": len({row.trial for row in rows}),
+        "best": best and {"config": dict(best.values), "score": best.score, "run": best.run, "steps": best.steps, "naive_epsilon": naive},
+        "ledger": sweep.steps.ledger,
+        "score_source": sweep.study.score_source,
+        "score_ledger": sweep.scores.ledger if sweep.scores else None,
+    }
+
+
+def concurrency(study: SweepStudy, options: Options) -> int:
+    """Trials at a time, such that each finds the processes it needs and none waits for another that waits for it.
+
+    A trial without workers takes one CPU (or GPU). One with workers is a driver that costs nothing, and its workers take one each.
+
+    Raises:
+        ConfigError: not even one trial fits into the cluster.
+    """
+    performance, resources = study.config.performance, ray.cluster_resources()
+    unit = "GPU" if performance.use_gpu else "CPU"
+    there, each = int(resources.get(unit, 0)), max(1, performance.workers[1])
+    if there < each:
+        what = "the cluster is too small for one trial"
+        raise ConfigError(what, f"{there} {unit}s", f"at least {each}", "lower --workers, or enlarge the cluster")
+    return min(there // each, options.trials, options.concurrent or options.trials)
+
+
+def _study(share: Share | None) -> Study | None:
+    return share.paid if share is not None and isinstance(share.paid, Study) else None
+
+
+def _tuner(sweep: Sweep, setting: Setting, concurrent: int) -> tune.Tuner:
+    """The tuner, new or as it was when it was killed."""
+    performance, options = sweep.study.config.performance, sweep.options
+    # With workers the trial itself only launches and watches, on the head node; a whole CPU for it would starve its own workers.
+    need: dict[str, float] = {_HEAD: 0.001} if performance.num_workers else {"GPU" if performance.use_gpu else "CPU": 1}
+    trainable = tune.with_resources(tune.with_parameters(Trial, setting=setting), need)
+    path = f"{sweep.folder().url}/{folder.TUNE}"
+    if sweep.existing and tune.Tuner.can_restore(path):
+        return tune.Tuner.restore(path, trainable=trainable, resume_unfinished=True, resume_errored=True)
+    return tune.Tuner(
+        trainable,
+        param_space=sweep.space,
+        tune_config=tune.TuneConfig(
+            metric=sweep.study.metric,
+            mode="max",
+            num_samples=options.trials,
+            max_concurrent_trials=concurrent if options.search == "optuna" else None,
+            search_alg=_search(sweep, concurrent),
+            scheduler=_scheduler(sweep),
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            name=folder.TUNE,
+            storage_path=sweep.folder().url,
+            failure_config=tune.FailureConfig(max_failures=_MAX_FAILURES),
+            callbacks=[_Teller(sweep.study.metric)],
+            verbose=0,
+        ),
+    )
+
+
+def _scheduler(sweep: Sweep) -> TrialScheduler:
+    study, kind = sweep.study, sweep.options.scheduler
+    every, steps = study.config.performance.eval_every, study.config.privacy.steps
+    if kind == "asha":
+        return ASHAScheduler(time_attr="step", max_t=steps, grace_period=every, reduction_factor=study.reduction_factor)
+    if kind == "median":
+        return MedianStoppingRule(time_attr="step", grace_period=every, min_samples_required=3)
+    if kind == "none":
+        return FIFOScheduler()
+    mutable = {name: domain for name, domain in sweep.space.items() if name in CONTINUABLE}
+    if not mutable:
+        expected = "a space that varies one of " + ", ".join(CONTINUABLE)
+        raise ConfigError("population-based training has nothing to vary", ", ".join(sweep.space), expected, "use another --scheduler")
+    return PopulationBasedTraining(time_attr="step", perturbation_interval=every, hyperparam_mutations=mutable)
+
+
+def _search(sweep: Sweep, concurrent: int) -> Any:
+    """The proposals, beginning with the default run where it lies in the space: a sweep should not end below it unawares."""
+    defaults = sweep.study.defaults(sweep.space)
+    first = [defaults] if all(_holds(domain, defaults[name]) for name, domain in sweep.space.items()) else None
+    if sweep.options.search == "random":
+        return BasicVariantGenerator(points_to_evaluate=first, max_concurrent=concurrent, random_state=sweep.options.seed)
+    try:
+        from ray.tune.search.optuna import OptunaSearch
+
+        return OptunaSearch(points_to_evaluate=first, seed=sweep.options.seed)
+    except (ImportError, AssertionError) as error:
+        raise ConfigError("--search optuna", "Optuna is not installed", "an installed optuna", "pip install optuna") from error
+
+
+def _holds(domain: Domain, value: Any) -> bool:
+    """Whether a domain could have given the value."""
+    if isinstance(domain, Categorical):
+        return value in domain.categories
+    if isinstance(domain, (Float, Integer)):
+        return bool(domain.lower <= value <= domain.upper)
+    return False
+
+
+class _Teller(tune.Callback):
+    """One line a report. What it speaks through is of this process, and is not kept with the sweep's state."""
+
+    say: Callable[[str], None] = staticmethod(lambda text: None)
+
+    def __init__(self, metric: str):
+        self._metric = metric
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+        _Teller.say(f"trial {trial.trial_id}  step {result['step']}  {self._metric} {result[self._metric]:.4f}")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        _Teller.say(f"trial {trial.trial_id} failed")

@@ -1,0 +1,54 @@
+"""Scores of private validation records: noised, charged to those records' own ledger, and nothing else released."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from grape_ray.accounting import keys
+from grape_ray.accounting.book import Book
+from grape_ray.errors import ConfigError
+from grape_ray.rng import normals
+
+
+class PrivateScore:
+    """Turns validation metrics into the one noised score of a run.
+
+    The metric is the mean over the records of a value in [0, 1], so its sum moves by at most 1 with one record; the noise has standard
+    deviation `noise_multiplier` on the sum. Each score burns a token of the study before its noise is drawn.
+
+    Args:
+        open_book: gives the ledger of the validation records. study, run: names there. key_path: file of the master key.
+        metric: which metric. noise_multiplier: of the study's mechanism.
+    """
+
+    def __init__(self, open_book: Callable[[], Book], study: str, run: str, key_path: str | None, metric: str, noise_multiplier: float):
+        self._open_book, self._study, self._run, self._key_path = open_book, study, run, key_path
+        self._metric, self._noise_multiplier = metric, noise_multiplier
+        self._book: Book | None = None
+        self._attempt, self._key, self._given = 0, b"", 0
+
+    def __call__(self, metrics: Mapping[str, float], records: int) -> dict[str, float]:
+        """The noised metric alone; nothing where the budget for scores is spent.
+
+        Raises:
+            ConfigError: the metric is missing or no mean of values in [0, 1]. GrapeRayError: the ledger refuses or cannot be reached.
+        """
+        value = metrics.get(self._metric)
+        if value is None or not 0 <= value <= 1:
+            expected = "a validation metric that is a mean of values in [0, 1]"
+            got = "no such metric" if value is None else "another value"  # which one is private
+            raise ConfigError(f"the private score {self._metric}", got, expected, "choose such a metric, as accuracy is")
+        if self._book is None:
+            self._begin()
+        assert self._book is not None
+        if self._book.charge(self._study, self._run, self._attempt, self._given, 1).steps == 0:
+            return {}
+        noise = float(normals(self._key, self._given, 0, 1)[0])
+        self._given += 1
+        return {self._metric: (value * records + self._noise_multiplier * noise) / records}
+
+    def _begin(self) -> None:
+        """A new attempt, with a key of its own."""
+        self._book, master = self._open_book(), keys.master_key(self._key_path)
+        self._attempt = self._book.begin_attempt(self._study, self._run, keys.key_id(master))
+        self._key = keys.derive(master, self._book.ledger_id, self._study, self._run, self._attempt, "scores")

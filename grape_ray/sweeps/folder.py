@@ -1,0 +1,89 @@
+"""The folder of a sweep: how it was begun, its runs, and the table of its trials put together from what they left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from grape_ray.accounting.ledger import Ledger
+from grape_ray.accounting.replay import Attempt
+from grape_ray.errors import ConfigError
+from grape_ray.plan import RUN_FILE
+from grape_ray.storage import Storage
+from grape_ray.trace import lines
+
+SWEEP_FILE, RESULT_FILE = "sweep.json", "result.json"
+RUNS, TUNE = "runs", "tune"
+EXECUTED, REPORTS = "executed", "reports"  # traces below a run's folder
+
+
+@dataclass(frozen=True)
+class TrialRow:
+    """What one run of a sweep did.
+
+    Attributes:
+        run: its name; trial: the trial that it belongs to (population-based training has several runs a trial).
+        values: of the varied fields. steps: of its model at its last report; score: then, None without a report.
+        charged, executed: step tokens it burned, and steps its processes counted. attempts: how often it was begun.
+        reports: (time in seconds since 1970, step, score) each; done: whether it reached its own end.
+    """
+
+    run: str
+    trial: str
+    values: Mapping[str, Any]
+    steps: int
+    score: float | None
+    charged: int
+    executed: int
+    attempts: int
+    reports: tuple[tuple[float, int, float], ...]
+    done: bool
+
+
+def read(folder: Storage) -> dict[str, Any]:
+    """How a sweep was begun. Raises ConfigError where the folder holds no sweep."""
+    try:
+        return json.loads(folder.read(SWEEP_FILE))
+    except FileNotFoundError as error:
+        raise ConfigError("there is no sweep", folder.url, f"a folder with {SWEEP_FILE}", "check name and storage") from error
+
+
+def trials(folder: Storage, sweep: Mapping[str, Any]) -> list[TrialRow]:
+    """The runs of a sweep in mode compose, in the order in which they were begun."""
+    known = Ledger.open(sweep["ledger"], create=False).state.study(sweep["study"]).runs
+    names = sorted({name.split("/")[1] for name in folder.list(f"{RUNS}/") if name.endswith(f"/{RUN_FILE}")})
+    order = {run: place for place, run in enumerate(known)}
+    rows = [_row(folder.child(RUNS).child(name), name, sweep, known.get(name, [])) for name in names]
+    return sorted(rows, key=lambda row: order.get(row.run, len(order)))
+
+
+def _row(run_folder: Storage, run: str, sweep: Mapping[str, Any], attempts: list[Attempt]) -> TrialRow:
+    described = json.loads(run_folder.read(RUN_FILE))
+    values = {}
+    for name in sweep["fields"]:
+        node: Any = described
+        for part in name.split("."):
+            node = node["fields"][part] if part not in node and "fields" in node else node[part]
+        values[name] = node
+    metric = sweep["metric"]
+    told = sorted((json.loads(line) for line in lines(run_folder, REPORTS)), key=lambda report: report["time"])
+    reports = tuple((report["time"], report["step"], report[metric]) for report in told if metric in report)
+    return TrialRow(
+        run=run,
+        trial=run.partition(".")[0],
+        values=values,
+        steps=told[-1]["step"] if told else 0,
+        score=reports[-1][2] if reports else None,
+        charged=sum(attempt.used for attempt in attempts),
+        executed=len(lines(run_folder, EXECUTED)),
+        attempts=len(attempts),
+        reports=reports,
+        done=bool(told) and told[-1]["done"],
+    )
+
+
+def best(rows: list[TrialRow]) -> TrialRow | None:
+    """The run with the best last score, the one with more steps of equals; None without a score."""
+    return max((row for row in rows if row.score is not None), key=lambda row: (row.score, row.steps), default=None)

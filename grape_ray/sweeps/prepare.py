@@ -1,0 +1,202 @@
+"""A sweep that is checked and priced whole before any work: bad input costs nothing and leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from grape_ray.accounting import keys
+from grape_ray.accounting.events import check_delta, check_epsilon
+from grape_ray.accounting.ledger import Ledger
+from grape_ray.accounting.records import Study
+from grape_ray.accounting.selection import Selection
+from grape_ray.data.tables import fingerprint_arrays
+from grape_ray.errors import ConfigError
+from grape_ray.plan import absolute, check_run_name, default_ledger, home, sampling_prob_of, try_out
+from grape_ray.resolve import describe
+from grape_ray.storage import Storage
+from grape_ray.sweeps import folder, price
+from grape_ray.sweeps.options import SELECT, Options, check_select_config
+from grape_ray.sweeps.space import PRIVATE, SweepStudy
+from grape_ray.task import Data
+
+
+@dataclass(frozen=True)
+class Share:
+    """A study or selection, and the ledger of the records that pay for it.
+
+    Attributes:
+        paid: what is registered there. ledger: URL. dataset_id: of the records. budget: (epsilon, delta) of the records, where the
+            ledger is made.
+    """
+
+    paid: Study | Selection
+    ledger: str
+    dataset_id: str
+    budget: tuple[float, float]
+
+    def check(self) -> None:
+        """Refuses, before any work, what the ledger would refuse. Raises BudgetExceeded, LedgerError."""
+        if not Storage(self.ledger).exists("00000000.json"):
+            return
+        state = Ledger.open(self.ledger, self.dataset_id, create=False).state
+        if self.paid.name not in state.studies and self.paid.name not in state.selections:
+            state.check_share(self.paid)
+
+    def open(self) -> None:
+        """Makes the ledger where there is none."""
+        existing = Storage(self.ledger).exists("00000000.json")
+        Ledger.open(self.ledger, self.dataset_id, *((None, None) if existing else self.budget))
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep that may begin.
+
+    Attributes:
+        name: of its folder below storage, and of its study. options: as asked. study: its config as every trial begins from it.
+        storage: URL of the folder of sweeps. steps: what pays for training steps; scores: for private scores, or None.
+        sealed: URL of the folder of secrets in mode select; None otherwise. existing: whether it is resumed.
+    """
+
+    name: str
+    options: Options
+    space: dict[str, Any]
+    study: SweepStudy
+    storage: str
+    steps: Share
+    scores: Share | None
+    sealed: str | None
+    existing: bool
+
+    def folder(self) -> Storage:
+        """The sweep's own folder."""
+        return Storage(self.storage).child(self.name)
+
+    def register(self) -> None:
+        """Keeps the description of the sweep, from which it is resumed and reported."""
+        if not self.existing:
+            self.folder().create(folder.SWEEP_FILE, json.dumps(self._description(), indent=1, sort_keys=True).encode())
+
+    def _description(self) -> dict[str, Any]:
+        paid, scores = self.steps.paid, self.scores
+        return {
+            "sweep": self.name,
+            "study": paid.name,
+            "mode": self.options.mode,
+            "options": self.options.as_json(),
+            "fields": sorted(self.space),
+            "metric": self.study.metric,
+            "score_source": self.study.score_source,
+            "config": describe(self.study.config),
+            "paid": paid.payload(),
+            "ledger": self.steps.ledger,
+            "budget": list(self.steps.budget),
+            "dataset_id": self.steps.dataset_id,
+            "sealed": self.sealed,
+            "scores": scores
+            and {"paid": scores.paid.payload(), "ledger": scores.ledger, "dataset_id": scores.dataset_id, "budget": list(scores.budget)},
+            "time": time.time(),
+        }
+
+
+def prepare(options: Options, space: dict[str, Any], study: SweepStudy, name: str | None = None) -> Sweep:
+    """Checks and prices a new sweep; writes nothing.
+
+    Raises:
+        GrapeRayError: one of its kinds for whatever is wrong.
+    """
+    name = name or f"{options.space.rpartition('.')[2]}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
+    check_run_name(name)
+    study = _priced_config(options, study)
+    if options.mode == SELECT:
+        check_select_config(study.config)
+    data = study.config.task.load()
+    sampling_prob = sampling_prob_of(study.config, data)
+    try_out(study.config, data)
+    storage, privacy = absolute(options.storage), study.config.privacy
+    place = Storage(storage).child(name)
+    if place.exists(folder.SWEEP_FILE):
+        raise ConfigError("the sweep exists", name, "a new name", f"resume it with --resume {name}")
+    ledger = absolute(options.ledger) if options.ledger else default_ledger(data.dataset_id, data.public, storage, name)
+    keys.check_outside(options.key_path or keys.default_path(), storage, ledger)
+    budget = (check_epsilon(options.ledger_epsilon or privacy.epsilon), check_delta(options.ledger_delta or privacy.delta))
+    paid: Study | Selection
+    if options.mode == SELECT:
+        paid = price.select(study, name, sampling_prob, privacy.epsilon, privacy.delta, options.the_law())
+    else:
+        tokens = options.tokens or price.planned_tokens(study, options.trials, options.scheduler)
+        paid = price.compose(study, name, sampling_prob, privacy.epsilon, privacy.delta, tokens)
+    steps = Share(paid, ledger, data.dataset_id, budget)
+    scores = _scores(options, study, name, data, storage, paid) if study.score_source == PRIVATE else None
+    for share in filter(None, (steps, scores)):
+        share.check()
+    place.check_writable()
+    sealed = _sealed(options, storage, name) if options.mode == SELECT else None
+    return Sweep(name, options, space, _frozen(study, paid), storage, steps, scores, sealed, False)
+
+
+def resume(described: dict[str, Any], options: Options, space: dict[str, Any], study: SweepStudy) -> Sweep:
+    """A sweep as it was begun, to be gone on with; its price is what was registered."""
+    payload, scores = described["paid"], described["scores"]
+    kind = Selection if options.mode == SELECT else Study
+    paid, name = kind.from_payload(payload), described["sweep"]
+    study = _frozen(_priced_config(options, study), paid)
+    mine = json.loads(json.dumps(describe(study.config)))
+    differing = sorted(key for key in mine if mine[key] != described["config"].get(key)) + [
+        key for key, value in (("fields", sorted(space)), ("score_source", study.score_source)) if described[key] != value
+    ]
+    if differing:
+        fix = "resume it with the space that it was begun with, or begin a new sweep"
+        raise ConfigError(f"sweep {name} was begun with another {', '.join(differing)}", None, "the same tune space", fix)
+    steps = Share(paid, described["ledger"], described["dataset_id"], (described["budget"][0], described["budget"][1]))
+    share = scores and Share(kind.from_payload(scores["paid"]), scores["ledger"], scores["dataset_id"], tuple(scores["budget"]))
+    return Sweep(name, options, space, study, absolute(options.storage), steps, share or None, described["sealed"], True)
+
+
+def _priced_config(options: Options, study: SweepStudy) -> SweepStudy:
+    """The study with the sweep's budget, and with a checkpoint at each point of comparison."""
+    privacy, performance = study.config.privacy, study.config.performance
+    privacy = replace(privacy, epsilon=options.epsilon or privacy.epsilon, delta=options.delta or privacy.delta)
+    # In population-based training any checkpoint of a trial may be where another goes on.
+    keep = 10**6 if options.scheduler == "pbt" else performance.keep_checkpoints
+    # In mode select a trial has one score, at its end.
+    every = 0 if options.mode == SELECT else performance.eval_every
+    performance = replace(performance, checkpoint_every=performance.eval_every, eval_every=every, keep_checkpoints=keep)
+    return replace(study, config=replace(study.config, privacy=privacy, performance=performance))
+
+
+def _frozen(study: SweepStudy, paid: Study | Selection) -> SweepStudy:
+    """The study with the noise that was paid for."""
+    privacy = replace(study.config.privacy, noise_multiplier=paid.mechanism.noise_multiplier)
+    return replace(study, config=replace(study.config, privacy=privacy))
+
+
+def _scores(options: Options, study: SweepStudy, name: str, data: Data, storage: str, paid: Study | Selection) -> Share:
+    """What pays for private scores."""
+    records = _fingerprint(data.validation.columns.values())
+    where = absolute(options.score_ledger) if options.score_ledger else default_ledger(records, False, storage, name)
+    if isinstance(paid, Study):
+        price_of: Study | Selection = price.scores(study, name, price.planned_scores(study, paid.tokens, options.trials))
+    else:
+        price_of = price.select_scores(study, name, options.the_law())
+    return Share(price_of, where, records, (study.score_epsilon, study.score_delta))
+
+
+def _fingerprint(columns: Iterable[Any]) -> str:
+    """Of records in memory."""
+    return fingerprint_arrays(*(part for c in columns for part in ((c.values, c.offsets) if hasattr(c, "offsets") else (c,))))
+
+
+def _sealed(options: Options, storage: str, name: str) -> str:
+    """Where mode select keeps what nobody may see."""
+    if options.sealed:
+        return f"{absolute(options.sealed)}/{name}"
+    if "://" in storage:
+        fix = "name a folder with --sealed that every machine of the cluster reaches, and nobody else"
+        raise ConfigError("mode select has no place for its secrets", storage, "local storage, or --sealed", fix)
+    return str(home() / "sealed" / name)

@@ -1,0 +1,185 @@
+"""Whole sweeps on real Ray Tune: all that is executed is paid for, the budget ends them cleanly, and a selection shows its winner alone."""
+
+import io
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+from grape_ray import checkpoint
+from grape_ray.accounting import Ledger, verify
+from grape_ray.cli import main
+from grape_ray.errors import BudgetExceeded, ConfigError
+from grape_ray.orchestrate.sweep import resume, run
+from grape_ray.storage import Storage
+from grape_ray.sweeps.options import Options
+from grape_ray.sweeps.page import report
+
+pytestmark = pytest.mark.ray
+WANTED = ["study", "mode", "epsilon", "delta", "tokens_total", "tokens_charged", "steps_executed", "trials", "best", "ledger"]
+
+
+@pytest.fixture
+def sweep(tmp_path, ray_cluster):
+    """Runs a sweep of the tiny space; what it says is kept in `sweep.said`."""
+
+    def go(name, **options):
+        options = {"storage": str(tmp_path / "sweeps"), "key_path": str(tmp_path / "key"), **options}
+        return run(Options("tests.tiny_space", **options), said.append, name)
+
+    said: list[str] = []
+    go.said = said  # pyright: ignore[reportFunctionMemberAccess]
+    return go
+
+
+def balanced(result):
+    """Each step that was executed was charged, and nothing else."""
+    assert [key for key in WANTED if key not in result] == []
+    assert result["tokens_charged"] == result["steps_executed"] <= result["tokens_total"]
+    assert Ledger.open(result["ledger"], create=False).state.study(result["study"]).used == result["tokens_charged"]
+    found = verify(result["ledger"])
+    assert found.ok, found.problems
+
+
+def test_asha_stops_trials_and_charges_what_they_took(sweep, tmp_path):
+    result = sweep("a", trials=6, seed=3)
+    balanced(result)
+    assert result["trials"] == 6
+    assert result["tokens_charged"] < 6 * 12  # some were stopped
+    assert set(result["best"]["config"]) == {"method.rank", "privacy.clip_norm", "method.learning_rate"}
+    assert 0 < result["best"]["naive_epsilon"] < result["epsilon"] == 8.0
+    assert any("step 12" in line for line in sweep.said)
+    assert Storage(tmp_path / "sweeps" / "a").exists(f"runs/{result['best']['run']}/{checkpoint.folder_of(12)}/manifest.json")
+    page, table = report(str(tmp_path / "sweeps" / "a"))
+    assert page.count("<svg") == 6
+    assert "http" not in page.replace("http://www.w3.org", "")  # it needs nothing else
+    assert f"{result['best']['naive_epsilon']:.2f}" in page
+    rows = pq.read_table(io.BytesIO(table)).to_pylist()
+    assert sum(row["executed"] for row in rows) == result["steps_executed"]
+    assert {row["method.rank"] for row in rows} <= {4, 8}
+    shown = CliRunner().invoke(main, ["ledger", "show", result["ledger"], "--json"])
+    assert sum(r["used"] for r in json.loads(shown.stdout)["studies"]["a"]["runs"].values()) == result["tokens_charged"]
+    with pytest.raises(ConfigError, match=r"begun with another --trials"):
+        resume(str(tmp_path / "sweeps"), "a", {"trials": 7}, print)
+    again = resume(str(tmp_path / "sweeps"), "a", {}, print)
+    assert (again["tokens_charged"], again["best"]) == (result["tokens_charged"], result["best"])
+
+
+def test_the_budget_of_n_steps_gives_n_steps_to_eight_trials(sweep):
+    result = sweep("a", trials=8, scheduler="none", tokens=41)
+    balanced(result)
+    assert result["tokens_charged"] == result["tokens_total"] == 41
+    assert result["trials"] == 8
+
+
+@pytest.mark.slow
+def test_two_sweeps_at_once_stay_within_one_budget(sweep, tmp_path):
+    shared = {"ledger": str(tmp_path / "ledger"), "ledger_epsilon": 5.0, "ledger_delta": 2e-5, "trials": 3, "epsilon": 2.5}
+    results, errors = {}, []
+
+    def go(name):
+        try:
+            results[name] = sweep(name, **shared)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=go, args=(name,)) for name in ("a", "b")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    for result in results.values():
+        balanced(result)
+    state = Ledger.open(shared["ledger"], create=False).state
+    assert sum(known.study.epsilon for known in state.studies.values()) == state.epsilon == 5.0
+    with pytest.raises(BudgetExceeded, match="costs too much"):
+        sweep("c", **{**shared, "epsilon": 0.1})
+    assert not (tmp_path / "sweeps" / "c").exists()
+
+
+@pytest.mark.slow
+def test_population_based_training_goes_on_from_another_trials_checkpoint(sweep, tmp_path):
+    result = sweep("a", trials=4, scheduler="pbt", seed=1, assignments=("privacy.steps=40",))
+    balanced(result)
+    described = [json.loads(path.read_text()) for path in (tmp_path / "sweeps" / "a" / "runs").glob("*/run.json")]
+    taken_over = [run for run in described if "origin" in run]
+    assert taken_over
+    for run_ in taken_over:  # with the rank of the other, and a key of its own
+        other = json.loads(Path(run_["origin"][0], "run.json").read_text())
+        assert run_["method"]["rank"] == other["method"]["rank"]
+        assert run_["run"] != other["run"]
+
+
+@pytest.mark.slow
+def test_optuna_and_median_stopping_pay_alike(sweep):
+    pytest.importorskip("optuna")
+    balanced(sweep("a", trials=5, scheduler="median", search="optuna", seed=1))
+
+
+def test_a_selection_releases_its_winner_and_nothing_else(sweep, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
+    monkeypatch.setenv("TINY_SCORES", "private")
+    result = sweep("a", mode="select", scheduler="none", trials=4, epsilon=8.0)
+    assert all(result[key] is None for key in ("tokens_total", "tokens_charged", "steps_executed", "trials"))
+    assert result["epsilon"] == 8.0
+    assert result["score_source"] == "private"
+    for url in (result["ledger"], result["score_ledger"]):
+        state = Ledger.open(url, create=False).state
+        assert list(state.selections) == ["a"]
+        assert state.studies == {}  # from the charges of trials their number could be told
+        assert verify(url).ok
+    folder = tmp_path / "sweeps" / "a"
+    assert [path.name for path in (folder / "runs").iterdir()] == ["winner"]
+    assert not (folder / "tune").exists()
+    assert [path for path in (tmp_path / "share" / "grape-ray" / "sealed").rglob("*") if path.is_file()] == []
+    assert checkpoint.latest(Storage(folder / "runs" / "winner")) is not None
+    assert len(sweep.said) == 1  # no report of a trial
+    page, table = report(str(folder))
+    assert "secret" in page
+    assert len(pq.read_table(io.BytesIO(table))) == 1
+    exported = CliRunner().invoke(main, ["export", str(folder / "runs" / "winner"), str(tmp_path / "model")])
+    assert exported.exit_code == 0, exported.output
+    again = resume(str(tmp_path / "sweeps"), "a", {}, print)
+    assert again == result
+
+
+def test_a_selection_is_never_drawn_twice(sweep, tmp_path, monkeypatch):
+    from grape_ray.orchestrate import select
+
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
+
+    def die(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(select, "_release", die)
+        with pytest.raises(KeyboardInterrupt):
+            sweep("a", mode="select", scheduler="none", trials=3)
+    sealed = tmp_path / "share" / "grape-ray" / "sealed" / "a"
+    drawn = (sealed / "draw.json").read_text()
+    assert sealed.stat().st_mode & 0o077 == 0
+    assert not (tmp_path / "sweeps" / "a" / "runs").exists()
+    (sealed / "draw.json").unlink()
+    with pytest.raises(ConfigError, match="refuses to resume without its sealed draw"):
+        resume(str(tmp_path / "sweeps"), "a", {}, print)
+    (sealed / "draw.json").write_text(drawn)
+    result = resume(str(tmp_path / "sweeps"), "a", {}, print)
+    assert result["best"]["config"] in [values for _, values in json.loads(drawn)]
+
+
+@pytest.mark.slow
+def test_trials_on_workers_are_stopped_and_pay_alike(tmp_path):
+    words = ["tune", "tests.tiny_space", "--trials", "3", "--workers", "1", "--seed", "3", "--name", "a", "--json"]
+    words += ["--storage", str(tmp_path / "sweeps"), "--key-file", str(tmp_path / "key")]
+    code = "from grape_ray.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    balanced(result)
+    assert result["trials"] == 3

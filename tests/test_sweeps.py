@@ -1,0 +1,220 @@
+"""What a sweep may vary, what it costs, what is refused by name, and what its private scores and traces promise; no cluster needed."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from grape_ray.accounting import Ledger, Mechanism, Study, affords, verify
+from grape_ray.accounting.selection import Selection
+from grape_ray.cli import main
+from grape_ray.errors import ConfigError
+from grape_ray.scores import PrivateScore
+from grape_ray.storage import Storage
+from grape_ray.sweeps import SweepStudy, price, space
+from grape_ray.sweeps.options import Options
+from grape_ray.sweeps.prepare import prepare
+from grape_ray.trace import Trace, lines
+from tests.tiny import tiny
+
+REPOSITORY = Path(__file__).parents[1]
+SPACES = ["digits", "sst2", "roberta", "opt", "vit"]
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_every_space_is_sound_and_its_trials_have_a_config(name):
+    from grape_ray.orchestrate.tune import check_domains
+
+    domains, study = space.load(f"tune_spaces.{name}")
+    check_domains(domains, study)
+    assert set(domains) <= set(study.tunable)
+    for _ in range(5):
+        config = study.with_values({field: domain.sample() for field, domain in domains.items()})
+        assert config.privacy.expected_batch_size == study.config.privacy.expected_batch_size
+    assert study.with_values(study.defaults(domains)) == study.config
+    assert price.planned_tokens(study, 12, "asha") <= price.planned_tokens(study, 12, "none")
+
+
+@pytest.mark.parametrize("field", sorted(space.FROZEN))
+def test_what_a_study_freezes_no_trial_may_vary(field):
+    with pytest.raises(ConfigError, match=f"cannot vary {field}"):
+        SweepStudy(tiny(), (field,), "public")
+
+
+def test_other_fields_are_refused_by_name():
+    study = SweepStudy(tiny(), ("method.rank",), "public")
+    with pytest.raises(ConfigError, match=r"cannot vary performance\.charge_chunk"):
+        space.check_names(["performance.charge_chunk"], ["performance.charge_chunk"])
+    with pytest.raises(ConfigError, match=r"no trial vary this field.*method\.rnk"):
+        space.check_names(["method.rnk"], study.tunable)
+    with pytest.raises(ConfigError, match="unknown key"):
+        study.with_values({"method.rnk": 3})
+
+
+@pytest.mark.parametrize("source", ["", "none", "validation", None])
+def test_there_is_no_third_source_of_scores(source):
+    with pytest.raises(ConfigError, match=r"'public'.*'private'"):
+        SweepStudy(tiny(), (), source)
+    with pytest.raises(TypeError):
+        SweepStudy(tiny(), ())  # pyright: ignore[reportCallIssue]
+
+
+def test_methods_of_one_mechanism_alone_are_mixed():
+    space.check_methods("grape", ["dp_adam", "ghost", "bookkeeping", "dp_galore"])
+    space.check_methods("randomized", ["randomized"])
+    for base, other in (("grape", "randomized"), ("grape", "none"), ("randomized", "grape")):
+        with pytest.raises(ConfigError, match="cannot mix mechanisms"):
+            space.check_methods(base, [other])
+
+
+def test_planned_tokens_follow_successive_halving():
+    config = tiny(steps=90).override(["performance.eval_every=10", "privacy.spare_steps=7"])
+    study = SweepStudy(config, ("method.rank",), "public")
+    assert price.planned_tokens(study, 9, "none") == 9 * 90 + 7
+    assert price.planned_tokens(study, 9, "asha") == int(1.5 * (9 * 10 + 3 * 20 + 1 * 60)) + 7
+    assert price.planned_tokens(study, 1, "asha") == 90 + 7
+
+
+def test_compose_prices_noise_for_tokens_or_tokens_for_noise():
+    study = SweepStudy(tiny(), ("method.rank",), "public")
+    paid = price.compose(study, "s", 0.25, 4.0, 1e-5, 60)
+    assert paid.tokens == 60
+    assert affords(paid.mechanism, 60, 4.0, 1e-5)
+    loud = replace(study, config=study.config.override(["privacy.noise_multiplier=2.0"]))
+    counted = price.compose(loud, "s", 0.25, 4.0, 1e-5, 10**6)
+    assert affords(counted.mechanism, counted.tokens, 4.0, 1e-5)
+    assert price.compose(loud, "s", 0.25, 4.0, 1e-5, 5).tokens == 5
+
+
+REFUSED = [
+    ({"scheduler": "asha"}, "mode select refuses --scheduler asha: it stops a trial because of the scores of others"),
+    ({"scheduler": "median"}, "refuses --scheduler median"),
+    ({"scheduler": "pbt"}, "refuses --scheduler pbt: it continues one trial from the weights of another"),
+    ({"search": "optuna"}, "refuses --search optuna: it proposes a trial because of the scores of earlier ones"),
+    ({"tokens": 5}, "refuses --tokens"),
+    ({"trials": 1}, "mean number of trials"),
+]
+
+
+@pytest.mark.parametrize(("changes", "part"), REFUSED)
+def test_select_refuses_by_name_what_breaks_its_theorem(changes, part):
+    with pytest.raises(ConfigError) as caught:
+        Options("s", **{"mode": "select", "scheduler": "none", **changes})
+    assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "part"),
+    [("method.name=randomized", "refuses method randomized"), ("performance.num_workers=2", "refuses --workers")],
+)
+def test_select_refuses_default_runs_that_cannot_be_sealed(assignment, part, tmp_path):
+    options = Options("tests.tiny_space", mode="select", scheduler="none", storage=str(tmp_path / "s"))
+    domains, study = space.load("tests.tiny_space", [assignment])
+    with pytest.raises(ConfigError, match=part):
+        prepare(options, domains, study)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_selection_is_priced_for_whole_trials(tmp_path):
+    options = Options("tests.tiny_space", mode="select", scheduler="none", storage=str(tmp_path / "s"), key_path=str(tmp_path / "k"))
+    sweep = prepare(options, *space.load("tests.tiny_space"))
+    paid = sweep.steps.paid
+    assert isinstance(paid, Selection)
+    assert (paid.trial_tokens, paid.law.mean, paid.epsilon) == (24, 10.0, 8.0)
+    assert 7.9 < paid.cost() <= 8.0
+    assert sweep.study.config.performance.eval_every == 0  # one score a trial, at its end
+
+
+def test_a_sweep_beyond_the_budget_is_refused_before_any_work(tmp_path):
+    data = tiny().task.load()
+    Ledger.open(tmp_path / "ledger", data.dataset_id, 5.0, 1e-4).ensure_study(
+        Study("other", Mechanism("poisson_gaussian", 1.0, 50.0), 3.0, 1e-5, 10)
+    )
+    before = sorted(p.name for p in (tmp_path / "ledger").iterdir())
+    words = ["tune", "tests.tiny_space", "--storage", tmp_path / "s", "--ledger", tmp_path / "ledger", "--key-file", tmp_path / "k"]
+    result = CliRunner().invoke(main, [*map(str, words), "--budget-epsilon", "2.1", "--name", "n"])
+    assert result.exit_code == 2
+    assert "costs too much" in result.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ledger"]
+    assert sorted(p.name for p in (tmp_path / "ledger").iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["tune_spaces.digit"], "did you mean 'tune_spaces.digits'"), (["pipelines.digits_vit"], "has no function space()"),
+        (["tests.tiny_space", "--budget-epsilon", "nan"], "privacy.epsilon"), (["tests.tiny_space", "--trials", "0"], "--trials"),
+        (["tests.tiny_space", "--resume", "nothing"], "there is no sweep"), (["tests.tiny_space", "--set", "method.rank=0"], "method.rank"),
+        (["tests.tiny_space", "--scheduler", "pbt", "--search", "optuna"], "one of the two"),
+        (["tests.tiny_space", "--mode", "select", "--scheduler", "asha"], "mode select refuses"),
+        (["tests.tiny_space", "--set", "performance.eval_every=0"], "trials are compared at evaluations"),
+        (["tests.tiny_space", "--mode", "select", "--storage", "memory://x"], "no place for its secrets"),
+    ],
+)  # fmt: skip
+def test_bad_words_cost_one_line_and_leave_nothing(tmp_path, monkeypatch, words, part):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, ["tune", *words, "--key-file", str(tmp_path / "key")])
+    assert result.exit_code == 2, result.output
+    assert part in result.stderr.strip().splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def scored(tmp_path):
+    """(A function that makes a private score, the ledger that pays for it): 40 tokens, noise multiplier 30."""
+    ledger = Ledger.open(tmp_path / "scores", "validation", 9.0, 1e-4)
+    ledger.ensure_study(Study("s", Mechanism("poisson_gaussian", 1.0, 30.0), 9.0, 1e-5, 40))
+    return lambda run: PrivateScore(lambda: ledger, "s", run, str(tmp_path / "key"), "accuracy", 30.0), ledger
+
+
+@pytest.mark.statistical
+def test_private_scores_are_noised_charged_and_end_with_their_budget(scored):
+    make, ledger = scored
+    one, two = make("a"), make("b")
+    metrics = {"accuracy": 0.5, "loss": 1.25}
+    found = [one(metrics, 100) for _ in range(20)] + [two(metrics, 100) for _ in range(20)]
+    assert all(set(score) == {"accuracy"} for score in found)  # nothing else is released
+    noise = np.array([100 * score["accuracy"] - 50 for score in found]) / 30
+    assert len(set(noise)) == 40
+    # A sum of 40 squares lies outside (16, 76) with probability 8e-4; at half the scale it lies inside with probability 6e-3.
+    assert 16 < (noise**2).sum() < 76
+    assert ledger.state.study("s").left == 0
+    assert one(metrics, 100) == {}
+    assert verify(ledger._chain.storage).ok
+
+
+@pytest.mark.parametrize("metrics", [{}, {"loss": 0.5}, {"accuracy": 1.5}, {"accuracy": -0.1}, {"accuracy": math.nan}])
+def test_a_score_whose_sensitivity_is_unknown_is_refused_and_not_told(scored, metrics):
+    make, ledger = scored
+    with pytest.raises(ConfigError, match="private score") as caught:
+        make("a")(metrics, 100)
+    assert str(metrics.get("accuracy")) not in str(caught.value)
+    assert ledger.state.study("s").used == 0
+
+
+def test_traced_lines_outlive_a_kill(tmp_path):
+    code = (
+        "import os, signal; from grape_ray.storage import Storage; from grape_ray.trace import Trace; "
+        f"t = Trace(Storage({str(tmp_path)!r}), 'executed'); [t.line(str(n)) for n in range(50)]; os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert lines(Storage(tmp_path), "executed") == [str(n) for n in range(50)]
+
+
+def test_traces_of_object_stores_are_written_whole():
+    folder = Storage(f"memory://{os.getpid()}/x")
+    one, two = Trace(folder, "executed"), Trace(folder, "executed")
+    for trace in (one, two):
+        for n in range(3):
+            trace.line(json.dumps({"n": n}))
+        trace.close()
+    assert [json.loads(line)["n"] for line in lines(folder, "executed")] == [0, 1, 2] * 2
