@@ -68,12 +68,14 @@ class Around:
         on_step: told the number of each step before it is taken, on rank 0.
         go_on: asked after each evaluation but the last, on rank 0, whether the run goes on; may wait as long as it likes.
         score: what may be known of validation metrics, given them and the number of validation records, on rank 0.
+        on_end: called when the loop is over, however it ended, on every rank.
     """
 
     open_ledger: Callable[[Plan], Book] = open_ledger
     on_step: Callable[[int], None] = lambda step: None
     go_on: Callable[[Progress], bool] = _always
     score: Callable[[Mapping[str, float], int], dict[str, float]] = lambda metrics, records: dict(metrics)
+    on_end: Callable[[], None] = lambda: None
 
 
 def begin_attempt(plan: Plan, comms: Comms, open_ledger: Callable[[Plan], Book] = open_ledger) -> Attempt:
@@ -247,6 +249,7 @@ def execute(
         raise
     finally:
         journal.close()
+        around.on_end()
     if outcome.interrupted:
         if comms.rank == 0:
             _settle(session, outcome.paid_until - outcome.progress.step)

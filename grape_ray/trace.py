@@ -36,7 +36,7 @@ class Trace:
             self._save()
 
     def close(self) -> None:
-        """Makes all lines durable."""
+        """Makes all lines durable; more may follow."""
         if self._unsaved:
             self._save()
         if self._descriptor is not None:

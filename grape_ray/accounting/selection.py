@@ -26,7 +26,7 @@ from grape_ray.errors import BudgetExceeded, ConfigError
 
 NEGATIVE_BINOMIAL, POISSON = "truncated_negative_binomial", "poisson"
 _PRECISION = 1e-4
-_MAX_MEAN = 1e4
+_MAX_MEAN = {NEGATIVE_BINOMIAL: 1e4, POISSON: 500.0}  # beyond, the first probabilities leave the range of floats
 # Any set of Renyi orders gives an upper bound; with all of dp_accounting's own it is 0.1 % lower, and takes twice as long.
 _ORDERS = (1.25, 1.5, 1.75, *(n / 4 for n in range(8, 49)), *range(13, 64), 72, 80, 96, 128, 192, 256, 512, 1024)
 
@@ -37,7 +37,7 @@ class Law:
 
     Args:
         name: ``truncated_negative_binomial`` (K >= 1), or ``poisson`` (K may be 0, and then nothing is released).
-        mean: the mean of K, at least 1.
+        mean: the mean of K, above 1 and up to 10,000 (500 for ``poisson``).
         shape: of the negative binomial: 0 is the logarithmic law, the cheapest; 1 the geometric. Always 0 for ``poisson``.
 
     Raises:
@@ -51,10 +51,10 @@ class Law:
     def __post_init__(self) -> None:
         if self.name not in (NEGATIVE_BINOMIAL, POISSON):
             raise ConfigError("unknown law of the number of trials", self.name, f"{NEGATIVE_BINOMIAL} or {POISSON}", "correct its name")
-        lowest, strict = (1, "<") if self.name == NEGATIVE_BINOMIAL else (1, "<=")
         mean, shape = finite("mean number of trials", self.mean), finite("shape of the law", self.shape)
-        if not (lowest < mean <= _MAX_MEAN or (strict == "<=" and mean == lowest)):
-            raise ConfigError("mean number of trials", mean, f"{lowest} {strict} mean <= {_MAX_MEAN:g}", "ask for more trials")
+        most = _MAX_MEAN[self.name]
+        if not 1 < mean <= most:
+            raise ConfigError("mean number of trials", mean, f"1 < mean <= {most:g}", "ask for another number of trials")
         if not 0 <= shape <= (100 if self.name == NEGATIVE_BINOMIAL else 0):
             raise ConfigError("shape of the law", shape, "0 to 100, and 0 for poisson", "0 is the logarithmic law")
         object.__setattr__(self, "mean", mean)

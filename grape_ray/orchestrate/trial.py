@@ -67,9 +67,13 @@ class Surround:
         setting, steps = self.setting, Trace(plan.folder(), EXECUTED)
 
         def go_on(progress: Progress) -> bool:
+            steps.close()  # durable by now, also on an object store
             return self.talk.ask({"step": progress.step, "metrics": dict(progress.metrics)})
 
-        around = Around(open_ledger=lambda plan: setting.book, on_step=lambda step: steps.line(str(step)), go_on=go_on)
+        def on_step(step: int) -> None:
+            steps.line(str(step))
+
+        around = Around(open_ledger=lambda plan: setting.book, on_step=on_step, go_on=go_on, on_end=steps.close)
         if setting.score_paid is None or setting.score_book is None:
             return around
         paid, book = setting.score_paid, setting.score_book

@@ -15,6 +15,7 @@ from ray.tune.search import BasicVariantGenerator
 from ray.tune.search.sample import Categorical, Domain, Float, Integer
 
 from grape_ray.accounting import calibration
+from grape_ray.accounting.ledger import Ledger
 from grape_ray.accounting.records import Study
 from grape_ray.errors import ConfigError
 from grape_ray.orchestrate.accountant import Accountant
@@ -91,7 +92,7 @@ def outcome(sweep: Sweep) -> dict[str, Any]:
     assert isinstance(paid, Study)
     described = folder.read(sweep.folder())
     rows = folder.trials(sweep.folder(), described)
-    best, charged = folder.best(rows), sum(row.charged for row in rows)
+    best, charged = folder.best(rows), Ledger.open(sweep.steps.ledger, create=False).state.study(paid.name).used
     naive = calibration.epsilon(paid.mechanism, best.steps, paid.delta) if best and best.steps else None
     return {
         "sweep": f"{sweep.storage}/{sweep.name}",

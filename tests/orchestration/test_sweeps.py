@@ -173,13 +173,44 @@ def test_a_selection_is_never_drawn_twice(sweep, tmp_path, monkeypatch):
     assert result["best"]["config"] in [values for _, values in json.loads(drawn)]
 
 
-@pytest.mark.slow
-def test_trials_on_workers_are_stopped_and_pay_alike(tmp_path):
-    words = ["tune", "tests.tiny_space", "--trials", "3", "--workers", "1", "--seed", "3", "--name", "a", "--json"]
-    words += ["--storage", str(tmp_path / "sweeps"), "--key-file", str(tmp_path / "key")]
+@pytest.fixture
+def bucket(monkeypatch):
+    """An S3 bucket on the loopback interface, found through the environment by whatever is started from here."""
+    server_module = pytest.importorskip("moto.server", reason="needs moto[server]: pip install grape-ray[s3]")
+    boto3 = pytest.importorskip("boto3", reason="needs boto3: pip install grape-ray[s3]")
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+    for name, value in {**settings, "AWS_DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(name, value)
+    boto3.client("s3").create_bucket(Bucket="bucket")
+    yield "s3://bucket"
+    server.stop()
+
+
+def program(*words):
+    """The result of `grape-ray tune tests.tiny_space` in processes of its own."""
     code = "from grape_ray.cli import main; main()"
+    words = [*map(str, ("tune", "tests.tiny_space", *words)), "--json"]
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_a_sweep_lives_on_an_object_store(bucket, tmp_path):
+    where = ("--storage", f"{bucket}/sweeps", "--key-file", tmp_path / "key")
+    result = program("--trials", 3, "--name", "a", *where)
+    balanced(result)
+    assert result["ledger"] == f"{bucket}/sweeps/a/ledger"
+    assert program("--resume", "a", *where)["best"] == result["best"]
+    assert "<svg" in report(f"{bucket}/sweeps/a")[0]
+
+
+@pytest.mark.slow
+def test_trials_on_workers_are_stopped_and_pay_alike(tmp_path):
+    where = ("--storage", tmp_path / "sweeps", "--key-file", tmp_path / "key")
+    result = program("--trials", 3, "--workers", 1, "--seed", 3, "--name", "a", *where)
     balanced(result)
     assert result["trials"] == 3
