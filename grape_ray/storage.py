@@ -44,6 +44,9 @@ class Storage:
         url: a local path, ``file://...``, ``s3://bucket/folder``, ``memory://folder`` or another protocol that fsspec knows.
         deadline_s: how long a call to remote storage is tried again.
 
+    Attributes:
+        url: the folder, absolute. local: whether it is on a file system of this machine. deadline_s: as given.
+
     Raises:
         StorageError: no driver for the URL, or the location cannot be reached (from every method; a missing name is FileNotFoundError).
     """
@@ -54,15 +57,16 @@ class Storage:
             raise StorageError("the storage location is empty", url, "a path or URL", "name a folder")
         try:
             # Listings of another process's files must be fresh, so nothing is cached.
-            options = _DRIVER_OPTIONS.get(url.partition("://")[0].removesuffix("a"), {})
+            driver = url.partition("://")[0].removesuffix("a")
+            options = {k: v for k, v in _DRIVER_OPTIONS.get(driver, {}).items() if k not in fsspec.config.conf.get(driver, {})}
             self._fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True, **options)
-            if options:
+            if driver in _DRIVER_OPTIONS:
                 self._fs.retries = _DRIVER_TRIES
         except Exception as error:  # a driver may raise anything
             raise StorageError("no driver for the storage location", url, "a path, s3:// or another fsspec URL", str(error)) from error
         self._root = root.rstrip("/") or "/"
-        self._local = "file" in (self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,))
-        self.url = self._root if self._local else self._fs.unstrip_protocol(self._root)
+        self.local = "file" in (self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,))
+        self.url = self._root if self.local else self._fs.unstrip_protocol(self._root)
         self.deadline_s = deadline_s
 
     def __repr__(self) -> str:
@@ -92,7 +96,7 @@ class Storage:
             FileExistsError: the name is taken.
         """
         with self._translate("create", name):
-            if self._local:
+            if self.local:
                 self._place(name, [data], exclusive=True)
                 return
             try:
@@ -104,7 +108,7 @@ class Storage:
     def write(self, name: str, data: bytes) -> None:
         """Make or replace a file; readers see the old content or the new, never a mixture."""
         with self._translate("write", name):
-            if self._local:
+            if self.local:
                 self._place(name, [data], exclusive=False)
             else:
                 self._persist(lambda: self._fs.pipe_file(self._path(name), data))
@@ -127,7 +131,7 @@ class Storage:
                 raise
 
         with self._translate("write", name):
-            if self._local:
+            if self.local:
                 self._place(name, blocks(), exclusive=False)
             else:
                 self._persist(send)
@@ -188,7 +192,7 @@ class Storage:
 
     def _persist(self, call: Callable[[], _Result]) -> _Result:
         """The result of `call`, tried again until the deadline while remote storage fails in a way that may pass."""
-        if self._local:
+        if self.local:
             return call()
         tries = tenacity.Retrying(
             stop=tenacity.stop_after_delay(self.deadline_s),
@@ -231,7 +235,7 @@ class Storage:
             what = f"cannot {action} {name} in {self.url}"
             if isinstance(error, OSError) and error.errno in _NO_ROOM:
                 raise StorageError(what, reason, "room for the file", "free space there, or choose another location") from error
-            if not self._local and _may_pass(error):
+            if not self.local and _may_pass(error):
                 what, fix = f"{what}, tried for {self.deadline_s:g} s", "when the storage works again, run `grape-ray resume`"
                 raise StorageError(what, reason, "storage that answers", fix) from error
             raise StorageError(what, reason, "a location you may use", "check path and access") from error
