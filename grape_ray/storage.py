@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import fsspec
+import fsspec.config
 import tenacity
 
 from grape_ray.errors import StorageError
