@@ -302,7 +302,8 @@ def _begin_from(
 ) -> tuple[int, int, str, Coordinates | None]:
     """Takes over the checkpoint of another run, and keeps it as this run's own first; the result is that of `_resume`."""
     assert plan.origin is not None
-    found = checkpoint.load(Storage(plan.origin[0]), plan.origin[1])
+    place = Storage(plan.origin[0], folder.deadline_s)
+    found = checkpoint.load(place, checkpoint.of_step(place, checkpoint.step_of(plan.origin[1])))
     checkpoint.restore(model, found, optimizer.subspace)
     optimizer.load_state_dict(found.optimizer)
     saver = Saver(plan.config, comms, folder, model, optimizer, 0)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import fsspec
+import fsspec.config
 import tenacity
 
 from grape_ray.errors import StorageError
@@ -45,7 +46,7 @@ class Storage:
         deadline_s: how long a call to remote storage is tried again.
 
     Attributes:
-        url: the folder, absolute. local: whether it is on a file system of this machine.
+        url: the folder, absolute. local: whether it is on a file system of this machine. deadline_s: as given.
 
     Raises:
         StorageError: no driver for the URL, or the location cannot be reached (from every method; a missing name is FileNotFoundError).
@@ -57,9 +58,10 @@ class Storage:
             raise StorageError("the storage location is empty", url, "a path or URL", "name a folder")
         try:
             # Listings of another process's files must be fresh, so nothing is cached.
-            options = _DRIVER_OPTIONS.get(url.partition("://")[0].removesuffix("a"), {})
+            driver = url.partition("://")[0].removesuffix("a")
+            options = {k: v for k, v in _DRIVER_OPTIONS.get(driver, {}).items() if k not in fsspec.config.conf.get(driver, {})}
             self._fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True, **options)
-            if options:
+            if driver in _DRIVER_OPTIONS:
                 self._fs.retries = _DRIVER_TRIES
         except Exception as error:  # a driver may raise anything
             raise StorageError("no driver for the storage location", url, "a path, s3:// or another fsspec URL", str(error)) from error
@@ -98,10 +100,18 @@ class Storage:
             if self.local:
                 self._place(name, [data], exclusive=True)
                 return
+            tries = 0
+
+            def send() -> None:
+                nonlocal tries
+                tries += 1
+                self._fs.pipe_file(self._path(name), data, mode="create")
+
             try:
-                self._persist(lambda: self._fs.pipe_file(self._path(name), data, mode="create"))
+                self._persist(send)
             except FileExistsError:
-                if self._persist(lambda: self._fs.cat_file(self._path(name))) != data:
+                # An earlier try of this very call may have made it, and only its answer was lost.
+                if tries == 1 or self._persist(lambda: self._fs.cat_file(self._path(name))) != data:
                     raise
 
     def write(self, name: str, data: bytes) -> None:

@@ -207,6 +207,15 @@ def test_a_step_saved_by_two_attempts_is_the_later_ones(storage):
     assert torch.equal(checkpoint.latest(storage).model["weight"], model.weight)
 
 
+def test_the_checkpoint_of_a_step_is_the_latest_attempts_whole_one(storage):
+    for attempt in (1, 2, 3):
+        saved(storage, 4, attempt=attempt)
+    storage.remove(f"{checkpoint.folder_of(4, 3)}/manifest.json")
+    assert checkpoint.of_step(storage, 4) == checkpoint.folder_of(4, 2)
+    with pytest.raises(CheckpointError, match="no checkpoint of step 5"):
+        checkpoint.of_step(storage, 5)
+
+
 def test_retention_keeps_the_newest_and_removes_old_wrecks(storage):
     for step in (1, 2, 3, 4):
         saved(storage, step)

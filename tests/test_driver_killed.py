@@ -1,5 +1,6 @@
 """A driver killed without warning at random moments: `grape-ray resume` completes every run, and repeats no more than it must."""
 
+import contextlib
 import json
 import os
 import random
@@ -36,26 +37,29 @@ def steps_by_key(witness: Path) -> Iterator[list[int]]:
     yield from found.values()
 
 
-def killed_and_resumed(folder: Path, workers: int, after_s: float, step_s: float) -> dict:
-    """A run whose driver is killed `after_s` after the run was registered; what the resume says, and `lost_steps`."""
+def killed_and_resumed(folder: Path, workers: int, after_steps: int, after_s: float, step_s: float) -> dict:
+    """A run whose driver is killed `after_s` after it drew so many noises; what the resume says, and `lost_steps`."""
     keys, token = ["--key-file", str(folder / "key")], uuid.uuid4().hex
     words = [f"task.witness={folder / 'witness'}", f"task.slow_s={step_s}", f"privacy.steps={STEPS}", f"privacy.spare_steps={STEPS}",
              f"performance.checkpoint_every={EVERY}", "performance.micro_batch_size=200", "performance.charge_chunk=4"]  # fmt: skip
     sets = [w for word in words for w in ("--set", word)]
     storage = ["--storage", str(folder / "runs"), "--run", "r", "--workers", str(workers)]
     driver = program("train", "tests.witness:witnessed", *storage, *sets, *keys, token=token)
-    deadline_s = time.monotonic() + 60
-    while not (folder / "runs" / "r" / "run.json").exists():
+    deadline_s = time.monotonic() + 300
+    while not (folder / "runs" / "r" / "run.json").exists() or sum(1 for _ in witnesses(folder / "witness")) < after_steps * (workers or 1):
         assert time.monotonic() < deadline_s
-        time.sleep(0.02)
+        time.sleep(0.01)
     time.sleep(after_s)
     driver.send_signal(signal.SIGKILL)
     driver.communicate()
     if workers:
         deadline_s = time.monotonic() + 60
-        while left := processes_with(token):
+        while left := [pid for pid, command in processes_with(token).items() if "RayTrainWorker" in command]:
             assert time.monotonic() < deadline_s, left
             time.sleep(0.2)
+        for pid in processes_with(token):  # an agent of Ray's may outlive its cluster
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
     before = list(steps_by_key(folder / "witness"))
     resumed = program("resume", str(folder / "runs" / "r"), *keys, "--json")
     output, error = resumed.communicate(timeout=300)
@@ -70,9 +74,9 @@ def killed_and_resumed(folder: Path, workers: int, after_s: float, step_s: float
     return {**result, "taken": taken, "lost_steps": taken - first}
 
 
-@pytest.mark.parametrize("after_s", [2.5, pytest.param(0.8, marks=pytest.mark.slow)])
-def test_a_killed_driver_is_resumed(tmp_path, after_s):
-    result = killed_and_resumed(tmp_path, 0, after_s, 0.06)
+@pytest.mark.parametrize("after_steps", [23, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_killed_driver_is_resumed(tmp_path, after_steps):
+    result = killed_and_resumed(tmp_path, 0, after_steps, 0.03, 0.06)
     assert result["steps"] == STEPS
     assert result["lost_steps"] <= EVERY
 
@@ -84,9 +88,9 @@ def test_ten_drivers_killed_at_random_moments_are_ten_runs_completed(tmp_path):
     for index in range(10):
         folder = tmp_path / str(index)
         folder.mkdir()
-        after_s = source.uniform(0, 18)
-        result = killed_and_resumed(folder, 2, after_s, 0.12)
-        found.append((round(after_s, 1), result["taken"], result["lost_steps"], result["steps"]))
+        after_steps, after_s = source.randrange(STEPS - 4), source.uniform(0, 0.3)
+        result = killed_and_resumed(folder, 2, after_steps, after_s, 0.12)
+        found.append((after_steps, result["taken"], result["lost_steps"], result["steps"]))
         print(found[-1], flush=True)
     assert [f[3] for f in found] == [STEPS] * 10
     assert max(f[2] for f in found) <= EVERY

@@ -48,7 +48,11 @@ class Stall:
 
 
 def measure(where: Setting, storage: str, rank: int, every: int, deltas: int, rounds: int, block: int) -> Stall:
-    """Takes `rounds` blocks of `block` steps without and as many with checkpoints, in turns; the uploads of a block count as its own."""
+    """Takes `rounds` blocks of `block` steps without and as many with checkpoints, in turns.
+
+    A checkpoint is begun before every `every` steps of its block, so that each is written while steps of that block are taken, as in a
+    long run; what is still on its way at the block's end is waited for before the next block begins, and is not timed.
+    """
     model, loss, batch = build(where)
     method = Method(rank=rank, refresh=10 * block)
     config = Config(task=None, method=method, performance=Performance(delta_checkpoints=deltas, keep_checkpoints=2))
@@ -59,17 +63,17 @@ def measure(where: Setting, storage: str, rank: int, every: int, deltas: int, ro
     step, plain, saving, copies, written, sizes = 0, [], [], [0.0], 0, {True: 0, False: 0}
     for index in range(2 * rounds + 1):
         checkpoints, began = index % 2 == 0, time.monotonic()
-        for _ in range(block):
-            released = privatize(engine.clipped_sum(loss, batch), noise, step=step, noise_multiplier=1.0, expected_batch_size=where.rows)
-            optimizer.step(released, step)
-            step += 1
-            if checkpoints and step % every == 0:
+        for done in range(block):
+            if checkpoints and done % every == 0:
                 asked = time.monotonic()
                 written += saver.save(step, {}, Occasion.DUE)
                 copies.append(time.monotonic() - asked)
-        saver.settle()
+            released = privatize(engine.clipped_sum(loss, batch), noise, step=step, noise_multiplier=1.0, expected_batch_size=where.rows)
+            optimizer.step(released, step)
+            step += 1
         if index:  # the first block warms up
             (saving if checkpoints else plain).append((time.monotonic() - began) / block)
+        saver.settle()
         if saver.newest:
             manifest = checkpoint.read_manifest(place, saver.newest)
             sizes[manifest.base is not None] = manifest.bytes

@@ -64,6 +64,17 @@ def names(storage: Storage) -> list[str]:
     return sorted({"/".join(n.split("/")[:2]) for n in storage.list(_FOLDER)}, reverse=True)
 
 
+def of_step(storage: Storage, step: int) -> str:
+    """The checkpoint of a step, of the latest attempt that made one. Raises CheckpointError where there is none."""
+    files = set(storage.list(f"{_FOLDER}{step:08d}-"))
+    whole = [f for f in names(storage) if f"{f}/{MANIFEST}" in files]
+    if not whole:
+        raise CheckpointError(
+            f"no checkpoint of step {step} in {storage.url}", None, "a whole one", "it may have been removed by retention"
+        )
+    return whole[0]
+
+
 def read_manifest(storage: Storage, name: str) -> Manifest:
     """The manifest of a checkpoint. Raises CheckpointError where it is missing, damaged or of another format."""
     try:

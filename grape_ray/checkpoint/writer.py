@@ -145,11 +145,13 @@ class Writer:
             warnings.warn(f"old checkpoints could not be removed: {error}", stacklevel=2)
 
     def _await_receipt(self, upload: _Upload, rank: int) -> dict[str, Any]:
+        pause_s = _LOOK_EVERY_S
         while time.monotonic() - upload.began_s < self._deadline_s:
             try:
                 return json.loads(self._storage.read(_receipt(upload.name, rank)))
             except FileNotFoundError:
-                time.sleep(_LOOK_EVERY_S)
+                time.sleep(pause_s)
+                pause_s = min(1.5 * pause_s, 1.0)
         raise CheckpointError(f"rank {rank} did not finish {upload.name}", f"{self._deadline_s:g} s", "its files in storage", "run again")
 
 

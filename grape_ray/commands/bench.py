@@ -179,5 +179,5 @@ def checkpoint(storage: str | None, rank: int, every: int, deltas: int, rounds: 
     ]  # fmt: skip
     columns = ("every", "s/step without", "s/step with", "rate", "longest copy s", "full bytes", "delta bytes", "written (left out)")
     facts = {"model": where.model, "rank": rank, "every": every, "deltas": deltas, **surroundings(), **dataclasses.asdict(found)}
-    note = "The rate is the median over neighbouring blocks; a block with checkpoints ends when its last one is committed."
+    note = "The rate is the median over neighbouring blocks. A checkpoint left out fell due while the one before was on its way."
     _finish(f"Checkpoints: {where.title}, grape rank {rank}, {deltas} deltas a full one", columns, rows, facts, options, note)

@@ -144,13 +144,13 @@ def test_the_program_leaves_no_process_behind(tmp_path):
         time.sleep(0.2)
 
 
-def processes_with(token: str) -> list[str]:
-    """Command lines of the processes that have the token in their environment."""
-    found = []
+def processes_with(token: str) -> dict[int, str]:
+    """Process id -> command line of the processes that have the token in their environment."""
+    found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if token.encode() in (folder / "environ").read_bytes():
-                found.append((folder / "cmdline").read_text().replace("\0", " "))
+                found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
         except OSError:
             continue
     return found
