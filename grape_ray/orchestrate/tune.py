@@ -17,7 +17,7 @@ from ray.tune.search.sample import Categorical, Domain, Float, Integer
 from grape_ray.accounting import calibration
 from grape_ray.accounting.ledger import Ledger
 from grape_ray.accounting.records import Study
-from grape_ray.errors import ConfigError
+from grape_ray.errors import ConfigError, GrapeRayError
 from grape_ray.orchestrate.accountant import Accountant
 from grape_ray.orchestrate.trial import Setting, Trial
 from grape_ray.sweeps import folder
@@ -63,7 +63,7 @@ def compose(sweep: Sweep, say: Callable[[str], None]) -> dict[str, Any]:
         setting = Setting(sweep.study, paid, runs, sweep.steps.ledger, sweep.options.key_path, book, score_book, _study(scores))
         say(f"sweep {sweep.name} in {sweep.storage}: {paid.tokens} step tokens, noise multiplier {paid.mechanism.noise_multiplier:.4g}")
         _Teller.say = staticmethod(say)
-        _tuner(sweep, setting, concurrent).fit()
+        _check(_tuner(sweep, setting, concurrent).fit(), say)
     return outcome(sweep)
 
 
@@ -127,6 +127,17 @@ def concurrency(study: SweepStudy, options: Options) -> int:
         what = "the cluster is too small for one trial"
         raise ConfigError(what, f"{there} {unit}s", f"at least {each}", "lower --workers, or enlarge the cluster")
     return min(there // each, options.trials, options.concurrent or options.trials)
+
+
+def _check(trials: tune.ResultGrid, say: Callable[[str], None]) -> None:
+    """Tells why trials failed. Raises the first one's error where all did: then it is likely one thing that kept them."""
+    errors = [getattr(error, "cause", error) for error in trials.errors]
+    for error in errors:
+        say(f"a trial failed: {' '.join(str(error).split())[-300:]}")
+    if errors and len(errors) == len(trials):
+        if isinstance(errors[0], GrapeRayError):
+            raise errors[0]
+        raise GrapeRayError("every trial failed", type(errors[0]).__name__, "", "see the lines above, then go on with --resume")
 
 
 def _study(share: Share | None) -> Study | None:
@@ -213,6 +224,3 @@ class _Teller(tune.Callback):
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
         _Teller.say(f"trial {trial.trial_id}  step {result['step']}  {self._metric} {result[self._metric]:.4f}")
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        _Teller.say(f"trial {trial.trial_id} failed")

@@ -63,7 +63,7 @@ class Prey:
 
     def kill(self, kind, after, chance):
         """Kills a process of a kind once so many steps were taken, if the sweep has not ended by then."""
-        deadline_s = time.monotonic() + 120
+        deadline_s = time.monotonic() + 300
         while self.driver.poll() is None and time.monotonic() < deadline_s:
             victims = [self.driver.pid] if kind == "driver" else self.processes(TITLES[kind])
             if self.executed() >= after and victims:
@@ -104,6 +104,7 @@ def survive(tmp_path, seed, kinds, *words):
         result = prey.finish()
     finally:
         prey.clear()
+    assert prey.killed
     report = verify(result["ledger"])
     assert report.ok, report.problems
     attempts = [a for tries in Ledger.open(result["ledger"], create=False).state.study("c").runs.values() for a in tries]

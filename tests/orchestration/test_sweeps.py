@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from grape_ray import checkpoint
 from grape_ray.accounting import Ledger, verify
 from grape_ray.cli import main
-from grape_ray.errors import BudgetExceeded, ConfigError
+from grape_ray.errors import BudgetExceeded, ConfigError, LedgerError
 from grape_ray.orchestrate.sweep import resume, run
 from grape_ray.storage import Storage
 from grape_ray.sweeps.options import Options
@@ -101,6 +101,29 @@ def test_two_sweeps_at_once_stay_within_one_budget(sweep, tmp_path):
     with pytest.raises(BudgetExceeded, match="costs too much"):
         sweep("c", **{**shared, "epsilon": 0.1})
     assert not (tmp_path / "sweeps" / "c").exists()
+
+
+@pytest.mark.slow
+def test_no_trial_goes_on_without_its_ledger(sweep, tmp_path):
+    ledger, away, done = tmp_path / "ledger", tmp_path / "away", threading.Event()
+
+    def take_away():
+        while not done.wait(0.05):
+            if sweep.said[1:] and ledger.exists():  # a trial has reported
+                ledger.rename(away)
+
+    thief = threading.Thread(target=take_away)
+    thief.start()
+    try:
+        with pytest.raises(LedgerError):
+            sweep("a", trials=4, scheduler="none", ledger=str(ledger), assignments=("privacy.steps=400", "performance.eval_every=20"))
+    finally:
+        done.set()
+        thief.join()
+    away.rename(ledger)
+    executed = sum(len(path.read_text().splitlines()) for path in (tmp_path / "sweeps" / "a" / "runs").glob("*/executed/*"))
+    assert 0 < executed <= Ledger.open(ledger).state.study("a").used < 4 * 400
+    assert verify(ledger).ok
 
 
 @pytest.mark.slow
