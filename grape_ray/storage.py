@@ -100,18 +100,10 @@ class Storage:
             if self.local:
                 self._place(name, [data], exclusive=True)
                 return
-            tries = 0
-
-            def send() -> None:
-                nonlocal tries
-                tries += 1
-                self._fs.pipe_file(self._path(name), data, mode="create")
-
             try:
-                self._persist(send)
+                self._persist(lambda: self._fs.pipe_file(self._path(name), data, mode="create"))
             except FileExistsError:
-                # An earlier try of this very call may have made it, and only its answer was lost.
-                if tries == 1 or self._persist(lambda: self._fs.cat_file(self._path(name))) != data:
+                if self._persist(lambda: self._fs.cat_file(self._path(name))) != data:
                     raise
 
     def write(self, name: str, data: bytes) -> None:

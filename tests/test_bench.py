@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import math
+import os
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -82,3 +85,33 @@ def test_checkpoint_reports_the_rate_and_the_bytes(tmp_path):
     assert facts["rate"] > 0
     assert facts["written"] + facts["skipped"] == 6  # two in each of the two blocks, and two in the one that warms up
     assert 0 < facts["delta_bytes"] < facts["full_bytes"]
+
+
+def test_the_model_of_scaling_counts_what_is_really_reduced():
+    import torch
+    import transformers
+
+    from grape_ray.bench.scaling import sizes
+    from grape_ray.subspace import owned_parameters, plan_projections
+
+    config = transformers.OPTConfig(
+        hidden_size=2048, num_hidden_layers=24, ffn_dim=8192, num_attention_heads=32, word_embed_proj_dim=2048, max_position_embeddings=2048
+    )
+    with torch.device("meta"):
+        model = transformers.OPTForCausalLM(config)
+    plan, owned = plan_projections(model, 16, "in"), owned_parameters(model)
+    reduced = sum(math.prod(plan[n].shape) if n in plan else p.numel() for n, (_, p) in owned.items())
+    parameters, coordinates = sizes("OPT-1.3B")
+    assert parameters == pytest.approx(sum(p.numel() for _, p in owned.values()), rel=1e-3)
+    assert coordinates == pytest.approx(reduced, rel=0.01)
+
+
+def test_the_documented_table_of_scaling_is_the_model_s():
+    from grape_ray.bench.scaling import H100, exchange_s, modelled
+
+    page = Path(__file__).parents[1] / "docs" / "scaling.md"
+    if os.environ.get("GRAPE_RAY_WRITE_DOCS"):
+        head = page.read_text().split("| model, rank |")[0]
+        page.write_text(head + modelled())
+    assert page.read_text().endswith(modelled())
+    assert exchange_s(10**9, 2, H100) == pytest.approx(10**9 * 4 / H100.inside, rel=0.01)  # half there, half back

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -57,7 +58,7 @@ class Chain:
 
     def _write(self, kind: str, payload: dict[str, Any]) -> bool:
         """Make the next entry durable, and only then believe it; False when its place was taken."""
-        entry = Entry(self.state.next_seq, self.state.head, kind, payload, time.time())
+        entry = Entry(self.state.next_seq, self.state.head, kind, payload, time.time(), os.urandom(8).hex())
         self.state.check(decode(entry.name, entry.encode()))
         try:
             self.storage.create(entry.name, entry.encode())

@@ -87,13 +87,17 @@ def mechanism_from(payload: object) -> Mechanism:
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of a ledger; ``prev`` is the hash of the entry before, ``time`` is in seconds since 1970."""
+    """One line of a ledger; ``prev`` is the hash of the entry before, ``time`` is in seconds since 1970.
+
+    ``nonce`` is random, so that no two writers ever make the same bytes: storage tells by them whose entry it took.
+    """
 
     seq: int
     prev: str
     kind: str
     payload: Mapping[str, Any]
     time: float
+    nonce: str
 
     @property
     def name(self) -> str:
@@ -125,7 +129,7 @@ def decode(name: str, data: bytes) -> Entry:
         if len(data) > MAX_ENTRY_BYTES:
             raise LedgerError("entry is too long", f"{len(data)} bytes", f"at most {MAX_ENTRY_BYTES}")
         fields = json.loads(data, parse_constant=_refuse_constant)
-        top = {"seq": int, "prev": str, "kind": str, "payload": dict, "time": float, "hash": str}
+        top = {"seq": int, "prev": str, "kind": str, "payload": dict, "time": float, "nonce": str, "hash": str}
         fields = _shaped("entry", fields, top)
         if fields["kind"] not in SCHEMA:
             raise LedgerError("unknown kind", fields["kind"], ", ".join(SCHEMA))

@@ -181,3 +181,21 @@ def checkpoint(storage: str | None, rank: int, every: int, deltas: int, rounds: 
     facts = {"model": where.model, "rank": rank, "every": every, "deltas": deltas, **surroundings(), **dataclasses.asdict(found)}
     note = "The rate is the median over neighbouring blocks. A checkpoint left out fell due while the one before was on its way."
     _finish(f"Checkpoints: {where.title}, grape rank {rank}, {deltas} deltas a full one", columns, rows, facts, options, note)
+
+
+@command.command("scaling")
+@_shape
+@click.option("--rank", type=int, default=16, show_default=True)
+def scaling(rank: int, **options: Any) -> None:
+    """CPU-seconds an example on one and two real ranks, each with its own batch."""
+    from grape_ray.bench.report import surroundings
+    from grape_ray.bench.scaling import weak
+
+    where, rows = _setting(options), []
+    facts = [{"method": m, "ranks": n, **weak(where, m, rank, n)} for m in ("grape", "dp_adam") for n in (1, 2)]
+    for fact in facts:
+        base = next(f for f in facts if f["method"] == fact["method"])
+        shown = [f"{fact[k]:.4f}" for k in ("cpu_s", "wall_s")]
+        rows.append([f"`{fact['method']}`", str(fact["ranks"]), *shown, f"{fact['cpu_s'] / base['cpu_s']:.3f}"])
+    columns = ("method", "ranks", "CPU-s an example", "wall s an example", "CPU ratio to one rank")
+    _finish(f"Weak scaling: {where.title}", columns, rows, {"model": where.model, **surroundings(), "rows": facts}, options)

@@ -1,5 +1,6 @@
 """The ledger's promises: idempotent, fenced, never overdrawn, and closed when storage fails at any moment."""
 
+import json
 import multiprocessing
 import queue
 import threading
@@ -314,3 +315,15 @@ def test_creators_at_one_time_agree_on_one_ledger(url):
     assert len(ledgers) == 6
     assert len({ledger.ledger_id for ledger in ledgers}) == 1
     assert len({ledger.state.head for ledger in ledgers}) == 1
+
+
+def test_writers_never_make_the_same_bytes(tmp_path, monkeypatch):
+    """Storage that lost an answer tells by the bytes whose entry it holds; two attempts of one number would share their noise."""
+    monkeypatch.setattr("time.time", lambda: 1.0)
+    made = []
+    for name in ("a", "b"):
+        Ledger.open(tmp_path / name, "data", 1.0, 1e-5)
+        made.append((tmp_path / name / "00000000.json").read_bytes())
+    one, two = (json.loads(data) for data in made)
+    assert one["time"] == two["time"] == 1.0
+    assert one["nonce"] != two["nonce"]

@@ -38,7 +38,7 @@ def forge(folder, changes):
         facts[seq : seq + 1] = [(kind, {**(facts[seq][1] if seq < len(facts) and facts[seq][0] == kind else {}), **payload})]
     prev = "0" * 64
     for seq, (kind, payload) in enumerate(facts):
-        entry = Entry(seq, prev, kind, payload, 1.0)
+        entry = Entry(seq, prev, kind, payload, 1.0, "0")
         path(folder, seq).write_bytes(entry.encode())
         prev = entry.hash
 
@@ -76,7 +76,7 @@ def test_an_edited_entry_is_named(folder, seq):
 
 def test_an_edited_entry_with_a_fitting_hash_breaks_the_link(folder):
     entry = decode("x", path(folder, 3).read_bytes())
-    path(folder, 3).write_bytes(Entry(3, entry.prev, "charge", {**entry.payload, "steps": 1}, entry.time).encode())
+    path(folder, 3).write_bytes(Entry(3, entry.prev, "charge", {**entry.payload, "steps": 1}, entry.time, entry.nonce).encode())
     assert "00000004.json: the chain is broken" in complaints(folder)
 
 
@@ -154,7 +154,7 @@ def test_numbers_that_are_none_are_refused(folder, number):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_no_entry_with_such_a_number_is_ever_written(value):
     with pytest.raises(ValueError, match="JSON"):
-        Entry(0, "0", "open", {"epsilon": value}, 0.0).encode()
+        Entry(0, "0", "open", {"epsilon": value}, 0.0, "0").encode()
 
 
 def test_an_empty_folder_is_no_ledger(tmp_path):
