@@ -6,16 +6,12 @@ import json
 import resource
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
 from grape_ray import checkpoint, sharding
-from grape_ray.accounting import keys
-from grape_ray.accounting.book import Book
-from grape_ray.accounting.ledger import Ledger
 from grape_ray.accounting.verify import verify
 from grape_ray.checkpoint import Coordinates
 from grape_ray.comms import Comms
@@ -27,155 +23,11 @@ from grape_ray.loop import Notice, Occasion, Outcome, Progress, run_loop
 from grape_ray.noise import NoiseStream
 from grape_ray.optim import Optimizer, make_optimizer
 from grape_ray.plan import RESULT_FILE, Plan, build_engine, public_key
-from grape_ray.resolve import describe
 from grape_ray.saving import Saver, resume
+from grape_ray.session import Around, Attempt, Session, begin_attempt
 from grape_ray.step import Step
 from grape_ray.storage import Storage
 from grape_ray.task import Data, Task, under_autocast
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One attempt of a run: its number in the ledger, and its secret streams.
-
-    Attributes:
-        number: from 1; 0 for the yardstick, which draws no noise.
-        sampling_key, noise_key, probe_key: 32 bytes each; never written anywhere. The yardstick has only the first, and it is public.
-    """
-
-    number: int
-    sampling_key: bytes = field(repr=False)
-    noise_key: bytes | None = field(repr=False, default=None)
-    probe_key: bytes | None = field(repr=False, default=None)
-
-
-def open_ledger(plan: Plan) -> Book:
-    """The ledger that a plan names."""
-    assert plan.ledger is not None
-    return Ledger.open(plan.ledger_storage(), plan.dataset_id, create=False)
-
-
-def _always(progress: Progress) -> bool:
-    return True
-
-
-@dataclass(frozen=True)
-class Around:
-    """What stands around a run that is a trial of a sweep; by default nothing does.
-
-    Attributes:
-        open_ledger: gives the ledger to be charged; called on rank 0 alone.
-        on_step: told the number of each step before it is taken, on rank 0.
-        go_on: asked after each evaluation but the last, on rank 0, whether the run goes on; may wait as long as it likes.
-        score: what may be known of validation metrics, given them and the number of validation records, on rank 0.
-        on_end: called when the loop is over, however it ended, on every rank.
-    """
-
-    open_ledger: Callable[[Plan], Book] = open_ledger
-    on_step: Callable[[int], None] = lambda step: None
-    go_on: Callable[[Progress], bool] = _always
-    score: Callable[[Mapping[str, float], int], dict[str, float]] = lambda metrics, records: dict(metrics)
-    on_end: Callable[[], None] = lambda: None
-
-
-def begin_attempt(plan: Plan, comms: Comms, open_ledger: Callable[[Plan], Book] = open_ledger) -> Attempt:
-    """A new attempt: the number is durable in the ledger before the keys are derived, so no attempt shares a key with another."""
-    if plan.ledger is None:
-        return Attempt(0, public_key(plan.config, "sampling"))
-    attempt = None
-    if comms.rank == 0:
-        ledger = open_ledger(plan)
-        master = keys.master_key(plan.key_path)
-        number = ledger.begin_attempt(plan.study, plan.run, keys.key_id(master))
-        labels = (ledger.ledger_id, plan.study, plan.run, number)
-        attempt = Attempt(number, *(keys.derive(master, *labels, stream) for stream in ("sampling", "noise", "probes")))
-    return comms.broadcast_object(attempt)
-
-
-@dataclass
-class Session:
-    """The hooks of a run's loop on one rank.
-
-    Attributes:
-        earlier_steps: executed before this attempt, as far as is known. tokens_left: of a study that is the run's own.
-        on_progress: told (progress, epsilon spent or None), on rank 0. on_notice: what the world asks for, the same on every rank.
-        on_figures: told the figures of `orchestrate.gauges`, on rank 0.
-    """
-
-    plan: Plan
-    comms: Comms
-    attempt: Attempt
-    data: Data
-    model: torch.nn.Module
-    optimizer: Optimizer
-    folder: Storage
-    saver: Saver
-    journal: Journal
-    earlier_steps: int
-    on_progress: Callable[[Progress, float | None], None]
-    on_notice: Callable[[], Notice]
-    on_figures: Callable[[Mapping[str, float]], None]
-    around: Around = field(default_factory=Around)
-    ledger: Book | None = None
-    chunk: int = 0
-    epsilon: float | None = None
-    tokens_left: int | None = None
-
-    def reserve(self, step: int, count: int) -> int:
-        if self.plan.ledger is None:
-            return count
-        if self.ledger is None:
-            self.ledger = self.around.open_ledger(self.plan)
-            if self.plan.study == self.plan.run:
-                self.tokens_left = self.plan.tokens - sum(t.used for t in self.ledger.attempts(self.plan.study, self.plan.run))
-        granted = self.ledger.charge(self.plan.study, self.plan.run, self.attempt.number, self.chunk, count, first_step=step).steps
-        self.chunk += 1
-        self.epsilon = self.ledger.epsilon_spent(self.plan.study)
-        self.tokens_left = None if self.tokens_left is None else self.tokens_left - granted
-        self.journal.note("charged", first_step=step, steps=granted, epsilon=self.epsilon, tokens_left=self.tokens_left)
-        return granted
-
-    @property
-    def evaluates_together(self) -> bool:
-        return sharding.is_sharded(self.model)
-
-    def evaluate(self) -> dict[str, float]:
-        task: Task = self.plan.config.task
-        return self.around.score(task.evaluate(self.model, self.data.validation), len(self.data.validation))
-
-    def go_on(self, progress: Progress) -> bool:
-        return self.around.go_on(progress)
-
-    def notice(self, progress: Progress) -> Notice:
-        return self.on_notice()
-
-    def settle(self) -> None:
-        if self.around.go_on is not _always:
-            self.saver.settle()
-
-    def checkpoint(self, progress: Progress, occasion: Occasion) -> bool:
-        facts = {
-            "run": self.plan.run,
-            "step": progress.step,
-            "attempt": self.attempt.number,
-            "ledger_head": self.ledger.head if self.ledger else None,
-            "executed_steps": self.earlier_steps + progress.executed,
-            "metrics": dict(progress.metrics),
-            "config": describe(self.plan.config),
-        }
-        begun = self.saver.save(progress.step, facts, occasion)
-        self.journal.note("checkpoint begun" if begun else "checkpoint left out", step=progress.step, occasion=occasion.value)
-        return begun
-
-    def committed(self, name: str, facts: Mapping[str, Any]) -> None:
-        self.journal.note("checkpoint committed", step=facts["step"], name=name, seconds=round(self.saver.lag_s, 3))
-
-    def progressed(self, progress: Progress) -> None:
-        self.on_progress(progress, self.epsilon)
-        figures = {"steps": progress.step, "steps_per_second": progress.steps_per_s, "epsilon_spent": self.epsilon,
-                   "tokens_left": self.tokens_left, "upload_lag_seconds": self.saver.lag_s,
-                   "checkpoints_skipped": self.saver.skipped, "attempt": self.attempt.number}  # fmt: skip
-        self.on_figures({name: float(value) for name, value in figures.items() if value is not None})
 
 
 def execute(

@@ -18,7 +18,7 @@ LAYERS = [
     ["noise", "optim", "task"],
     ["models", "checkpoint", "resolve"],
     ["step", "loop", "preflight", "trace", "scores"],
-    ["plan", "notices", "rankstate", "saving", "journal", "execute", "export", "resume"],
+    ["plan", "notices", "rankstate", "saving", "journal", "session", "execute", "export", "resume"],
     ["report", "bench", "sweeps"],
     ["orchestrate"],
     ["commands", "cli"],

@@ -13,10 +13,11 @@ from grape_ray.accounting.verify import verify
 from grape_ray.comms import Comms
 from grape_ray.config import Config, Performance
 from grape_ray.errors import ConfigError, GrapeRayError, LedgerError
-from grape_ray.execute import Around, Attempt, begin_attempt, execute
+from grape_ray.execute import execute
 from grape_ray.loop import Notice, Occasion, Progress, run_loop
 from grape_ray.orchestrate.train import train
 from grape_ray.plan import prepare
+from grape_ray.session import Around, Attempt, begin_attempt
 from grape_ray.storage import Storage
 from tests.tiny import tiny
 

@@ -13,10 +13,11 @@ import torch
 
 from grape_ray.comms import Comms
 from grape_ray.errors import GrapeRayError
-from grape_ray.execute import Around, execute
+from grape_ray.execute import execute
 from grape_ray.loop import Progress
 from grape_ray.orchestrate.cluster import cluster, set_defaults
 from grape_ray.plan import PROGRESS_FILE, RESULT_FILE, Plan
+from grape_ray.session import Around
 
 _WATCH_EVERY_S = 0.5
 

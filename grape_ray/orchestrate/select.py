@@ -22,10 +22,11 @@ from grape_ray.accounting.records import Study
 from grape_ray.accounting.selection import Selection
 from grape_ray.comms import Comms
 from grape_ray.errors import ConfigError, GrapeRayError
-from grape_ray.execute import Around, execute
+from grape_ray.execute import execute
 from grape_ray.orchestrate.tune import accountants, concurrency
 from grape_ray.plan import RESULT_FILE, RUN_FILE, prepare
 from grape_ray.scores import PrivateScore
+from grape_ray.session import Around
 from grape_ray.storage import Storage
 from grape_ray.sweeps import folder
 from grape_ray.sweeps.prepare import Share, Sweep

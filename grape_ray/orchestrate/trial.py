@@ -16,13 +16,14 @@ from ray import tune
 from grape_ray import checkpoint
 from grape_ray.accounting.records import Study
 from grape_ray.comms import Comms
-from grape_ray.execute import Around, execute
+from grape_ray.execute import execute
 from grape_ray.loop import Progress
 from grape_ray.orchestrate.accountant import Accountant
 from grape_ray.orchestrate.ray_train import fit
 from grape_ray.orchestrate.talk import RemoteTalk, Talk
 from grape_ray.plan import Plan, prepare
 from grape_ray.scores import PrivateScore
+from grape_ray.session import Around
 from grape_ray.sweeps.folder import EXECUTED, REPORTS
 from grape_ray.sweeps.space import SweepStudy
 from grape_ray.trace import Trace

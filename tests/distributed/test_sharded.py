@@ -13,7 +13,7 @@ from grape_ray import Config, Method, Performance, Privacy, checkpoint, sharding
 from grape_ray.comms import Comms
 from grape_ray.engines import from_config
 from grape_ray.errors import ConfigError, Interrupted
-from grape_ray.execute import Attempt, begin_attempt, execute
+from grape_ray.execute import execute
 from grape_ray.export import export
 from grape_ray.loop import Notice
 from grape_ray.models.text_generation import TextGeneration
@@ -21,6 +21,7 @@ from grape_ray.noise import NoiseStream
 from grape_ray.optim import make_optimizer, round_stochastically
 from grape_ray.plan import prepare
 from grape_ray.rng import public_bits, public_normals
+from grape_ray.session import Attempt, begin_attempt
 from grape_ray.step import Step
 
 STEPS, CPU = 3, torch.device("cpu")
