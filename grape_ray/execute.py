@@ -72,7 +72,7 @@ def execute(
         task=config.task, loss=loss, model=model, engine=engine, optimizer=optimizer, records=data.train, comms=comms, device=device,
         noise=NoiseStream(attempt.noise_key) if attempt.noise_key else None, noise_multiplier=plan.noise_multiplier,
         sampling_prob=plan.sampling_prob, expected_batch_size=config.privacy.expected_batch_size, sampling_key=attempt.sampling_key,
-        dropout_key=public_key(config, "dropout"), micro_batch_size=config.performance.micro_batch_size,
+        dropout_key=attempt.dropout_key, micro_batch_size=config.performance.micro_batch_size,
     )  # fmt: skip
     saver = Saver(config, comms, folder, model, optimizer, attempt.number)
     saver.newest = newest

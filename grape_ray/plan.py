@@ -27,7 +27,7 @@ from grape_ray.task import Data, Task
 
 RUN_FILE, RESULT_FILE, PROGRESS_FILE = "run.json", "result.json", "progress.json"
 _PUBLIC = bytes(32)  # the root of every key that is no secret
-_TRIAL_RECORDS = 3
+_TRIAL_POOL = 16  # records among which the preflight's three are chosen
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Plan:
 
 
 def public_key(config: Config, stream: str) -> bytes:
-    """The key of a public stream (`projection`, `dropout`, the yardstick's `sampling`), a function of the public seed."""
+    """The key of a public stream (`projection`, `rounding`, the yardstick's `sampling` and `dropout`), a function of the public seed."""
     return keys.derive(_PUBLIC, "public", config.seed, stream)
 
 
@@ -220,11 +220,15 @@ def sampling_prob_of(config: Config, data: Data) -> float:
 
 
 def try_out(config: Config, data: Data) -> None:
-    """The preflight on the first records, so that what cannot be trained is told now; nothing is kept."""
+    """The preflight on a few records of different lengths, so that what cannot be trained is told now; nothing is kept."""
     task: Task = config.task
-    batch = task.collate(data.train, np.arange(min(_TRIAL_RECORDS, len(data.train))))
-    model = task.build_model(config.seed)
-    preflight(model, task.per_example_loss, batch, config.privacy, config.method, public_key(config, "projection"), _TRIAL_RECORDS)
+    order = data.train.by_length(np.arange(min(_TRIAL_POOL, len(data.train))))
+    picked = np.unique(order[[0, len(order) // 2, -1]])
+    alone = [task.collate(data.train, picked[i : i + 1]) for i in range(len(picked))]
+    preflight(
+        task.build_model(config.seed), task.per_example_loss, task.collate(data.train, picked), config.privacy, config.method,
+        public_key(config, "projection"), len(picked), alone,
+    )  # fmt: skip
 
 
 def mechanism_kind(config: Config) -> dict[str, Any]:

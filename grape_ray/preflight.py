@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from grape_ray.engines.base import PerExampleLoss, batch_rows, carries
 from grape_ray.errors import UnsupportedLayer
 from grape_ray.methods import METHODS
 from grape_ray.subspace import Subspace
+from grape_ray.task import evaluating
 from grape_ray.types import ClippedSum
 
 # Largest difference that rounding explains, over the largest entry: fp32 sums of another order, and 8-bit mantissas.
@@ -45,29 +46,37 @@ class Report:
 
 
 def preflight(
-    model: nn.Module, per_example_loss: PerExampleLoss, batch: Any, privacy: Privacy, method: Method, key: bytes = b"", examples: int = 3
+    model: nn.Module,
+    per_example_loss: PerExampleLoss,
+    batch: Any,
+    privacy: Privacy,
+    method: Method,
+    key: bytes = b"",
+    examples: int = 3,
+    alone: Sequence[Any] = (),
 ) -> Report:
     """Compares an engine with ordinary autograd on the first examples of a batch.
+
+    Args:
+        alone: those examples again, each as a batch of its own, as it comes without the padding that the others need; this shows a model
+            that looks at padding, so that one example's length reaches into another's gradient. Left out, rows of `batch` are taken.
 
     Raises:
         UnsupportedLayer: a tensor's clipped sum differs from the reference, is missing, or one example exceeds the clip norm; the
             tensor is named. ConfigError: the method cannot train this model (a rank above a layer's side, a loss of a wrong shape).
     """
-    training = model.training
-    model.eval()  # dropout would draw other masks in the reference
-    try:
+    with evaluating(model):  # dropout would draw other masks in the reference
         rows = min(batch_rows(batch), examples)
         few = _rows(batch, slice(0, rows), batch_rows(batch))
         engine = from_config(model, privacy, method, key)
         exact = engine if METHODS[method.name].exact else from_config(model, privacy, _exact_twin(method), key)
         summed = exact.clipped_sum(per_example_loss, few)
         _complete(engine, engine.clipped_sum(per_example_loss, few))
-        worst, tensor = _compare(exact, per_example_loss, few, rows, summed)
+        singles = alone or [_rows(few, slice(index, index + 1), rows) for index in range(rows)]
+        worst, tensor = _compare(exact, per_example_loss, singles, summed)
         if engine.private and METHODS[method.name].exact:
             for index in range(rows):
                 _bounded(engine.clipped_sum(per_example_loss, _rows(few, slice(index, index + 1), rows)), privacy.clip_norm)
-    finally:
-        model.train(training)
     return Report(
         method.name,
         rows,
@@ -102,9 +111,9 @@ def _bounded(summed: ClippedSum, clip_norm: float) -> None:
         raise UnsupportedLayer("the clipped gradient of one example", f"norm {norm:g}", f"at most clip_norm = {clip_norm:g}")
 
 
-def _compare(engine: Engine, loss: PerExampleLoss, batch: Any, rows: int, summed: ClippedSum) -> tuple[float, str]:
+def _compare(engine: Engine, loss: PerExampleLoss, singles: Sequence[Any], summed: ClippedSum) -> tuple[float, str]:
     """The largest relative difference from the reference, and where. Raises UnsupportedLayer above what rounding explains."""
-    wanted = _reference(engine, loss, batch, rows)
+    wanted = _reference(engine, loss, singles)
     finite = {n: torch.nan_to_num(t.double(), nan=float("inf")) for n, t in summed.tensors.items()}
     scale = max(float(t.abs().max()) for t in wanted.values()) or 1.0
     errors = {name: float((finite[name] - wanted[name]).abs().max()) / scale for name in wanted}
@@ -115,24 +124,26 @@ def _compare(engine: Engine, loss: PerExampleLoss, batch: Any, rows: int, summed
             f"per-example gradient of parameter '{name}'",
             f"{errors[name]:.1e} away from a backward pass an example",
             f"at most {limit:g}, relative",
-            "freeze it (requires_grad=False), or teach its operation with grape_ray.register_rule",
+            "freeze it (requires_grad=False), or teach its operation with grape_ray.register_rule; where only padded examples differ, "
+            "the model must not look at padding",
         )
     return errors[name], name
 
 
-def _reference(engine: Engine, loss: PerExampleLoss, batch: Any, rows: int) -> dict[str, Tensor]:
-    """The definition, by ordinary autograd: each example's gradient, projected, clipped, added up in float64."""
+def _reference(engine: Engine, loss: PerExampleLoss, singles: Sequence[Any]) -> dict[str, Tensor]:
+    """The definition, by ordinary autograd: each example's gradient, projected, clipped, added up in float64; zero if it is not finite."""
     total: dict[str, Tensor] = {}
     names, params = list(engine.params), list(engine.params.values())
-    for index in range(rows):
-        value = loss(engine.model, _rows(batch, slice(index, index + 1), rows)).sum()
+    for single in singles:
+        value = loss(engine.model, single).sum()
         found = torch.autograd.grad(value, params, allow_unused=True) if value.requires_grad else [None] * len(params)
         grads = {
             n: _projected(engine.subspace, n, torch.zeros_like(p) if g is None else g).double() for n, p, g in zip(names, params, found)
         }
         factor = _factors(grads, engine)
+        alive = not engine.private or all(bool(torch.isfinite(g).all()) for g in grads.values())
         for name, grad in grads.items():
-            total[name] = total.get(name, 0) + factor[name] * grad
+            total[name] = total.get(name, 0) + (factor[name] * grad if alive else torch.zeros_like(grad))
     return total
 
 

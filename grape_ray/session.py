@@ -29,11 +29,13 @@ class Attempt:
 
     Attributes:
         number: from 1; 0 for the yardstick, which draws no noise.
-        sampling_key, noise_key, probe_key: 32 bytes each; never written anywhere. The yardstick has only the first, and it is public.
+        sampling_key, dropout_key, noise_key, probe_key: 32 bytes each; never written anywhere. The yardstick has only the first two, and
+            they are public.
     """
 
     number: int
     sampling_key: bytes = field(repr=False)
+    dropout_key: bytes = field(repr=False)
     noise_key: bytes | None = field(repr=False, default=None)
     probe_key: bytes | None = field(repr=False, default=None)
 
@@ -70,14 +72,14 @@ class Around:
 def begin_attempt(plan: Plan, comms: Comms, open_ledger: Callable[[Plan], Book] = open_ledger) -> Attempt:
     """A new attempt: the number is durable in the ledger before the keys are derived, so no attempt shares a key with another."""
     if plan.ledger is None:
-        return Attempt(0, public_key(plan.config, "sampling"))
+        return Attempt(0, public_key(plan.config, "sampling"), public_key(plan.config, "dropout"))
     attempt = None
     if comms.rank == 0:
         ledger = open_ledger(plan)
         master = keys.master_key(plan.key_path)
         number = ledger.begin_attempt(plan.study, plan.run, keys.key_id(master))
         labels = (ledger.ledger_id, plan.study, plan.run, number)
-        attempt = Attempt(number, *(keys.derive(master, *labels, stream) for stream in ("sampling", "noise", "probes")))
+        attempt = Attempt(number, *(keys.derive(master, *labels, stream) for stream in ("sampling", "dropout", "noise", "probes")))
     return comms.broadcast_object(attempt)
 
 

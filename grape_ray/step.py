@@ -32,7 +32,8 @@ class Step:
         noise: this attempt's secret stream; None for the non-private yardstick.
         noise_multiplier: noise standard deviation over the sensitivity. expected_batch_size: the divisor.
         sampling_key: 32 bytes, secret and of this attempt (of the public seed for the yardstick).
-        dropout_key: 32 public bytes. micro_batch_size: examples a pass; changes rounding at most.
+        dropout_key: as sampling_key: an example's place in its batch, and so its mask, depends on the others.
+        micro_batch_size: examples a pass; changes rounding at most.
     """
 
     task: Task
@@ -66,9 +67,9 @@ class Step:
         """
         total, share = None, self.records.by_length(share)
         for start in range(0, largest, self.micro_batch_size):
-            if self.model.training:  # dropout's masks, too, are a function of (key, step), of the rank and of the place in its share
-                place = 2 * (self.comms.rank * len(self.records) + start)
-                torch.manual_seed(int(words(self.dropout_key, step, place, 1)[0] >> np.uint64(1)))
+            # What a model draws, dropout's masks above all, is a function of (key, step), of the rank and of the place in its share.
+            place = 2 * (self.comms.rank * len(self.records) + start)
+            torch.manual_seed(int(words(self.dropout_key, step, place, 1)[0] >> np.uint64(1)))
             own = share[start : start + self.micro_batch_size]
             size = min(self.micro_batch_size, largest - start)
             filler = np.zeros(size - len(own), dtype=own.dtype)

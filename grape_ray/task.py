@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -72,16 +73,25 @@ def classification_metrics(task: Task, model: nn.Module, records: Records, batch
     """Accuracy and mean cross-entropy of a Hugging Face classifier whose batches carry `labels` (B,)."""
     correct, loss = 0, 0.0
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for start in range(0, len(records), batch_size):
             batch = to_device(task.collate(records, np.arange(start, min(start + batch_size, len(records)))), device)
             logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits.float()
             correct += int((logits.argmax(-1) == batch["labels"]).sum())
             loss += float(nn.functional.cross_entropy(logits, batch["labels"], reduction="sum"))
-    model.train(was_training)
     return {"accuracy": correct / len(records), "loss": loss / len(records)}
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode for the time of a block, then each module in its own mode again: a frozen layer may have had another."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def classification_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

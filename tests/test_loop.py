@@ -22,7 +22,7 @@ from grape_ray.storage import Storage
 from tests.tiny import tiny
 
 WANTED = ["run", "method", "epsilon", "delta", "steps", "noise_multiplier", "metrics", "seconds", "peak_bytes", "checkpoint", "ledger"]
-FIXED = Attempt(1, b"s" * 32, b"n" * 32, b"p" * 32)
+FIXED = Attempt(1, b"s" * 32, b"d" * 32, b"n" * 32, b"p" * 32)
 
 
 def fixed_keys(plan, comms):

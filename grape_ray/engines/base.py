@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,14 @@ from grape_ray.errors import ConfigError, UnsupportedLayer
 from grape_ray.subspace import Subspace, owned_parameters
 from grape_ray.types import ClippedSum
 
-_CONTENT_ROWS = 8  # examples compared with each other when a model is first seen
+_CONTENT_ROWS = 4  # examples compared with each other, and with rewordings of themselves, when a model is first seen
+# One row of a tensor as it is, or with its first or last entry everywhere, so that a choice of tokens by value chooses otherwise.
+_WAYS: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda row: row,
+    lambda row: row[:, :1].expand_as(row) if row.ndim > 1 else row,
+    lambda row: row[:, -1:].expand_as(row) if row.ndim > 1 else row,
+)
+_FAILURES = (RuntimeError, ValueError, IndexError)
 PerExampleLoss = Callable[[nn.Module, Any], Tensor]
 
 
@@ -55,8 +63,13 @@ class Engine:
         self.layouts, self._may_probe = Layouts(), True
         if not self.params:
             raise ConfigError("model", "no trainable parameter", "at least one with requires_grad=True")
-        for name, module in model.named_modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+        self._norms = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self._check_norms()
+
+    def _check_norms(self) -> None:
+        """Refuses batch normalisation in training mode; asked again at each sum, because `model.train()` reaches frozen layers too."""
+        for name, module in self._norms:
+            if module.training:
                 raise UnsupportedLayer(
                     f"batch normalisation '{name}' in training mode", None, "no mixing of examples", "use GroupNorm or call .eval() on it"
                 )
@@ -90,6 +103,7 @@ class Engine:
             UnsupportedLayer: a trainable tensor's per-example gradient cannot be had. ConfigError: the loss has another shape.
         """
         rows = batch_rows(batch)
+        self._check_norms()
         if rows == 0:
             return self.empty_sum()
         # A model may take another path when no row is padded, so a second probe takes copies of every row.
@@ -170,7 +184,13 @@ class Engine:
 
         with torch.random.fork_rng(devices):
             self.layouts.probe(lambda times: run(lambda t: torch.cat([t[:seen_rows]] * times), times * seen_rows))
-            self.layouts.check_contents(lambda i: run(lambda t: t[i : i + 1], 1), min(rows, _CONTENT_ROWS))
+
+            def reworded(index: int) -> None:
+                row, way = divmod(index, len(_WAYS))
+                with contextlib.suppress(*(_FAILURES if way else ())):  # a model may fail on nonsense
+                    run(lambda t: _WAYS[way](t[row : row + 1]), 1)
+
+            self.layouts.check_contents(reworded, len(_WAYS) * min(rows, _CONTENT_ROWS))
 
 
 def batch_rows(batch: Any) -> int:

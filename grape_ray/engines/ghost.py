@@ -1,7 +1,9 @@
-"""Ghost clipping: a first backward pass finds the norms and keeps nothing, a second one, of the weighted loss, makes the sum.
+"""Ghost clipping: a first backward pass finds the norms and keeps nothing, a second one makes the sum.
 
 Sources: Li et al. 2022 (ghost clipping), Lee and Kifer 2021 (fast gradient clipping); per layer the cheaper of the Gram trick and a
-gradient that lives for a moment.
+gradient that lives for a moment. There the second pass goes back from the weighted loss; here it repeats the first, and factors are
+applied where gradients arrive. A weighted loss rounds differently on its way back, in bf16 by enough to break the clip where large
+gradients cancel, and it knows one factor an example, where per-layer clipping has one a layer.
 """
 
 from __future__ import annotations
@@ -24,60 +26,55 @@ from grape_ray.types import ClippedSum
 
 
 class TwoPasses(Tape):
-    """Norms of a weight used once are taken on the spot; after `begin_sum` everything is summed on the spot."""
+    """Norms of a weight used once are taken on the spot; after `begin_sum` everything is weighted and summed on the spot."""
 
     def __init__(self, params: Mapping[str, nn.Parameter], rows: int, subspace: Subspace, period: int):
         super().__init__(params, rows, subspace, period)
         self._expected: Counter[str] = Counter()
         self._norms: dict[str, Tensor] = {}
-        self.sums: dict[str, Tensor] | None = None
+        self._factors: Mapping[str, Tensor] | None = None
         self._bad = torch.empty(0, dtype=torch.int64)
+        self.sums: dict[str, Tensor] = {}
 
     def announce(self, name: str) -> None:
         self._expected[name] += 1
 
     def pair(self, name: str, left: Left, right: Tensor) -> None:
-        if self.sums is not None:
-            self._sum(name, pairs.summed(*pairs.without(left, right, self._bad)))
+        if self._factors is not None:
+            self._sum(name, pairs.summed(*pairs.scaled(*pairs.without(left, right, self._bad), self._factors[name])))
         elif self._expected[name] == 1:
             self._norms[name] = self._squared(name, [(left, right)], None)
         else:
             super().pair(name, left, right)
 
     def dense(self, name: str, grads: Tensor) -> None:
-        if self.sums is None:
+        if self._factors is None:
             super().dense(name, grads)
-        else:
-            self._sum(name, grads.index_fill(0, self._bad, 0.0).sum(0))
+            return
+        grads = grads.to(sum_dtype(self.params[name])).index_fill(0, self._bad, 0.0)
+        self._sum(name, self._factors[name].to(grads.dtype) @ grads.reshape(self.rows, -1))
 
     def squared_norms(self) -> dict[str, Tensor]:
         return {**self._norms, **super().squared_norms()}
 
-    def begin_sum(self, bad: Tensor) -> None:
-        """Forgets what the norms needed; from here on gradients arrive weighted, and rows `bad` count as zero."""
+    def begin_sum(self, factors: Mapping[str, Tensor], bad: Tensor) -> None:
+        """Forgets what the norms needed; from here on gradients are weighted as they arrive, and rows `bad` count as zero."""
         self.uses.clear()
         self.small.clear()
-        self.sums, self._bad = {}, bad
+        self._factors, self._bad = factors, bad
 
     def _sum(self, name: str, part: Tensor) -> None:
-        assert self.sums is not None
         param = self.params[name]
         part = part.view(param.shape).to(sum_dtype(param))
         self.sums[name] = self.sums[name].add_(part) if name in self.sums else part
 
 
 class Ghost(Engine):
-    """Two backward passes and no per-example storage.
-
-    Per-layer clipping weights an example differently in each layer, which one weighted loss cannot say: it takes the tape instead.
-    """
+    """Two backward passes and no per-example storage."""
 
     sink_type = TwoPasses
 
     def _pass(self, per_example_loss: PerExampleLoss, batch: Any, rows: int, step: int, mask: Tensor | None) -> ClippedSum:
-        if self.clipping == "per_layer":
-            self.sink_type = Tape
-            return super()._pass(per_example_loss, batch, rows, step, mask)
         session = self._session(rows, step)
         sink = session.sink
         with tracking(self.model, self.params, session), torch.enable_grad():
@@ -86,9 +83,8 @@ class Ghost(Engine):
                 losses.sum().backward(retain_graph=True)
             session.flush()
             weights, norms = self._factors(sink, losses, mask)
-            sink.begin_sum((~torch.isfinite(norms)).nonzero().squeeze(1))
+            sink.begin_sum(weights, (~torch.isfinite(norms)).nonzero().squeeze(1))
             if losses.requires_grad:
-                weight = next(iter(weights.values())).to(losses.dtype)
-                torch.autograd.backward(losses, weight)
+                losses.sum().backward()
             session.flush()
         return self._complete(sink.sums, {"norms": norms, "losses": losses.detach()})

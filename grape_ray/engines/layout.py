@@ -64,7 +64,7 @@ class Layouts:
         raise UnsupportedLayer("the model's use of its parameters does not settle", None, "a forward pass that is a function of shapes")
 
     def check_contents(self, run: Callable[[int], None], rows: int) -> None:
-        """Runs example by example (`run(i)` for i < rows): entries an example owns may not depend on what it says.
+        """Runs variants of single examples (`run(i)` for i < rows): entries an example owns may not depend on what it says.
 
         Raises:
             UnsupportedLayer: tokens are routed by their values, as in a mixture of experts.

@@ -78,7 +78,9 @@ class Estimated(TwoPasses):
             return super()._squared(name, uses, small)
         number = count()
         estimate = sketch.hutchinson if lookups else self.estimator
-        return estimate(uses, lambda side: self.stream.draw(self.rows, side, f"{name}|{next(number)}", self.params[name]))
+        uses = [pairs.wide(*use) for use in uses]
+        found = estimate(uses, lambda side: self.stream.draw(self.rows, side, f"{name}|{next(number)}", self.params[name]))
+        return found + pairs.slack(pairs.magnitudes(uses), uses[0][1].dtype) * (found > 0)  # zero bounds nothing, and must stay zero
 
 
 class Randomized(Ghost):

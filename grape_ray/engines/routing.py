@@ -18,7 +18,8 @@ def norm_route(positions: int, outputs: int, inputs: int, probes: int | None = N
 
     Without probes the rule of Book-Keeping's MixOpt (Bu et al. 2022): the Gram trick iff 2 T^2 <= O I, else instantiate, which
     compares the memory of two T x T products with that of one gradient. With probes an estimate (Hutchinson) is chosen where it
-    needs fewer multiplications, T K (O + I), than the better exact way, T min(T (O + I), O I).
+    needs fewer multiplications than an instantiated gradient, T K (O + I) against T O I: a matter of the weight alone. Were it one of
+    T too, an example could by its length decide whether the others of its batch are estimated, which no proof covers.
 
     Args:
         positions: T. outputs, inputs: O, I. probes: K, or None where only exact norms are allowed.
@@ -26,11 +27,9 @@ def norm_route(positions: int, outputs: int, inputs: int, probes: int | None = N
     Returns:
         `gram`, `instantiate` or `sketch`.
     """
-    exact = "gram" if 2 * positions**2 <= outputs * inputs else "instantiate"
-    if probes is None:
-        return exact
-    cheapest = min(positions * (outputs + inputs), outputs * inputs)
-    return "sketch" if probes * (outputs + inputs) < cheapest else exact
+    if probes is not None and probes * (outputs + inputs) < outputs * inputs:
+        return "sketch"
+    return "gram" if 2 * positions**2 <= outputs * inputs else "instantiate"
 
 
 def overridden(name: str, overrides: Iterable[tuple[str, str]]) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from grape_ray.rules.pairs import Left, outer, project
+from grape_ray.rules.pairs import Left, outer, project, squared
 from grape_ray.subspace import Subspace
 
 
@@ -63,11 +63,6 @@ class Sink:
 def sum_dtype(param: Tensor) -> torch.dtype:
     """The dtype in which sums are kept: fp64 for fp64 parameters, else fp32."""
     return torch.float64 if param.dtype == torch.float64 else torch.float32
-
-
-def squared(stored: Tensor) -> Tensor:
-    """Squared norms (B,) in float64 of stored gradients (B, ...)."""
-    return torch.linalg.vector_norm(stored.reshape(stored.shape[0], -1), dim=1).double().square()
 
 
 class Materialised(Sink):

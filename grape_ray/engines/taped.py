@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from grape_ray.engines.base import Engine
 from grape_ray.engines.routing import norm_route, overridden
-from grape_ray.engines.sink import Sink, squared, sum_dtype
+from grape_ray.engines.sink import Sink, sum_dtype
 from grape_ray.rules import pairs
-from grape_ray.rules.pairs import Index, Left, Pair, outer
+from grape_ray.rules.pairs import Index, Left, Pair, outer, squared
 from grape_ray.subspace import Subspace
 
 
@@ -43,14 +43,17 @@ class Tape(Sink):
             assert small is not None
             return squared(small)
         left, right = uses[0]
-        if small is None and len(uses) == 1 and isinstance(left, Index):
-            return pairs.segment_squared_norms(left, right)
         outputs = left.size if isinstance(left, Index) else left.shape[-1]
         route = overridden(name, self.overrides) or norm_route(pairs.positions(uses), outputs, right.shape[-1])
-        if small is None and route == "gram":
+        looked_up = small is None and len(uses) == 1 and isinstance(left, Index)
+        if small is None and not looked_up and route == "gram":
             return pairs.gram_squared_norms(uses)
-        whole = torch.stack([outer(*use) for use in uses]).sum(0) if len(uses) > 1 else outer(left, right)
-        return squared(whole if small is None else whole.reshape(self.rows, -1) + small.reshape(self.rows, -1))
+        uses = [pairs.wide(*use) for use in uses]
+        slack = pairs.slack(pairs.magnitudes(uses), uses[0][1].dtype)
+        if looked_up:
+            return pairs.segment_squared_norms(*uses[0]) + slack  # pyright: ignore[reportArgumentType]
+        whole = torch.stack([outer(*use) for use in uses]).sum(0) if len(uses) > 1 else outer(*uses[0])
+        return squared(whole if small is None else whole + small.view(whole.shape)) + slack
 
     def weighted_sum(self, factors: Mapping[str, Tensor], bad: Tensor) -> dict[str, Tensor]:
         sums: dict[str, Tensor] = {}

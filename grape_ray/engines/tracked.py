@@ -171,6 +171,28 @@ def _stand_in(session: Session, slots: list[Slot]) -> None:
         slot.module._parameters[slot.key] = made[id(value)]  # pyright: ignore[reportArgumentType]
 
 
+def _kept_buffers(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
+    """The buffers that a checkpoint would hold, by name, with the number of times each was written to."""
+    found = {}
+    for prefix, module in model.named_modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None and key not in module._non_persistent_buffers_set:
+                found[f"{prefix}.{key}" if prefix else key] = (buffer, buffer._version)
+    return found
+
+
+def _check_buffers(before: dict[str, tuple[Tensor, int]], after: dict[str, tuple[Tensor, int]]) -> None:
+    """Refuses a model that keeps running statistics: they are functions of the examples, without noise."""
+    for name, (buffer, version) in after.items():
+        if name not in before or before[name][0] is not buffer or before[name][1] != version:
+            raise UnsupportedLayer(
+                f"buffer '{name}' is written to in the forward pass",
+                None,
+                "buffers that training leaves alone",
+                "call .eval() on its layer, or register the buffer with persistent=False",
+            )
+
+
 @contextlib.contextmanager
 def tracking(model: nn.Module, params: dict[str, nn.Parameter], session: Session) -> Iterator[None]:
     """Swaps tracked stand-ins for `params` into the model's modules, and the parameters back afterwards, whatever happens.
@@ -178,7 +200,7 @@ def tracking(model: nn.Module, params: dict[str, nn.Parameter], session: Session
     A sharded model's weights are there only while their block runs, so their stand-ins are made anew each time it is entered.
 
     Raises:
-        UnsupportedLayer: a parameter received an ordinary gradient, so the model reached it past the engine.
+        UnsupportedLayer: a parameter received an ordinary gradient, so the model reached it past the engine; or a buffer was written to.
     """
     names = {id(param): name for name, param in params.items()}
     slots = [
@@ -188,7 +210,7 @@ def tracking(model: nn.Module, params: dict[str, nn.Parameter], session: Session
         if param is not None and id(param) in names
     ]
     grads = {name: p.grad for name, p in params.items()}
-    gated = dict(sharding.gates(model))
+    gated, buffers = dict(sharding.gates(model)), _kept_buffers(model)
     try:
         for param in params.values():
             param.grad = None
@@ -207,6 +229,7 @@ def tracking(model: nn.Module, params: dict[str, nn.Parameter], session: Session
             slot.module._parameters[slot.key] = slot.param
         for name, param in params.items():
             param.grad = grads[name]
+    _check_buffers(buffers, _kept_buffers(model))
     if leaked:
         raise UnsupportedLayer(
             f"parameter '{leaked[0]}' is used past its module's own slot (as nn.LSTM does)",

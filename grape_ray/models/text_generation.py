@@ -19,7 +19,7 @@ from grape_ray.data import tables
 from grape_ray.data.arrays import Ragged, Records
 from grape_ray.errors import ConfigError, DataError
 from grape_ray.models.hf import load_causal_lm, load_tokenizer, save_pretrained
-from grape_ray.task import Data, to_device
+from grape_ray.task import Data, evaluating, to_device
 
 BYTES = "bytes"
 _PAD, _BEGIN, _END, _FIRST_BYTE = 0, 1, 2, 3
@@ -84,14 +84,12 @@ class TextGeneration:
     def evaluate(self, model: nn.Module, records: Records) -> dict[str, float]:
         """Mean cross-entropy a learned token, in nats, and its exponential."""
         total, count = 0.0, 0
-        device, was_training = next(model.parameters()).device, model.training
-        model.eval()
-        with torch.no_grad():
+        device = next(model.parameters()).device
+        with evaluating(model), torch.no_grad():
             order = records.by_length(np.arange(len(records)))
             for start in range(0, len(order), _EVALUATE_ROWS):
                 losses, learned = _token_losses(model, to_device(self.collate(records, order[start : start + _EVALUATE_ROWS]), device))
                 total, count = total + float(losses.double().sum()), count + int(learned.sum())
-        model.train(was_training)
         loss = total / max(count, 1)
         return {"loss": loss, "perplexity": math.exp(min(loss, 50.0))}
 

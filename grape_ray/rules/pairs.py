@@ -53,6 +53,13 @@ def outer(left: Left, right: Tensor) -> Tensor:
 
 
 Pair = tuple[Left, Tensor]
+_ROUNDING = 8  # times the machine epsilon: what products and sums of a few thousand terms may lose, over their terms' magnitudes
+
+
+def wide(left: Left, right: Tensor) -> Pair:
+    """The pair in fp32 or fp64. Products of half-precision numbers are exact there, so that norm and sum see one and the same gradient."""
+    dtype = torch.promote_types(right.dtype, torch.float32)
+    return left if isinstance(left, Index) else left.to(dtype), right.to(dtype)
 
 
 def positions(uses: list[Pair]) -> int:
@@ -61,18 +68,43 @@ def positions(uses: list[Pair]) -> int:
 
 
 def gram_squared_norms(uses: list[Pair]) -> Tensor:
-    """||sum_u left_u^T right_u||^2 per example by inner products of positions (ghost norm; Li et al. 2022) -> (B,).
+    """||sum_u left_u^T right_u||^2 per example by inner products of positions (ghost norm; Li et al. 2022) -> (B,), from above.
 
-    Sums over pairs of uses, so tied and reused weights are exact. The result is clamped at 0: rounding may leave a tiny negative.
+    Sums over pairs of uses, so tied and reused weights are exact. Positions that cancel each other leave little but rounding, which
+    could come out as nothing: `slack` is added, here of magnitudes that lie on the diagonals.
     """
-    total = torch.zeros((), dtype=torch.float64)
+    uses = [wide(*use) for use in uses]
+    total, magnitude = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for first in range(len(uses)):
         for second in range(first, len(uses)):
             left = _inner(uses[first][0], uses[second][0])
             right = torch.bmm(uses[first][1], uses[second][1].transpose(1, 2))
             part = (left * right).sum((1, 2), dtype=torch.float64)
             total = total + part * (1 if first == second else 2)
-    return total.clamp(min=0)
+            if first == second:
+                diagonals = left.diagonal(dim1=1, dim2=2), right.diagonal(dim1=1, dim2=2)
+                magnitude = magnitude + (diagonals[0].double() * diagonals[1].double()).sqrt().sum(1)
+    return total.clamp(min=0) + slack(magnitude, uses[0][1].dtype)
+
+
+def magnitudes(uses: list[Pair]) -> Tensor:
+    """sum over positions of ||left_t|| ||right_t|| per example -> (B,) float64: the norm, if no two positions cancelled."""
+    total = torch.zeros((), dtype=torch.float64)
+    for left, right in uses:
+        product = torch.linalg.vector_norm(right, dim=2).double()
+        if not isinstance(left, Index):
+            product = product * torch.linalg.vector_norm(left, dim=2).double()
+        total = total + product.sum(1)
+    return total
+
+
+def slack(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a squared norm that was taken from factors must be raised by (B,), so that no rounding error hides a contribution.
+
+    The clipped sum multiplies the same factors in another order. Its error is a few epsilons of `magnitudes`; a squared norm that is
+    larger by a few epsilons of their square keeps that error below the square root of epsilon times the clip norm.
+    """
+    return _ROUNDING * torch.finfo(dtype).eps * magnitude.square()
 
 
 def _inner(a: Left, b: Left) -> Tensor:
@@ -95,7 +127,16 @@ def segment_squared_norms(index: Index, right: Tensor) -> Tensor:
     slots = fresh.cumsum(1) - 1 + torch.arange(rows, device=ids.device).unsqueeze(1) * length
     ordered = right.gather(1, order.unsqueeze(2).expand(-1, -1, width))
     sums = right.new_zeros(rows * length, width).index_add_(0, slots.reshape(-1), ordered.reshape(-1, width))
-    return torch.linalg.vector_norm(sums.view(rows, -1), dim=1).double().square()
+    return squared(sums.view(rows, length, width))
+
+
+def squared(stored: Tensor) -> Tensor:
+    """Squared norms (B,) in float64 of gradients (B, ...).
+
+    Rows of some thousand entries are normed in their own precision; one long sum in fp32 would come out too small.
+    """
+    rows = torch.linalg.vector_norm(stored, dim=-1) if stored.ndim > 1 else stored.abs()
+    return rows.double().square().reshape(stored.shape[0], -1).sum(1)
 
 
 def summed(left: Left, right: Tensor) -> Tensor:
@@ -106,7 +147,8 @@ def summed(left: Left, right: Tensor) -> Tensor:
 
 
 def scaled(left: Left, right: Tensor, factors: Tensor) -> Pair:
-    """The pair with each example's product scaled by its factor (B,), applied to the narrower side."""
+    """The pair, in fp32 or better, with each example's product scaled by its factor (B,), applied to the narrower side."""
+    left, right = wide(left, right)
     if isinstance(left, Index) or right.shape[-1] <= left.shape[-1]:
         return left, right * factors.view(-1, 1, 1).to(right.dtype)
     return left * factors.view(-1, 1, 1).to(left.dtype), right

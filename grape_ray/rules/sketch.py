@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from grape_ray.rules.pairs import Index, Left, Pair
+from grape_ray.rules.pairs import Index, Left, Pair, squared
 
 Draw = Callable[[int], Tensor]  # side -> probes (B, side, K), or (1, side, K) where the batch shares them
 
@@ -60,8 +60,3 @@ def hutch_plus_plus(uses: list[Pair], draw: Draw) -> Tensor:
     basis, _ = torch.linalg.qr(torch.where(finite, pulled, torch.zeros_like(pulled)))
     rest = probes - basis @ (basis.transpose(1, 2) @ probes)
     return squared(times(basis)) + squared(times(rest))
-
-
-def squared(sketched: Tensor) -> Tensor:
-    """Squared norms (B,) in float64."""
-    return torch.linalg.vector_norm(sketched.flatten(1), dim=1).double().square()

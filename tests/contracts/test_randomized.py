@@ -152,7 +152,8 @@ def test_other_clipping_policies_are_refused():
     ("shape", "probes", "route"),
     [
         ((8, 16, 8), None, "gram"), ((9, 16, 8), None, "instantiate"), ((1, 1, 2), None, "gram"),
-        ((64, 768, 768), 32, "sketch"), ((32, 768, 768), 32, "gram"), ((33, 768, 768), 32, "sketch"), ((4096, 4, 768), 32, "instantiate"),
+        ((64, 768, 768), 383, "sketch"), ((64, 768, 768), 384, "gram"), ((4096, 768, 768), 384, "instantiate"),
+        ((1, 768, 768), 32, "sketch"), ((4096, 768, 768), 32, "sketch"), ((1, 4, 768), 32, "gram"), ((4096, 4, 768), 32, "instantiate"),
     ],
 )  # fmt: skip
 def test_routing_at_its_boundaries(shape, probes, route):

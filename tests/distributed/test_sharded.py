@@ -132,7 +132,7 @@ def test_bfloat16_weights_are_the_same_on_any_number_of_ranks(found, task):
 
 def begin(plan, comms):
     """A real attempt with the streams of another, the same each time: what only a test may do."""
-    return Attempt(begin_attempt(plan, comms).number, b"s" * 32, b"n" * 32, b"p" * 32)
+    return Attempt(begin_attempt(plan, comms).number, b"s" * 32, b"d" * 32, b"n" * 32, b"p" * 32)
 
 
 def run_rank(rank, world, path, plan, stop_after):
