@@ -199,3 +199,22 @@ def scaling(rank: int, **options: Any) -> None:
         rows.append([f"`{fact['method']}`", str(fact["ranks"]), *shown, f"{fact['cpu_s'] / base['cpu_s']:.3f}"])
     columns = ("method", "ranks", "CPU-s an example", "wall s an example", "CPU ratio to one rank")
     _finish(f"Weak scaling: {where.title}", columns, rows, {"model": where.model, **surroundings(), "rows": facts}, options)
+
+
+@command.command("shell")
+@click.option("--steps", type=int, default=150, show_default=True)
+@click.option("--rounds", type=int, default=3, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="Write the section into this results file.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
+def shell(steps: int, rounds: int, **options: Any) -> None:
+    """What the program, the loop and Ray add to a step and to a start, on the digits pipeline."""
+    from grape_ray.bench.report import surroundings
+    from grape_ray.bench.shell import help_s, runs
+
+    found = {"help_s": help_s(), **runs("pipelines.digits_vit", steps, rounds)}
+    rows = [
+        ["`grape-ray --help`", f"{found['help_s']:.2f} s"],
+        ["a step on one Ray worker / in this process", f"{found['step_ratio']:.3f}"],
+        *([f"start to first step and end, {w} workers", f"{s:.1f} s"] for w, s in found["start_s"].items()),
+    ]
+    _finish("Shell", ("what", "figure"), rows, {"model": "digits_vit", **surroundings(), **found}, options)
