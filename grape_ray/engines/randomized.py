@@ -73,7 +73,7 @@ class Estimated(TwoPasses):
         if not uses or small is not None or (lookups and len(uses) == 1):  # an embedding alone is exact by segment sums
             return super()._squared(name, uses, small)
         left, right = uses[0]
-        route = norm_route(pairs.positions(uses), sketch.width(left), right.shape[-1], self.stream.probes)
+        route = norm_route(pairs.positions(uses), pairs.width(left), right.shape[-1], self.stream.probes)
         if (overridden(name, self.overrides) or route) != "sketch":
             return super()._squared(name, uses, small)
         number = count()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from grape_ray.rules.pairs import Left, outer, project, squared
+from grape_ray.rules import pairs
+from grape_ray.rules.pairs import Index, Left, outer, squared
 from grape_ray.subspace import Subspace
 
 
@@ -22,13 +24,31 @@ class Sink:
 
     def __init__(self, params: Mapping[str, nn.Parameter], rows: int, subspace: Subspace, period: int):
         self.params, self.rows, self.subspace, self.period = params, rows, subspace, period
+        self._projected: tuple[weakref.ref[Tensor], int, str, Tensor] | None = None
 
-    def input_matrix(self, name: str, axis: int, like: Tensor) -> Tensor | None:
-        """The projection (I,R) of a weight whose inputs lie on `axis`, if it compresses that axis: then forward keeps x @ it."""
+    def compresses(self, name: str, axis: int) -> bool:
+        """Whether weight `name` is compressed on `axis`."""
         plan = self.subspace.plan.get(name)
-        if plan is None or plan.axis != axis:
-            return None
+        return plan is not None and plan.axis == axis
+
+    def matrix(self, name: str, like: Tensor) -> Tensor:
+        """The projection (side, R) of weight `name` in this period, in the dtype of `like`."""
         return self.subspace.matrix(name, self.period, self.params[name]).to(like.dtype)
+
+    def keep(self, name: str, axis: int, inputs: Tensor, factor: Tensor) -> Tensor:
+        """What forward keeps of a factor (B,T,side) on `axis` of weight `name`: the projection (B,T,R) of a compressed side, else itself.
+
+        Args:
+            inputs: the model's own tensor that `factor` was made of: layers that share it and their matrix share the projection.
+        """
+        if not self.compresses(name, axis):
+            return factor
+        label, last = self.subspace.plan[name].label, self._projected
+        if last is not None and last[0]() is inputs and last[1:3] == (inputs._version, label):
+            return last[3]
+        kept = factor @ self.matrix(name, factor)
+        self._projected = weakref.ref(inputs), inputs._version, label, kept
+        return kept
 
     def announce(self, name: str) -> None:
         """Says in the forward pass that backward will bring gradients of `name` once more."""
@@ -70,33 +90,35 @@ class Materialised(Sink):
 
     A projected weight is projected first and contracted second, so (B, O, I) never exists: (B,T,R) then (B,R,I) or (B,R,O). The rank is
     the leading side in either case: that product reads the long output gradient row by row, and a column of ones beside the
-    projected inputs gives the bias's gradient in the same reading.
+    projected inputs gives the bias's gradient in the same reading. A table that is looked up once is kept as its look-ups: in
+    full, it would be (B, vocabulary, width) of zeros.
     """
 
     def __init__(self, params: Mapping[str, nn.Parameter], rows: int, subspace: Subspace, period: int):
         super().__init__(params, rows, subspace, period)
         self.stored: dict[str, Tensor] = {}
+        self.lookups: dict[str, tuple[Index, Tensor]] = {}
 
     def pair(self, name: str, left: Left, right: Tensor) -> None:
         plan = self.subspace.plan.get(name)
         if plan is None:
-            self._add(name, outer(left, right).view(self.rows, *self.params[name].shape))
-            return
-        matrix = self.subspace.matrix(name, self.period, self.params[name])
-        if plan.axis == 0:
-            projected = project(left, matrix)
+            if isinstance(left, Index) and name not in self.stored and name not in self.lookups:
+                self.lookups[name] = (left, pairs.wide(left, right)[1])
+            else:
+                self._add(name, outer(left, right).view(self.rows, *self.params[name].shape))
+        elif plan.axis == 0:
+            projected = self._project(name, left)
             self._add(name, outer(projected, right.to(projected.dtype)))
         elif isinstance(left, Tensor):
-            self._add(name, outer(project(right, matrix), left))
+            self._add(name, outer(self._project(name, right), left))
         else:
-            self._add(name, outer(left, project(right, matrix)).transpose(1, 2))
+            self._add(name, outer(left, self._project(name, right)).transpose(1, 2))
 
     def affine(self, name: str, bias: str, left: Tensor, right: Tensor) -> None:
-        plan = self.subspace.plan.get(name)
-        if plan is None or plan.axis == 0 or bias in self.subspace.plan:
+        if not self.compresses(name, 1) or bias in self.subspace.plan:
             super().affine(name, bias, left, right)
             return
-        projected = project(right, self.subspace.matrix(name, self.period, self.params[name]))
+        projected = self._project(name, right)
         both = outer(torch.cat([projected, projected.new_ones(*projected.shape[:2], 1)], 2), left)
         self._add(name, both[:, :-1])
         self._add(bias, both[:, -1])
@@ -104,17 +126,26 @@ class Materialised(Sink):
     def dense(self, name: str, grads: Tensor) -> None:
         plan = self.subspace.plan.get(name)
         if plan is not None:
-            matrix = self.subspace.matrix(name, self.period, self.params[name]).to(grads.dtype)
             flat = grads.reshape(self.rows, plan.rows, -1)
-            grads = matrix.T @ (flat if plan.axis == 0 else flat.transpose(1, 2))
+            grads = self.matrix(name, grads).T @ (flat if plan.axis == 0 else flat.transpose(1, 2))
         self._add(name, grads)
 
+    def _project(self, name: str, factor: Left) -> Tensor:
+        """(B,T,R) of a factor on the compressed side, which `keep` may have projected already."""
+        plan = self.subspace.plan[name]
+        if isinstance(factor, Index):
+            return factor.project(self.subspace.matrix(name, self.period, self.params[name]))
+        return factor if factor.shape[-1] == plan.rank else factor @ self.matrix(name, factor)
+
     def _add(self, name: str, grads: Tensor) -> None:
+        if name in self.lookups:  # a second use of a table, as of a tied head: now it needs its full gradient
+            grads = grads + outer(*self.lookups.pop(name)).view(grads.shape)
         grads = grads.to(sum_dtype(self.params[name]))
         self.stored[name] = self.stored[name] + grads if name in self.stored else grads
 
     def squared_norms(self) -> dict[str, Tensor]:
-        return {name: squared(stored) for name, stored in self.stored.items()}
+        found = {name: squared(stored) for name, stored in self.stored.items()}
+        return found | {name: pairs.lookup_squared_norms(*use) for name, use in self.lookups.items()}
 
     def weighted_sum(self, factors: Mapping[str, Tensor], bad: Tensor) -> dict[str, Tensor]:
         sums = {}
@@ -125,4 +156,6 @@ class Materialised(Sink):
             if plan is not None and plan.axis == 1:
                 total = total.view(plan.rank, plan.other).T.contiguous()
             sums[name] = total.view(self.shape(name))
+        for name, use in self.lookups.items():
+            sums[name] = pairs.summed(*pairs.scaled(*pairs.without(*use, bad), factors[name])).view(self.shape(name))
         return sums

@@ -43,17 +43,15 @@ class Tape(Sink):
             assert small is not None
             return squared(small)
         left, right = uses[0]
-        outputs = left.size if isinstance(left, Index) else left.shape[-1]
-        route = overridden(name, self.overrides) or norm_route(pairs.positions(uses), outputs, right.shape[-1])
-        looked_up = small is None and len(uses) == 1 and isinstance(left, Index)
-        if small is None and not looked_up and route == "gram":
+        route = overridden(name, self.overrides) or norm_route(pairs.positions(uses), pairs.width(left), right.shape[-1])
+        if small is None and len(uses) == 1 and isinstance(left, Index):
+            return pairs.lookup_squared_norms(*pairs.wide(left, right))  # pyright: ignore[reportArgumentType]
+        if small is None and route == "gram":
             return pairs.gram_squared_norms(uses)
         uses = [pairs.wide(*use) for use in uses]
-        slack = pairs.slack(pairs.magnitudes(uses), uses[0][1].dtype)
-        if looked_up:
-            return pairs.segment_squared_norms(*uses[0]) + slack  # pyright: ignore[reportArgumentType]
         whole = torch.stack([outer(*use) for use in uses]).sum(0) if len(uses) > 1 else outer(*uses[0])
-        return squared(whole if small is None else whole + small.view(whole.shape)) + slack
+        found = squared(whole if small is None else whole + small.view(whole.shape))
+        return found + pairs.slack(pairs.magnitudes(uses), uses[0][1].dtype)
 
     def weighted_sum(self, factors: Mapping[str, Tensor], bad: Tensor) -> dict[str, Tensor]:
         sums: dict[str, Tensor] = {}

@@ -50,16 +50,16 @@ class MatrixTap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, anchor, session: Session, x, weight, bias, weight_node: Node | None, bias_node: Node | None, by_rows: bool):
-        dtype = x.dtype
+        inputs, dtype = x, x.dtype
         x, weight, bias = _cast(x, weight, bias)
         ctx.session, ctx.nodes, ctx.by_rows, ctx.dtype = session, (weight_node, bias_node), by_rows, dtype
         session.announce(weight_node, bias_node)
         kept = None
         if weight_node is not None:
             ctx.axis = int(by_rows != weight_node.transposed)  # the parameter's axis on which x lies
-            x3 = per_example(x, session.rows)
-            matrix = session.sink.input_matrix(weight_node.root, ctx.axis, x) if weight_node.root else None
-            kept = x3 if matrix is None else x3 @ matrix
+            kept = per_example(x, session.rows)
+            if weight_node.root:
+                kept = session.sink.keep(weight_node.root, ctx.axis, inputs, kept)
         ctx.save_for_backward(kept, weight)
         return F.linear(x, weight if by_rows else weight.T, bias)
 
@@ -156,14 +156,14 @@ class ConvTap(torch.autograd.Function):
         x, weight, bias = _cast(x, weight, bias)
         ctx.session, ctx.nodes, ctx.spec, ctx.dtype = session, (weight_node, bias_node), spec, dtype
         session.announce(weight_node, bias_node)
-        matrix = session.sink.input_matrix(weight_node.root, 1, x) if weight_node is not None else None
-        kept = None
-        if matrix is not None:  # projecting patches is a convolution with the projection's columns as filters
-            filters = matrix.T.reshape(-1, *weight.shape[1:])
+        ctx.projected, kept = False, None
+        if weight_node is not None and session.sink.compresses(weight_node.root, 1):
+            ctx.projected = True  # projecting patches is a convolution with the projection's columns as filters
+            filters = session.sink.matrix(weight_node.root, x).T.reshape(-1, *weight.shape[1:])
             kept = per_example(_convolve(x, filters, None, spec).flatten(2).transpose(1, 2), session.rows)
         elif weight_node is not None:
             kept = x
-        ctx.x_shape, ctx.projected = x.shape, matrix is not None
+        ctx.x_shape = x.shape
         ctx.save_for_backward(kept, weight)
         return _convolve(x, weight, bias, spec)
 

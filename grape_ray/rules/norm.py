@@ -18,4 +18,4 @@ def scale_and_shift(x: Tensor, grad: Tensor, mean: Tensor, rstd: Tensor, rows: i
     shift = grad.reshape(rows, -1, width).sum(1)
     if not scale:
         return None, shift
-    return ((x - mean) * rstd).mul_(grad).reshape(rows, -1, width).sum(1), shift
+    return x.sub(mean).mul_(rstd).mul_(grad).reshape(rows, -1, width).sum(1), shift

@@ -38,13 +38,9 @@ class Index:
 Left = Tensor | Index
 
 
-def project(factor: Left, matrix: Tensor) -> Tensor:
-    """factor @ matrix -> (B,T,R); a factor that was projected in the forward pass (width R) is returned as it is."""
-    if isinstance(factor, Index):
-        return factor.project(matrix)
-    if factor.shape[-1] != matrix.shape[0]:
-        return factor
-    return factor @ matrix.to(factor.dtype)
+def width(left: Left) -> int:
+    """O."""
+    return left.size if isinstance(left, Index) else left.shape[-1]
 
 
 def outer(left: Left, right: Tensor) -> Tensor:
@@ -118,8 +114,8 @@ def _inner(a: Left, b: Left) -> Tensor:
     return torch.bmm(a, b.transpose(1, 2))
 
 
-def segment_squared_norms(index: Index, right: Tensor) -> Tensor:
-    """Squared norms of an embedding's per-example gradient by sums over equal ids, O(T I) each: no table, no T x T -> (B,)."""
+def lookup_squared_norms(index: Index, right: Tensor) -> Tensor:
+    """Squared norms of an embedding's per-example gradient by sums over equal ids, O(T I) each, no table, no T x T -> (B,), from above."""
     rows, length, width = right.shape
     ids, order = index.ids.sort(dim=1)
     fresh = torch.ones_like(ids, dtype=torch.bool)
@@ -127,7 +123,7 @@ def segment_squared_norms(index: Index, right: Tensor) -> Tensor:
     slots = fresh.cumsum(1) - 1 + torch.arange(rows, device=ids.device).unsqueeze(1) * length
     ordered = right.gather(1, order.unsqueeze(2).expand(-1, -1, width))
     sums = right.new_zeros(rows * length, width).index_add_(0, slots.reshape(-1), ordered.reshape(-1, width))
-    return squared(sums.view(rows, length, width))
+    return squared(sums.view(rows, length, width)) + slack(magnitudes([(index, right)]), right.dtype)
 
 
 def squared(stored: Tensor) -> Tensor:

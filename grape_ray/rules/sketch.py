@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from grape_ray.rules.pairs import Index, Left, Pair, squared
+from grape_ray.rules.pairs import Index, Left, Pair, squared, width
 
 Draw = Callable[[int], Tensor]  # side -> probes (B, side, K), or (1, side, K) where the batch shares them
 
@@ -19,11 +19,6 @@ Draw = Callable[[int], Tensor]  # side -> probes (B, side, K), or (1, side, K) w
 def probes_right(uses: list[Pair]) -> bool:
     """Whether the probes lie on the right side: the narrower one, so that fewer normals are drawn; always beside an Index."""
     return any(isinstance(left, Index) for left, _ in uses) or uses[0][1].shape[-1] <= width(uses[0][0])
-
-
-def width(left: Left) -> int:
-    """O."""
-    return left.size if isinstance(left, Index) else left.shape[-1]
 
 
 def sketch(left: Left, right: Tensor, probes: Tensor, on_right: bool) -> Tensor:
