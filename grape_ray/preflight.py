@@ -74,6 +74,7 @@ def preflight(
         _complete(engine, engine.clipped_sum(per_example_loss, few))
         singles = alone or [_rows(few, slice(index, index + 1), rows) for index in range(rows)]
         worst, tensor = _compare(exact, per_example_loss, singles, summed)
+        _same_losses(exact, per_example_loss, few, singles)
         if engine.private and METHODS[method.name].exact:
             for index in range(rows):
                 _bounded(engine.clipped_sum(per_example_loss, _rows(few, slice(index, index + 1), rows)), privacy.clip_norm)
@@ -111,6 +112,23 @@ def _bounded(summed: ClippedSum, clip_norm: float) -> None:
         raise UnsupportedLayer("the clipped gradient of one example", f"norm {norm:g}", f"at most clip_norm = {clip_norm:g}")
 
 
+@torch.no_grad()
+def _same_losses(engine: Engine, loss: PerExampleLoss, together: Any, singles: Sequence[Any]) -> None:
+    """Refuses a loss that is another in company than alone."""
+    mine = torch.cat([loss(engine.model, single).double() for single in singles])
+    if not torch.allclose(loss(engine.model, together).double(), mine, _tolerance(engine), _tolerance(engine), equal_nan=True):
+        raise UnsupportedLayer(
+            "the loss of an example",
+            "another value in a batch than alone",
+            "a function of that example alone",
+            "let the model look neither at other examples nor at the padding that they bring",
+        )
+
+
+def _tolerance(engine: Engine) -> float:
+    return max(_TOLERANCE.get(p.dtype, _LOW_PRECISION) for p in engine.params.values())
+
+
 def _compare(engine: Engine, loss: PerExampleLoss, singles: Sequence[Any], summed: ClippedSum) -> tuple[float, str]:
     """The largest relative difference from the reference, and where. Raises UnsupportedLayer above what rounding explains."""
     wanted = _reference(engine, loss, singles)
@@ -118,14 +136,13 @@ def _compare(engine: Engine, loss: PerExampleLoss, singles: Sequence[Any], summe
     scale = max(float(t.abs().max()) for t in wanted.values()) or 1.0
     errors = {name: float((finite[name] - wanted[name]).abs().max()) / scale for name in wanted}
     name = max(errors, key=lambda n: errors[n])
-    limit = max(_TOLERANCE.get(p.dtype, _LOW_PRECISION) for p in engine.params.values())
+    limit = _tolerance(engine)
     if not errors[name] <= limit:
         raise UnsupportedLayer(
             f"per-example gradient of parameter '{name}'",
             f"{errors[name]:.1e} away from a backward pass an example",
             f"at most {limit:g}, relative",
-            "freeze it (requires_grad=False), or teach its operation with grape_ray.register_rule; where only padded examples differ, "
-            "the model must not look at padding",
+            "freeze it (requires_grad=False), or teach its operation with grape_ray.register_rule",
         )
     return errors[name], name
 
