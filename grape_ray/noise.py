@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +16,8 @@ from grape_ray.comms import Comms
 from grape_ray.errors import ConfigError, NoiseReuse
 from grape_ray.rng import normals
 from grape_ray.types import ClippedSum, NonPrivateGradient, PrivateGradient
+
+_BACKGROUND = ThreadPoolExecutor(1, "noise")
 
 
 class NoiseStream:
@@ -30,6 +34,7 @@ class NoiseStream:
         if len(key) != 32:
             raise ConfigError("noise key", f"{len(key)} bytes", "32 secret bytes", "derive it from the master key")
         self._key, self._last = key, -1
+        self._ahead: tuple[int, int, Future[np.ndarray]] | None = None
 
     def __repr__(self) -> str:
         return f"NoiseStream(id={hashlib.sha256(self._key).hexdigest()[:8]}, last_step={self._last})"
@@ -42,8 +47,19 @@ class NoiseStream:
             )
         self._last = step
 
+    def draw_ahead(self, step: int, start: int, count: int) -> None:
+        """Begins to draw in another thread what `normals` will be asked for at `step`, which must be paid for by now.
+
+        It takes 8 `count` bytes until then, and pays where the gradients are computed elsewhere than on this machine's cores.
+        """
+        self._ahead = step, start, _BACKGROUND.submit(normals, self._key, step, start, count)
+
     def normals(self, step: int, start: int, count: int) -> Tensor:
         """Standard normals `start .. start+count` of a step's noise vector, float64."""
+        if self._ahead is not None and self._ahead[0] == step:
+            drawn, first = self._ahead[2].result(), self._ahead[1]
+            if first <= start and start + count <= first + len(drawn):
+                return torch.from_numpy(drawn[start - first : start - first + count])
         return torch.from_numpy(normals(self._key, step, start, count))
 
 

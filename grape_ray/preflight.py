@@ -84,7 +84,7 @@ def preflight(
         len(engine.params),
         len(engine.subspace.plan),
         sum(p.numel() for p in engine.params.values()),
-        sum(t.numel() for t in summed.tensors.values()),
+        engine.coordinates,
         worst,
         tensor,
     )

@@ -19,6 +19,8 @@ from grape_ray.sharding import is_sharded
 from grape_ray.task import Task, to_device
 from grape_ray.types import ClippedSum, NonPrivateGradient, PrivateGradient
 
+_AHEAD = 1 << 25  # normals drawn ahead at most, 256 MiB
+
 
 @dataclass(frozen=True)
 class Step:
@@ -57,7 +59,14 @@ class Step:
         batch = poisson_batch(self.sampling_key, step, len(self.records), self.sampling_prob)
         share = batch[self.comms.rank :: self.comms.world_size]
         largest = -(-len(batch) // self.comms.world_size) if is_sharded(self.model) else len(share)
+        self._draw_ahead(step)
         self.optimizer.step(self._gradient(self._summed(share, largest, step), step, len(batch)), step)
+
+    def _draw_ahead(self, step: int) -> None:
+        """Where a GPU computes the gradients, idle cores draw the noise meanwhile: it does not depend on them."""
+        low, high = self.comms.slice_of(self.engine.coordinates)
+        if self.noise is not None and self.device.type == "cuda" and high - low <= _AHEAD:
+            self.noise.draw_ahead(step, low, high - low)
 
     def _summed(self, share: np.ndarray, largest: int, step: int) -> ClippedSum:
         """The clipped sum over this rank's share, by micro-batches.

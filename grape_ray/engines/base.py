@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -84,6 +85,12 @@ class Engine:
     def from_config(cls, model: nn.Module, privacy: Privacy, method: Method, subspace: Subspace) -> Engine:
         """The engine that a run's config asks for."""
         return cls(model, **cls.common(privacy, method, subspace))
+
+    @property
+    def coordinates(self) -> int:
+        """Numbers in a clipped sum: what is noised and exchanged a step."""
+        sink = self.sink_type(self.params, 0, self.subspace, 0)
+        return sum(math.prod(sink.shape(name)) for name in self.params)
 
     def use_secret(self, key: bytes, rank: int = 0) -> None:
         """Takes this attempt's secret (32 bytes), for methods that draw secret numbers before the noise; the others need none."""

@@ -130,3 +130,22 @@ def test_sampling_is_exact_at_its_ends():
     assert poisson_batch(KEY, 0, 0, 0.5).size == 0
     grown = poisson_batch(KEY, 7, 2000, 0.3)
     assert (grown[grown < 1000] == poisson_batch(KEY, 7, 1000, 0.3)).all()  # a record's fate does not depend on the others
+
+
+def test_noise_drawn_ahead_is_the_same_noise_and_a_step_is_still_drawn_once():
+    def released(ahead):
+        stream = NoiseStream(KEY)
+        for start, count in ahead:
+            stream.draw_ahead(2, start, count)
+        summed = zeros(a=(600, 500), b=(777,))
+        with pytest.MonkeyPatch.context() as patch:
+            if ahead == [(0, 300777)]:
+                patch.setattr("grape_ray.noise.normals", None)  # all of it lies ready
+            gradient = privatize(summed, stream, step=2, noise_multiplier=1.0, expected_batch_size=1)
+        with pytest.raises(NoiseReuse):
+            privatize(zeros(a=(1,)), stream, step=2, noise_multiplier=1.0, expected_batch_size=1)
+        return gradient.tensors
+
+    plain = released([])
+    for ahead in ([(0, 300777)], [(5, 100)]):  # all, and too little
+        assert all(torch.equal(plain[n], t) for n, t in released(ahead).items())
