@@ -54,6 +54,25 @@ def test_length_reports_every_method_at_every_length():
     assert [(r["tokens"], r["method"]) for r in facts["rows"]] == [(8, "none"), (8, "randomized"), (16, "none"), (16, "randomized")]
 
 
+@pytest.mark.parametrize("words", [("comm", "--rank", "5000"), ("scaling", "--rank", "5000"), ("length", "--lengths", "8,b")])
+def test_what_cannot_be_measured_is_one_line(words):
+    done = CliRunner().invoke(main, ["bench", *words, "--model", "tiny"])
+    assert done.exit_code == 2
+    assert "Traceback" not in done.output
+    assert "expected" in done.output
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_shell_measures_starts_and_steps():
+    done = CliRunner().invoke(main, ["bench", "shell", "--steps", "3", "--rounds", "1", "--json"])
+    assert done.exit_code == 0, done.output
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert facts["help_s"] > 0
+    assert facts["step_ratio"] > 0
+    assert set(facts["start_s"]) == {"0", "1"}
+
+
 def test_comm_counts_what_two_ranks_send():
     facts = run("comm", "--rank", "4")
     assert facts["rank"] == 4

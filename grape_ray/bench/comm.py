@@ -18,7 +18,12 @@ RANKS = 2
 
 
 def bytes_per_step(where: Setting, method: str, rank: int) -> int:
-    """Payload bytes that one of two ranks sends a step: its part of the reduction and of the gather."""
+    """Payload bytes that one of two ranks sends a step: its part of the reduction and of the gather.
+
+    Raises:
+        ConfigError: the method cannot train the model, as with a rank above a layer's side.
+    """
+    make_engine(build(where)[0], method, rank=rank)  # refused here, with one line, rather than on two ranks
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_one_rank, args=(where, method, rank, folder), nprocs=RANKS)  # pyright: ignore[reportPrivateImportUsage]
         return int((Path(folder) / "bytes").read_text())

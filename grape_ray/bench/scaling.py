@@ -111,7 +111,12 @@ def modelled(tokens: int = 2048) -> str:
 
 
 def weak(where: Setting, method: str, rank: int, ranks: int) -> Mapping[str, float]:
-    """CPU-seconds and wall-clock seconds an example on real gloo ranks, each with a batch and a thread of its own."""
+    """CPU-seconds and wall-clock seconds an example on real gloo ranks, each with a batch and a thread of its own.
+
+    Raises:
+        ConfigError: the method cannot train the model, as with a rank above a layer's side.
+    """
+    make_engine(build(where)[0], method, rank=rank)
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_one_rank, args=(where, method, rank, ranks, folder), nprocs=ranks)  # pyright: ignore[reportPrivateImportUsage]
         found = [json.loads((Path(folder) / f"{r}.json").read_text()) for r in range(ranks)]

@@ -113,9 +113,13 @@ def length(methods: str, lengths: str, steps: int, **options: Any) -> None:
     from grape_ray.bench.candidates import chosen, label
     from grape_ray.bench.processes import Process
     from grape_ray.bench.report import surroundings
+    from grape_ray.errors import ConfigError
 
     facts: list[dict[str, Any]] = []
-    for tokens in (int(n) for n in lengths.split(",")):
+    known = [n.strip() for n in lengths.split(",")]
+    if not all(n.isdecimal() for n in known):
+        raise ConfigError("--lengths", lengths, "a comma list of integers", "such as --lengths 256,512")
+    for tokens in (int(n) for n in known):
         where, base = _setting({**options, "tokens": tokens}), None
         for method, rank in chosen(methods.split(",")):
             with Process(where, method, rank, for_memory=True) as process:
