@@ -128,7 +128,14 @@ def _making(watch: Stopwatch) -> str:
 def _wrap_sink(sink: Any, watch: Stopwatch) -> Any:
     """Wraps the sink's verbs. A sink of two passes takes norms in the first and sums in the second, on the spot."""
     taking = "weighted sum" if isinstance(sink, TwoPasses) else "per-example contraction"
-    names = {"pair": taking, "affine": taking, "dense": taking, "squared_norms": "norms", "_squared": "norms", "weighted_sum": "weighted sum"}
+    names = {
+        "pair": taking,
+        "affine": taking,
+        "dense": taking,
+        "squared_norms": "norms",
+        "_squared": "norms",
+        "weighted_sum": "weighted sum",
+    }
     for verb, phase in names.items():
         if hasattr(sink, verb):
             setattr(sink, verb, watch.timed(phase, getattr(sink, verb)))

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from grape_ray import make_engine
 from grape_ray.config import Method
@@ -132,3 +134,37 @@ def test_grape_projects_either_side(family, side):
     for step in (0, 12):
         got = engine.clipped_sum(loss, make_batch(), step=step).tensors
         assert worst(got, expected(engine, loss, make_batch(), zoo.ROWS, period=step // 5)) < 1e-9
+
+
+class Shapes(TorchDispatchMode):
+    """Notes the number of elements of every tensor that an operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        inputs = {t.untyped_storage().data_ptr() for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)}
+        self.made |= {
+            t.numel() for t in tree_flatten(out)[0] if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in inputs
+        }
+        return out
+
+
+def test_dp_grape_never_makes_a_gradient_of_a_weights_size():
+    rows, inputs, outputs = 5, 57, 33
+
+    def made_by(method):
+        model = torch.nn.Sequential(torch.nn.Linear(inputs, outputs), torch.nn.Tanh(), torch.nn.Linear(outputs, inputs))
+        engine = make_engine(model, method, 1.0, rank=4, project_min_numel=100)
+        batch = torch.randn(rows, 7, inputs)
+        engine.clipped_sum(lambda m, x: m(x).square().flatten(1).sum(1), batch)  # the first call learns the model's shapes
+        with Shapes() as seen:
+            engine.clipped_sum(lambda m, x: m(x).square().flatten(1).sum(1), batch)
+        assert all(p.grad is None for p in model.parameters())
+        return seen.made & {inputs * outputs, rows * inputs * outputs}
+
+    assert made_by("grape") == set()
+    assert made_by("bookkeeping") == {inputs * outputs}  # the sum alone
+    assert made_by("dp_adam") == {inputs * outputs, rows * inputs * outputs}

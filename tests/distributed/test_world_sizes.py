@@ -8,7 +8,7 @@ import torch.multiprocessing as mp
 
 from grape_ray import Method, make_engine
 from grape_ray.comms import Comms
-from grape_ray.noise import NoiseStream, privatize
+from grape_ray.noise import NoiseStream, nonprivate_mean, privatize
 from grape_ray.optim import make_optimizer
 from grape_ray.rng import poisson_batch
 from tests.contracts import zoo
@@ -27,7 +27,10 @@ def train(comms, method, steps=3):
         chosen = poisson_batch(SAMPLING, step, 40, 0.1 if step else 1e-3)  # the first batch is empty or nearly so on every rank
         mine = chosen[comms.rank :: comms.world_size]
         summed = engine.clipped_sum(zoo.layer_loss, {"x": data["x"][torch.from_numpy(mine)]}, step=step)
-        gradient = privatize(summed, stream, step=step, noise_multiplier=0.7, expected_batch_size=4, comms=comms)
+        if engine.private:
+            gradient = privatize(summed, stream, step=step, noise_multiplier=0.7, expected_batch_size=4, comms=comms)
+        else:
+            gradient = nonprivate_mean(summed, step=step, batch_size=4, comms=comms)
         released.append({n: t.clone() for n, t in gradient.tensors.items()})
         batches.append(chosen)
         optimizer.step(gradient, step)
@@ -36,6 +39,8 @@ def train(comms, method, steps=3):
 
 def noise_alone(comms, method):
     engine = make_engine(zoo.build_layer("bare parameters"), method, 1.0, rank=3, project_min_numel=100)
+    if not engine.private:
+        return {}
     return dict(privatize(engine.empty_sum(), NoiseStream(NOISE), step=5, noise_multiplier=1, expected_batch_size=3, comms=comms).tensors)
 
 
@@ -48,7 +53,7 @@ def rank_main(rank, world, path, method, out):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("world", "method"), [(2, "grape"), (2, "dp_adam"), (4, "grape")])
+@pytest.mark.parametrize(("world", "method"), [(2, "grape"), (2, "dp_adam"), (2, "none"), (4, "grape"), (4, "dp_adam")])
 def test_world_size_changes_nothing(world, method, tmp_path):
     released, weights, batches = train(Comms.local(), method)
     noise = noise_alone(Comms.local(), method)
@@ -62,7 +67,8 @@ def test_world_size_changes_nothing(world, method, tmp_path):
         assert worst(their_weights, weights) < 1e-10
         total = sum(t.numel() for t in released[0].values())
         share = -(-total // world) * (world - 1)
-        assert sent == 4 * 2 * share * 8  # four reductions and gathers of fp64, no more
+        steps = 3 if method == "none" else 4  # a reduction and a gather of fp64 each, no more
+        assert sent == steps * 2 * share * 8
 
 
 def test_each_rank_draws_only_the_slice_it_owns():
