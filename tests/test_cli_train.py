@@ -95,6 +95,13 @@ def test_unwritable_storage_is_refused_before_the_ledger_is_made(call, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_ledger_that_cannot_be_made_leaves_no_folder_of_runs(call, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for place in ("/proc/nope", tmp_path / "file"):
+        refused(call("train", "pipelines.digits_vit", "--ledger", place), str(place))
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
     [
@@ -117,10 +124,14 @@ def test_train_export_and_load(call, tmp_path):
     result = call("train", "pipelines.digits_vit", "--run", "r", "--json", *small)
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout.splitlines()[-1])
-    wanted = ["run", "method", "epsilon", "delta", "steps", "noise_multiplier", "metrics", "seconds", "peak_bytes", "checkpoint", "ledger"]
+    wanted = ["run", "method", "epsilon", "epsilon_spent", "delta", "steps", "noise_multiplier", "metrics", "seconds", "peak_bytes",
+              "checkpoint", "ledger"]  # fmt: skip
     assert [key for key in wanted if key not in found] == []
     assert (found["run"], found["method"], found["steps"], found["delta"]) == ("r", "grape", 4, 1e-5)
-    assert found["epsilon"] == pytest.approx(8.0, abs=0.01)
+    assert found["epsilon"] == 8.0
+    assert found["epsilon_spent"] == pytest.approx(8.0, abs=0.01)
+    assert "epsilon 8 at delta 1e-05" in result.stdout
+    assert f"epsilon {found['epsilon_spent']:.3f} spent so far" in result.stdout
     assert Path(found["checkpoint"], "manifest.json").is_file()
     assert "step 4/4" in result.stderr
     assert "\x1b" not in result.stderr  # plain lines where there is no terminal
@@ -163,4 +174,4 @@ def test_a_pretrained_encoder_trains_on_real_sentences_and_comes_back(call, tmp_
     assert call("export", tmp_path / "runs" / "r", tmp_path / "out").exit_code == 0
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").config.num_labels == 2
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("a film")["input_ids"]
-    assert os.listdir(tmp_path / "share" / "grape-ray" / "ledgers") == [Path(found["ledger"]).name]
+    assert sorted(os.listdir(tmp_path / "share" / "grape-ray" / "ledgers")) == sorted([Path(found["ledger"]).name, "salt"])

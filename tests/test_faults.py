@@ -99,6 +99,17 @@ def test_storage_that_stays_away_is_one_clear_error_in_time(server, url):
     assert time.monotonic() - began < 20
 
 
+def test_the_first_contact_with_storage_is_short_and_advises_no_resume(server, url, tmp_path):
+    config = tiny(public=False).override(["performance.storage_timeout_s=1"])
+    began = time.monotonic()
+    with server.down(), pytest.raises(StorageError, match=r"cannot create probe.*tried for 1 s.*check the address") as caught:
+        train(config, storage=url, key_path=str(tmp_path / "key"))
+    assert "resume" not in str(caught.value)
+    assert time.monotonic() - began < 15
+    assert Storage(url, 600).first_contact().deadline_s <= 15
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_request_that_is_never_answered_ends(server, url, monkeypatch):
     import s3fs
 

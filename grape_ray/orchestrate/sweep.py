@@ -9,7 +9,7 @@ from typing import Any
 
 from grape_ray.errors import ConfigError
 from grape_ray.orchestrate.cluster import cluster, set_defaults
-from grape_ray.plan import absolute
+from grape_ray.places import absolute
 from grape_ray.storage import Storage
 from grape_ray.sweeps import folder
 from grape_ray.sweeps.options import SELECT, Options
