@@ -19,9 +19,9 @@ from grape_ray.cli import main
 from grape_ray.errors import ConfigError
 from grape_ray.scores import PrivateScore
 from grape_ray.storage import Storage
-from grape_ray.sweeps import SweepStudy, price, space
+from grape_ray.sweeps import SweepStudy, folder, price, space
 from grape_ray.sweeps.options import Options
-from grape_ray.sweeps.prepare import prepare
+from grape_ray.sweeps.prepare import prepare, resume
 from grape_ray.trace import Trace, lines
 from tests.tiny import tiny
 
@@ -31,7 +31,7 @@ SPACES = ["digits", "sst2", "roberta", "opt", "vit"]
 
 @pytest.mark.parametrize("name", SPACES)
 def test_every_space_is_sound_and_its_trials_have_a_config(name):
-    from grape_ray.orchestrate.tune import check_domains
+    from grape_ray.orchestrate.proposals import check_domains
 
     domains, study = space.load(f"tune_spaces.{name}")
     check_domains(domains, study)
@@ -133,6 +133,26 @@ def test_a_selection_is_priced_for_whole_trials(tmp_path):
     assert sweep.study.config.performance.eval_every == 0  # one score a trial, at its end
 
 
+def test_the_description_of_a_sweep_holds_no_hash_of_the_data_and_is_resumed_without(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
+    monkeypatch.setenv("TINY_SCORES", "private")
+    options = Options("tests.tiny_space", storage=str(tmp_path / "s"), key_path=str(tmp_path / "k"))
+    domains, study = space.load("tests.tiny_space", ["task.public=false"])
+    sweep = prepare(options, domains, study, "n")
+    sweep.register()
+    described = folder.read(sweep.folder())
+    assert sweep.scores is not None
+    for share in (sweep.steps, sweep.scores):
+        assert share.dataset_id not in json.dumps(described)
+        assert Path(share.ledger).parent == tmp_path / "share" / "grape-ray" / "ledgers"
+    for made in (False, True):  # cut off before its ledgers were made, and after
+        again = resume(described, options, domains, study)
+        assert (again.steps, again.scores) == (sweep.steps, sweep.scores)
+        if not made:
+            sweep.steps.open()
+            sweep.scores.open()
+
+
 def test_a_sweep_beyond_the_budget_is_refused_before_any_work(tmp_path):
     data = tiny().task.load()
     Ledger.open(tmp_path / "ledger", data.dataset_id, 5.0, 1e-4).ensure_study(
@@ -151,19 +171,38 @@ def test_a_sweep_beyond_the_budget_is_refused_before_any_work(tmp_path):
     ("words", "part"),
     [
         (["tune_spaces.digit"], "did you mean 'tune_spaces.digits'"), (["pipelines.digits_vit"], "has no function space()"),
-        (["tests.tiny_space", "--budget-epsilon", "nan"], "privacy.epsilon"), (["tests.tiny_space", "--trials", "0"], "--trials"),
+        (["tests.tiny_space", "--budget-epsilon", "nan"], "--budget-epsilon"), (["tests.tiny_space", "--trials", "0"], "--trials"),
         (["tests.tiny_space", "--resume", "nothing"], "there is no sweep"), (["tests.tiny_space", "--set", "method.rank=0"], "method.rank"),
         (["tests.tiny_space", "--scheduler", "pbt", "--search", "optuna"], "one of the two"),
         (["tests.tiny_space", "--mode", "select", "--scheduler", "asha"], "mode select refuses"),
         (["tests.tiny_space", "--set", "performance.eval_every=0"], "trials are compared at evaluations"),
         (["tests.tiny_space", "--mode", "select", "--storage", "memory://x"], "no place for its secrets"),
+        *((["tests.tiny_space", f"--{name}", "0"], f"--{name} is out of range")
+          for name in ("budget-epsilon", "budget-delta", "ledger-epsilon", "ledger-delta")),
+        (["tests.tiny_space", "--budget-epsilon", "4", "--ledger-epsilon", "2"], "epsilon <= 2"),
+        (["tests.tiny_space", "--ledger", "/proc/nope"], "cannot create"), (["tests.tiny_space", "--key-file", "/proc/nope"], "master key"),
+        (["tests.rank_space", "--scheduler", "pbt"], "population-based training has nothing to vary"),
     ],
 )  # fmt: skip
 def test_bad_words_cost_one_line_and_leave_nothing(tmp_path, monkeypatch, words, part):
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(main, ["tune", *words, "--key-file", str(tmp_path / "key")])
+    monkeypatch.setattr("ray.init", lambda *args, **options: pytest.fail("Ray is started"))
+    result = CliRunner(env={"XDG_DATA_HOME": str(tmp_path / "share")}).invoke(main, ["tune", "--key-file", str(tmp_path / "key"), *words])
     assert result.exit_code == 2, result.output
-    assert part in result.stderr.strip().splitlines()[-1]
+    (line,) = result.stderr.strip().splitlines()
+    assert part in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_search_that_is_not_installed_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    def missing(*arguments, **options):
+        raise AssertionError("optuna must be installed")
+
+    monkeypatch.setattr("ray.tune.search.optuna.OptunaSearch", missing)
+    words = ["tune", "tests.tiny_space", "--search", "optuna", "--storage", tmp_path / "s", "--key-file", tmp_path / "key"]
+    result = CliRunner().invoke(main, [*map(str, words)])
+    assert result.exit_code == 2
+    assert "pip install optuna" in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -21,7 +21,7 @@ from grape_ray.sweeps.options import Options
 from grape_ray.sweeps.page import report
 
 pytestmark = pytest.mark.ray
-WANTED = ["study", "mode", "epsilon", "delta", "tokens_total", "tokens_charged", "steps_executed", "trials", "best", "ledger"]
+WANTED = ["study", "mode", "epsilon", "delta", "tokens_total", "tokens_charged", "steps_executed", "wasted", "trials", "best", "ledger"]
 
 
 @pytest.fixture
@@ -41,6 +41,7 @@ def balanced(result):
     """Each step that was executed was charged, and nothing else."""
     assert [key for key in WANTED if key not in result] == []
     assert result["tokens_charged"] == result["steps_executed"] <= result["tokens_total"]
+    assert result["wasted"] == 0
     assert Ledger.open(result["ledger"], create=False).state.study(result["study"]).used == result["tokens_charged"]
     found = verify(result["ledger"])
     assert found.ok, found.problems
@@ -149,7 +150,7 @@ def test_a_selection_releases_its_winner_and_nothing_else(sweep, tmp_path, monke
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
     monkeypatch.setenv("TINY_SCORES", "private")
     result = sweep("a", mode="select", scheduler="none", trials=4, epsilon=8.0)
-    assert all(result[key] is None for key in ("tokens_total", "tokens_charged", "steps_executed", "trials"))
+    assert all(result[key] is None for key in ("tokens_total", "tokens_charged", "steps_executed", "wasted", "trials"))
     assert result["epsilon"] == 8.0
     assert result["score_source"] == "private"
     for url in (result["ledger"], result["score_ledger"]):
