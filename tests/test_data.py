@@ -11,6 +11,7 @@ from grape_ray.data.arrays import Ragged, Records
 from grape_ray.data.tables import fingerprint, labels, read_table, texts
 from grape_ray.errors import ConfigError, DataError
 from grape_ray.models.hf import load_sequence_classifier
+from grape_ray.models.text_classification import TextClassification
 
 SST2 = Path(__file__).parents[2] / "shared" / "data" / "sst2"
 
@@ -75,6 +76,24 @@ def test_the_fingerprint_depends_on_content_and_order_alone(tmp_path):
     )
     others = [whole.take([1, 0, 2]), whole.slice(0, 2), pa.table({"text": ["a", "bc", ""], "label": pa.array([0, 1, 1], pa.int8())})]
     assert len({fingerprint(t) for t in [whole, *others]}) == 4
+
+
+def test_the_fingerprint_of_floats_sees_their_fractions(tmp_path):
+    tables = [pa.table({"x": pa.array(values, kind)}) for kind in (pa.float32(), pa.float64()) for values in ([0.25, 1.5], [0.75, 1.5])]
+    assert len({fingerprint(table) for table in tables}) == 4
+    assert fingerprint(tables[0]) == fingerprint(pa.concat_tables([tables[0].slice(0, 1), tables[0].slice(1)]))
+    integers = pa.table({"label": pa.array([0, 1, 1], pa.int8())})
+    assert fingerprint(integers) == "d06a0919a754d79412671945fa8eda4f"  # ledgers are found by it
+    with pytest.raises(DataError, match="column 'x'"):
+        fingerprint(pa.table({"x": [[1], [2]]}))
+
+
+def test_a_part_of_a_table_spends_from_the_whole_tables_budget(tmp_path, monkeypatch):
+    url = write(tmp_path / "a.parquet")
+    monkeypatch.setattr(TextClassification, "_records", lambda self, texts, labels: Records({"labels": labels}))
+    tasks = [TextClassification("m", url, url, limit=limit) for limit in (0, 2)]
+    assert [len(task.load().train) for task in tasks] == [3, 2]
+    assert tasks[0].load().dataset_id == tasks[1].load().dataset_id
 
 
 def test_padding_reaches_the_longest_of_the_batch():
