@@ -67,6 +67,9 @@ class Recorder:
         self.calls.append("evaluate")
         return {"accuracy": 0.5}
 
+    def score(self, metrics):
+        return {name: value / 2 for name, value in metrics.items()}
+
     def checkpoint(self, progress, occasion):
         if occasion is Occasion.DUE and progress.step in self.busy_at:
             return False
@@ -109,6 +112,30 @@ def test_the_end_of_the_budget_is_a_clean_end():
     again = Recorder(budget=0)
     run_loop(again.take, again, Performance(), 4, 9, Comms.local())
     assert again.calls == [("reserve", 4, 5), "evaluate"]  # the checkpoint it began from is not written again
+
+
+class Second(Comms):
+    """Rank 1 of two, where all that rank 0 broadcasts is `told`."""
+
+    def __init__(self, told):
+        super().__init__(1, 2)
+        self.told = told
+
+    def broadcast_object(self, value):
+        return self.told
+
+
+def test_ranks_that_evaluate_together_have_one_score():
+    hooks = Recorder()
+    hooks.evaluates_together = True
+    outcome = run_loop(hooks.take, hooks, Performance(), 0, 0, Comms.local())
+    assert outcome.progress.metrics == {"accuracy": 0.25}
+    hooks.score = lambda metrics: pytest.fail("rank 1 asks for a score of its own")
+    outcome = run_loop(hooks.take, hooks, Performance(), 0, 0, Second(({"accuracy": 0.75}, None)))
+    assert outcome.progress.metrics == {"accuracy": 0.75}
+    assert hooks.calls.count("evaluate") == 2
+    with pytest.raises(LedgerError, match="away"):
+        run_loop(hooks.take, hooks, Performance(), 0, 0, Second((None, LedgerError("away"))))
 
 
 def test_a_checkpoint_left_out_is_made_at_the_end():

@@ -23,7 +23,7 @@ from grape_ray.sweeps import SweepStudy, folder, price, space
 from grape_ray.sweeps.options import Options
 from grape_ray.sweeps.prepare import prepare, resume
 from grape_ray.trace import Trace, lines
-from tests.tiny import tiny
+from tests.tiny import Tiny, tiny
 
 REPOSITORY = Path(__file__).parents[1]
 SPACES = ["digits", "sst2", "roberta", "opt", "vit"]
@@ -65,6 +65,16 @@ def test_there_is_no_third_source_of_scores(source):
         SweepStudy(tiny(), (), source)
     with pytest.raises(TypeError):
         SweepStudy(tiny(), ())  # pyright: ignore[reportCallIssue]
+
+
+def test_a_private_score_is_one_that_the_task_calls_bounded(monkeypatch):
+    assert SweepStudy(tiny(), (), "private").metric == "accuracy"
+    assert SweepStudy(tiny(), (), "public", metric="loss").metric == "loss"
+    with pytest.raises(ConfigError, match=r"metric of private scores, got 'loss', expected accuracy"):
+        SweepStudy(tiny(), (), "private", metric="loss")  # its mean may lie in [0, 1], too
+    monkeypatch.delattr(Tiny, "bounded_metrics")
+    with pytest.raises(ConfigError, match=r"got 'accuracy', expected a bounded metric"):
+        SweepStudy(tiny(), (), "private")
 
 
 def test_methods_of_one_mechanism_alone_are_mixed():
@@ -153,6 +163,44 @@ def test_the_description_of_a_sweep_holds_no_hash_of_the_data_and_is_resumed_wit
             sweep.scores.open()
 
 
+@pytest.mark.parametrize(
+    ("resources", "assignments", "concurrent", "wanted"),
+    [
+        ({"CPU": 2.0}, [], None, 2), ({"CPU": 2.0}, ["performance.num_workers=2"], None, 1), ({"CPU": 200.0}, [], None, 10),
+        ({"CPU": 200.0}, [], 3, 3), ({"CPU": 2.0, "GPU": 200.0}, ["performance.use_gpu=true"], None, 10),
+        ({"CPU": 64.0, "GPU": 8.0}, ["performance.use_gpu=true", "performance.num_workers=2:4"], None, 2),
+        ({"CPU": 2.0}, ["performance.num_workers=3"], None, "'2 CPUs', expected at least 3"),
+        ({"CPU": 2.0}, ["performance.use_gpu=true"], None, "'0 GPUs', expected at least 1"), ({}, [], None, "'0 CPUs'"),
+    ],
+)  # fmt: skip
+def test_as_many_trials_at_a_time_as_the_cluster_holds(monkeypatch, resources, assignments, concurrent, wanted):
+    from grape_ray.orchestrate.tune import concurrency
+
+    monkeypatch.setattr("ray.cluster_resources", lambda: resources)
+    _, study = space.load("tests.tiny_space", assignments)
+    options = Options("tests.tiny_space", trials=10, concurrent=concurrent)
+    if isinstance(wanted, int):
+        assert concurrency(study, options) == wanted
+        return
+    with pytest.raises(ConfigError, match=f"the cluster is too small for one trial, got {wanted}"):
+        concurrency(study, options)
+
+
+def test_a_machine_too_small_for_one_trial_is_told_before_anything_is_registered(tmp_path, monkeypatch):
+    started = {}
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", lambda **options: started.update(options))
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": float(started["num_cpus"])})
+    words = ["tune", "tests.tiny_space", "--workers", "64", "--storage", tmp_path / "s", "--key-file", tmp_path / "key"]
+    result = CliRunner().invoke(main, [*map(str, words)])
+    assert result.exit_code == 2
+    assert "expected at least 64; lower --workers" in result.stderr
+    assert started["num_cpus"] == os.cpu_count()
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+
+
 def test_a_sweep_beyond_the_budget_is_refused_before_any_work(tmp_path):
     data = tiny().task.load()
     Ledger.open(tmp_path / "ledger", data.dataset_id, 5.0, 1e-4).ensure_study(
@@ -221,6 +269,7 @@ def test_private_scores_are_noised_charged_and_end_with_their_budget(scored):
     metrics = {"accuracy": 0.5, "loss": 1.25}
     found = [one(metrics, 100) for _ in range(20)] + [two(metrics, 100) for _ in range(20)]
     assert all(set(score) == {"accuracy"} for score in found)  # nothing else is released
+    assert all(len(f"{score['accuracy']!r}".strip("-").split("e")[0].replace(".", "").lstrip("0")) <= 6 for score in found)
     noise = np.array([100 * score["accuracy"] - 50 for score in found]) / 30
     assert len(set(noise)) == 40
     # A sum of 40 squares lies outside (16, 76) with probability 8e-4; at half the scale it lies inside with probability 6e-3.
