@@ -201,6 +201,17 @@ def test_a_machine_too_small_for_one_trial_is_told_before_anything_is_registered
     assert [path.name for path in tmp_path.iterdir()] == ["key"]
 
 
+def test_a_page_that_cannot_be_written_is_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("grape_ray.sweeps.page.report", lambda url: ("page", b"table"))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "x.parquet").mkdir()
+    for out in ("/proc/x/y.html", tmp_path / "folder" / "x.html"):
+        result = CliRunner().invoke(main, ["report", "sweep", "--out", str(out)])
+        assert result.exit_code == 2
+        (line,) = result.stderr.strip().splitlines()
+        assert f"cannot write {out}" in line
+
+
 def test_a_sweep_beyond_the_budget_is_refused_before_any_work(tmp_path):
     data = tiny().task.load()
     Ledger.open(tmp_path / "ledger", data.dataset_id, 5.0, 1e-4).ensure_study(
@@ -218,7 +229,8 @@ def test_a_sweep_beyond_the_budget_is_refused_before_any_work(tmp_path):
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["tune_spaces.digit"], "did you mean 'tune_spaces.digits'"), (["pipelines.digits_vit"], "has no function space()"),
+        (["tune_spaces.digit"], "did you mean 'tune_spaces.digits'"), (["nosuch"], "known names: tune_spaces.digits"),
+        (["pipelines.digits_vit"], "has no function space()"),
         (["tests.tiny_space", "--budget-epsilon", "nan"], "--budget-epsilon"), (["tests.tiny_space", "--trials", "0"], "--trials"),
         (["tests.tiny_space", "--resume", "nothing"], "there is no sweep"), (["tests.tiny_space", "--set", "method.rank=0"], "method.rank"),
         (["tests.tiny_space", "--scheduler", "pbt", "--search", "optuna"], "one of the two"),
