@@ -1,8 +1,10 @@
 """The commands train and export: one line and status 2 for bad input, and nothing written; one JSON object for good input."""
 
 import importlib.util
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,8 @@ from click.testing import CliRunner
 
 from grape_ray.accounting.ledger import Ledger
 from grape_ray.cli import main
+from grape_ray.loop import Progress
+from grape_ray.report import Reporter
 
 REPOSITORY = Path(__file__).parents[1]
 SST2 = REPOSITORY.parent / "shared" / "data" / "sst2"
@@ -145,6 +149,21 @@ def test_train_export_and_load(call, tmp_path):
     assert {n: t.shape for n, t in saved.items()} == {n: t.shape for n, t in mine.items()}
     assert all(bool((saved[n] == mine[n]).all()) for n in saved)
     refused(call("export", tmp_path / "runs" / "r", tmp_path / "model"), "taken")
+
+
+def test_a_terminal_shows_a_bar_and_lines_of_its_own(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: True)
+    with Reporter(stream, 12) as reporter:
+        reporter.say("run r in runs")
+        for step in (3, 12):
+            reporter(Progress(step, 12, step, 2.0, {"accuracy": 0.25}, step), 1.5)
+    shown = stream.getvalue()
+    assert "\x1b" in shown
+    assert shown.index("run r in runs") < shown.rindex("step 12/12")
+    assert re.search(r"step 12/12 .*epsilon 1\.500  2\.00 steps/s  0:00 left  accuracy 0\.2500", shown)
+    assert "accuracy" not in shown[: shown.index("run r in runs")]
 
 
 def test_help_is_quick_and_imports_little():

@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
 
 from grape_ray.data.arrays import Ragged, Records
 from grape_ray.data.tables import fingerprint, labels, read_table, texts
@@ -28,6 +31,27 @@ def test_a_file_a_folder_and_a_pattern_are_read(tmp_path):
     assert read_table(str(tmp_path), ["text", "label"]).num_rows == 4
     assert texts(read_table(f"{tmp_path}/a-*.parquet", ["text"]), "text", "x") == ["a", "b", "c", "d"]
     assert read_table(f"file://{two}", ["label"]).num_rows == 1
+
+
+def test_a_url_of_the_hub_is_read_through_its_file_system(tmp_path, monkeypatch):
+    class Hub(MemoryFileSystem):
+        protocol, store, pseudo_dirs = "hf", {}, [""]
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return super()._strip_protocol(path.removeprefix("hf://"))
+
+    monkeypatch.setitem(_registry, "hf", Hub)
+    for name in ("train-0", "train-1", "validation-0"):
+        content = Path(write(tmp_path / f"{name}.parquet", label=(0, 1, 2))).read_bytes()
+        fsspec.filesystem("hf").pipe_file(f"datasets/owner/name/sst2/{name}.parquet", content)
+    assert read_table("hf://datasets/owner/name/sst2/train-*.parquet", ["text"]).num_rows == 6
+    assert read_table("hf://datasets/owner/name/sst2", ["text"]).num_rows == 9
+    with pytest.raises(DataError, match="not found"):
+        read_table("hf://datasets/owner/name/test-*.parquet", ["text"])
+    url = "hf://datasets/owner/name/sst2/train-*.parquet"
+    with pytest.raises(DataError, match=r"row 2 .*got 2, expected 0 to 1"):
+        TextClassification("/no/model", url, url).load()
 
 
 def test_what_cannot_be_read_is_one_clear_error(tmp_path):

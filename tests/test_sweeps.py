@@ -241,7 +241,7 @@ def test_a_sweep_beyond_the_budget_is_refused_before_any_work(tmp_path):
           for name in ("budget-epsilon", "budget-delta", "ledger-epsilon", "ledger-delta")),
         (["tests.tiny_space", "--budget-epsilon", "4", "--ledger-epsilon", "2"], "epsilon <= 2"),
         (["tests.tiny_space", "--ledger", "/proc/nope"], "cannot create"), (["tests.tiny_space", "--key-file", "/proc/nope"], "master key"),
-        (["tests.rank_space", "--scheduler", "pbt"], "population-based training has nothing to vary"),
+        (["tests.wide_space", "--scheduler", "pbt"], "population-based training has nothing to vary"),
     ],
 )  # fmt: skip
 def test_bad_words_cost_one_line_and_leave_nothing(tmp_path, monkeypatch, words, part):

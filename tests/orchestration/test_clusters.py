@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,25 @@ def test_a_token_that_is_made_here_is_its_owners_alone(tmp_path, monkeypatch):
     cluster.start_local(1)
     assert len(made[0]) == 64
     assert made[0] == made[1]
+
+
+def test_a_run_for_which_there_is_never_room_is_given_up(monkeypatch):
+    from grape_ray.orchestrate import room
+
+    over, nodes = threading.Event(), [{"Alive": True, "Resources": {"CPU": 1.0}}, {"Alive": False, "Resources": {"CPU": 8.0}}]
+    monkeypatch.setattr(room, "_LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    began = time.monotonic()
+    assert room.workers_that_fit(False) == 1
+    assert room.workers_that_fit(True) == 0
+    assert not room.while_there_is_room(over.wait, 2, False, 0.2)
+    assert 0.2 < time.monotonic() - began < 5
+    over.set()
+    assert room.while_there_is_room(over.wait, 2, False, 0.2)  # it ended in time
+    nodes[1]["Alive"] = True
+    assert room.while_there_is_room(lambda: time.sleep(0.5), 2, False, 0.2)
+    with pytest.raises(ValueError, match="its own"):
+        room.while_there_is_room(lambda: int("its own"), 2, False, 0.2)
 
 
 @pytest.fixture

@@ -28,9 +28,9 @@ WANTED = ["study", "mode", "epsilon", "delta", "tokens_total", "tokens_charged",
 def sweep(tmp_path, ray_cluster):
     """Runs a sweep of the tiny space; what it says is kept in `sweep.said`."""
 
-    def go(name, **options):
+    def go(name, space="tests.tiny_space", **options):
         options = {"storage": str(tmp_path / "sweeps"), "key_path": str(tmp_path / "key"), **options}
-        return run(Options("tests.tiny_space", **options), said.append, name)
+        return run(Options(space, **options), said.append, name)
 
     said: list[str] = []
     go.said = said  # pyright: ignore[reportFunctionMemberAccess]
@@ -76,6 +76,17 @@ def test_the_budget_of_n_steps_gives_n_steps_to_eight_trials(sweep):
     balanced(result)
     assert result["tokens_charged"] == result["tokens_total"] == 41
     assert result["trials"] == 8
+
+
+def test_trials_of_other_lengths_refreshes_moments_and_methods_pay_alike(sweep, tmp_path):
+    result = sweep("a", "tests.wide_space", trials=6, scheduler="none", seed=2)
+    balanced(result)
+    described = [json.loads(path.read_text()) for path in (tmp_path / "sweeps" / "a" / "runs").glob("*/run.json")]
+    lengths = [one["privacy"]["steps"] for one in described]
+    assert result["tokens_charged"] == sum(lengths)
+    assert len(set(lengths)) > 1
+    for field in ("refresh", "moments", "name"):
+        assert len({one["method"][field] for one in described}) > 1
 
 
 @pytest.mark.slow
