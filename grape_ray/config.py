@@ -13,6 +13,9 @@ from typing import Any
 from grape_ray.errors import ConfigError, nearest
 from grape_ray.methods import METHODS
 
+# As Python writes and as JSON reads them: what is out of range is told by the range check, which knows what to do.
+_NOT_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
+
 
 def _require(ok: bool, what: str, got: object, expected: str, fix: str = "") -> None:
     if not ok:
@@ -55,10 +58,13 @@ class Privacy:
     shared_probes: bool = False
 
     def __post_init__(self) -> None:
-        _require(_number(self.epsilon) and self.epsilon > 0, "privacy.epsilon", self.epsilon, "a finite number > 0")
-        _require(_number(self.delta) and 1e-11 <= self.delta < 1, "privacy.delta", self.delta, "a number in [1e-11, 1)")
-        _require(_count(self.expected_batch_size, 1), "privacy.expected_batch_size", self.expected_batch_size, "an integer >= 1")
-        _require(_count(self.steps, 1), "privacy.steps", self.steps, "an integer >= 1")
+        fix = "typical values lie between 0.5 and 10"
+        _require(_number(self.epsilon) and self.epsilon > 0, "privacy.epsilon", self.epsilon, "a finite number > 0", fix)
+        fix = "choose it well below one over the number of records"
+        _require(_number(self.delta) and 1e-11 <= self.delta < 1, "privacy.delta", self.delta, "a number in [1e-11, 1)", fix)
+        size, fix = self.expected_batch_size, "choose at most the number of records"
+        _require(_count(size, 1), "privacy.expected_batch_size", size, "an integer >= 1", fix)
+        _require(_count(self.steps, 1), "privacy.steps", self.steps, "an integer >= 1", "choose how many optimizer steps to take")
         _require(_count(self.spare_steps, 0), "privacy.spare_steps", self.spare_steps, "an integer >= 0")
         _require(_number(self.clip_norm) and self.clip_norm > 0, "privacy.clip_norm", self.clip_norm, "a finite number > 0")
         _choice("privacy.clipping", self.clipping, ("flat", "automatic", "per_layer"))
@@ -110,7 +116,7 @@ class Method:
 
     def __post_init__(self) -> None:
         _choice("method.name", self.name, METHODS)
-        _require(_count(self.rank, 1), "method.rank", self.rank, "an integer >= 1")
+        _require(_count(self.rank, 1), "method.rank", self.rank, "an integer >= 1", "typical values lie between 8 and 64")
         _choice("method.side", self.side, ("in", "out", "smaller"))
         _require(_count(self.refresh, 0), "method.refresh", self.refresh, "an integer >= 0")
         _choice("method.moments", self.moments, ("keep", "reset", "transfer"))
@@ -140,7 +146,8 @@ class Performance:
         checkpoint_every, eval_every: steps; 0 only at the end.
         keep_checkpoints: committed checkpoints kept.
         delta_checkpoints: of method `grape`: so many checkpoints between two full ones hold only coordinates, a few percent of the bytes;
-            weights restored from one differ from those saved by rounding.
+            weights restored from one differ from those saved by rounding. With `sharded`, or where projected weights are not fp32, all
+            checkpoints are full ones.
         checkpoint_timeout_s: how long a checkpoint may take from its copy in memory to its manifest.
         storage_timeout_s: how long a call to remote storage is tried again.
         max_failures: worker failures that a run survives; each is a new attempt.
@@ -179,7 +186,8 @@ class Performance:
             value = getattr(self, name)
             _require(_number(value) and value > 0, f"performance.{name}", value, "a number of seconds > 0")
         low, high = self.workers
-        _require(0 <= low <= high and (low > 0 or high == 0), "performance.num_workers", self.num_workers, "an integer >= 0, or MIN:MAX")
+        expected, fix = "an integer >= 0, or MIN:MAX", "0 trains in this process, 2:8 follows the cluster"
+        _require(0 <= low <= high and (low > 0 or high == 0), "performance.num_workers", self.num_workers, expected, fix)
 
     @property
     def workers(self) -> tuple[int, int]:
@@ -250,7 +258,7 @@ def _parse(text: str, hint: Any, key: str) -> Any:
             inner = typing.get_args(kind)[0]
             return tuple(_parse(part.strip(), inner, key) for part in text.strip("()[]").split(",") if part.strip())
         try:
-            value = json.loads(text.lower() if origin is bool else text)
+            value = json.loads(text.lower() if origin is bool else _NOT_FINITE.get(text.lower(), text) if origin is float else text)
         except ValueError:
             continue
         if origin is float and _number(value):

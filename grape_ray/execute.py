@@ -61,7 +61,8 @@ def execute(
     device = device or torch.device("cpu")
     data = config.task.load()
     if data.dataset_id != plan.dataset_id:
-        raise DataError("the training data changed", data.dataset_id, plan.dataset_id, "every worker must see the same data")
+        expected = "the records that the run was planned with"
+        raise DataError("the training data changed", None, expected, "every worker must see the same data")
     model, engine, loss = _model_and_engine(plan, data, device)
     optimizer = make_optimizer(model, engine, config.method, config.privacy.steps, public_key(config, "rounding"))
     start, earlier, newest, coordinates = _resume(plan, comms, folder, model, optimizer)
@@ -187,8 +188,9 @@ def _conclude(session: Session, outcome: Outcome, seconds: float) -> dict[str, A
         result = {
             "run": plan.run,
             "method": plan.config.method.name,
-            "epsilon": ledger.epsilon_spent(plan.study) if ledger else None,
-            "delta": plan.config.privacy.delta if ledger else None,
+            "epsilon": plan.promise[0] if plan.promise else None,
+            "epsilon_spent": ledger.epsilon_spent(plan.study) if ledger else None,
+            "delta": plan.promise[1] if plan.promise else None,
             "steps": progress.step,
             "noise_multiplier": plan.noise_multiplier if ledger else None,
             "metrics": dict(progress.metrics),

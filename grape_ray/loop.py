@@ -14,11 +14,12 @@ from grape_ray.config import Performance
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands; none of it depends on private data.
+    """Where a run stands. Metrics are as the hooks release them, and of the rest the speed alone follows the private data.
 
     Attributes:
         step: steps that the model has taken, over all attempts; total: steps planned.
-        executed: steps that this attempt has executed. steps_per_s: mean speed since this attempt's first step.
+        executed: steps that this attempt has executed.
+        steps_per_s: mean speed since this attempt's first step; larger batches take longer, and timing is not hidden (docs/privacy.md).
         metrics: the newest validation metrics, and the step they belong to.
     """
 
@@ -76,6 +77,10 @@ class Hooks(Protocol):
 
     def evaluate(self) -> dict[str, float]:
         """Validation metrics of the model as it is."""
+        ...
+
+    def score(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """What may be known of the metrics. Rank 0 alone calls it, once an evaluation."""
         ...
 
     def checkpoint(self, progress: Progress, occasion: Occasion) -> bool:
@@ -150,7 +155,8 @@ def _due(step: int, every: int) -> bool:
 
 def _evaluated(progress: Progress, hooks: Hooks, comms: Comms) -> Progress:
     """The progress with fresh metrics, which every rank gets from rank 0."""
-    metrics = comms.broadcast_object(hooks.evaluate()) if hooks.evaluates_together else _on_rank_zero(comms, hooks.evaluate)
+    found = hooks.evaluate() if hooks.evaluates_together else None
+    metrics = _on_rank_zero(comms, lambda: hooks.score(hooks.evaluate() if found is None else found))
     return Progress(progress.step, progress.total, progress.executed, progress.steps_per_s, metrics, progress.step)
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from grape_ray.config import Config
 from grape_ray.engines import Engine, from_config
 from grape_ray.errors import BudgetExceeded, CheckpointError, ConfigError, DataError
 from grape_ray.methods import METHODS
+from grape_ray.places import absolute, ledger_place
 from grape_ray.preflight import preflight
 from grape_ray.resolve import describe
 from grape_ray.storage import Storage
@@ -38,6 +39,8 @@ class Plan:
         run: name of the run, of its folder below `storage` and, unless `study` says otherwise, of its study in the ledger.
         storage: URL of the folder of runs. ledger: URL of the dataset's ledger; None for the non-private yardstick.
         key_path: file of the master key, on the machine of rank 0; None for the usual place.
+        dataset_id: fingerprint of the training records; the ledger alone may keep it.
+        promise: (epsilon, delta) of the run's study; None for the yardstick.
         sampling_prob: chance of each record to be in a batch. noise_multiplier: noise standard deviation over the sensitivity.
         tokens: steps that the run's study may take, repeats included; 0 for the yardstick.
         origin: (URL of a run's folder, name of its checkpoint) that a new run begins from; None begins from the task's own model.
@@ -50,6 +53,7 @@ class Plan:
     key_path: str | None
     study: str
     dataset_id: str
+    promise: tuple[float, float] | None
     sampling_prob: float
     noise_multiplier: float
     tokens: int
@@ -99,7 +103,7 @@ def prepare(
     Args:
         run: name of the run; an existing one with the same config is resumed. None makes a new name.
         storage: path or URL of the folder of runs.
-        ledger: path or URL of the dataset's ledger; None is the user's own ledger of this dataset (`default_ledger`).
+        ledger: path or URL of the dataset's ledger; None is the user's own ledger of this dataset (`places.ledger_place`).
         key_path: file of the master key; None is `accounting.keys.default_path()`.
         study: one that the ledger holds already, whose tokens the run shares with others; None registers a study of the run's own.
         origin: see Plan.
@@ -108,32 +112,30 @@ def prepare(
         GrapeRayError: one of its kinds for whatever is wrong; nothing was written then.
     """
     task: Task = config.task
-    run = run or _new_name(config)
+    run, root = run or _new_name(config), absolute(storage)
     check_run_name(run)
     _check_sharding(config)
     data = task.load()
     sampling_prob = sampling_prob_of(config, data)
     try_out(config, data)
-    root = absolute(storage)
-    place = Storage(root)
+    place = Storage(root, config.performance.storage_timeout_s)
+    place.check_writable()
     if not METHODS[config.method.name].private:
         if study is not None:
             raise ConfigError("method.name", config.method.name, "a private method", "what a study releases is paid for, without exception")
-        plan = Plan(config, run, root, None, None, run, data.dataset_id, sampling_prob, 0.0, 0)
-        place.check_writable()
+        plan = Plan(config, run, root, None, None, run, data.dataset_id, None, sampling_prob, 0.0, 0)
         _register(plan, place)
         return plan
     noise, tokens = (study.mechanism.noise_multiplier, study.tokens) if study else _price(config, sampling_prob)
-    where = absolute(ledger) if ledger else default_ledger(data.dataset_id, data.public, root, run)
+    settle = partial(ledger_place, ledger, data.dataset_id, data.public, root, run)
+    where, name = settle(), study.name if study else run
     keys.check_outside(key_path or keys.default_path(), root, where)
-    name = study.name if study else run
-    plan = Plan(config, run, root, where, key_path, name, data.dataset_id, sampling_prob, noise, tokens, origin)
+    promise = (study.epsilon, study.delta) if study else (config.privacy.epsilon, config.privacy.delta)
+    plan = Plan(config, run, root, where, key_path, name, data.dataset_id, promise, sampling_prob, noise, tokens, origin)
     if study is not None:
         check_mechanism(plan.mechanism(), study)
-        place.check_writable()
-        _register(plan, place)
-        return plan
-    _open_budget(plan, place)
+    else:
+        plan = _open_budget(plan, place, lambda: settle(make=True))
     _register(plan, place)
     return plan
 
@@ -147,36 +149,20 @@ def check_mechanism(mechanism: Mechanism, study: Study) -> None:
             raise ConfigError(f"the run has another {field} than study {study.name!r}", value, f"{frozen[field]!r}", fix)
 
 
-def _open_budget(plan: Plan, place: Storage) -> None:
-    """Registers the run's own study in the dataset's ledger, which is made if need be."""
-    assert plan.ledger is not None
-    config, where = plan.config, plan.ledger
-    existing = Storage(where).exists("00000000.json")
-    if existing:  # read before anything is written: it may be another dataset's
-        Ledger.open(where, plan.dataset_id, create=False)
-    place.check_writable()
-    _check_same_run(plan, place)
-    budget = (None, None) if existing else (config.privacy.epsilon, config.privacy.delta)
-    book = Ledger.open(where, plan.dataset_id, *budget)
-    book.ensure_study(Study(plan.study, plan.mechanism(), config.privacy.epsilon, config.privacy.delta, plan.tokens))
+def _open_budget(plan: Plan, place: Storage, settle: Callable[[], str]) -> Plan:
+    """Registers the run's own study in the dataset's ledger, which is made if need be at the place that `settle` gives.
 
-
-def default_ledger(dataset_id: str, public: bool, storage: str, run: str) -> str:
-    """Where a dataset's ledger lies unless told otherwise: in one place, so that all runs of a user on one dataset share one budget.
-
-    Local runs share a folder of the user's; runs on remote storage share one beside the runs, where every machine reaches it. A dataset
-    that is public has nothing to lose, so each of its runs gets a ledger of its own, and a demonstration can be repeated at will.
+    Once a study is registered its budget is gone, so all that can be refused is refused before.
     """
-    if public:
-        return f"{storage}/{run}/ledger"
-    if "://" in storage:
-        return f"{storage}/ledgers/{dataset_id}"
-    return str(home() / "ledgers" / dataset_id)
-
-
-def home() -> Path:
-    """The user's own folder of what must not lie among the runs."""
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "grape-ray"
+    assert plan.promise is not None
+    study = Study(plan.study, plan.mechanism(), *plan.promise, plan.tokens)
+    existing = Ledger.foresee(plan.ledger_storage().first_contact(), plan.dataset_id, plan.promise, study)
+    budget = (None, None) if existing else plan.promise
+    _check_same_run(plan, place)
+    keys.master_key(plan.key_path)
+    plan = replace(plan, ledger=settle())
+    Ledger.open(plan.ledger_storage(), plan.dataset_id, *budget).ensure_study(study)
+    return plan
 
 
 def _new_name(config: Config) -> str:
@@ -202,11 +188,6 @@ def _check_sharding(config: Config) -> None:
         )
 
 
-def absolute(url: str) -> str:
-    """A URL as it is; a path made absolute, so that workers agree on it."""
-    return url.rstrip("/") if "://" in url else str(Path(url).expanduser().absolute())
-
-
 def sampling_prob_of(config: Config, data: Data) -> float:
     """expected_batch_size over the number of records, if that is a probability."""
     for split in ("train", "validation"):
@@ -222,11 +203,13 @@ def sampling_prob_of(config: Config, data: Data) -> float:
 def try_out(config: Config, data: Data) -> None:
     """The preflight on a few records of different lengths, so that what cannot be trained is told now; nothing is kept."""
     task: Task = config.task
+    model = task.build_model(config.seed)
+    build_engine(config, model)  # the preflight knows the model in eval mode alone
     order = data.train.by_length(np.arange(min(_TRIAL_POOL, len(data.train))))
     picked = np.unique(order[[0, len(order) // 2, -1]])
     alone = [task.collate(data.train, picked[i : i + 1]) for i in range(len(picked))]
     preflight(
-        task.build_model(config.seed), task.per_example_loss, task.collate(data.train, picked), config.privacy, config.method,
+        model, task.per_example_loss, task.collate(data.train, picked), config.privacy, config.method,
         public_key(config, "projection"), len(picked), alone,
     )  # fmt: skip
 
@@ -253,7 +236,7 @@ def _price(config: Config, sampling_prob: float) -> tuple[float, int]:
 
 
 def _check_same_run(plan: Plan, root: Storage) -> bool:
-    """Whether the run exists already. Raises ConfigError where it was begun with another config or dataset."""
+    """Whether the run exists already. Raises ConfigError where it was begun with another config."""
     name = f"{plan.run}/{RUN_FILE}"
     if not root.exists(name):
         return False
@@ -273,7 +256,7 @@ def _register(plan: Plan, root: Storage) -> None:
 
 
 def _description(plan: Plan) -> bytes:
-    facts: dict[str, Any] = {"run": plan.run, "ledger": plan.ledger, "study": plan.study, "dataset_id": plan.dataset_id}
+    facts: dict[str, Any] = {"run": plan.run, "ledger": plan.ledger, "study": plan.study}
     if plan.origin is not None:
         facts["origin"] = list(plan.origin)
     facts["performance"] = asdict(plan.config.performance)  # not compared: a run may be resumed with another

@@ -68,7 +68,7 @@ def summary(result: Mapping[str, Any]) -> list[str]:
     if result["ledger"] is None:
         promise = "no privacy guarantee"
     else:
-        promise = f"epsilon {result['epsilon']:.3f} at delta {result['delta']:g}, noise multiplier {result['noise_multiplier']:.4g}"
+        promise = f"epsilon {result['epsilon']:g} at delta {result['delta']:g}, noise multiplier {result['noise_multiplier']:.4g}"
     metrics = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items())
     lines = [
         f"{result['run']}: {result['steps']} steps of {result['method']}, {promise}",
@@ -76,7 +76,8 @@ def summary(result: Mapping[str, Any]) -> list[str]:
         f"checkpoint {result['checkpoint']}",
     ]
     if result["ledger"]:
-        lines.append(f"ledger {result['ledger']}: {result['charged_steps']} steps charged in {result['attempts']} attempt(s)")
+        spent = f"epsilon {result['epsilon_spent']:.3f} spent so far"
+        lines.append(f"ledger {result['ledger']}: {result['charged_steps']} steps charged in {result['attempts']} attempt(s), {spent}")
     if result["exhausted"]:
         lines.append("the privacy budget ended the run before its last planned step")
     return lines

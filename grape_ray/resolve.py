@@ -49,17 +49,18 @@ def load_module(name: str, reference: str, kind: str = "pipeline") -> ModuleType
         if error.name is None or not (name == error.name or name.startswith(f"{error.name}.")):
             what = f"{kind} {reference} needs a module"
             raise ConfigError(what, error.name, "an installed module", f"pip install {error.name}") from error
-        raise ConfigError(f"{kind} not found", reference, "an importable module", nearest(name, _neighbours(name))) from error
+        raise ConfigError(f"{kind} not found", reference, "an importable module", nearest(name, _neighbours(name, kind))) from error
     except (ImportError, SyntaxError, ValueError, TypeError) as error:
         raise ConfigError(f"{kind} cannot be imported", reference, "an importable module", f"{type(error).__name__}: {error}") from error
 
 
-def _neighbours(name: str) -> list[str]:
-    """Modules beside the one that is missing."""
-    package = name.rpartition(".")[0] or "pipelines"
-    spec = importlib.util.find_spec(package.split(".")[0])
+def _neighbours(name: str, kind: str) -> list[str]:
+    """Modules beside the one that is missing; where a bare name is missing, those beside the kind's own examples."""
+    example = "tune_spaces.digits" if kind == "tune space" else "pipelines.digits_vit"
+    package = (name.rpartition(".")[0] or example).split(".")[0]
+    spec = importlib.util.find_spec(package)
     places = list(spec.submodule_search_locations or []) if spec else []
-    return [f"{package.split('.')[0]}.{m.name}" for m in pkgutil.iter_modules(places)] or ["pipelines.digits_vit"]
+    return [f"{package}.{m.name}" for m in pkgutil.iter_modules(places)] or [example]
 
 
 def describe_task(task: Any) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def plan_resume(run: str, *, ledger: str | None = None, key_path: str | None = N
         where = ledger or where
         if not Storage(where).exists("00000000.json"):
             raise LedgerError("the ledger of the run is gone", where, "the folder with its entries", "name its new place with --ledger")
-        book = Ledger.open(where, known["dataset_id"], create=False)
+        book = Ledger.open(where, create=False)
         if where != known["ledger"]:
             _check_moved(folder, book, where, known["study"], name)
             folder.write(RUN_FILE, json.dumps({**known, "ledger": where}, indent=1, sort_keys=True).encode())

@@ -14,7 +14,8 @@ class PrivateScore:
     """Turns validation metrics into the one noised score of a run.
 
     The metric is the mean over the records of a value in [0, 1], so its sum moves by at most 1 with one record; the noise has standard
-    deviation `noise_multiplier` on the sum. Each score burns a token of the study before its noise is drawn.
+    deviation `noise_multiplier` on the sum. Each score burns a token of the study before its noise is drawn. That each record's value
+    is in [0, 1] cannot be seen from their mean: the task says it (`bounded_metrics`), and SweepStudy refuses other metrics.
 
     Args:
         open_book: gives the ledger of the validation records. study, run: names there. key_path: file of the master key.
@@ -28,7 +29,7 @@ class PrivateScore:
         self._attempt, self._key, self._given = 0, b"", 0
 
     def __call__(self, metrics: Mapping[str, float], records: int) -> dict[str, float]:
-        """The noised metric alone; nothing where the budget for scores is spent.
+        """The noised metric alone, to six significant digits; nothing where the budget for scores is spent.
 
         Raises:
             ConfigError: the metric is missing or no mean of values in [0, 1]. GrapeRayError: the ledger refuses or cannot be reached.
@@ -45,7 +46,8 @@ class PrivateScore:
             return {}
         noise = float(normals(self._key, self._given, 0, 1)[0])
         self._given += 1
-        return {self._metric: (value * records + self._noise_multiplier * noise) / records}
+        # Low bits of a float may say how it was added up.
+        return {self._metric: float(f"{(value * records + self._noise_multiplier * noise) / records:.6g}")}
 
     def _begin(self) -> None:
         """A new attempt, with a key of its own."""

@@ -132,7 +132,10 @@ class Session:
 
     def evaluate(self) -> dict[str, float]:
         task: Task = self.plan.config.task
-        return self.around.score(task.evaluate(self.model, self.data.validation), len(self.data.validation))
+        return task.evaluate(self.model, self.data.validation)
+
+    def score(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        return self.around.score(metrics, len(self.data.validation))
 
     def go_on(self, progress: Progress) -> bool:
         return self.around.go_on(progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import os
 import posixpath
@@ -21,6 +22,7 @@ DEADLINE_S = 120.0
 _TEMPORARY = ".tmp-"
 _PART_BYTES = 16 << 20  # of a multipart upload: what it holds in memory beside its source
 _FIRST_CONTACT_S = 15.0
+_RACES = 100  # times that a folder may be removed, by another process's check, before a file is in it
 _Result = TypeVar("_Result")
 
 # One request ends within s3fs's own 15 s: what is worth another try is decided here, at one place, and not three times over.
@@ -69,6 +71,7 @@ class Storage:
         self.local = "file" in (self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,))
         self.url = self._root if self.local else self._fs.unstrip_protocol(self._root)
         self.deadline_s = deadline_s
+        self._fix = "when the storage works again, run `grape-ray resume`"
 
     def __repr__(self) -> str:
         return f"Storage({self.url!r})"
@@ -76,6 +79,13 @@ class Storage:
     def child(self, name: str) -> Storage:
         """The folder of that name under this one."""
         return Storage(f"{self.url.rstrip('/')}/{self._checked(name)}", self.deadline_s)
+
+    def first_contact(self) -> Storage:
+        """The same folder, tried for a short time alone: a mistyped address should not take minutes to be told."""
+        found = copy.copy(self)
+        found.deadline_s = min(self.deadline_s, _FIRST_CONTACT_S)
+        found._fix = "check the address, or call again when the storage works"
+        return found
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
         """The content of a file, or its bytes ``start`` to ``end`` (half open)."""
@@ -87,18 +97,21 @@ class Storage:
         with self._translate("read", name):
             return self._persist(lambda: self._fs.size(self._path(name)))
 
-    def create(self, name: str, data: bytes) -> None:
+    def create(self, name: str, data: bytes, private: bool = False) -> None:
         """Make a file that does not exist yet; when this returns it is whole and durable, and of two creators one wins.
 
         An answer of remote storage may be lost after the file was made, and the next try then finds the name taken. So there the name
         counts as taken only where it holds something else: let creators that must not both win differ in what they write.
+
+        Args:
+            private: on a local file system nobody but the owner may read it (mode 0600).
 
         Raises:
             FileExistsError: the name is taken.
         """
         with self._translate("create", name):
             if self.local:
-                self._place(name, [data], exclusive=True)
+                self._place(name, [data], exclusive=True, mode=0o600 if private else 0o666)
                 return
             try:
                 self._persist(lambda: self._fs.pipe_file(self._path(name), data, mode="create"))
@@ -161,22 +174,25 @@ class Storage:
             self._persist(lambda: self._fs.rm(self._path(name), recursive=True))
 
     def check_writable(self) -> None:
-        """Try the location out, so that a run ends before its first step where it could not keep its results.
+        """Try the location out, so that a run ends before its first step where it could not keep its results; nothing stays there.
 
         Raises:
             StorageError: nothing can be written there, or an existing file can be created a second time (a ledger needs it to fail).
         """
-        probe, usual = f"probe-{os.urandom(8).hex()}", self.deadline_s
-        self.deadline_s = min(usual, _FIRST_CONTACT_S)  # a mistyped address should not take minutes to be told
+        probe, place = f"probe-{os.urandom(8).hex()}", self.first_contact()
+        missing = [folder for folder in (self._root, *map(str, Path(self._root).parents)) if self.local and not os.path.exists(folder)]
         try:
-            self.create(probe, b"1")
-            self.create(probe, b"2")
-        except FileExistsError:
-            self.remove(probe)
-            return
+            place.create(probe, b"1")
+            try:
+                place.create(probe, b"2")
+            except FileExistsError:
+                return
+            finally:
+                place.remove(probe)
         finally:
-            self.deadline_s = usual
-        self.remove(probe)
+            for folder in missing:
+                with contextlib.suppress(OSError):  # another run may be using it by now
+                    os.rmdir(folder)
         fix = "use a local folder or an S3 store with conditional writes"
         raise StorageError(f"{self.url} overwrites where it should refuse", None, "exclusive creation of files", fix)
 
@@ -203,16 +219,12 @@ class Storage:
         )
         return tries(call)
 
-    def _place(self, name: str, blocks: Iterable[Any], *, exclusive: bool) -> None:
+    def _place(self, name: str, blocks: Iterable[Any], *, exclusive: bool, mode: int = 0o666) -> None:
         """Write beside, fsync, then link (fails when taken) or rename (replaces), and fsync the folder."""
         path = Path(self._path(name))
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except FileExistsError as error:  # not the name that is taken, but the folder's place
-            raise StorageError("a file is in the way", str(path.parent), "a folder, or nothing yet", "choose another location") from error
         temporary = path.with_name(f"{_TEMPORARY}{os.urandom(8).hex()}")
         try:
-            with temporary.open("xb") as file:
+            with _begun(temporary, mode) as file:
                 for block in blocks:
                     file.write(block)
                 file.flush()
@@ -220,7 +232,8 @@ class Storage:
             (os.link if exclusive else os.replace)(temporary, path)
             _sync_folder(path.parent)
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
     @contextlib.contextmanager
     def _translate(self, action: str, name: str) -> Iterator[None]:
@@ -237,8 +250,7 @@ class Storage:
             if isinstance(error, OSError) and error.errno in _NO_ROOM:
                 raise StorageError(what, reason, "room for the file", "free space there, or choose another location") from error
             if not self.local and _may_pass(error):
-                what, fix = f"{what}, tried for {self.deadline_s:g} s", "when the storage works again, run `grape-ray resume`"
-                raise StorageError(what, reason, "storage that answers", fix) from error
+                raise StorageError(f"{what}, tried for {self.deadline_s:g} s", reason, "storage that answers", self._fix) from error
             raise StorageError(what, reason, "a location you may use", "check path and access") from error
 
 
@@ -253,6 +265,21 @@ def _may_pass(error: BaseException) -> bool:
         if isinstance(error, kinds):
             return True
     return isinstance(error, OSError) and error.errno in _TRANSIENT
+
+
+def _begun(path: Path, mode: int) -> IO[bytes]:
+    """A new file, in a folder that is made if need be: once more where another process's check has just taken it away."""
+    races = 0
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb")
+        except FileExistsError as error:  # not the name that is taken, but the folder's place
+            raise StorageError("a file is in the way", str(path.parent), "a folder, or nothing yet", "choose another location") from error
+        except FileNotFoundError:
+            races += 1
+            if races == _RACES:
+                raise
 
 
 def _give_up(file: IO[Any]) -> None:

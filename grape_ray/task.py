@@ -21,7 +21,8 @@ class Data:
 
     Attributes:
         train: the records that the guarantee protects, each an example of its own.
-        validation: records treated as PUBLIC: metrics computed on them are reported without noise and without charge.
+        validation: records treated as PUBLIC: metrics computed on them are reported without noise and without charge, unless a tune
+            space says that they are private.
         dataset_id: fingerprint of `train`; the ledger of one dataset refuses another.
         public: whether `train` holds nobody's secrets (a demonstration set), so that each run may keep a ledger of its own.
     """
@@ -37,6 +38,10 @@ class Task(Protocol):
     """A model and its data. Make it a frozen dataclass of plain values, importable wherever workers run.
 
     Every process of a run calls these methods anew, so each must give the same answer everywhere; nothing is sent between processes.
+
+    A class may have an attribute `bounded_metrics`, a tuple of the names of those metrics that are means over the records of a value that
+    surely lies in [0, 1], as whether the answer is right does and a loss does not; without it there are none. Only these can be the
+    score of a sweep whose validation records are private.
     """
 
     @property

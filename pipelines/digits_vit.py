@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ class DigitsVit:
     init_std: float = 0.1
     split_seed: int = 0
     name: str = "digits-vit"
+    bounded_metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
 
     def load(self) -> Data:
         from sklearn.datasets import load_digits

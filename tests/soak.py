@@ -1,6 +1,7 @@
 """A soak: two workers, an object store that fails, workers and drivers killed on a seeded schedule; then everything is counted.
 
-`python -m tests.soak --seconds 600 --seed 1` prints what happened and, as its last line, one JSON object.
+`python -m tests.soak --seconds 600 --seed 1` prints what happened and, as its last line, one JSON object; where a promise was broken, or
+fewer faults were injected than asked for, it ends with status 1.
 """
 
 from __future__ import annotations
@@ -156,6 +157,13 @@ def step_seconds(lines: list[dict[str, Any]]) -> float:
     return statistics.median(b[2] - a[2] for a, b in itertools.pairwise(times) if a[0] == b[0] and b[1] == a[1] + 1)
 
 
+def broken(found: dict[str, Any], faults: int) -> list[str]:
+    """What a soak found that it must not."""
+    wanted = {"ledger_ok": True, "noises_drawn_twice": 0, "noises_unpaid": 0, "faults injected": faults}
+    got = {**found, "faults injected": sum(found["faults"].values())}
+    return [f"{name}: got {got[name]}, expected {value}" for name, value in wanted.items() if got[name] != value]
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=660)
@@ -163,4 +171,7 @@ if __name__ == "__main__":
     parser.add_argument("--faults", type=int, default=20)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="soak-") as scratch:
-        print(json.dumps(soak(given.seconds, given.seed, given.faults, Path(scratch))))
+        found = soak(given.seconds, given.seed, given.faults, Path(scratch))
+    problems = broken(found, given.faults)
+    print("\n".join([*problems, json.dumps(found)]))
+    sys.exit(bool(problems))

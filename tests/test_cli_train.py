@@ -1,8 +1,10 @@
 """The commands train and export: one line and status 2 for bad input, and nothing written; one JSON object for good input."""
 
 import importlib.util
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,8 @@ from click.testing import CliRunner
 
 from grape_ray.accounting.ledger import Ledger
 from grape_ray.cli import main
+from grape_ray.loop import Progress
+from grape_ray.report import Reporter
 
 REPOSITORY = Path(__file__).parents[1]
 SST2 = REPOSITORY.parent / "shared" / "data" / "sst2"
@@ -95,6 +99,13 @@ def test_unwritable_storage_is_refused_before_the_ledger_is_made(call, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_ledger_that_cannot_be_made_leaves_no_folder_of_runs(call, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for place in ("/proc/nope", tmp_path / "file"):
+        refused(call("train", "pipelines.digits_vit", "--ledger", place), str(place))
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
     [
@@ -117,10 +128,14 @@ def test_train_export_and_load(call, tmp_path):
     result = call("train", "pipelines.digits_vit", "--run", "r", "--json", *small)
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout.splitlines()[-1])
-    wanted = ["run", "method", "epsilon", "delta", "steps", "noise_multiplier", "metrics", "seconds", "peak_bytes", "checkpoint", "ledger"]
+    wanted = ["run", "method", "epsilon", "epsilon_spent", "delta", "steps", "noise_multiplier", "metrics", "seconds", "peak_bytes",
+              "checkpoint", "ledger"]  # fmt: skip
     assert [key for key in wanted if key not in found] == []
     assert (found["run"], found["method"], found["steps"], found["delta"]) == ("r", "grape", 4, 1e-5)
-    assert found["epsilon"] == pytest.approx(8.0, abs=0.01)
+    assert found["epsilon"] == 8.0
+    assert found["epsilon_spent"] == pytest.approx(8.0, abs=0.01)
+    assert "epsilon 8 at delta 1e-05" in result.stdout
+    assert f"epsilon {found['epsilon_spent']:.3f} spent so far" in result.stdout
     assert Path(found["checkpoint"], "manifest.json").is_file()
     assert "step 4/4" in result.stderr
     assert "\x1b" not in result.stderr  # plain lines where there is no terminal
@@ -134,6 +149,21 @@ def test_train_export_and_load(call, tmp_path):
     assert {n: t.shape for n, t in saved.items()} == {n: t.shape for n, t in mine.items()}
     assert all(bool((saved[n] == mine[n]).all()) for n in saved)
     refused(call("export", tmp_path / "runs" / "r", tmp_path / "model"), "taken")
+
+
+def test_a_terminal_shows_a_bar_and_lines_of_its_own(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: True)
+    with Reporter(stream, 12) as reporter:
+        reporter.say("run r in runs")
+        for step in (3, 12):
+            reporter(Progress(step, 12, step, 2.0, {"accuracy": 0.25}, step), 1.5)
+    shown = stream.getvalue()
+    assert "\x1b" in shown
+    assert shown.index("run r in runs") < shown.rindex("step 12/12")
+    assert re.search(r"step 12/12 .*epsilon 1\.500  2\.00 steps/s  0:00 left  accuracy 0\.2500", shown)
+    assert "accuracy" not in shown[: shown.index("run r in runs")]
 
 
 def test_help_is_quick_and_imports_little():
@@ -163,4 +193,4 @@ def test_a_pretrained_encoder_trains_on_real_sentences_and_comes_back(call, tmp_
     assert call("export", tmp_path / "runs" / "r", tmp_path / "out").exit_code == 0
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").config.num_labels == 2
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("a film")["input_ids"]
-    assert os.listdir(tmp_path / "share" / "grape-ray" / "ledgers") == [Path(found["ledger"]).name]
+    assert sorted(os.listdir(tmp_path / "share" / "grape-ray" / "ledgers")) == sorted([Path(found["ledger"]).name, "salt"])

@@ -38,9 +38,14 @@ def test_overrides_reach_every_group_and_keep_types():
         ("seed.x=1", "no fields of its own"),
         ("method.rank", "key=value"),
         ("method.name=grap", "did you mean 'grape'"),
-        ("privacy.epsilon=nan", "privacy.epsilon"),
+        ("privacy.epsilon=nan", r"privacy\.epsilon, got nan, expected a finite number > 0; typical values"),
+        ("privacy.epsilon=-inf", r"privacy\.epsilon, got -inf, expected a finite number > 0"),
+        ("privacy.noise_multiplier=inf", r"privacy\.noise_multiplier, got inf"), ("privacy.steps=nan", "a value of type int"),
+        ("privacy.delta=1", "well below one over the number of records"), ("privacy.steps=0", "how many optimizer steps"),
+        ("privacy.expected_batch_size=0", "at most the number of records"), ("method.rank=0", "between 8 and 64"),
+        ("performance.num_workers=-1", "0 trains in this process"),
     ],
-)
+)  # fmt: skip
 def test_a_wrong_assignment_is_told_with_the_nearest_names(assignment, message):
     with pytest.raises(ConfigError, match=message):
         tiny().override([assignment])

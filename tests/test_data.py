@@ -2,15 +2,19 @@
 
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
 
 from grape_ray.data.arrays import Ragged, Records
 from grape_ray.data.tables import fingerprint, labels, read_table, texts
 from grape_ray.errors import ConfigError, DataError
 from grape_ray.models.hf import load_sequence_classifier
+from grape_ray.models.text_classification import TextClassification
 
 SST2 = Path(__file__).parents[2] / "shared" / "data" / "sst2"
 
@@ -27,6 +31,27 @@ def test_a_file_a_folder_and_a_pattern_are_read(tmp_path):
     assert read_table(str(tmp_path), ["text", "label"]).num_rows == 4
     assert texts(read_table(f"{tmp_path}/a-*.parquet", ["text"]), "text", "x") == ["a", "b", "c", "d"]
     assert read_table(f"file://{two}", ["label"]).num_rows == 1
+
+
+def test_a_url_of_the_hub_is_read_through_its_file_system(tmp_path, monkeypatch):
+    class Hub(MemoryFileSystem):
+        protocol, store, pseudo_dirs = "hf", {}, [""]
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return super()._strip_protocol(path.removeprefix("hf://"))
+
+    monkeypatch.setitem(_registry, "hf", Hub)
+    for name in ("train-0", "train-1", "validation-0"):
+        content = Path(write(tmp_path / f"{name}.parquet", label=(0, 1, 2))).read_bytes()
+        fsspec.filesystem("hf").pipe_file(f"datasets/owner/name/sst2/{name}.parquet", content)
+    assert read_table("hf://datasets/owner/name/sst2/train-*.parquet", ["text"]).num_rows == 6
+    assert read_table("hf://datasets/owner/name/sst2", ["text"]).num_rows == 9
+    with pytest.raises(DataError, match="not found"):
+        read_table("hf://datasets/owner/name/test-*.parquet", ["text"])
+    url = "hf://datasets/owner/name/sst2/train-*.parquet"
+    with pytest.raises(DataError, match=r"row 2 .*got 2, expected 0 to 1"):
+        TextClassification("/no/model", url, url).load()
 
 
 def test_what_cannot_be_read_is_one_clear_error(tmp_path):
@@ -75,6 +100,24 @@ def test_the_fingerprint_depends_on_content_and_order_alone(tmp_path):
     )
     others = [whole.take([1, 0, 2]), whole.slice(0, 2), pa.table({"text": ["a", "bc", ""], "label": pa.array([0, 1, 1], pa.int8())})]
     assert len({fingerprint(t) for t in [whole, *others]}) == 4
+
+
+def test_the_fingerprint_of_floats_sees_their_fractions(tmp_path):
+    tables = [pa.table({"x": pa.array(values, kind)}) for kind in (pa.float32(), pa.float64()) for values in ([0.25, 1.5], [0.75, 1.5])]
+    assert len({fingerprint(table) for table in tables}) == 4
+    assert fingerprint(tables[0]) == fingerprint(pa.concat_tables([tables[0].slice(0, 1), tables[0].slice(1)]))
+    integers = pa.table({"label": pa.array([0, 1, 1], pa.int8())})
+    assert fingerprint(integers) == "d06a0919a754d79412671945fa8eda4f"  # ledgers are found by it
+    with pytest.raises(DataError, match="column 'x'"):
+        fingerprint(pa.table({"x": [[1], [2]]}))
+
+
+def test_a_part_of_a_table_spends_from_the_whole_tables_budget(tmp_path, monkeypatch):
+    url = write(tmp_path / "a.parquet")
+    monkeypatch.setattr(TextClassification, "_records", lambda self, texts, labels: Records({"labels": labels}))
+    tasks = [TextClassification("m", url, url, limit=limit) for limit in (0, 2)]
+    assert [len(task.load().train) for task in tasks] == [3, 2]
+    assert tasks[0].load().dataset_id == tasks[1].load().dataset_id
 
 
 def test_padding_reaches_the_longest_of_the_batch():

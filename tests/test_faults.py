@@ -19,6 +19,7 @@ from tests.tiny import tiny
 
 pytest.importorskip("moto.server", reason="needs moto[server]: pip install grape-ray[s3]")
 pytest.importorskip("s3fs", reason="needs s3fs: pip install grape-ray[s3]")
+from tests import soak
 from tests.faulty_s3 import FaultyS3
 
 STUDY = Study("s", Mechanism("poisson_gaussian", 1.0, 10.0), 4.0, 1e-6, 50)
@@ -97,6 +98,17 @@ def test_storage_that_stays_away_is_one_clear_error_in_time(server, url):
     with server.down(), pytest.raises(StorageError, match=r"cannot write a in s3://.*tried for 2 s.*resume"):
         store.write("a", b"one")
     assert time.monotonic() - began < 20
+
+
+def test_the_first_contact_with_storage_is_short_and_advises_no_resume(server, url, tmp_path):
+    config = tiny(public=False).override(["performance.storage_timeout_s=1"])
+    began = time.monotonic()
+    with server.down(), pytest.raises(StorageError, match=r"cannot create probe.*tried for 1 s.*check the address") as caught:
+        train(config, storage=url, key_path=str(tmp_path / "key"))
+    assert "resume" not in str(caught.value)
+    assert time.monotonic() - began < 15
+    assert Storage(url, 600).first_contact().deadline_s <= 15
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_request_that_is_never_answered_ends(server, url, monkeypatch):
@@ -186,6 +198,15 @@ def test_a_run_on_storage_that_fails_all_the_time_ends_with_everything_paid(serv
     assert (result["steps"], result["charged_steps"]) == (8, 8)
     assert verify(result["ledger"]).ok
     assert checkpoint.latest(Storage(f"{url}/r")).step == 8
+
+
+def test_a_soak_fails_where_a_promise_is_broken_or_faults_are_missing():
+    found = {"ledger_ok": True, "noises_drawn_twice": 0, "noises_unpaid": 0, "faults": {"torn": 2, "kill worker": 3}}
+    assert soak.broken(found, 5) == []
+    assert soak.broken(found, 6) == ["faults injected: got 5, expected 6"]
+    for name, value in (("ledger_ok", False), ("noises_drawn_twice", 1), ("noises_unpaid", 1)):
+        (problem,) = soak.broken({**found, name: value}, 5)
+        assert problem.startswith(f"{name}: got {value}")
 
 
 def _fill(folder, answers):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,16 +13,18 @@ from grape_ray.accounting.ledger import Ledger
 from grape_ray.accounting.verify import verify
 from grape_ray.comms import Comms
 from grape_ray.config import Config, Performance
-from grape_ray.errors import ConfigError, GrapeRayError, LedgerError
+from grape_ray.errors import ConfigError, DataError, GrapeRayError, LedgerError, StorageError
 from grape_ray.execute import execute
 from grape_ray.loop import Notice, Occasion, Progress, run_loop
 from grape_ray.orchestrate.train import train
+from grape_ray.places import ledger_place
 from grape_ray.plan import prepare
 from grape_ray.session import Around, Attempt, begin_attempt
 from grape_ray.storage import Storage
-from tests.tiny import tiny
+from tests.tiny import Tiny, tiny
 
-WANTED = ["run", "method", "epsilon", "delta", "steps", "noise_multiplier", "metrics", "seconds", "peak_bytes", "checkpoint", "ledger"]
+WANTED = ["run", "method", "epsilon", "epsilon_spent", "delta", "steps", "noise_multiplier", "metrics", "seconds", "peak_bytes",
+          "checkpoint", "ledger"]  # fmt: skip
 FIXED = Attempt(1, b"s" * 32, b"d" * 32, b"n" * 32, b"p" * 32)
 
 
@@ -63,6 +66,9 @@ class Recorder:
     def evaluate(self):
         self.calls.append("evaluate")
         return {"accuracy": 0.5}
+
+    def score(self, metrics):
+        return {name: value / 2 for name, value in metrics.items()}
 
     def checkpoint(self, progress, occasion):
         if occasion is Occasion.DUE and progress.step in self.busy_at:
@@ -106,6 +112,30 @@ def test_the_end_of_the_budget_is_a_clean_end():
     again = Recorder(budget=0)
     run_loop(again.take, again, Performance(), 4, 9, Comms.local())
     assert again.calls == [("reserve", 4, 5), "evaluate"]  # the checkpoint it began from is not written again
+
+
+class Second(Comms):
+    """Rank 1 of two, where all that rank 0 broadcasts is `told`."""
+
+    def __init__(self, told):
+        super().__init__(1, 2)
+        self.told = told
+
+    def broadcast_object(self, value):
+        return self.told
+
+
+def test_ranks_that_evaluate_together_have_one_score():
+    hooks = Recorder()
+    hooks.evaluates_together = True
+    outcome = run_loop(hooks.take, hooks, Performance(), 0, 0, Comms.local())
+    assert outcome.progress.metrics == {"accuracy": 0.25}
+    hooks.score = lambda metrics: pytest.fail("rank 1 asks for a score of its own")
+    outcome = run_loop(hooks.take, hooks, Performance(), 0, 0, Second(({"accuracy": 0.75}, None)))
+    assert outcome.progress.metrics == {"accuracy": 0.75}
+    assert hooks.calls.count("evaluate") == 2
+    with pytest.raises(LedgerError, match="away"):
+        run_loop(hooks.take, hooks, Performance(), 0, 0, Second((None, LedgerError("away"))))
 
 
 def test_a_checkpoint_left_out_is_made_at_the_end():
@@ -158,6 +188,7 @@ def test_a_run_begins_from_the_checkpoint_of_another_with_a_key_of_its_own(tmp_p
     result = execute(second, Comms.local(), around=Around(on_step=taken.append))
     assert taken == [8, 9, 10, 11]
     assert (result["steps"], result["charged_steps"], second.study) == (12, 4, "a")
+    assert 0 < result["epsilon_spent"] < result["epsilon"] == study.epsilon  # of all runs of the study
     before, after = weights(tmp_path, "a").model, checkpoint.load(second.folder(), checkpoint.folder_of(8)).model
     whole = checkpoint.load(first.folder(), checkpoint.folder_of(8)).model
     assert all(torch.equal(whole[n], after[n]) and not torch.equal(before[n], weights(tmp_path, "b").model[n]) for n in after)
@@ -170,7 +201,7 @@ def test_a_run_is_charged_for_its_steps_and_verifies(run, tmp_path):
     result = run(tiny(), run="a", on_progress=lambda progress, epsilon: seen.append((progress.step, epsilon)))
     assert set(WANTED) <= set(result)
     assert (result["steps"], result["charged_steps"], result["executed_steps"]) == (12, 12, 12)
-    assert 0 < result["epsilon"] < 8  # spare steps are unspent
+    assert 0 < result["epsilon_spent"] < result["epsilon"] == 8  # spare steps are unspent, and can still be
     assert verify(result["ledger"], weights(tmp_path, "a").facts["ledger_head"]).ok
     assert [step for step, _ in seen] == list(range(1, 13))
     assert json.loads((tmp_path / "runs" / "a" / "result.json").read_text()) == result
@@ -239,7 +270,7 @@ def test_exhausted_budget_keeps_what_was_trained(run, tmp_path):
     plan = prepare(config, run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
     assert result["exhausted"]
     assert result["steps"] == result["charged_steps"] == plan.tokens < 500
-    assert result["epsilon"] <= 4.0
+    assert result["epsilon_spent"] <= result["epsilon"] == 4.0
     assert weights(tmp_path, "a").step == plan.tokens
     again = run(config, run="a")  # nothing left: it ends at once, and spends nothing
     assert (again["steps"], again["charged_steps"]) == (plan.tokens, plan.tokens)
@@ -272,10 +303,64 @@ def test_private_data_share_one_budget(run, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
     first = run(tiny(public=False), run="a")
     assert first["ledger"].startswith(str(tmp_path / "share"))
+    salt = tmp_path / "share" / "grape-ray" / "ledgers" / "salt"
+    assert (salt.stat().st_mode & 0o777, salt.stat().st_size) == (0o600, 32)
     with pytest.raises(GrapeRayError, match=r"epsilon|budget"):
         run(tiny(public=False), run="b")
     assert not (tmp_path / "runs" / "b").exists()
     assert Ledger.open(first["ledger"], create=False).state.epsilon == 8.0
+
+
+def test_no_hash_of_the_data_stands_beside_the_results(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
+    config = tiny(public=False)
+    data = config.task.load()
+    run(config, run="a")
+    published = [f.read_bytes() for f in (tmp_path / "runs").rglob("*") if f.is_file()]
+    assert len(published) > 5
+    assert not any(data.dataset_id.encode() in content for content in published)
+    changed = dataclasses.replace(data, dataset_id="0" * 32)
+    monkeypatch.setattr(type(config.task), "load", lambda self: changed)
+    plan = prepare(config, run="b", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+    monkeypatch.setattr(type(config.task), "load", lambda self: data)
+    with pytest.raises(DataError, match="the training data changed") as caught:
+        execute(plan, Comms.local())
+    assert not any(name in str(caught.value) for name in (data.dataset_id, changed.dataset_id))
+    with pytest.raises(LedgerError, match="another dataset_id") as refused:
+        run(config, run="c", ledger=plan.ledger)
+    assert not any(name in str(refused.value) for name in (data.dataset_id, changed.dataset_id))
+
+
+def test_of_many_that_make_a_salt_all_find_one_ledger(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
+    for storage in (str(tmp_path / "runs"), f"memory://{tmp_path.name}"):
+        before = ledger_place(None, "data", False, storage, "r")
+        assert Storage(before).list() == []
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda n, s=storage: ledger_place(None, "data", False, s, f"r{n}", make=True), range(8)))
+        assert len(set(found)) == 1
+        assert ledger_place(None, "data", False, storage, "r") == found[0] != ledger_place(None, "datb", False, storage, "r")
+    (tmp_path / "share" / "grape-ray" / "ledgers" / "salt").write_bytes(b"short")
+    with pytest.raises(StorageError, match=r"salt of the ledgers.*5 bytes"):
+        ledger_place(None, "data", False, str(tmp_path / "runs"), "r")
+
+
+@pytest.mark.parametrize("make", [lambda path: path.mkdir(), lambda path: path.write_bytes(b"short")])
+def test_a_key_that_cannot_be_used_costs_no_budget(tmp_path, monkeypatch, make):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
+    make(tmp_path / "key")
+    with pytest.raises(StorageError, match="master key"):
+        prepare(tiny(public=False), storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+
+
+def test_a_model_that_only_trains_in_another_mode_costs_no_budget(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
+    layers = [torch.nn.Linear(64, 32), torch.nn.BatchNorm1d(32), torch.nn.Linear(32, 10)]
+    monkeypatch.setattr(Tiny, "build_model", lambda self, seed: torch.nn.Sequential(*layers).train())
+    with pytest.raises(GrapeRayError, match="batch normalisation"):
+        prepare(tiny(public=False), storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_master_key_may_not_lie_with_the_runs(tmp_path):

@@ -100,6 +100,30 @@ def test_check_writable_leaves_nothing(url):
     assert Storage(url).list() == []
 
 
+def test_check_writable_leaves_no_folder_either(tmp_path):
+    Storage(tmp_path / "a" / "b" / "c").check_writable()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_anothers_check_takes_away_is_made_again(tmp_path, monkeypatch):
+    plain, taken = os.open, []
+
+    def late(path, flags, mode=0o777):
+        if len(taken) < 3:
+            taken.append(os.rmdir(tmp_path / "a"))
+        return plain(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", late)
+    Storage(tmp_path / "a").create("n", b"x")
+    assert Storage(tmp_path / "a").read("n") == b"x"
+
+
+def test_a_private_file_is_its_owners_alone(tmp_path):
+    Storage(tmp_path).create("a", b"", private=True)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o600
+    Storage("memory://private").create(uuid.uuid4().hex, b"", private=True)
+
+
 @pytest.mark.parametrize("name", ["", "/etc/passwd", "../x", "a/../../x", "a//b", "."])
 def test_names_stay_inside(url, name):
     with pytest.raises(StorageError, match="leaves its folder"):

@@ -19,11 +19,11 @@ from grape_ray.cli import main
 from grape_ray.errors import ConfigError
 from grape_ray.scores import PrivateScore
 from grape_ray.storage import Storage
-from grape_ray.sweeps import SweepStudy, price, space
+from grape_ray.sweeps import SweepStudy, folder, price, space
 from grape_ray.sweeps.options import Options
-from grape_ray.sweeps.prepare import prepare
+from grape_ray.sweeps.prepare import prepare, resume
 from grape_ray.trace import Trace, lines
-from tests.tiny import tiny
+from tests.tiny import Tiny, tiny
 
 REPOSITORY = Path(__file__).parents[1]
 SPACES = ["digits", "sst2", "roberta", "opt", "vit"]
@@ -31,7 +31,7 @@ SPACES = ["digits", "sst2", "roberta", "opt", "vit"]
 
 @pytest.mark.parametrize("name", SPACES)
 def test_every_space_is_sound_and_its_trials_have_a_config(name):
-    from grape_ray.orchestrate.tune import check_domains
+    from grape_ray.orchestrate.proposals import check_domains
 
     domains, study = space.load(f"tune_spaces.{name}")
     check_domains(domains, study)
@@ -65,6 +65,16 @@ def test_there_is_no_third_source_of_scores(source):
         SweepStudy(tiny(), (), source)
     with pytest.raises(TypeError):
         SweepStudy(tiny(), ())  # pyright: ignore[reportCallIssue]
+
+
+def test_a_private_score_is_one_that_the_task_calls_bounded(monkeypatch):
+    assert SweepStudy(tiny(), (), "private").metric == "accuracy"
+    assert SweepStudy(tiny(), (), "public", metric="loss").metric == "loss"
+    with pytest.raises(ConfigError, match=r"metric of private scores, got 'loss', expected accuracy"):
+        SweepStudy(tiny(), (), "private", metric="loss")  # its mean may lie in [0, 1], too
+    monkeypatch.delattr(Tiny, "bounded_metrics")
+    with pytest.raises(ConfigError, match=r"got 'accuracy', expected a bounded metric"):
+        SweepStudy(tiny(), (), "private")
 
 
 def test_methods_of_one_mechanism_alone_are_mixed():
@@ -133,6 +143,75 @@ def test_a_selection_is_priced_for_whole_trials(tmp_path):
     assert sweep.study.config.performance.eval_every == 0  # one score a trial, at its end
 
 
+def test_the_description_of_a_sweep_holds_no_hash_of_the_data_and_is_resumed_without(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
+    monkeypatch.setenv("TINY_SCORES", "private")
+    options = Options("tests.tiny_space", storage=str(tmp_path / "s"), key_path=str(tmp_path / "k"))
+    domains, study = space.load("tests.tiny_space", ["task.public=false"])
+    sweep = prepare(options, domains, study, "n")
+    sweep.register()
+    described = folder.read(sweep.folder())
+    assert sweep.scores is not None
+    for share in (sweep.steps, sweep.scores):
+        assert share.dataset_id not in json.dumps(described)
+        assert Path(share.ledger).parent == tmp_path / "share" / "grape-ray" / "ledgers"
+    for made in (False, True):  # cut off before its ledgers were made, and after
+        again = resume(described, options, domains, study)
+        assert (again.steps, again.scores) == (sweep.steps, sweep.scores)
+        if not made:
+            sweep.steps.open()
+            sweep.scores.open()
+
+
+@pytest.mark.parametrize(
+    ("resources", "assignments", "concurrent", "wanted"),
+    [
+        ({"CPU": 2.0}, [], None, 2), ({"CPU": 2.0}, ["performance.num_workers=2"], None, 1), ({"CPU": 200.0}, [], None, 10),
+        ({"CPU": 200.0}, [], 3, 3), ({"CPU": 2.0, "GPU": 200.0}, ["performance.use_gpu=true"], None, 10),
+        ({"CPU": 64.0, "GPU": 8.0}, ["performance.use_gpu=true", "performance.num_workers=2:4"], None, 2),
+        ({"CPU": 2.0}, ["performance.num_workers=3"], None, "'2 CPUs', expected at least 3"),
+        ({"CPU": 2.0}, ["performance.use_gpu=true"], None, "'0 GPUs', expected at least 1"), ({}, [], None, "'0 CPUs'"),
+    ],
+)  # fmt: skip
+def test_as_many_trials_at_a_time_as_the_cluster_holds(monkeypatch, resources, assignments, concurrent, wanted):
+    from grape_ray.orchestrate.tune import concurrency
+
+    monkeypatch.setattr("ray.cluster_resources", lambda: resources)
+    _, study = space.load("tests.tiny_space", assignments)
+    options = Options("tests.tiny_space", trials=10, concurrent=concurrent)
+    if isinstance(wanted, int):
+        assert concurrency(study, options) == wanted
+        return
+    with pytest.raises(ConfigError, match=f"the cluster is too small for one trial, got {wanted}"):
+        concurrency(study, options)
+
+
+def test_a_machine_too_small_for_one_trial_is_told_before_anything_is_registered(tmp_path, monkeypatch):
+    started = {}
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", lambda **options: started.update(options))
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": float(started["num_cpus"])})
+    words = ["tune", "tests.tiny_space", "--workers", "64", "--storage", tmp_path / "s", "--key-file", tmp_path / "key"]
+    result = CliRunner().invoke(main, [*map(str, words)])
+    assert result.exit_code == 2
+    assert "expected at least 64; lower --workers" in result.stderr
+    assert started["num_cpus"] == os.cpu_count()
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+
+
+def test_a_page_that_cannot_be_written_is_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("grape_ray.sweeps.page.report", lambda url: ("page", b"table"))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "x.parquet").mkdir()
+    for out in ("/proc/x/y.html", tmp_path / "folder" / "x.html"):
+        result = CliRunner().invoke(main, ["report", "sweep", "--out", str(out)])
+        assert result.exit_code == 2
+        (line,) = result.stderr.strip().splitlines()
+        assert f"cannot write {out}" in line
+
+
 def test_a_sweep_beyond_the_budget_is_refused_before_any_work(tmp_path):
     data = tiny().task.load()
     Ledger.open(tmp_path / "ledger", data.dataset_id, 5.0, 1e-4).ensure_study(
@@ -150,20 +229,40 @@ def test_a_sweep_beyond_the_budget_is_refused_before_any_work(tmp_path):
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["tune_spaces.digit"], "did you mean 'tune_spaces.digits'"), (["pipelines.digits_vit"], "has no function space()"),
-        (["tests.tiny_space", "--budget-epsilon", "nan"], "privacy.epsilon"), (["tests.tiny_space", "--trials", "0"], "--trials"),
+        (["tune_spaces.digit"], "did you mean 'tune_spaces.digits'"), (["nosuch"], "known names: tune_spaces.digits"),
+        (["pipelines.digits_vit"], "has no function space()"),
+        (["tests.tiny_space", "--budget-epsilon", "nan"], "--budget-epsilon"), (["tests.tiny_space", "--trials", "0"], "--trials"),
         (["tests.tiny_space", "--resume", "nothing"], "there is no sweep"), (["tests.tiny_space", "--set", "method.rank=0"], "method.rank"),
         (["tests.tiny_space", "--scheduler", "pbt", "--search", "optuna"], "one of the two"),
         (["tests.tiny_space", "--mode", "select", "--scheduler", "asha"], "mode select refuses"),
         (["tests.tiny_space", "--set", "performance.eval_every=0"], "trials are compared at evaluations"),
         (["tests.tiny_space", "--mode", "select", "--storage", "memory://x"], "no place for its secrets"),
+        *((["tests.tiny_space", f"--{name}", "0"], f"--{name} is out of range")
+          for name in ("budget-epsilon", "budget-delta", "ledger-epsilon", "ledger-delta")),
+        (["tests.tiny_space", "--budget-epsilon", "4", "--ledger-epsilon", "2"], "epsilon <= 2"),
+        (["tests.tiny_space", "--ledger", "/proc/nope"], "cannot create"), (["tests.tiny_space", "--key-file", "/proc/nope"], "master key"),
+        (["tests.wide_space", "--scheduler", "pbt"], "population-based training has nothing to vary"),
     ],
 )  # fmt: skip
 def test_bad_words_cost_one_line_and_leave_nothing(tmp_path, monkeypatch, words, part):
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(main, ["tune", *words, "--key-file", str(tmp_path / "key")])
+    monkeypatch.setattr("ray.init", lambda *args, **options: pytest.fail("Ray is started"))
+    result = CliRunner(env={"XDG_DATA_HOME": str(tmp_path / "share")}).invoke(main, ["tune", "--key-file", str(tmp_path / "key"), *words])
     assert result.exit_code == 2, result.output
-    assert part in result.stderr.strip().splitlines()[-1]
+    (line,) = result.stderr.strip().splitlines()
+    assert part in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_search_that_is_not_installed_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    def missing(*arguments, **options):
+        raise AssertionError("optuna must be installed")
+
+    monkeypatch.setattr("ray.tune.search.optuna.OptunaSearch", missing)
+    words = ["tune", "tests.tiny_space", "--search", "optuna", "--storage", tmp_path / "s", "--key-file", tmp_path / "key"]
+    result = CliRunner().invoke(main, [*map(str, words)])
+    assert result.exit_code == 2
+    assert "pip install optuna" in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -182,6 +281,7 @@ def test_private_scores_are_noised_charged_and_end_with_their_budget(scored):
     metrics = {"accuracy": 0.5, "loss": 1.25}
     found = [one(metrics, 100) for _ in range(20)] + [two(metrics, 100) for _ in range(20)]
     assert all(set(score) == {"accuracy"} for score in found)  # nothing else is released
+    assert all(len(f"{score['accuracy']!r}".strip("-").split("e")[0].replace(".", "").lstrip("0")) <= 6 for score in found)
     noise = np.array([100 * score["accuracy"] - 50 for score in found]) / 30
     assert len(set(noise)) == 40
     # A sum of 40 squares lies outside (16, 76) with probability 8e-4; at half the scale it lies inside with probability 6e-3.

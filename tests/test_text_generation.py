@@ -72,6 +72,8 @@ def test_evaluation_counts_tokens_not_examples(folder):
 def test_texts_are_cut_and_prompts_too_long_are_refused(folder):
     records = task(folder, max_tokens=20).load().train
     assert int(np.diff(records.sequences("input_ids").offsets).max()) == 20
+    assert len(task(folder, limit=2).load().train) == 2
+    assert task(folder, limit=2).load().dataset_id == task(folder).load().dataset_id  # one budget
     with pytest.raises(DataError, match=r"row 0 of .*a prompt of 18 tokens.*fewer than max_tokens = 12"):
         task(folder, max_tokens=12).load()
     with pytest.raises(ConfigError, match=r"task\.max_tokens"):

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ class Tiny:
     slow_s: float = 0.0
     public: bool = True
     name: str = "tiny"
+    bounded_metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
 
     def load(self) -> Data:
         from sklearn.datasets import load_digits

@@ -10,7 +10,7 @@ from typing import TypeVar
 from grape_ray.accounting import calibration
 from grape_ray.accounting.chain import Chain, Wanted
 from grape_ray.accounting.events import check_count, check_delta, check_epsilon
-from grape_ray.accounting.records import FORMAT, Study, check_name
+from grape_ray.accounting.records import FORMAT, Study, check_name, entry_name
 from grape_ray.accounting.replay import Attempt, State, StudyState
 from grape_ray.accounting.selection import Selection
 from grape_ray.errors import BudgetExceeded, LedgerError
@@ -74,8 +74,30 @@ class Ledger:
             found = getattr(ledger._chain.state, name)
             if wanted is not None and wanted != found:
                 fix = "one ledger serves one dataset with one budget: use another folder, or what it was opened with"
-                raise LedgerError(f"the ledger {storage.url} has another {name}", wanted, repr(found), fix)
+                # A run's journal keeps the error: no hash of the data may stand in it.
+                got, expected = (None, "that of these records") if name == "dataset_id" else (wanted, repr(found))
+                raise LedgerError(f"the ledger {storage.url} has another {name}", got, expected, fix)
         return ledger
+
+    @classmethod
+    def foresee(cls, storage: Storage, dataset_id: str, budget: tuple[float, float], share: Study | Selection) -> bool:
+        """Refuses, and writes nothing, what the dataset's ledger, or one made with `budget`, would refuse.
+
+        Returns:
+            Whether there is a ledger already.
+
+        Raises:
+            StorageError, LedgerError, BudgetExceeded: no ledger can be made there, it is another's, or the share exceeds what is left.
+        """
+        existing = storage.exists(entry_name(0))
+        if existing:
+            state = cls.open(storage, dataset_id, create=False).state
+        else:
+            storage.check_writable()
+            state = State(epsilon=budget[0], delta=budget[1])
+        if share.name not in state.studies and share.name not in state.selections:
+            state.check_share(share)
+        return existing
 
     @property
     def ledger_id(self) -> str:

@@ -88,8 +88,13 @@ def _refuse_nulls(values: pa.ChunkedArray, column: str, url: str) -> None:
 def fingerprint(table: pa.Table) -> str:
     """32 hexadecimal digits that depend on the rows' content and order, not on files, chunks or compression (SHA-256).
 
+    Integers of different widths are the same content; floats are not.
+
     A copy that was edited or put in another order has another fingerprint, so it gets another ledger: whoever trains on both must add
     their budgets up.
+
+    Raises:
+        DataError: a column of another type.
     """
     digest = hashlib.sha256()
     for name in sorted(table.column_names):
@@ -100,8 +105,14 @@ def fingerprint(table: pa.Table) -> str:
             digest.update(lengths.astype("<i8").tobytes())
             for chunk in column.chunks:
                 digest.update(b"".join(value.as_buffer() for value in chunk if value.is_valid))
+            continue
+        values = column.to_numpy()
+        if values.dtype.kind in "biu":  # the same numbers are the same data in any width
+            digest.update(values.astype("<i8").tobytes())
+        elif values.dtype.kind == "f":
+            digest.update(values.dtype.str.encode() + values.tobytes())
         else:
-            digest.update(column.to_numpy().astype("<i8").tobytes())
+            raise DataError(f"column '{name}'", str(column.type), "strings, integers or floats", "convert it")
     return digest.hexdigest()[:32]
 
 

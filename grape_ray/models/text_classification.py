@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ class TextClassification:
     limit: int = 0
     public: bool = False
     name: str = "text-classification"
+    bounded_metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
 
     def __post_init__(self) -> None:
         for field, low in (("classes", 2), ("max_tokens", 1), ("limit", 0)):
@@ -53,9 +54,8 @@ class TextClassification:
                 raise ConfigError(f"task.{field}", getattr(self, field), f"an integer >= {low}")
 
     def load(self) -> Data:
-        table = tables.read_table(self.train, [self.text_column, self.label_column])
-        if self.limit:
-            table = table.slice(0, self.limit)
+        whole = tables.read_table(self.train, [self.text_column, self.label_column])
+        table = whole.slice(0, self.limit) if self.limit else whole
         validation = tables.read_table(self.validation, [self.text_column, self.label_column])
         # Both are checked before the slow part, the tokenizer, begins.
         train_labels = tables.labels(table, self.label_column, self.train, self.classes)
@@ -65,7 +65,7 @@ class TextClassification:
         return Data(
             train=self._records(train_texts, train_labels),
             validation=self._records(validation_texts, validation_labels),
-            dataset_id=tables.fingerprint(table),
+            dataset_id=tables.fingerprint(whole),  # a part of the table spends from the whole table's budget
             public=self.public,
         )
 

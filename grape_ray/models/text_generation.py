@@ -59,12 +59,11 @@ class TextGeneration:
                 raise ConfigError(f"task.{field}", getattr(self, field), f"an integer >= {low}")
 
     def load(self) -> Data:
-        train = self._table(self.train, self.limit)
-        validation = self._table(self.validation, self.validation_limit)
+        train, validation = self._table(self.train), self._table(self.validation)
         return Data(
-            train=self._records(train, self.train),
-            validation=self._records(validation, self.validation),
-            dataset_id=tables.fingerprint(train),
+            train=self._records(_first(train, self.limit), self.train),
+            validation=self._records(_first(validation, self.validation_limit), self.validation),
+            dataset_id=tables.fingerprint(train),  # a part of the table spends from the whole table's budget
             public=self.public,
         )
 
@@ -98,10 +97,8 @@ class TextGeneration:
         if self.tokenizer != BYTES:
             _tokenizer(self.tokenizer or self.model).save_pretrained(folder)
 
-    def _table(self, url: str, limit: int) -> pa.Table:
-        columns = [c for c in (self.prompt_column, self.text_column) if c]
-        table = tables.read_table(url, columns)
-        return table.slice(0, limit) if limit else table
+    def _table(self, url: str) -> pa.Table:
+        return tables.read_table(url, [c for c in (self.prompt_column, self.text_column) if c])
 
     def _records(self, table: pa.Table, url: str) -> Records:
         """Token ids, and for each example where its learned part begins."""
@@ -126,6 +123,10 @@ class TextGeneration:
         found = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=self.max_tokens)["input_ids"]
         last = [tokenizer.eos_token_id] if end and tokenizer.eos_token_id is not None else []
         return [[*ids, *last] for ids in found]
+
+
+def _first(table: pa.Table, limit: int) -> pa.Table:
+    return table.slice(0, limit) if limit else table
 
 
 def _token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

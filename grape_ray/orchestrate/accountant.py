@@ -45,7 +45,7 @@ class _Desk:
         self._claim: Claim | None = None
         self._used: dict[str, tuple[Study, int]] = {}
         self._users: set[str] = set()
-        tags = ("dataset", "study")
+        tags = ("ledger", "study")
         self._charged = Gauge("grape_ray_steps_charged", "Step tokens of a study that are gone.", tag_keys=tags)
         self._left = Gauge("grape_ray_tokens_left", "Step tokens of a study that can still be charged.", tag_keys=tags)
         self._spent = Gauge("grape_ray_epsilon_spent", "Epsilon of the steps charged so far.", tag_keys=tags)
@@ -93,7 +93,7 @@ class _Desk:
         return self._ledger
 
     def _measure(self, ledger: Ledger, study: str) -> None:
-        known, tags = ledger.state.study(study), {"dataset": ledger.state.dataset_id, "study": study}
+        known, tags = ledger.state.study(study), {"ledger": ledger.ledger_id, "study": study}
         self._used[study] = known.study, known.used
         self._charged.set(known.used, tags)
         self._left.set(known.left, tags)
@@ -107,7 +107,7 @@ class _Desk:
                 if used and shown.get(name) != used:
                     shown[name] = used
                     spent = min(study.epsilon, calibration.epsilon(study.mechanism, used, study.delta))
-                    self._spent.set(spent, {"dataset": self._ledger.state.dataset_id, "study": name})
+                    self._spent.set(spent, {"ledger": self._ledger.ledger_id, "study": name})
             wait.wait(_GAUGE_EVERY_S)
 
 

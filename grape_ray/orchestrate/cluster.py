@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+
+from grape_ray.storage import Storage
 
 OBJECT_STORE_BYTES = 200_000_000  # batches never travel through Ray, and its default takes a third of the memory
 
@@ -65,5 +69,18 @@ def start_local(cpus: int, dashboard: bool = False) -> None:
     """
     import ray
 
+    _make_token()
     store = OBJECT_STORE_BYTES
     ray.init(address="local", num_cpus=cpus, object_store_memory=store, include_dashboard=dashboard, log_to_driver=False)
+
+
+def _make_token() -> None:
+    """The token that Ray's processes ask each other for, where there is none: Ray's own would be readable by everyone."""
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token" or any(
+        os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    ):
+        return
+    folder, name = Path.home() / ".ray", "auth_token"
+    if not (folder / name).exists():
+        with contextlib.suppress(FileExistsError):
+            Storage(folder).create(name, secrets.token_hex(32).encode(), private=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from grape_ray.accounting.selection import Selection
 from grape_ray.comms import Comms
 from grape_ray.errors import ConfigError, GrapeRayError
 from grape_ray.execute import execute
-from grape_ray.orchestrate.tune import accountants, concurrency
+from grape_ray.orchestrate.tune import accountants
 from grape_ray.plan import RESULT_FILE, RUN_FILE, prepare
 from grape_ray.scores import PrivateScore
 from grape_ray.session import Around
@@ -45,12 +45,16 @@ class Sealed:
     values: dict[str, Any]
 
 
-def check(sweep: Sweep) -> None:
+def check_domains(space: Mapping[str, Any]) -> None:
     """Refuses what would make the trials anything but independent draws of one procedure. Raises ConfigError."""
-    for name, domain in sweep.space.items():
+    for name, domain in space.items():
         if isinstance(domain, Function):
             fix = "use tune.choice, tune.uniform or their like"
             raise ConfigError(f"mode select refuses the domain of {name}: a function may depend on anything", None, "one fixed law", fix)
+
+
+def check_draw(sweep: Sweep) -> None:
+    """Refuses to resume a selection whose trials are no longer known. Raises ConfigError."""
     assert sweep.sealed is not None
     done = sweep.existing and sweep.folder().exists(folder.RESULT_FILE)
     if sweep.existing and not done and not Storage(sweep.sealed).exists(_DRAW):
@@ -59,8 +63,11 @@ def check(sweep: Sweep) -> None:
         raise ConfigError(what, sweep.sealed, f"a folder with {_DRAW}", fix)
 
 
-def select(sweep: Sweep, say: Callable[[str], None]) -> dict[str, Any]:
-    """Runs or resumes a private selection on the connected cluster; returns what `tune --json` prints, and nothing of any other trial.
+def select(sweep: Sweep, at_once: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Runs or resumes a private selection on the connected cluster, `at_once` trials at a time.
+
+    Returns:
+        What `tune --json` prints, and nothing of any other trial.
 
     Raises:
         GrapeRayError: the ledger refuses the selection or is held by another cluster, or a trial failed.
@@ -68,7 +75,7 @@ def select(sweep: Sweep, say: Callable[[str], None]) -> dict[str, Any]:
     if sweep.existing and sweep.folder().exists(folder.RESULT_FILE):
         return json.loads(sweep.folder().read(folder.RESULT_FILE))
     assert sweep.sealed is not None
-    secret, at_once = Storage(sweep.sealed), concurrency(sweep.study, sweep.options)
+    secret = Storage(sweep.sealed)
     trials = _drawn(sweep, secret)
     with accountants(sweep):  # the whole cost is durable before the first trial begins
         say(f"sweep {sweep.name} in {sweep.storage}: the selection is paid for; its trials are sealed until the winner is known")
@@ -200,6 +207,7 @@ def _result(sweep: Sweep, best: dict[str, Any] | None) -> dict[str, Any]:
         "tokens_total": None,
         "tokens_charged": None,
         "steps_executed": None,
+        "wasted": None,
         "trials": None,
         "best": best,
         "ledger": sweep.steps.ledger,

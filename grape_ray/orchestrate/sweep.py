@@ -9,7 +9,7 @@ from typing import Any
 
 from grape_ray.errors import ConfigError
 from grape_ray.orchestrate.cluster import cluster, set_defaults
-from grape_ray.plan import absolute
+from grape_ray.places import absolute
 from grape_ray.storage import Storage
 from grape_ray.sweeps import folder
 from grape_ray.sweeps.options import SELECT, Options
@@ -46,18 +46,20 @@ def _run(options: Options, say: Callable[[str], None], name: str | None, describ
     from grape_ray.sweeps import prepare, space
 
     domains, study = space.load(options.space, options.assignments)
-    from grape_ray.orchestrate import select, tune
+    from grape_ray.orchestrate import proposals, select, tune
 
-    tune.check_domains(domains, study)
+    proposals.check(options, domains, study)
+    if options.mode == SELECT:
+        select.check_domains(domains)
     if described is None:
         sweep = prepare.prepare(options, domains, study, name)
     else:
         sweep = prepare.resume(described, options, domains, study)
     if options.mode == SELECT:
-        select.check(sweep)
-    workers = study.config.performance.workers[1]
-    with cluster(workers, dashboard=workers > 0):
+        select.check_draw(sweep)
+    with cluster(1, dashboard=study.config.performance.workers[1] > 0):
+        at_once = tune.concurrency(study, options)  # a cluster that is too small is told before anything is registered
         sweep.register()
-        result = (select.select if options.mode == SELECT else tune.compose)(sweep, say)
+        result = (select.select if options.mode == SELECT else tune.compose)(sweep, at_once, say)
     sweep.folder().write(folder.RESULT_FILE, json.dumps(result, indent=1, sort_keys=True).encode())
     return result

@@ -28,10 +28,11 @@ def train(
         on_progress: told (progress, epsilon spent) as the run goes on.
 
     Returns:
-        run, method, epsilon (spent), delta, steps (that the model has taken), noise_multiplier, metrics (validation), seconds,
+        run, method, epsilon and delta (the promise: of the whole study, because its tokens can still be spent), epsilon_spent (by the
+        study's steps so far, for display), steps (that the model has taken), noise_multiplier, metrics (validation), seconds,
         peak_bytes (largest over processes), checkpoint and ledger (URLs); also exhausted, executed_steps (known to have been executed,
-        repeats included), charged_steps, attempts, steps_per_s and workers. epsilon, delta, noise_multiplier and ledger are None for
-        method `none`.
+        repeats included), charged_steps, attempts, steps_per_s and workers. epsilon, epsilon_spent, delta, noise_multiplier and ledger
+        are None for method `none`.
 
     Raises:
         GrapeRayError: one of its kinds for whatever is wrong.

@@ -10,52 +10,33 @@ from typing import Any
 
 import ray
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, PopulationBasedTraining, TrialScheduler
-from ray.tune.search import BasicVariantGenerator
-from ray.tune.search.sample import Categorical, Domain, Float, Integer
 
 from grape_ray.accounting import calibration
 from grape_ray.accounting.ledger import Ledger
 from grape_ray.accounting.records import Study
 from grape_ray.errors import ConfigError, GrapeRayError
 from grape_ray.orchestrate.accountant import Accountant
+from grape_ray.orchestrate.proposals import scheduler, search
 from grape_ray.orchestrate.trial import Setting, Trial
 from grape_ray.sweeps import folder
 from grape_ray.sweeps.options import Options
 from grape_ray.sweeps.prepare import Share, Sweep
-from grape_ray.sweeps.space import CONTINUABLE, SweepStudy, check_methods
+from grape_ray.sweeps.space import SweepStudy
 
 _HEAD = "node:__internal_head__"
 _MAX_FAILURES = 3
 _ENVIRONMENT = {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_SYNCER": "1", "TUNE_GLOBAL_CHECKPOINT_S": "3"}
 
 
-def check_domains(space: dict[str, Any], study: SweepStudy) -> None:
-    """Refuses what Ray Tune could not sample, and methods of another mechanism. Raises ConfigError."""
-    for name, domain in space.items():
-        if not isinstance(domain, Domain):
-            got = "grid_search" if isinstance(domain, dict) else type(domain).__name__
-            raise ConfigError(
-                f"the domain of {name}", got, "a domain of ray.tune, such as tune.choice([4, 8])", "a grid is no distribution"
-            )
-        if name == "method.name" and not isinstance(domain, Categorical):
-            raise ConfigError("the domain of method.name", type(domain).__name__, "tune.choice of methods")
-    if "method.name" in space:
-        check_methods(study.config.method.name, space["method.name"].categories)
-    for name in space:  # a value of a wrong type or range is told now, not by the first trial
-        study.with_values({name: space[name].sample()})
-
-
-def compose(sweep: Sweep, say: Callable[[str], None]) -> dict[str, Any]:
-    """Runs or resumes a sweep on the connected cluster; returns what `tune --json` prints.
+def compose(sweep: Sweep, concurrent: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Runs or resumes a sweep on the connected cluster, so many trials at a time; returns what `tune --json` prints.
 
     Raises:
-        GrapeRayError: the ledger refuses the study, is held by another cluster, or cannot be reached; the cluster is too small.
+        GrapeRayError: the ledger refuses the study, is held by another cluster, or cannot be reached.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    concurrent = concurrency(sweep.study, sweep.options)
     with accountants(sweep) as (book, score_book):
         paid, scores = sweep.steps.paid, sweep.scores
         assert isinstance(paid, Study)
@@ -93,6 +74,7 @@ def outcome(sweep: Sweep) -> dict[str, Any]:
     described = folder.read(sweep.folder())
     rows = folder.trials(sweep.folder(), described)
     best, charged = folder.best(rows), Ledger.open(sweep.steps.ledger, create=False).state.study(paid.name).used
+    executed = sum(row.executed for row in rows)
     naive = calibration.epsilon(paid.mechanism, best.steps, paid.delta) if best and best.steps else None
     return {
         "sweep": f"{sweep.storage}/{sweep.name}",
@@ -103,7 +85,8 @@ def outcome(sweep: Sweep) -> dict[str, Any]:
         "noise_multiplier": paid.mechanism.noise_multiplier,
         "tokens_total": paid.tokens,
         "tokens_charged": charged,
-        "steps_executed": sum(row.executed for row in rows),
+        "steps_executed": executed,
+        "wasted": charged - executed,
         "trials": len({row.trial for row in rows}),
         "best": best and {"config": dict(best.values), "score": best.score, "run": best.run, "steps": best.steps, "naive_epsilon": naive},
         "ledger": sweep.steps.ledger,
@@ -161,8 +144,8 @@ def _tuner(sweep: Sweep, setting: Setting, concurrent: int) -> tune.Tuner:
             mode="max",
             num_samples=options.trials,
             max_concurrent_trials=concurrent if options.search == "optuna" else None,
-            search_alg=_search(sweep, concurrent),
-            scheduler=_scheduler(sweep),
+            search_alg=search(options, sweep.space, sweep.study, concurrent),
+            scheduler=scheduler(options, sweep.space, sweep.study),
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(
@@ -173,45 +156,6 @@ def _tuner(sweep: Sweep, setting: Setting, concurrent: int) -> tune.Tuner:
             verbose=0,
         ),
     )
-
-
-def _scheduler(sweep: Sweep) -> TrialScheduler:
-    study, kind = sweep.study, sweep.options.scheduler
-    every, steps = study.config.performance.eval_every, study.config.privacy.steps
-    if kind == "asha":
-        return ASHAScheduler(time_attr="step", max_t=steps, grace_period=every, reduction_factor=study.reduction_factor)
-    if kind == "median":
-        return MedianStoppingRule(time_attr="step", grace_period=every, min_samples_required=3)
-    if kind == "none":
-        return FIFOScheduler()
-    mutable = {name: domain for name, domain in sweep.space.items() if name in CONTINUABLE}
-    if not mutable:
-        expected = "a space that varies one of " + ", ".join(CONTINUABLE)
-        raise ConfigError("population-based training has nothing to vary", ", ".join(sweep.space), expected, "use another --scheduler")
-    return PopulationBasedTraining(time_attr="step", perturbation_interval=every, hyperparam_mutations=mutable)
-
-
-def _search(sweep: Sweep, concurrent: int) -> Any:
-    """The proposals, beginning with the default run where it lies in the space: a sweep should not end below it unawares."""
-    defaults = sweep.study.defaults(sweep.space)
-    first = [defaults] if all(_holds(domain, defaults[name]) for name, domain in sweep.space.items()) else None
-    if sweep.options.search == "random":
-        return BasicVariantGenerator(points_to_evaluate=first, max_concurrent=concurrent, random_state=sweep.options.seed)
-    try:
-        from ray.tune.search.optuna import OptunaSearch
-
-        return OptunaSearch(points_to_evaluate=first, seed=sweep.options.seed)
-    except (ImportError, AssertionError) as error:
-        raise ConfigError("--search optuna", "Optuna is not installed", "an installed optuna", "pip install optuna") from error
-
-
-def _holds(domain: Domain, value: Any) -> bool:
-    """Whether a domain could have given the value."""
-    if isinstance(domain, Categorical):
-        return value in domain.categories
-    if isinstance(domain, (Float, Integer)):
-        return bool(domain.lower <= value <= domain.upper)
-    return False
 
 
 class _Teller(tune.Callback):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from grape_ray.accounting.events import check_delta, check_epsilon
 from grape_ray.accounting.selection import NEGATIVE_BINOMIAL, POISSON, Law
 from grape_ray.config import Config
 from grape_ray.errors import ConfigError
@@ -61,6 +62,10 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name}", value, "an integer >= 1")
+        for name, check in (("epsilon", check_epsilon), ("delta", check_delta)):
+            for prefix, value in (("budget", getattr(self, name)), ("ledger", getattr(self, f"ledger_{name}"))):
+                if value is not None:
+                    check(value, f"--{prefix}-{name}")
         if self.scheduler == "pbt" and self.search == "optuna":
             raise ConfigError("--scheduler pbt with --search optuna", None, "one of the two", "pbt proposes new values by itself")
         if self.scheduler == "pbt" and self.trials < 2:

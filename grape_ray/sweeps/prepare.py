@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from grape_ray.accounting import keys
-from grape_ray.accounting.events import check_delta, check_epsilon
 from grape_ray.accounting.ledger import Ledger
-from grape_ray.accounting.records import Study
+from grape_ray.accounting.records import Study, entry_name
 from grape_ray.accounting.selection import Selection
+from grape_ray.data.arrays import Ragged, Records
 from grape_ray.data.tables import fingerprint_arrays
 from grape_ray.errors import ConfigError
-from grape_ray.plan import absolute, check_run_name, default_ledger, home, sampling_prob_of, try_out
+from grape_ray.places import absolute, home, ledger_place
+from grape_ray.plan import check_run_name, sampling_prob_of, try_out
 from grape_ray.resolve import describe
 from grape_ray.storage import Storage
 from grape_ray.sweeps import folder, price
@@ -40,17 +41,17 @@ class Share:
     budget: tuple[float, float]
 
     def check(self) -> None:
-        """Refuses, before any work, what the ledger would refuse. Raises BudgetExceeded, LedgerError."""
-        if not Storage(self.ledger).exists("00000000.json"):
-            return
-        state = Ledger.open(self.ledger, self.dataset_id, create=False).state
-        if self.paid.name not in state.studies and self.paid.name not in state.selections:
-            state.check_share(self.paid)
+        """Refuses, before any work, what the ledger would refuse. Raises StorageError, BudgetExceeded, LedgerError."""
+        Ledger.foresee(Storage(self.ledger).first_contact(), self.dataset_id, self.budget, self.paid)
 
     def open(self) -> None:
         """Makes the ledger where there is none."""
-        existing = Storage(self.ledger).exists("00000000.json")
+        existing = Storage(self.ledger).exists(entry_name(0))
         Ledger.open(self.ledger, self.dataset_id, *((None, None) if existing else self.budget))
+
+    def described(self) -> dict[str, Any]:
+        """The share as the sweep's description keeps it: without the fingerprint of the records, which the ledger knows."""
+        return {"paid": self.paid.payload(), "ledger": self.ledger, "budget": list(self.budget)}
 
 
 @dataclass(frozen=True)
@@ -83,32 +84,27 @@ class Sweep:
             self.folder().create(folder.SWEEP_FILE, json.dumps(self._description(), indent=1, sort_keys=True).encode())
 
     def _description(self) -> dict[str, Any]:
-        paid, scores = self.steps.paid, self.scores
         return {
             "sweep": self.name,
-            "study": paid.name,
+            "study": self.steps.paid.name,
             "mode": self.options.mode,
             "options": self.options.as_json(),
             "fields": sorted(self.space),
             "metric": self.study.metric,
             "score_source": self.study.score_source,
             "config": describe(self.study.config),
-            "paid": paid.payload(),
-            "ledger": self.steps.ledger,
-            "budget": list(self.steps.budget),
-            "dataset_id": self.steps.dataset_id,
+            **self.steps.described(),
             "sealed": self.sealed,
-            "scores": scores
-            and {"paid": scores.paid.payload(), "ledger": scores.ledger, "dataset_id": scores.dataset_id, "budget": list(scores.budget)},
+            "scores": self.scores and self.scores.described(),
             "time": time.time(),
         }
 
 
 def prepare(options: Options, space: dict[str, Any], study: SweepStudy, name: str | None = None) -> Sweep:
-    """Checks and prices a new sweep; writes nothing.
+    """Checks and prices a new sweep; when all is right, and not before, it makes the master key and the salt of the user's ledgers.
 
     Raises:
-        GrapeRayError: one of its kinds for whatever is wrong.
+        GrapeRayError: one of its kinds for whatever is wrong; nothing was written then.
     """
     name = name or f"{options.space.rpartition('.')[2]}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
     check_run_name(name)
@@ -118,34 +114,27 @@ def prepare(options: Options, space: dict[str, Any], study: SweepStudy, name: st
     data = study.config.task.load()
     sampling_prob = sampling_prob_of(study.config, data)
     try_out(study.config, data)
-    storage, privacy = absolute(options.storage), study.config.privacy
-    place = Storage(storage).child(name)
-    if place.exists(folder.SWEEP_FILE):
-        raise ConfigError("the sweep exists", name, "a new name", f"resume it with --resume {name}")
-    ledger = absolute(options.ledger) if options.ledger else default_ledger(data.dataset_id, data.public, storage, name)
-    keys.check_outside(options.key_path or keys.default_path(), storage, ledger)
-    budget = (check_epsilon(options.ledger_epsilon or privacy.epsilon), check_delta(options.ledger_delta or privacy.delta))
-    paid: Study | Selection
-    if options.mode == SELECT:
-        paid = price.select(study, name, sampling_prob, privacy.epsilon, privacy.delta, options.the_law())
-    else:
-        tokens = options.tokens or price.planned_tokens(study, options.trials, options.scheduler)
-        paid = price.compose(study, name, sampling_prob, privacy.epsilon, privacy.delta, tokens)
-    steps = Share(paid, ledger, data.dataset_id, budget)
-    scores = _scores(options, study, name, data, storage, paid) if study.score_source == PRIVATE else None
+    storage = absolute(options.storage)
+    _check_place(Storage(storage).child(name), name)
+    steps = _steps(options, study, name, data, storage, sampling_prob)
+    scores = _scores(options, study, name, data, storage, steps.paid) if study.score_source == PRIVATE else None
+    keys.check_outside(options.key_path or keys.default_path(), storage, steps.ledger)
     for share in filter(None, (steps, scores)):
         share.check()
-    place.check_writable()
     sealed = _sealed(options, storage, name) if options.mode == SELECT else None
-    return Sweep(name, options, space, _frozen(study, paid), storage, steps, scores, sealed, False)
+    keys.master_key(options.key_path)
+    steps = replace(steps, ledger=ledger_place(options.ledger, steps.dataset_id, data.public, storage, name, make=True))
+    if scores is not None:
+        scores = replace(scores, ledger=ledger_place(options.score_ledger, scores.dataset_id, False, storage, name, make=True))
+    return Sweep(name, options, space, _frozen(study, steps.paid), storage, steps, scores, sealed, False)
 
 
 def resume(described: dict[str, Any], options: Options, space: dict[str, Any], study: SweepStudy) -> Sweep:
     """A sweep as it was begun, to be gone on with; its price is what was registered."""
-    payload, scores = described["paid"], described["scores"]
-    kind = Selection if options.mode == SELECT else Study
-    paid, name = kind.from_payload(payload), described["sweep"]
-    study = _frozen(_priced_config(options, study), paid)
+    name, task = described["sweep"], study.config.task
+    steps = _known(described, options.mode, lambda: task.load().dataset_id)
+    scores = described["scores"] and _known(described["scores"], options.mode, lambda: _fingerprint(task.load().validation))
+    study = _frozen(_priced_config(options, study), steps.paid)
     mine = json.loads(json.dumps(describe(study.config)))
     differing = sorted(key for key in mine if mine[key] != described["config"].get(key)) + [
         key for key, value in (("fields", sorted(space)), ("score_source", study.score_source)) if described[key] != value
@@ -153,15 +142,28 @@ def resume(described: dict[str, Any], options: Options, space: dict[str, Any], s
     if differing:
         fix = "resume it with the space that it was begun with, or begin a new sweep"
         raise ConfigError(f"sweep {name} was begun with another {', '.join(differing)}", None, "the same tune space", fix)
-    steps = Share(paid, described["ledger"], described["dataset_id"], (described["budget"][0], described["budget"][1]))
-    share = scores and Share(kind.from_payload(scores["paid"]), scores["ledger"], scores["dataset_id"], tuple(scores["budget"]))
-    return Sweep(name, options, space, study, absolute(options.storage), steps, share or None, described["sealed"], True)
+    keys.master_key(options.key_path)
+    return Sweep(name, options, space, study, absolute(options.storage), steps, scores or None, described["sealed"], True)
+
+
+def _known(described: Mapping[str, Any], mode: str, records: Callable[[], str]) -> Share:
+    """A share as it was described; `records` gives the fingerprint where the sweep was cut off before its ledger was made."""
+    paid, where, budget = (Selection if mode == SELECT else Study).from_payload(described["paid"]), described["ledger"], described["budget"]
+    existing = Storage(where).exists(entry_name(0))
+    return Share(paid, where, Ledger.open(where, create=False).state.dataset_id if existing else records(), (budget[0], budget[1]))
+
+
+def _check_place(place: Storage, name: str) -> None:
+    """Refuses a folder that cannot be written, or that holds a sweep. Raises StorageError, ConfigError."""
+    place.check_writable()
+    if place.exists(folder.SWEEP_FILE):
+        raise ConfigError("the sweep exists", name, "a new name", f"resume it with --resume {name}")
 
 
 def _priced_config(options: Options, study: SweepStudy) -> SweepStudy:
     """The study with the sweep's budget, and with a checkpoint at each point of comparison."""
     privacy, performance = study.config.privacy, study.config.performance
-    privacy = replace(privacy, epsilon=options.epsilon or privacy.epsilon, delta=options.delta or privacy.delta)
+    privacy = replace(privacy, epsilon=_given(options.epsilon, privacy.epsilon), delta=_given(options.delta, privacy.delta))
     # In population-based training any checkpoint of a trial may be where another goes on.
     keep = 10**6 if options.scheduler == "pbt" else performance.keep_checkpoints
     # In mode select a trial has one score, at its end.
@@ -176,20 +178,38 @@ def _frozen(study: SweepStudy, paid: Study | Selection) -> SweepStudy:
     return replace(study, config=replace(study.config, privacy=privacy))
 
 
+def _given(value: float | None, otherwise: float) -> float:
+    return otherwise if value is None else value
+
+
+def _steps(options: Options, study: SweepStudy, name: str, data: Data, storage: str, sampling_prob: float) -> Share:
+    """What pays for training steps."""
+    privacy = study.config.privacy
+    paid: Study | Selection
+    if options.mode == SELECT:
+        paid = price.select(study, name, sampling_prob, privacy.epsilon, privacy.delta, options.the_law())
+    else:
+        tokens = options.tokens or price.planned_tokens(study, options.trials, options.scheduler)
+        paid = price.compose(study, name, sampling_prob, privacy.epsilon, privacy.delta, tokens)
+    budget = (_given(options.ledger_epsilon, privacy.epsilon), _given(options.ledger_delta, privacy.delta))
+    return Share(paid, ledger_place(options.ledger, data.dataset_id, data.public, storage, name), data.dataset_id, budget)
+
+
 def _scores(options: Options, study: SweepStudy, name: str, data: Data, storage: str, paid: Study | Selection) -> Share:
     """What pays for private scores."""
-    records = _fingerprint(data.validation.columns.values())
-    where = absolute(options.score_ledger) if options.score_ledger else default_ledger(records, False, storage, name)
+    records = _fingerprint(data.validation)
     if isinstance(paid, Study):
         price_of: Study | Selection = price.scores(study, name, price.planned_scores(study, paid.tokens, options.trials))
     else:
         price_of = price.select_scores(study, name, options.the_law())
-    return Share(price_of, where, records, (study.score_epsilon, study.score_delta))
+    budget = (study.score_epsilon, study.score_delta)
+    return Share(price_of, ledger_place(options.score_ledger, records, False, storage, name), records, budget)
 
 
-def _fingerprint(columns: Iterable[Any]) -> str:
+def _fingerprint(records: Records) -> str:
     """Of records in memory."""
-    return fingerprint_arrays(*(part for c in columns for part in ((c.values, c.offsets) if hasattr(c, "offsets") else (c,))))
+    columns = records.columns.values()
+    return fingerprint_arrays(*(part for c in columns for part in ((c.values, c.offsets) if isinstance(c, Ragged) else (c,))))
 
 
 def _sealed(options: Options, storage: str, name: str) -> str:

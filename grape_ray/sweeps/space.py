@@ -38,8 +38,8 @@ class SweepStudy:
         tunable: names of the fields that the space may vary, such as `method.rank`.
         score_source: `public`: the task's validation records are public, and metrics on them are free; `private`: they are not, so
             the score alone is released, noised and charged to the validation records' own ledger. There is no default.
-        metric: the validation metric that is compared; higher is better. A private one is the mean over the validation records of a
-            value in [0, 1], such as accuracy.
+        metric: the validation metric that is compared; higher is better. A private one must be among the task's `bounded_metrics`: the
+            noise covers a mean over the validation records of a value in [0, 1], such as accuracy.
         score_epsilon, score_delta: what all private scores of the sweep may cost the validation records; unused if public.
         reduction_factor: `asha` keeps one trial in so many at each rung; the first rung is performance.eval_every.
     """
@@ -56,6 +56,10 @@ class SweepStudy:
         if self.score_source not in (PUBLIC, PRIVATE):
             expected = "'public' (a public validation set) or 'private' (then it is noised and charged)"
             raise ConfigError("score_source", self.score_source, expected, "say where the score comes from")
+        bounded = getattr(self.config.task, "bounded_metrics", ())
+        if self.score_source == PRIVATE and self.metric not in bounded:
+            fix = "one record moves another metric by more than the noise covers; name bounded ones in the task's bounded_metrics"
+            raise ConfigError("the metric of private scores", self.metric, ", ".join(bounded) or "a bounded metric", fix)
         if self.reduction_factor < 2:
             raise ConfigError("reduction_factor", self.reduction_factor, "an integer >= 2")
         if not METHODS[self.config.method.name].private:

@@ -291,6 +291,28 @@ def test_threads_never_overdraw(url):
     _check_greedy(url, [results.get_nowait() for _ in threads], 100)
 
 
+def test_of_two_studies_that_race_for_the_last_share_one_is_registered(url):
+    ledgers = [Ledger.open(url, "data", 5.0, 1e-5) for _ in range(2)]
+    ready, errors = threading.Barrier(2), []
+
+    def register(number):
+        ready.wait()
+        try:
+            ledgers[number].ensure_study(Study(f"s{number}", MECHANISM, 3.0, 1e-6, 1))
+        except BudgetExceeded as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=register, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (error,) = errors
+    assert "epsilon <= 2" in str(error)
+    assert len(Ledger.open(url).state.studies) == 1
+    assert verify(url).ok
+
+
 def test_processes_never_overdraw(url):
     study = Study("s", Mechanism("poisson_gaussian", 1.0, 50.0), 4.0, 1e-6, 100)
     fresh(url, study)

@@ -118,6 +118,7 @@ def test_metrics_show_what_is_left(accountant):
             break
         assert time.monotonic() < deadline_s, lines
         time.sleep(1)
+    assert all(f'ledger="{accountant.ledger_id}"' in line and 'dataset="' not in line for line in lines)
     values = {line.split("{")[0].removeprefix("ray_"): float(line.rsplit(" ", 1)[1]) for line in lines if 'study="s"' in line}
     assert values["grape_ray_steps_charged"] + values["grape_ray_tokens_left"] == STUDY.tokens
     assert 0 < values["grape_ray_epsilon_spent"] < 4

@@ -2,12 +2,47 @@
 
 import re
 import shlex
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
+
+
+def test_a_token_that_is_made_here_is_its_owners_alone(tmp_path, monkeypatch):
+    from grape_ray.orchestrate import cluster
+
+    made = []
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setattr("ray.init", lambda **options: made.append((tmp_path / ".ray" / "auth_token").read_text()))
+    cluster.start_local(1)
+    assert (tmp_path / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600
+    cluster.start_local(1)
+    assert len(made[0]) == 64
+    assert made[0] == made[1]
+
+
+def test_a_run_for_which_there_is_never_room_is_given_up(monkeypatch):
+    from grape_ray.orchestrate import room
+
+    over, nodes = threading.Event(), [{"Alive": True, "Resources": {"CPU": 1.0}}, {"Alive": False, "Resources": {"CPU": 8.0}}]
+    monkeypatch.setattr(room, "_LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    began = time.monotonic()
+    assert room.workers_that_fit(False) == 1
+    assert room.workers_that_fit(True) == 0
+    assert not room.while_there_is_room(over.wait, 2, False, 0.2)
+    assert 0.2 < time.monotonic() - began < 5
+    over.set()
+    assert room.while_there_is_room(over.wait, 2, False, 0.2)  # it ended in time
+    nodes[1]["Alive"] = True
+    assert room.while_there_is_room(lambda: time.sleep(0.5), 2, False, 0.2)
+    with pytest.raises(ValueError, match="its own"):
+        room.while_there_is_room(lambda: int("its own"), 2, False, 0.2)
 
 
 @pytest.fixture
@@ -26,9 +61,7 @@ def test_the_cluster_launcher_takes_the_file(config):
 def test_the_head_trains_nothing_and_workers_come_and_go(config):
     head, worker = (config["available_node_types"][name] for name in ("head", "gpu_worker"))
     assert config["head_node_type"] == "head"
-    assert head["resources"]["CPU"] == 0
-    assert "GPU" not in head["resources"]
-    assert head["resources"]["trial_driver"] > 0
+    assert head["resources"] == {"CPU": 0}
     assert worker["min_workers"] == 0 < worker["max_workers"] <= config["max_workers"]
     assert worker["resources"]["GPU"] > 0
     assert worker["node_config"]["InstanceMarketOptions"]["MarketType"] == "spot"
@@ -38,6 +71,7 @@ def test_every_ray_process_asks_for_the_token(config):
     for part in ("head_start_ray_commands", "worker_start_ray_commands"):
         (start,) = [c for c in config[part] if "ray start" in c]
         assert start.startswith("RAY_AUTH_MODE=token ")
+    assert config["file_mounts"]["/home/ray/.ray/auth_token"] == "~/.ray/auth_token"
     assert "--dashboard-host=127.0.0.1" in config["head_start_ray_commands"][1]
 
 

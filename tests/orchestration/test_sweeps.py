@@ -21,16 +21,16 @@ from grape_ray.sweeps.options import Options
 from grape_ray.sweeps.page import report
 
 pytestmark = pytest.mark.ray
-WANTED = ["study", "mode", "epsilon", "delta", "tokens_total", "tokens_charged", "steps_executed", "trials", "best", "ledger"]
+WANTED = ["study", "mode", "epsilon", "delta", "tokens_total", "tokens_charged", "steps_executed", "wasted", "trials", "best", "ledger"]
 
 
 @pytest.fixture
 def sweep(tmp_path, ray_cluster):
     """Runs a sweep of the tiny space; what it says is kept in `sweep.said`."""
 
-    def go(name, **options):
+    def go(name, space="tests.tiny_space", **options):
         options = {"storage": str(tmp_path / "sweeps"), "key_path": str(tmp_path / "key"), **options}
-        return run(Options("tests.tiny_space", **options), said.append, name)
+        return run(Options(space, **options), said.append, name)
 
     said: list[str] = []
     go.said = said  # pyright: ignore[reportFunctionMemberAccess]
@@ -41,6 +41,7 @@ def balanced(result):
     """Each step that was executed was charged, and nothing else."""
     assert [key for key in WANTED if key not in result] == []
     assert result["tokens_charged"] == result["steps_executed"] <= result["tokens_total"]
+    assert result["wasted"] == 0
     assert Ledger.open(result["ledger"], create=False).state.study(result["study"]).used == result["tokens_charged"]
     found = verify(result["ledger"])
     assert found.ok, found.problems
@@ -75,6 +76,17 @@ def test_the_budget_of_n_steps_gives_n_steps_to_eight_trials(sweep):
     balanced(result)
     assert result["tokens_charged"] == result["tokens_total"] == 41
     assert result["trials"] == 8
+
+
+def test_trials_of_other_lengths_refreshes_moments_and_methods_pay_alike(sweep, tmp_path):
+    result = sweep("a", "tests.wide_space", trials=6, scheduler="none", seed=2)
+    balanced(result)
+    described = [json.loads(path.read_text()) for path in (tmp_path / "sweeps" / "a" / "runs").glob("*/run.json")]
+    lengths = [one["privacy"]["steps"] for one in described]
+    assert result["tokens_charged"] == sum(lengths)
+    assert len(set(lengths)) > 1
+    for field in ("refresh", "moments", "name"):
+        assert len({one["method"][field] for one in described}) > 1
 
 
 @pytest.mark.slow
@@ -149,7 +161,7 @@ def test_a_selection_releases_its_winner_and_nothing_else(sweep, tmp_path, monke
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
     monkeypatch.setenv("TINY_SCORES", "private")
     result = sweep("a", mode="select", scheduler="none", trials=4, epsilon=8.0)
-    assert all(result[key] is None for key in ("tokens_total", "tokens_charged", "steps_executed", "trials"))
+    assert all(result[key] is None for key in ("tokens_total", "tokens_charged", "steps_executed", "wasted", "trials"))
     assert result["epsilon"] == 8.0
     assert result["score_source"] == "private"
     for url in (result["ledger"], result["score_ledger"]):

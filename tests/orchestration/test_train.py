@@ -93,8 +93,8 @@ def test_the_end_of_the_budget_is_a_clean_end_and_a_resume_keeps_what_is_there(r
     assert result["exhausted"]
     assert 0 < result["steps"] == result["charged_steps"] < 500
     assert result["attempts"] == 1
-    assert result["epsilon"] <= 4.0
-    assert seen[-1] == (result["steps"], result["epsilon"])
+    assert result["epsilon_spent"] <= result["epsilon"] == 4.0
+    assert seen[-1] == (result["steps"], result["epsilon_spent"])
     before = weights(tmp_path, "a")
     again = run(tiny(500), *words, run="a")
     assert (again["steps"], again["charged_steps"], again["attempts"]) == (result["steps"], result["steps"], 2)

@@ -1,0 +1,67 @@
+"""Where a user's own things and the ledgers of datasets lie unless told otherwise."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+from pathlib import Path
+
+from grape_ray.errors import StorageError
+from grape_ray.storage import Storage
+
+SALT_FILE = "salt"
+_SALT_BYTES = 32
+
+
+def absolute(url: str) -> str:
+    """A URL as it is; a path made absolute, so that workers agree on it."""
+    return url.rstrip("/") if "://" in url else str(Path(url).expanduser().absolute())
+
+
+def home() -> Path:
+    """The user's own folder of what must not lie among the runs."""
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "grape-ray"
+
+
+def ledger_place(asked: str | None, dataset_id: str, public: bool, storage: str, run: str, make: bool = False) -> str:
+    """Where a dataset's ledger lies: where it was asked for, or in one place, so that all runs of a user on one dataset share one budget.
+
+    Local runs share a folder of the user's; runs on remote storage share one beside the runs, where every machine reaches it. A dataset
+    that is public has nothing to lose, so each of its runs gets a ledger of its own, and a demonstration can be repeated at will.
+
+    A run's description names its ledger, and is published, so the folder's name is a keyed hash of the data: with a plain one, whoever
+    knows all records but one could confirm the last. The key is a file of random bytes beside the ledgers.
+
+    Args:
+        make: keep those bytes, where there are none yet. Without it the answer is then a place where nothing lies and nothing will:
+            where there is no salt, there is no ledger.
+
+    Raises:
+        StorageError: the salt cannot be read or made.
+    """
+    if asked:
+        return absolute(asked)
+    if public:
+        return f"{storage}/{run}/ledger"
+    folder = f"{storage}/ledgers" if "://" in storage else str(home() / "ledgers")
+    return f"{folder}/{hmac.new(_salt(folder, make), dataset_id.encode(), hashlib.sha256).hexdigest()[:32]}"
+
+
+def _salt(folder: str, make: bool) -> bytes:
+    """The salt of a folder of ledgers, or fresh bytes, which are kept if `make`; of two makers one wins, and both return its salt."""
+    place, fresh = Storage(folder).first_contact(), os.urandom(_SALT_BYTES)
+    try:
+        if make:
+            place.create(SALT_FILE, fresh, private=True)
+            return fresh
+    except FileExistsError:
+        pass
+    try:
+        found = place.read(SALT_FILE)
+    except FileNotFoundError:
+        return fresh
+    if len(found) != _SALT_BYTES:
+        fix = "restore it from a copy: without it the ledgers beside it are not found"
+        raise StorageError(f"the salt of the ledgers in {folder} is damaged", f"{len(found)} bytes", f"{_SALT_BYTES} bytes", fix)
+    return found
