@@ -32,11 +32,13 @@ def loss(model, batch):
     return model(batch["x"]).flatten(1).pow(2).sum(1)
 
 
-def sums(method, break_clip=False):
+def sums(method, break_clip=False, crowd=False):
     torch.manual_seed(0)
     model = Model()
     data = {"x": torch.randn(9, 3, 8)}
     data["x"][0] *= 40  # the canary
+    if crowd:  # all others are like it
+        data["x"][1:] = data["x"][0]
     engine = make_engine(model, method, CLIP, key=b"audit", rank=2, project_min_numel=32)
     if break_clip:  # planted: each tensor clipped to C, counted as one flat clip
         engine.clipping, engine.clip_norm = "per_layer", CLIP * math.sqrt(len(engine.params))
@@ -91,8 +93,9 @@ def test_clipping_each_layer_to_the_flat_bound_is_caught():
 
 @pytest.mark.statistical
 def test_the_mean_over_the_realised_batch_is_caught():
-    inside, without = sums("grape")
-    assert abs(measure(lambda s, present, t: release_of(s, t) * (EXPECTED / (9 if present else 8)), inside, without, FEW) - 1 / SIGMA) > 0.1
+    inside, without = sums("grape", crowd=True)  # one more of the same does not move a mean at all
+    assert measure(honest, inside, without, FEW) == pytest.approx(1 / SIGMA, abs=0.1)
+    assert measure(lambda s, present, t: release_of(s, t) * (EXPECTED / (9 if present else 8)), inside, without, FEW) < 0.1
 
 
 @pytest.mark.statistical
