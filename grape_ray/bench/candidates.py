@@ -93,7 +93,7 @@ class Candidate:
     Attributes:
         method: its name in results. make: (model, loss, batch, rank) -> a function that takes one step.
         ranks: the ranks that are measured unless asked for otherwise; empty where there is none.
-        package: what must be installed. about: one line.
+        package: what must be installed. about: one line. usual: whether it is measured where no method is named.
     """
 
     method: str
@@ -101,6 +101,7 @@ class Candidate:
     about: str
     ranks: tuple[int, ...] = ()
     package: str = ""
+    usual: bool = True
 
     @property
     def missing(self) -> str:
@@ -110,9 +111,9 @@ class Candidate:
         return f"{self.package} is not installed; pip install 'grape-ray[peers]'"
 
 
-def _private(name: str) -> Callable[..., Step]:
+def _private(name: str, routes: tuple[str, ...] = ()) -> Callable[..., Step]:
     def make(model: nn.Module, loss: Loss, batch: dict[str, Tensor], rank: int | None) -> Step:
-        method = Method(name=name, learning_rate=LEARNING_RATE, rank=rank or Method.rank)
+        method = Method(name=name, learning_rate=LEARNING_RATE, rank=rank or Method.rank, routes=routes)
         engine = from_config(model, Privacy(clip_norm=CLIP_NORM), method, key=_KEY)
         engine.use_secret(_KEY)
         return PrivateStep(model, loss, batch, engine, make_optimizer(model, engine, method, 10**6), privatize, NoiseStream(_KEY))
@@ -148,6 +149,8 @@ CANDIDATES: dict[str, Candidate] = {
         Candidate("none_fused", _adamw(fused=True), "torch.optim.AdamW(fused=True), all parameters"),
         Candidate("floor", _floor, "forward and input gradients alone, no optimizer"),
         *(Candidate(n, _private(n), info.title, _RANKS.get(n, ())) for n, info in METHODS.items() if info.private),
+        Candidate("ghost_gram", _private("ghost", ("*:gram",)), "ghost clipping, Gram norms alone", usual=False),
+        Candidate("bookkeeping_gram", _private("bookkeeping", ("*:gram",)), "Book-Keeping, Gram norms alone", usual=False),
         Candidate("opacus_hooks", _opacus("hooks"), "Opacus, per-example gradients by hooks", package="opacus"),
         Candidate("opacus_ghost", _opacus("ghost"), "Opacus, ghost clipping", package="opacus"),
     )
@@ -161,7 +164,7 @@ def chosen(names: Iterable[str]) -> list[tuple[str, int | None]]:
         ConfigError: an unknown method, or a rank where the method has none.
     """
     found: list[tuple[str, int | None]] = [("none", None)]
-    for text in list(names) or list(CANDIDATES):
+    for text in list(names) or [c.method for c in CANDIDATES.values() if c.usual]:
         name, _, rank = text.strip().partition(":")
         if name not in CANDIDATES:
             raise ConfigError("method of the benchmark", name, "one of " + ", ".join(CANDIDATES), nearest(name, CANDIDATES))

@@ -105,7 +105,7 @@ def profile(methods: str, steps: int, **options: Any) -> None:
 
 @command.command("length")
 @_shape
-@click.option("--methods", default="none,ghost,bookkeeping,randomized", show_default=True)
+@click.option("--methods", default="none,ghost_gram,bookkeeping_gram,ghost,bookkeeping,randomized", show_default=True)
 @click.option("--lengths", default="256,512,1024,2048,4096", show_default=True)
 @click.option("--steps", type=int, default=1, show_default=True)
 def length(methods: str, lengths: str, steps: int, **options: Any) -> None:
