@@ -141,7 +141,7 @@ def length(methods: str, lengths: str, steps: int, **options: Any) -> None:
         for f in facts
     ]
     facts_out = {"model": options["model"], **surroundings(), "rows": facts}
-    _finish(f"Length: {options['model']}", ("T", "method", "peak MiB", "memory ratio", "norm s"), rows, facts_out, options)
+    _finish(f"Length: {options['model']}, T = {lengths}", ("T", "method", "peak MiB", "memory ratio", "norm s"), rows, facts_out, options)
 
 
 @command.command("comm")
