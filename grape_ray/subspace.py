@@ -21,15 +21,12 @@ class Projection:
 
     Attributes:
         axis: the compressed side, 0 or 1. dim: its length. other: the other side's length. rank: coordinates left of it.
-        label: names the matrix. Layers side by side that read the same inputs (query, key and value) have one in common, so that
-            their inputs are projected once and kept once.
     """
 
     axis: int
     dim: int
     other: int
     rank: int
-    label: str
 
     @property
     def rows(self) -> int:
@@ -97,7 +94,7 @@ class Subspace:
 
 
 class Gaussian(Subspace):
-    """The DP-GRAPE projection: entries from N(0, 1/rank), a function of (public key, the plan's label, period), never stored.
+    """The DP-GRAPE projection: entries from N(0, 1/rank), a function of (public key, weight's name, period), never stored.
 
     Norms are kept in expectation and the lift is unbiased: E[R R^T] = I. It depends on nothing private, and the clip comes after
     it, so the sensitivity is the clip norm whatever the matrix holds (docs/privacy.md). `scale="paper"` draws from N(0, 1/rank^2),
@@ -111,17 +108,17 @@ class Gaussian(Subspace):
         super().__init__(plan, refresh)
         self._key, self._scale = key, scale
         self._cache: dict[str, tuple[int, Tensor]] = {}
-        self._cached = sum({p.label: 4 * p.dim * p.rank for p in self.plan.values()}.values()) <= cache_bytes
+        total = sum(4 * p.dim * p.rank for p in self.plan.values())
+        self._cached = total <= cache_bytes
 
     def matrix(self, name: str, period: int, like: Tensor) -> Tensor:
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        label = self.plan[name].label
-        held = self._cache.get(label)
+        held = self._cache.get(name)
         if held is not None and held[0] == period and held[1].device == like.device and held[1].dtype == dtype:
             return held[1]
         matrix = self._draw(name, period, slice(None)).to(like.device, dtype)
         if self._cached:
-            self._cache[label] = (period, matrix)
+            self._cache[name] = (period, matrix)
         return matrix
 
     def matrix_rows(self, name: str, period: int, like: Tensor, rows: slice) -> Tensor:
@@ -132,7 +129,7 @@ class Gaussian(Subspace):
     def _draw(self, name: str, period: int, rows: slice) -> Tensor:
         plan = self.plan[name]
         std = 1 / plan.rank if self._scale == "paper" else 1 / math.sqrt(plan.rank)
-        return torch.from_numpy(public_normals(self._key, plan.label, period, (plan.dim, plan.rank), rows)).mul_(std)
+        return torch.from_numpy(public_normals(self._key, name, period, (plan.dim, plan.rank), rows)).mul_(std)
 
 
 class Svd(Subspace):
@@ -205,29 +202,18 @@ def plan_projections(
                 f"a rank below {sides[axis]}, the side it compresses",
                 "lower method.rank, raise method.project_min_numel, or name the layer in method.dense",
             )
-        label = name
-        if axis == _inputs(owner) and param.ndim == 2:
-            siblings = name.rpartition(".")[0].rpartition(".")[0]  # the module that holds the layer, and perhaps others with its inputs
-            label = f"{siblings}.*|{sides[axis]}"
-        plan[name] = Projection(axis, sides[axis], sides[1 - axis], rank, label)
+        plan[name] = Projection(axis, sides[axis], sides[1 - axis], rank)
     return plan
 
 
 def _axis(owner: nn.Module, sides: tuple[int, int], side: str) -> int:
     """The compressed axis of a weight held by `owner`."""
-    inputs = _inputs(owner)
-    if inputs is None:
+    if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
         return 0
     if side == "smaller":
         return 0 if sides[0] < sides[1] else 1
+    inputs = 0 if type(owner).__name__ == "Conv1D" else 1  # GPT-2 stores (in, out)
     return inputs if side == "in" else 1 - inputs
-
-
-def _inputs(owner: nn.Module) -> int | None:
-    """The axis of a weight on which its layer's inputs lie; None for a table that is looked up."""
-    if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
-        return None
-    return 0 if type(owner).__name__ == "Conv1D" else 1  # GPT-2 stores (in, out)
 
 
 def owned_parameters(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter]]:

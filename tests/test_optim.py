@@ -58,7 +58,7 @@ def test_a_state_of_another_rank_is_refused():
 
 
 def test_transfer_keeps_what_two_subspaces_share():
-    plan = {"w": Projection(axis=1, dim=400, other=5, rank=300, label="w")}
+    plan = {"w": Projection(axis=1, dim=400, other=5, rank=300)}
     subspace = Gaussian(plan, b"k", refresh=1)
     weight, coords = torch.zeros(5, 400), torch.randn(5, 300)
     subspace.lift_(weight, "w", 0, coords, 1.0)
@@ -72,7 +72,7 @@ def test_transfer_keeps_what_two_subspaces_share():
 def test_the_gaussian_projection_keeps_norms_and_its_lift_is_unbiased():
     """False-alarm rate 1e-6 for the mean of 4000 norms (pinned key)."""
     vector = torch.randn(1, 50, generator=torch.Generator().manual_seed(0))
-    subspace = Gaussian({"w": Projection(1, 50, 1, 8, "w")}, b"k", refresh=1)
+    subspace = Gaussian({"w": Projection(1, 50, 1, 8)}, b"k", refresh=1)
     ratios, total = [], torch.zeros(1, 50)
     for period in range(4000):
         coords = vector @ subspace.matrix("w", period, vector)
@@ -82,7 +82,7 @@ def test_the_gaussian_projection_keeps_norms_and_its_lift_is_unbiased():
     assert abs(mean - 1) < 5 * (2 / 8 / 4000) ** 0.5
     assert abs(mean - 1 / 8) > 0.5  # the authors' scale would give 1/r
     assert float((total - vector).norm() / vector.norm()) < 0.1
-    paper = Gaussian({"w": Projection(1, 50, 1, 8, "w")}, b"k", refresh=1, scale="paper")
+    paper = Gaussian({"w": Projection(1, 50, 1, 8)}, b"k", refresh=1, scale="paper")
     torch.testing.assert_close(paper.matrix("w", 3, vector) * 8**0.5, subspace.matrix("w", 3, vector))
 
 
@@ -90,7 +90,7 @@ def test_galore_finds_the_leading_directions_of_the_private_gradient():
     g = torch.Generator().manual_seed(0)
     basis = torch.linalg.qr(torch.randn(30, 2, generator=g))[0]
     gradient = torch.randn(20, 2, generator=g) @ basis.T
-    subspace = Svd({"w": Projection(1, 30, 20, 2, "w")}, refresh=10)
+    subspace = Svd({"w": Projection(1, 30, 20, 2)}, refresh=10)
     coords = subspace.project("w", gradient, 0)
     lifted = torch.zeros(20, 30)
     subspace.lift_(lifted, "w", 0, coords, 1.0)

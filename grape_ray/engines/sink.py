@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 
 import torch
@@ -24,7 +23,6 @@ class Sink:
 
     def __init__(self, params: Mapping[str, nn.Parameter], rows: int, subspace: Subspace, period: int):
         self.params, self.rows, self.subspace, self.period = params, rows, subspace, period
-        self._projected: tuple[weakref.ref[Tensor], int, str, Tensor] | None = None
 
     def compresses(self, name: str, axis: int) -> bool:
         """Whether weight `name` is compressed on `axis`."""
@@ -35,20 +33,9 @@ class Sink:
         """The projection (side, R) of weight `name` in this period, in the dtype of `like`."""
         return self.subspace.matrix(name, self.period, self.params[name]).to(like.dtype)
 
-    def keep(self, name: str, axis: int, inputs: Tensor, factor: Tensor) -> Tensor:
-        """What forward keeps of a factor (B,T,side) on `axis` of weight `name`: the projection (B,T,R) of a compressed side, else itself.
-
-        Args:
-            inputs: the model's own tensor that `factor` was made of: layers that share it and their matrix share the projection.
-        """
-        if not self.compresses(name, axis):
-            return factor
-        label, last = self.subspace.plan[name].label, self._projected
-        if last is not None and last[0]() is inputs and last[1:3] == (inputs._version, label):
-            return last[3]
-        kept = factor @ self.matrix(name, factor)
-        self._projected = weakref.ref(inputs), inputs._version, label, kept
-        return kept
+    def keep(self, name: str, axis: int, factor: Tensor) -> Tensor:
+        """What forward keeps of a factor (B,T,side) on `axis` of weight `name`: of a compressed side its projection (B,T,R)."""
+        return factor @ self.matrix(name, factor) if self.compresses(name, axis) else factor
 
     def announce(self, name: str) -> None:
         """Says in the forward pass that backward will bring gradients of `name` once more."""

@@ -50,7 +50,7 @@ class MatrixTap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, anchor, session: Session, x, weight, bias, weight_node: Node | None, bias_node: Node | None, by_rows: bool):
-        inputs, dtype = x, x.dtype
+        dtype = x.dtype
         x, weight, bias = _cast(x, weight, bias)
         ctx.session, ctx.nodes, ctx.by_rows, ctx.dtype = session, (weight_node, bias_node), by_rows, dtype
         session.announce(weight_node, bias_node)
@@ -59,7 +59,7 @@ class MatrixTap(torch.autograd.Function):
             ctx.axis = int(by_rows != weight_node.transposed)  # the parameter's axis on which x lies
             kept = per_example(x, session.rows)
             if weight_node.root:
-                kept = session.sink.keep(weight_node.root, ctx.axis, inputs, kept)
+                kept = session.sink.keep(weight_node.root, ctx.axis, kept)
         ctx.save_for_backward(kept, weight)
         return F.linear(x, weight if by_rows else weight.T, bias)
 
