@@ -169,7 +169,7 @@ def test_a_sharded_opt_run_is_submitted_killed_and_resumed(opt, tmp_path, monkey
 def test_a_job_waits_for_nodes_that_come_and_go(tmp_path, monkeypatch):
     port = free_port()
     nodes = {
-        "cluster_name": "grape", "max_workers": 2, "idle_timeout_minutes": 0.2, "upscaling_speed": 10,
+        "cluster_name": "grape", "max_workers": 2, "idle_timeout_minutes": 0.5, "upscaling_speed": 10,
         "head_node_type": "ray.head.default",  # as the fake provider calls the head: under another name it would look for one for ever
         "provider": {
             "type": "fake_multinode", "use_node_id_as_ip": True, "disable_node_updaters": True, "disable_launch_config_check": True,
