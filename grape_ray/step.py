@@ -64,8 +64,10 @@ class Step:
 
     def _draw_ahead(self, step: int) -> None:
         """Where a GPU computes the gradients, idle cores draw the noise meanwhile: it does not depend on them."""
+        if self.noise is None or self.device.type != "cuda":
+            return
         low, high = self.comms.slice_of(self.engine.coordinates)
-        if self.noise is not None and self.device.type == "cuda" and high - low <= _AHEAD:
+        if high - low <= _AHEAD:
             self.noise.draw_ahead(step, low, high - low)
 
     def _summed(self, share: np.ndarray, largest: int, step: int) -> ClippedSum:
