@@ -28,7 +28,6 @@ from grape_ray.task import Data, Task
 
 RUN_FILE, RESULT_FILE, PROGRESS_FILE = "run.json", "result.json", "progress.json"
 _PUBLIC = bytes(32)  # the root of every key that is no secret
-_TRIAL_POOL = 16  # records among which the preflight's three are chosen
 
 
 @dataclass(frozen=True)
@@ -201,12 +200,12 @@ def sampling_prob_of(config: Config, data: Data) -> float:
 
 
 def try_out(config: Config, data: Data) -> None:
-    """The preflight on a few records of different lengths, so that what cannot be trained is told now; nothing is kept."""
+    """The preflight on the shortest, the longest and random ones of all records, in the mode that trains, so that what cannot be trained
+    is told now; nothing is kept."""
     task: Task = config.task
     model = task.build_model(config.seed)
-    build_engine(config, model)  # the preflight knows the model in eval mode alone
-    order = data.train.by_length(np.arange(min(_TRIAL_POOL, len(data.train))))
-    picked = np.unique(order[[0, len(order) // 2, -1]])
+    order = data.train.by_length(np.arange(len(data.train)))
+    picked = np.unique([order[0], order[-1], *np.random.default_rng().choice(order, 2)])
     alone = [task.collate(data.train, picked[i : i + 1]) for i in range(len(picked))]
     preflight(
         model, task.per_example_loss, task.collate(data.train, picked), config.privacy, config.method,

@@ -217,11 +217,11 @@ def _axis(owner: nn.Module, sides: tuple[int, int], side: str) -> int:
 
 
 def owned_parameters(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter]]:
-    """Trainable parameters by their first name, with the module that holds them; a tied tensor appears once."""
+    """Trainable parameters by their first name, with the module that holds them; a tied tensor appears once, an empty one never."""
     found, seen = {}, set()
     for prefix, module in model.named_modules():
         for local, param in module._parameters.items():
-            if param is not None and param.requires_grad and id(param) not in seen:
+            if param is not None and param.requires_grad and param.numel() and id(param) not in seen:
                 seen.add(id(param))
                 found[f"{prefix}.{local}" if prefix else local] = (module, param)
     return found

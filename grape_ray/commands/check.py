@@ -59,5 +59,6 @@ def _target(reference: str, assignments: tuple[str, ...]):
         return model, loss, batch, Config(task=None, method=Method(project_min_numel=4096)).override(assignments)
     config = config.override(assignments)
     data = config.task.load()
-    batch = config.task.collate(data.train, np.arange(min(3, len(data.train))))
+    order = data.train.by_length(np.arange(len(data.train)))
+    batch = config.task.collate(data.train, np.unique(order[[0, len(order) // 2, -1]]))
     return config.task.build_model(config.seed), config.task.per_example_loss, batch, config

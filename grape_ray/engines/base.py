@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,23 +12,45 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from grape_ray.clipping import factors
 from grape_ray.config import Method, Privacy
-from grape_ray.engines.layout import Layouts, UnseenUse
+from grape_ray.engines import owners
+from grape_ray.engines.owners import Layout
+from grape_ray.engines.precision import pinned
 from grape_ray.engines.routing import parse_overrides
 from grape_ray.engines.sink import Materialised, Sink, sum_dtype
-from grape_ray.engines.tracked import Session, tracking
+from grape_ray.engines.state import Watch
+from grape_ray.engines.tracked import Phase, Reroute, Session, Way, tracking
+from grape_ray.engines.verify import Repetition, ownership, random_states, set_states
 from grape_ray.errors import ConfigError, UnsupportedLayer
 from grape_ray.subspace import Subspace, owned_parameters
 from grape_ray.types import ClippedSum
 
-_CONTENT_ROWS = 4  # examples compared with each other, and with rewordings of themselves, when a model is first seen
-# One row of a tensor as it is, or with its first or last entry everywhere, so that a choice of tokens by value chooses otherwise.
-_WAYS: tuple[Callable[[Tensor], Tensor], ...] = (
-    lambda row: row,
-    lambda row: row[:, :1].expand_as(row) if row.ndim > 1 else row,
-    lambda row: row[:, -1:].expand_as(row) if row.ndim > 1 else row,
-)
-_FAILURES = (RuntimeError, ValueError, IndexError)
+VERIFY_EVERY = 256  # passes of one kind between verifications, so that they cost less than a hundredth
+# What rounding explains where two computations of one loss differ in their shapes, over the largest loss.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+_HALF_TOLERANCE = 0.1
 PerExampleLoss = Callable[[nn.Module, Any], Tensor]
+Signature = tuple
+
+
+class Layouts:
+    """The kinds of passes that were verified: what a signature's taps have for layouts, and how often it was met."""
+
+    def __init__(self) -> None:
+        self.known: dict[Signature, list[Layout | None]] = {}
+        self.passes: dict[Signature, int] = {}
+        self.inside: set[Way] = set()
+
+    def fitted(self, signature: Signature, session: Session) -> bool:
+        """Gives the session's taps the layouts that an earlier pass had; whether there was one, and all follow from it."""
+        known = self.known.get(signature)
+        if known is None:
+            return False
+        found = [layout and layout.fitted(tap.lead, session.rows) for layout, tap in zip(known, session.taps)]
+        if any(old is not None and new is None for old, new in zip(known, found)):
+            return False
+        for tap, layout in zip(session.taps, found):
+            tap.layout = layout
+        return True
 
 
 class Engine:
@@ -61,9 +82,15 @@ class Engine:
         self.model, self.clip_norm, self.clipping, self.routes = model, clip_norm, clipping, routes
         self.subspace = subspace or Subspace()
         self.params = {name: param for name, (_, param) in owned_parameters(model).items()}
-        self.layouts, self._may_probe = Layouts(), True
+        self.layouts, self._may_verify = Layouts(), True
         if not self.params:
             raise ConfigError("model", "no trainable parameter", "at least one with requires_grad=True")
+        for name, param in self.params.items():
+            if param.is_complex():
+                fix = "hold its real and imaginary parts as one real parameter, and use torch.view_as_complex of it"
+                raise UnsupportedLayer(
+                    f"parameter '{name}'", "complex numbers", "real numbers, which clipping and noise are defined for", fix
+                )
         self._norms = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._check_norms()
 
@@ -113,39 +140,84 @@ class Engine:
         self._check_norms()
         if rows == 0:
             return self.empty_sum()
-        # A model may take another path when no row is padded, so a second probe takes copies of every row.
-        for seen_rows in (1, rows):
+        state = random_states(next(iter(self.params.values())).device)
+        for _ in range(3):
             try:
                 return self._pass(per_example_loss, batch, rows, step, mask)
-            except UnseenUse as unseen:
-                if not self._may_probe:
-                    fix = "train without performance.sharded, or make the model's path a function of shapes"
-                    raise UnsupportedLayer(f"a use of {unseen.args[0][0]} that no trial has met", unseen.args[0][1], "", fix) from unseen
-                self._probe(per_example_loss, batch, step, seen_rows)
-        return self._pass(per_example_loss, batch, rows, step, mask)
+            except Reroute as found:
+                self.layouts.inside |= found.ways
+                set_states(state)
+        raise UnsupportedLayer(
+            "where shared values meet the batch", "another place in each pass", "a forward pass that is a function of shapes"
+        )
 
     def learn(self, per_example_loss: PerExampleLoss, batch: Any) -> Layouts:
-        """Learns how the model uses its parameters from one batch, with and without padded rows; `adopt` takes it to a sharded copy."""
-        for seen_rows in dict.fromkeys((1, batch_rows(batch))):
-            self._probe(per_example_loss, batch, 0, seen_rows)
+        """Verifies passes over one batch, with and without padded rows; `adopt` takes what was found to a sharded copy.
+
+        Raises:
+            UnsupportedLayer: as `clipped_sum`.
+        """
+        rows = batch_rows(batch)
+        for picked in (torch.arange(rows), torch.full((max(rows, 2),), rows - 1), torch.zeros(max(rows, 2), dtype=torch.long)):
+            self.clipped_sum(
+                per_example_loss, tree_map(lambda t, p=picked: t[p.to(t.device)] if carries(t, rows) else t, _plain_dict(batch))
+            )
         return self.layouts
 
     def adopt(self, layouts: Layouts) -> None:
-        """Uses what was learned elsewhere, and never runs the model to learn more: ranks of a sharded model must run it together."""
-        self.layouts, self._may_probe = layouts, False
+        """Uses what was verified elsewhere, and never runs the model to verify more: ranks of a sharded model must run it together."""
+        self.layouts, self._may_verify = layouts, False
 
     def empty_sum(self) -> ClippedSum:
         """The clipped sum of no example: zeros, to be noised like any other."""
         return self._complete({}, {})
 
     def _pass(self, per_example_loss: PerExampleLoss, batch: Any, rows: int, step: int, mask: Tensor | None) -> ClippedSum:
-        session = self._session(rows, step)
-        with tracking(self.model, self.params, session), torch.enable_grad():
-            losses = check_losses(per_example_loss(self.model, batch), rows)
-            if losses.requires_grad:
-                losses.sum().backward()
-            session.flush()
-        return self._clip(session.sink, losses, mask)
+        watch = Watch(self.model)
+        session = self._session(rows, step, watch)
+        with tracking(self.model, self.params, session, watch), torch.enable_grad():
+            losses = self._forward(session, per_example_loss, batch, watch)
+            with pinned(session.device.type):
+                if losses.requires_grad:
+                    losses.sum().backward()
+                session.flush()
+        with pinned(session.device.type):
+            return self._clip(session.sink, losses, mask)
+
+    def _forward(self, session: Session, per_example_loss: PerExampleLoss, batch: Any, watch: Watch) -> Tensor:
+        """The losses (B,) of a pass whose taps all know whose rows they have: by an earlier pass of its kind, or verified now."""
+        state = random_states(session.device)
+        with session.dependence:
+            losses = check_losses(per_example_loss(self.model, batch), session.rows)
+        signature = (self.model.training, session.rows == 1, *(tap.key for tap in session.taps))
+        fitted = self.layouts.fitted(signature, session)
+        if not fitted and not self._may_verify:
+            fix = "train without performance.sharded, or make the model's path a function of shapes"
+            raise UnsupportedLayer(
+                "a pass that uses parameters as no verified one has", None, "passes of the kinds that the start verified", fix
+            )
+        passed = self.layouts.passes.get(signature, 0)
+        if not fitted or (self._may_verify and passed % VERIFY_EVERY == 0):
+            self._verify(session, per_example_loss, batch, losses, state, watch, thorough=not fitted)
+            self.layouts.known[signature] = [tap.layout for tap in session.taps]
+        self.layouts.passes[signature] = passed + 1
+        session.phase = Phase.BACKWARD
+        return losses
+
+    def _verify(
+        self, session: Session, per_example_loss: PerExampleLoss, batch: Any, losses: Tensor, state: list, watch: Watch, thorough: bool
+    ) -> None:
+        """Ownership, company, luck, memory and counting of one pass (engines.verify). Raises UnsupportedLayer."""
+        for tap in session.taps if session.rows == 1 else ():
+            tap.layout = next(owners.candidates(tap.lead, 1))
+        ownership(session, losses, every_pair=thorough)
+        tolerance = _HALF_TOLERANCE if session.half else max(_TOLERANCE.get(p.dtype, _HALF_TOLERANCE) for p in self.params.values())
+
+        def forward(other: Any, rows: int) -> Tensor:
+            return check_losses(per_example_loss(self.model, other), rows)
+
+        repetition = Repetition(forward, batch, session.rows, state, session.constants, tolerance)
+        repetition.check(losses, watch, session.dependence.drew, thorough)
 
     @torch.no_grad()
     def _clip(self, sink: Sink, losses: Tensor, mask: Tensor | None) -> ClippedSum:
@@ -171,33 +243,13 @@ class Engine:
         }
         return ClippedSum(tensors, self.clip_norm, unprotected)
 
-    def _session(self, rows: int, step: int) -> Session:
-        return Session(rows, self.layouts, self._make_sink(rows, step), next(iter(self.params.values())).device)
+    def _session(self, rows: int, step: int, watch: Watch) -> Session:
+        return Session(rows, self._make_sink(rows, step), next(iter(self.params.values())).device, watch.constants(), self.layouts.inside)
 
     def _make_sink(self, rows: int, step: int) -> Sink:
         sink = self.sink_type(self.params, rows, self.subspace, self.subspace.period(step))
         sink.overrides = self.routes
         return sink
-
-    def _probe(self, per_example_loss: PerExampleLoss, batch: Any, step: int, seen_rows: int) -> None:
-        """Learns which uses carry the batch, on copies of its first `seen_rows` examples; consumes no random state."""
-        rows = batch_rows(batch)
-        devices = [next(iter(self.params.values())).device.index or 0] if torch.cuda.is_available() else []
-
-        def run(pick: Callable[[Tensor], Tensor], count: int) -> None:
-            picked = tree_map(lambda t: pick(t) if carries(t, rows) else t, batch)
-            with tracking(self.model, self.params, self._session(count, step)), torch.no_grad():
-                per_example_loss(self.model, picked)
-
-        with torch.random.fork_rng(devices):
-            self.layouts.probe(lambda times: run(lambda t: torch.cat([t[:seen_rows]] * times), times * seen_rows))
-
-            def reworded(index: int) -> None:
-                row, way = divmod(index, len(_WAYS))
-                with contextlib.suppress(*(_FAILURES if way else ())):  # a model may fail on nonsense
-                    run(lambda t: _WAYS[way](t[row : row + 1]), 1)
-
-            self.layouts.check_contents(reworded, len(_WAYS) * min(rows, _CONTENT_ROWS))
 
 
 def batch_rows(batch: Any) -> int:

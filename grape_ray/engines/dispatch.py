@@ -1,12 +1,14 @@
 """Chooses what happens when an operation meets a tracked parameter.
 
-In this order: a rule of the user's; reads that involve no gradient; a fast rule (linear, embedding, convolution, layer norm); a
-broadcast operation, where every example gets its own copy of the value; and last vmap over the examples, exact for whatever
-torch.func can batch. What none of them can do is refused by name.
+In this order: a rule of the user's; reads that involve no gradient; a fast rule (linear, embedding, convolution, layer norm, recurrent
+layers, attention); an operation in which the batch has no part, whose result is shared; a broadcast or a placement, where every example
+gets its own copy of the value; and last vmap over the examples, exact for whatever torch.func can batch. What none of them can do is
+refused by name.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from grape_ray.engines.taps import ExpandTap
-from grape_ray.engines.tracked import Session, Tracked, _no_subclass, tracked_in, values_of
+from grape_ray.engines.dependence import is_draw, is_dropout
+from grape_ray.engines.taps import expanded, inside, new_dims
+from grape_ray.engines.tracked import Phase, Session, Tracked, _no_subclass, tracked_in, values_of
 from grape_ray.errors import UnsupportedLayer
 
 Rule = Callable[[Session, Callable, str, tuple, dict], Any]
@@ -25,15 +28,17 @@ READS = {
     "is_meta", "is_mps", "is_xpu", "is_nested", "itemsize", "nbytes", "names", "grad", "grad_fn", "data", "size", "dim", "ndimension",
     "numel", "nelement", "stride", "is_contiguous", "element_size", "len", "is_floating_point", "is_complex", "data_ptr", "get_device",
     "storage_offset", "repr", "format", "detach", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like",
-    "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "type_as", "is_pinned", "untyped_storage", "broadcast_shapes",
+    "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "is_pinned", "untyped_storage", "broadcast_shapes",
     "result_type", "requires_grad_", "is_same_size", "deepcopy", "hash", "is_inference", "is_grad",
 }  # fmt: skip
-SAME_UP_TO_CAST = {"to", "float", "double", "half", "bfloat16", "contiguous", "type", "clone", "cuda", "cpu"}
+SAME_UP_TO_CAST = {"to", "float", "double", "half", "bfloat16", "contiguous", "type", "type_as", "clone", "cuda", "cpu"}
 BROADCASTS = {
     "add", "radd", "iadd", "sub", "rsub", "isub", "mul", "rmul", "imul", "div", "truediv", "rdiv", "rtruediv", "itruediv", "pow", "rpow",
     "where", "maximum", "minimum", "lerp", "addcmul", "addcdiv", "masked_fill", "eq", "ne", "lt", "le", "gt", "ge", "subtract",
-    "multiply", "divide",
+    "multiply", "divide", "copysign", "atan2", "fmax", "fmin", "hypot", "logaddexp", "xlogy", "remainder", "fmod",
 }  # fmt: skip
+PLACEMENTS = {"cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack"}
+WRITES = {"setitem", "copy", "index_put"}
 _USER: dict[Any, Callable] = {}
 _FAST: dict[str, Rule] = {}
 
@@ -81,69 +86,153 @@ def _read(session: Session, func: Callable, name: str, args: tuple, kwargs: dict
 
 def general(session: Session, func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
     found = tracked_in(args, kwargs)
-    if name in SAME_UP_TO_CAST:
-        if not isinstance(args[0], Tracked):  # x.to(weight): the parameter is only a template
+    if name in SAME_UP_TO_CAST:  # whatever else is there is a template of a type
+        if not isinstance(args[0], Tracked):
             return _read(session, func, name, args, kwargs)
-        if args[0].node.root:
-            return session.derive(func, args, kwargs, transposed=args[0].node.transposed)
+        return session.derive(func, args, kwargs, transposed=args[0].node.transposed if args[0].node.root else None)
     if name in ("t", "T", "mT", "transpose") and found[0].node.root and found[0].node.graph.ndim == 2:
         return session.derive(func, args, kwargs, transposed=not found[0].node.transposed)
+    if name in SPREADS and isinstance(args[0], Tracked):
+        return _spread(session, func, name, args, kwargs)
+    if not session.depends(name, args, kwargs):
+        return shared(session, func, name, args, kwargs)
     if name in BROADCASTS:
-        return _broadcast(session, func, name, args, kwargs)
-    derived = session.derive(func, args, kwargs)
-    first = derived[0] if isinstance(derived, (tuple, list)) else derived
-    if not isinstance(first, Tensor) or not session.batched(found, f"{name}.result", first.shape):
-        return derived
-    if name in ("expand", "repeat") and isinstance(args[0], Tracked):
-        return _spread(session, name, args, kwargs, first.shape)
-    if name == "matmul" and isinstance(args[0], Tracked) and args[1].ndim >= 3:
-        return func(copies(session, args[0], first.ndim, 1), args[1])
+        return _broadcast(session, func, args, kwargs)
+    if name in PLACEMENTS:
+        return func(*tree_map(lambda a: _own_as_it_is(session, a), args), **kwargs)
+    if name in WRITES and not isinstance(args[0], Tracked):
+        return _write(session, func, name, args, kwargs)
+    if name == "matmul" and isinstance(args[0], Tracked) and args[0].ndim == 2 and not isinstance(args[1], Tracked) and args[1].ndim >= 3:
+        return func(own(session, args[0], (*args[1].shape[:-2], *args[0].shape)), args[1])
     return _by_vmap(session, func, name, args, kwargs)
 
 
-def copies(session: Session, value: Tracked, ndim: int, per_row: int) -> Tensor:
-    """(B * per_row, ...) copies of a shared value with `ndim` dimensions, one (repeated per_row times) for each example."""
-    shape = tuple(value.node.graph.shape)
-    if len(shape) == ndim and shape[0] != 1:
-        if session.rows == 1:  # the one example owns every row
-            return ExpandTap.apply(session.anchor, session, value.node, (1, *shape)).view(shape)
-        raise UnsupportedLayer(f"parameter {value.node.label}", f"shape {shape}", "one that broadcasts over the batch", "freeze it")
-    own = ExpandTap.apply(session.anchor, session, value.node, (1,) * (ndim - len(shape)) + shape)
-    if per_row == 1:
-        return own
-    return own.unsqueeze(1).expand(session.rows, per_row, *own.shape[1:]).flatten(0, 1)
+def shared(session: Session, func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
+    """An operation in which the batch has no part. Raises UnsupportedLayer where it draws at random, once for all examples."""
+    if is_draw(name) or is_dropout(name, args, kwargs):
+        raise UnsupportedLayer(
+            f"`{name}` on parameter {', '.join(t.node.label for t in tracked_in(args, kwargs))}",
+            "one random draw that all examples of a pass share",
+            "a draw of its own for each example",
+            "apply it to activations, or set its probability to 0",
+        )
+    return session.derive(func, args, kwargs)
 
 
-def _broadcast(session: Session, func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
-    found = tracked_in(args, kwargs)
+def own(session: Session, value: Tracked, shape: tuple[int, ...] | torch.Size) -> Tensor:
+    """A shared value where it meets a tensor of the batch of `shape`: as plain values with a gradient of its own for each example.
+
+    The batch lies along the dimensions to which the value is expanded, or inside the value (positions that were made for every example).
+    Its sizes suggest which; verification by value decides, and then `session.inside` says so.
+    """
+    node, shape = value.node, tuple(shape)
+    if node.spread is not None and tuple(node.graph.shape) == shape:
+        source, inner = node.spread
+        return expanded(session, source, inner).reshape(shape)
+    way = len(session.taps), tuple(node.graph.shape), shape
+    along = any(shape[d] % session.rows == 0 for d in new_dims(node, shape))
+    if node.graph.ndim and along == (way in session.inside):
+        out = inside(session, node)
+    else:
+        out = expanded(session, node, shape)
+    if session.taps and session.phase is Phase.FORWARD:
+        session.taps[-1].way = way
+    return out
+
+
+def _own_as_it_is(session: Session, leaf: Any) -> Any:
+    return own(session, leaf, leaf.node.graph.shape) if isinstance(leaf, Tracked) else leaf
+
+
+def _broadcast(session: Session, func: Callable, args: tuple, kwargs: dict) -> Any:
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
     with _no_subclass():
         shape = torch.broadcast_shapes(*(t.shape for t in tensors))
-    if not session.batched(found, name, shape):
-        return session.derive(func, args, kwargs)
-    per_row = shape[0] // session.rows
-    return func(*(copies(session, a, len(shape), per_row) if isinstance(a, Tracked) else a for a in args), **{
-        k: copies(session, v, len(shape), per_row) if isinstance(v, Tracked) else v for k, v in kwargs.items()
+    return func(*(own(session, a, shape) if isinstance(a, Tracked) else a for a in args), **{
+        k: own(session, v, shape) if isinstance(v, Tracked) else v for k, v in kwargs.items()
     })  # fmt: skip
 
 
-def _spread(session: Session, name: str, args: tuple, kwargs: dict, shape: torch.Size) -> Tensor:
-    """`expand` and `repeat` along the batch: every example's copy is its own."""
-    sizes = [*args[1:]] or list(kwargs.values())
-    sizes = list(sizes[0]) if isinstance(sizes[0], (tuple, list)) else sizes
-    own = copies(session, args[0], len(shape), shape[0] // session.rows)
-    return own.expand(shape) if name == "expand" else own.repeat(1, *sizes[1:])
+def _write(session: Session, func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
+    """A shared value written to places of a tensor: each place has a copy of its own."""
+    into, values = args[0], args[2] if name != "copy" else args[1]
+    if not isinstance(values, Tracked):
+        return _by_vmap(session, func, name, args, kwargs)
+    region = into if name == "copy" else into.detach()[args[1]]
+    values = own(session, values, region.shape)
+    return func(into, values, *args[2:], **kwargs) if name == "copy" else func(into, args[1], values, *args[3:], **kwargs)
+
+
+def _sizes(args: tuple, kwargs: dict) -> list[int]:
+    """Sizes given one by one or as one sequence."""
+    given = [*args[1:]] or [next(iter(kwargs.values()))]
+    return list(given[0]) if isinstance(given[0], (tuple, list)) else given
+
+
+def _expansion(name: str, shape: list[int], args: tuple, kwargs: dict) -> list[int] | None:
+    """The shape to which a value of `shape` is expanded before it is reshaped into the result; None where it is not known."""
+    if name in ("expand", "broadcast_to"):
+        sizes = _sizes(args, kwargs)
+        padded = [1] * (len(sizes) - len(shape)) + shape
+        return [have if want == -1 else want for want, have in zip(sizes, padded)]
+    if name == "expand_as":
+        return list(args[1].shape)
+    return None
+
+
+def _spread(session: Session, func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
+    """Copies of a shared value, which is itself again a shared value that remembers whose copies it holds."""
+    node, shape = args[0].node, list(args[0].node.graph.shape)
+    if name == "repeat_interleave":
+        repeats = kwargs.get("repeats", args[1] if len(args) > 1 else None)
+        if isinstance(repeats, Tensor):
+            if session.depends(name, args, kwargs):
+                return _by_vmap(session, func, name, args, kwargs)
+            return session.derive(func, args, kwargs)
+        dim = kwargs.get("dim", args[2] if len(args) > 2 else None)
+        source, inner = node, None
+        if dim is not None:
+            dim %= len(shape)
+            inner, viewed = [*shape[: dim + 1], repeats, *shape[dim + 1 :]], [*shape[: dim + 1], 1, *shape[dim + 1 :]]
+    elif name in ("repeat", "tile"):
+        times = _sizes(args, kwargs)
+        times = [1] * (len(shape) - len(times)) + times
+        padded = [1] * (len(times) - len(shape)) + shape
+        inner = [n for pair in zip(times, padded) for n in pair]
+        viewed = [n for size in padded for n in (1, size)]
+        source = node
+    else:
+        inner = viewed = _expansion(name, shape, args, kwargs)
+        source = node
+    out = session.derive(func, args, kwargs)
+    if inner is not None and viewed is not None and math.prod(inner) == math.prod(out.node.graph.shape):
+        if name not in ("expand", "broadcast_to", "expand_as"):
+            source = session.derive(torch.reshape, (args[0], viewed), {}).node
+        out.node.spread = source, tuple(inner)
+    return out
+
+
+SPREADS = {"expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave"}
 
 
 def _by_vmap(session: Session, func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
     """The operation on one example at a time, batched by vmap, each with its own copy of the parameter."""
     found = tracked_in(args, kwargs)
+    label = ", ".join(t.node.label for t in found)
     batched: list[Tensor] = []
 
     def place(leaf: Any) -> Any:
         if isinstance(leaf, Tracked):
-            batched.append(ExpandTap.apply(session.anchor, session, leaf.node, (1, *leaf.node.graph.shape)))
-        elif isinstance(leaf, Tensor) and leaf.ndim and session.batched(found, f"{name}.argument", leaf.shape):
+            shape = tuple(leaf.node.graph.shape)
+            batched.append(expanded(session, leaf.node, (session.rows, *shape)))
+        elif isinstance(leaf, Tensor) and not session.shared_argument(leaf):
+            if leaf.ndim == 0 or leaf.shape[0] % session.rows:
+                raise UnsupportedLayer(
+                    f"operation '{name}' on parameter {label}",
+                    f"an argument of shape {tuple(leaf.shape)} for {session.rows} examples",
+                    "a first dimension divisible by them",
+                    "make it batch-first, freeze the parameter (requires_grad=False) or teach it with grape_ray.register_rule",
+                )
             batched.append(leaf.unflatten(0, (session.rows, -1)))
         else:
             return leaf
@@ -157,14 +246,14 @@ def _by_vmap(session: Session, func: Callable, name: str, args: tuple, kwargs: d
 
     try:
         out = torch.vmap(one, randomness="different")(*batched)
-    except (RuntimeError, ValueError, NotImplementedError) as error:
+        return tree_map(lambda t: t.flatten(0, 1) if isinstance(t, Tensor) else t, out)
+    except (RuntimeError, ValueError, NotImplementedError, IndexError, TypeError) as error:
         raise UnsupportedLayer(
-            f"operation '{name}' on trainable parameter {', '.join(t.node.label for t in found)}",
+            f"operation '{name}' on trainable parameter {label}",
             str(error).splitlines()[0],
             "an operation with a rule, or one that torch.vmap can batch",
             "freeze the parameter (requires_grad=False) or teach it with grape_ray.register_rule",
         ) from error
-    return tree_map(lambda t: t.flatten(0, 1) if isinstance(t, Tensor) else t, out)
 
 
 class _Slot:
@@ -178,8 +267,8 @@ def _user(session: Session, func: Callable, name: str, args: tuple, kwargs: dict
     """A registered operation: torch's own forward and input gradients, the user's per-example gradient."""
     from grape_ray.engines.taps import UserTap
 
-    derived = session.derive(func, args, kwargs)
-    if not session.batched(tracked_in(args, kwargs), f"{name}.result", derived.shape):
-        return derived
+    if not session.depends(name, args, kwargs):
+        return session.derive(func, args, kwargs)
     nodes = [a.node if isinstance(a, Tracked) else None for a in args]
-    return UserTap.apply(session.anchor, session, func, _USER[func], nodes, values_of(kwargs), *values_of(args))
+    tap = session.tap(nodes, name, (session.rows,))
+    return UserTap.apply(session.anchor, session, tap, func, _USER[func], nodes, values_of(kwargs), *values_of(args))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grape_ray.engines.dispatch import copies, fast_rule, general
+from grape_ray.engines.dispatch import fast_rule, general, own, shared
 from grape_ray.engines.taps import ConvTap, EmbeddingTap, MatrixTap, NormTap
 from grape_ray.engines.tracked import Node, Session, Tracked, tracked_in
 from grape_ray.errors import UnsupportedLayer
@@ -30,40 +30,47 @@ def _plain(value: Any) -> Any:
     return value.node.value if isinstance(value, Tracked) else value
 
 
-def _matrix(session: Session, x: Tensor, weight: Any, bias: Any, by_rows: bool) -> Tensor:
-    return MatrixTap.apply(session.anchor, session, x, _plain(weight), _plain(bias), _node(weight), _node(bias), by_rows)
+def _matrix(session: Session, name: str, x: Tensor, weight: Any, bias: Any, by_rows: bool) -> Tensor:
+    nodes = _node(weight), _node(bias)
+    tap = session.tap(nodes, name, x.shape[:-1])
+    return MatrixTap.apply(session.anchor, session, tap, x, _plain(weight), _plain(bias), nodes, by_rows)
+
+
+def _learned_elsewhere(*values: Any) -> bool:
+    """Whether a weight that is not tracked has a gradient of its own, such as one that the batch itself computes."""
+    return any(isinstance(v, Tensor) and not isinstance(v, Tracked) and v.requires_grad for v in values)
 
 
 @fast_rule("linear")
 def linear(session: Session, func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
     x, weight, bias = _bind(args, kwargs, "input weight bias")
-    if isinstance(x, Tracked):
+    if isinstance(x, Tracked) or weight.ndim != 2 or not session.depends(name, args, kwargs):
         return general(session, func, name, args, kwargs)
-    if not session.batched(tracked_in(args, kwargs), name, x.shape):
-        return session.derive(func, args, kwargs)
-    return _matrix(session, x, weight, bias, by_rows=True)
+    if _learned_elsewhere(weight, bias):
+        if isinstance(weight, Tracked):
+            return _matrix(session, name, x, weight, None, by_rows=True) + bias
+        return func(x, weight) + bias
+    return _matrix(session, name, x, weight, bias, by_rows=True)
 
 
-@fast_rule("matmul", "mm")
+@fast_rule("matmul", "mm", "rmatmul")
 def matmul(session: Session, func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
     x, weight = _bind(args, kwargs, "input other")
-    if isinstance(x, Tracked) or weight.ndim != 2 or x.ndim < 2:
-        return general(session, func, name, args, kwargs)
-    if not session.batched([weight], name, x.shape):
-        return session.derive(func, args, kwargs)
-    return _matrix(session, x, weight, None, by_rows=False)
+    if name == "rmatmul":
+        x, weight = weight, x
+    if isinstance(x, Tracked) or weight.ndim != 2 or x.ndim < 2 or not session.depends(name, args, kwargs):
+        return general(session, torch.matmul, "matmul", (x, weight), {})
+    return _matrix(session, name, x, weight, None, by_rows=False)
 
 
 @fast_rule("addmm")
 def addmm(session: Session, func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
     """bias + x W, as GPT-2's Conv1D writes it."""
     bias, x, weight, beta, alpha = _bind(args, kwargs, "input mat1 mat2 beta alpha", beta=1, alpha=1)
-    bias_fits = isinstance(bias, Tensor) and bias.ndim == 1
-    if isinstance(x, Tracked) or beta != 1 or alpha != 1 or not bias_fits:
+    fits = isinstance(bias, Tensor) and bias.ndim == 1 and beta == 1 and alpha == 1 and not _learned_elsewhere(weight, bias)
+    if isinstance(x, Tracked) or not fits or not session.depends(name, args, kwargs):
         return general(session, func, name, args, kwargs)
-    if not session.batched(tracked_in(args, kwargs), name, x.shape):
-        return session.derive(func, args, kwargs)
-    return _matrix(session, x, weight, bias, by_rows=False)
+    return _matrix(session, name, x, weight, bias, by_rows=False)
 
 
 @fast_rule("embedding")
@@ -73,9 +80,18 @@ def embedding(session: Session, func: Callable, name: str, args: tuple, kwargs: 
     )  # fmt: skip
     if max_norm is not None or by_freq:
         raise UnsupportedLayer(f"embedding {table.node.label}", "max_norm or by_freq", "neither (they mix examples)", "unset them")
-    if not session.batched([table], name, ids.shape):
-        return session.derive(func, args, kwargs)
-    return EmbeddingTap.apply(session.anchor, session, ids, table.node.value, table.node, padding_idx)
+    if padding_idx is not None:
+        padding_idx %= table.shape[0]
+    if not isinstance(table, Tracked) or not session.depends(name, args, kwargs):
+        out = shared(session, func, name, args, kwargs)
+        if isinstance(table, Tracked) and not isinstance(ids, Tracked):
+            out.node.lookup = table.node, ids, padding_idx
+        return out
+    return _look_up(session, name, ids, table.node, padding_idx)
+
+
+def _look_up(session: Session, name: str, ids: Tensor, node: Node, padding_idx: int | None) -> Tensor:
+    return EmbeddingTap.apply(session.anchor, session, session.tap([node], name, ids.shape), ids, node.value, node, padding_idx)
 
 
 @fast_rule("getitem")
@@ -83,20 +99,25 @@ def getitem(session: Session, func: Callable, name: str, args: tuple, kwargs: di
     """weight[ids], an embedding without the module."""
     table, ids = args
     looks_up = isinstance(ids, Tensor) and not isinstance(ids, Tracked) and ids.dtype in (torch.int64, torch.int32)
-    if isinstance(table, Tracked) and table.ndim == 2 and looks_up and ids.ndim and session.batched([table], name, ids.shape):
-        return EmbeddingTap.apply(session.anchor, session, ids, table.node.value, table.node, None)
-    return general(session, func, name, args, kwargs)
+    if isinstance(table, Tracked) and table.ndim == 2 and looks_up and ids.ndim and session.depends(name, args, kwargs):
+        return _look_up(session, name, ids % table.node.graph.shape[0], table.node, None)
+    out = general(session, func, name, args, kwargs)
+    if looks_up and isinstance(table, Tracked) and table.ndim == 2 and isinstance(out, Tracked):
+        out.node.lookup = table.node, ids % table.node.graph.shape[0], None
+    return out
 
 
 @fast_rule("layer_norm")
 def layer_norm(session: Session, func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
     x, shape, weight, bias, eps, _ = _bind(args, kwargs, "input normalized_shape weight bias eps cudnn_enable", eps=1e-5)
-    if isinstance(x, Tracked) or not session.batched(tracked_in(args, kwargs), name, x.shape):
+    if isinstance(x, Tracked) or _learned_elsewhere(weight, bias) or not session.depends(name, args, kwargs):
         return general(session, func, name, args, kwargs)
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type):
         x = x.float()
-    y = NormTap.apply(session.anchor, session, x, tuple(shape), _plain(weight), _plain(bias), (_node(weight), _node(bias)), eps)
+    nodes, shape = (_node(weight), _node(bias)), tuple(shape)
+    tap = session.tap(nodes, name, x.shape[: x.ndim - len(shape)])
+    y = NormTap.apply(session.anchor, session, tap, x, shape, _plain(weight), _plain(bias), nodes, eps)
     return y.to(dtype) if dtype == x.dtype else y
 
 
@@ -111,6 +132,8 @@ def _per_channel(session: Session, y: Tensor, weight: Any, bias: Any) -> Tensor:
 @fast_rule("group_norm")
 def group_norm(session: Session, func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
     x, groups, weight, bias, eps = _bind(args, kwargs, "input num_groups weight bias eps", eps=1e-5)
+    if not session.depends(name, args, kwargs):
+        return shared(session, func, name, args, kwargs)
     return _per_channel(session, F.group_norm(x, groups, None, None, eps), weight, bias)
 
 
@@ -124,12 +147,16 @@ def batch_norm(session: Session, func: Callable, name: str, args: tuple, kwargs:
         raise UnsupportedLayer(
             f"batch normalisation {label} in training mode", None, "no mixing of examples", "use GroupNorm or call .eval() on the layer"
         )
+    if not session.depends(name, args, kwargs):
+        return shared(session, func, name, args, kwargs)
     return _per_channel(session, F.batch_norm(x, mean, var, None, None, False, 0.0, eps), weight, bias)
 
 
 @fast_rule("rms_norm")
 def rms_norm(session: Session, func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
     x, shape, weight, eps = _bind(args, kwargs, "input normalized_shape weight eps")
+    if isinstance(x, Tracked) or not session.depends(name, args, kwargs):
+        return general(session, func, name, args, kwargs)
     return F.rms_norm(x, shape, None, eps) * weight
 
 
@@ -140,21 +167,24 @@ def convolution(session: Session, func: Callable, name: str, args: tuple, kwargs
     )  # fmt: skip
     dims = weight.ndim - 2
     node = _node(weight)
-    plain = node is None or (node.root is not None and not node.transposed)
-    if isinstance(x, Tracked) or isinstance(padding, str) or groups != 1 or dims > 2 or x.ndim != dims + 2 or not plain:
+    plain = (node is None or (node.root is not None and not node.transposed)) and not _learned_elsewhere(weight, bias)
+    fits = plain and not isinstance(padding, str) and groups == 1 and dims <= 2 and x.ndim == dims + 2
+    if isinstance(x, Tracked) or not fits or not session.depends(name, args, kwargs):
         return general(session, func, name, args, kwargs)
-    if not session.batched(tracked_in(args, kwargs), name, x.shape):
-        return session.derive(func, args, kwargs)
     spec = tuple([v] * dims if isinstance(v, int) else list(v) for v in (stride, padding, dilation))
-    return ConvTap.apply(session.anchor, session, x, _plain(weight), _plain(bias), node, _node(bias), spec)
+    nodes = node, _node(bias)
+    tap = session.tap(nodes, name, x.shape[:1])
+    return ConvTap.apply(session.anchor, session, tap, x, _plain(weight), _plain(bias), nodes, spec)
 
 
 @fast_rule("scaled_dot_product_attention")
 def attention(session: Session, func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
     """Attention with a learned bias (T5's relative positions) as its mask."""
-    query, mask = args[0], kwargs.get("attn_mask")
+    query, mask = args[0], kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
+    args, kwargs = args[:3], {**dict(zip(("attn_mask", "dropout_p", "is_causal", "scale"), args[3:])), **kwargs}
     if len(tracked_in(args, kwargs)) != 1 or not isinstance(mask, Tracked):
         return general(session, func, name, args, kwargs)
-    if not session.batched([mask], name, query.shape):
-        return session.derive(func, args, kwargs)
-    return func(*args, **(kwargs | {"attn_mask": copies(session, mask, query.ndim, query.shape[0] // session.rows)}))
+    if not session.depends(name, args, kwargs):
+        return shared(session, func, name, args, kwargs)
+    shape = (*query.shape[:-1], args[1].shape[-2])
+    return func(*args, **(kwargs | {"attn_mask": own(session, mask, shape)}))

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grape_ray.engines.base import Engine, PerExampleLoss, check_losses
+from grape_ray.engines.base import Engine, PerExampleLoss
+from grape_ray.engines.precision import pinned
 from grape_ray.engines.sink import sum_dtype
+from grape_ray.engines.state import Watch
 from grape_ray.engines.taped import Tape
 from grape_ray.engines.tracked import tracking
 from grape_ray.rules import pairs
@@ -75,16 +77,18 @@ class Ghost(Engine):
     sink_type = TwoPasses
 
     def _pass(self, per_example_loss: PerExampleLoss, batch: Any, rows: int, step: int, mask: Tensor | None) -> ClippedSum:
-        session = self._session(rows, step)
+        watch = Watch(self.model)
+        session = self._session(rows, step, watch)
         sink = session.sink
-        with tracking(self.model, self.params, session), torch.enable_grad():
-            losses = check_losses(per_example_loss(self.model, batch), rows)
-            if losses.requires_grad:
-                losses.sum().backward(retain_graph=True)
-            session.flush()
-            weights, norms = self._factors(sink, losses, mask)
-            sink.begin_sum(weights, (~torch.isfinite(norms)).nonzero().squeeze(1))
-            if losses.requires_grad:
-                losses.sum().backward()
-            session.flush()
+        with tracking(self.model, self.params, session, watch), torch.enable_grad():
+            losses = self._forward(session, per_example_loss, batch, watch)
+            with pinned(session.device.type):
+                if losses.requires_grad:
+                    losses.sum().backward(retain_graph=True)
+                session.flush()
+                weights, norms = self._factors(sink, losses, mask)
+                sink.begin_sum(weights, (~torch.isfinite(norms)).nonzero().squeeze(1))
+                if losses.requires_grad:
+                    losses.sum().backward()
+                session.flush()
         return self._complete(sink.sums, {"norms": norms, "losses": losses.detach()})

@@ -9,8 +9,9 @@ or *batched* (its first dimension is the batch: from there on it is a plain tens
 from __future__ import annotations
 
 import contextlib
+import enum
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 from grape_ray import sharding
-from grape_ray.engines.layout import Layouts
+from grape_ray.engines.dependence import Dependence, stripped, tensors_in
+from grape_ray.engines.owners import Layout
+from grape_ray.engines.state import Watch
 from grape_ray.errors import UnsupportedLayer
 
 _no_subclass = torch._C.DisableTorchFunctionSubclass
@@ -31,12 +34,16 @@ class Node:
     Attributes:
         graph: the value, with autograd history. leaves: parameter name -> leaf.
         root: the parameter that it is, up to a cast, or None. transposed: whether it is that parameter's 2-D transpose.
+        spread: (node, shape), where this value is that node's, expanded to `shape` and then reshaped: copies, as of a prefix token.
+        lookup: (node, ids, padding_idx), where this value is rows of a table at constant places, as of positions.
     """
 
-    __slots__ = ("graph", "leaves", "root", "transposed")
+    __slots__ = ("graph", "leaves", "lookup", "root", "spread", "transposed")
 
     def __init__(self, graph: Tensor, leaves: dict[str, Tensor], root: str | None = None, transposed: bool = False):
         self.graph, self.leaves, self.root, self.transposed = graph, leaves, root, transposed
+        self.spread: tuple[Node, tuple[int, ...]] | None = None
+        self.lookup: tuple[Node, Tensor, int | None] | None = None
 
     @property
     def value(self) -> Tensor:
@@ -60,22 +67,70 @@ class Tracked(torch.Tensor):
         return first.session.call(func, args, kwargs)
 
 
+class Phase(enum.Enum):
+    """What a session is doing: the loss's forward pass, a verification of it, or the backward pass whose gradients count."""
+
+    FORWARD = "forward"
+    VERIFY = "verify"
+    BACKWARD = "backward"
+
+
+Way = tuple[int, tuple[int, ...], tuple[int, ...]]  # the number of a tap in its pass, the shape of a value, the shape it meets
+
+
+class Reroute(Exception):
+    """Shared values that carry the batch inside, or along dimensions to which they are expanded, where the other was tried."""
+
+    def __init__(self, ways: set[Way]):
+        super().__init__(ways)
+        self.ways = ways
+
+
+class Tap:
+    """One use of a parameter by the batch: where backward brings gradients that belong to examples.
+
+    Attributes:
+        key: (parameters, operation, number of leading dimensions). lead: the leading dimensions of what is used.
+        layout: whose row is whose, once it is known. evidence: a mask over `lead` for each group whose losses went backward alone.
+        way: where a shared value meets the batch: its place in `Session.inside`; None for all other uses.
+    """
+
+    __slots__ = ("evidence", "key", "layout", "lead", "way")
+
+    def __init__(self, key: tuple[str, str, int], lead: tuple[int, ...]):
+        self.key, self.lead = key, lead
+        self.layout: Layout | None = None
+        self.evidence: list[Tensor] = []
+        self.way: Way | None = None
+
+
 class Session:
     """One pass over one micro-batch: routes every operation on a tracked value, and hands what backward finds to the sink.
 
     Attributes:
         rows: examples in the micro-batch. anchor: a scalar that ties every tap into the autograd graph.
-        sink: the method's collector (engines.sink.Sink).
+        sink: the method's collector (engines.sink.Sink). dependence: knows what comes from the batch.
+        taps: all uses in the order of the forward pass. half: whether any was computed in half precision.
+        inside: the places where a shared value is known to carry the batch the other way than its sizes suggest (dispatch.own).
     """
 
-    def __init__(self, rows: int, layouts: Layouts, sink: Any, device: torch.device):
-        self.rows, self.layouts, self.sink = rows, layouts, sink
+    def __init__(self, rows: int, sink: Any, device: torch.device, constants: set[int], inside: set[Way]):
+        self.rows, self.sink, self.device = rows, sink, device
         self.anchor = torch.zeros((), requires_grad=True, device=device)
+        self.constants, self.inside = constants, inside
+        self.dependence = Dependence(rows, constants, Tracked)
+        self.phase, self.taps, self.half = Phase.FORWARD, list[Tap](), False
         self._pending: dict[int, tuple[Node, Tensor]] = {}
+        self._depends: dict[tuple, bool | None] = {}
+        self._leaks: list[str] = []
 
     def track(self, node: Node) -> Tracked:
+        """The stand-in of a node; a gradient that reaches it past the taps is noticed by `check_leaks`."""
         with _no_subclass():
-            stand_in = torch.Tensor._make_subclass(Tracked, node.value)
+            differentiable = node.graph.is_floating_point() or node.graph.is_complex()
+            stand_in = torch.Tensor._make_subclass(Tracked, node.value, differentiable)
+            if differentiable:
+                stand_in.register_post_accumulate_grad_hook(functools.partial(_leaked, self._leaks, node.label))
         stand_in.node, stand_in.session = node, self
         return stand_in
 
@@ -83,21 +138,97 @@ class Session:
         """The result of an operation in which at least one argument is tracked."""
         from grape_ray.engines.dispatch import find
 
-        name = getattr(func, "__name__", str(func)).strip("_")
+        name = stripped(func)
         if name == "get":
             name = getattr(func.__self__, "__name__", name)  # the attribute read: T, shape, dtype, ...
+        if not torch.is_grad_enabled():  # of no gradient in torch either
+            with _no_subclass():
+                return func(*values_of(args), **values_of(kwargs))
         return find(func, name)(self, func, name, args, kwargs)
 
-    def batched(self, tracked: list[Tracked], name: str, shape: torch.Size | tuple[int, ...]) -> bool:
-        """Whether an operation's tensor of `shape` carries the batch in its first dimension (Layouts.batched)."""
-        label = ", ".join(t.node.label for t in tracked)
-        return self.layouts.batched((label, name, str(len(shape))), tuple(shape), self.rows)
+    def depends(self, name: str, args: tuple, kwargs: dict) -> bool:
+        """Whether the batch has a part in an operation's arguments.
 
-    def announce(self, *nodes: Node | None) -> None:
-        """Tells the sink which parameters this operation will bring gradients of."""
-        for node in nodes:
-            for name in node.leaves if node is not None else ():
-                self.sink.announce(name)
+        Raises:
+            UnsupportedLayer: it has, and its rows were picked across examples by their values.
+        """
+        plain = [t for t in tensors_in(args, kwargs) if not isinstance(t, Tracked)]
+        key = name, tuple(t.node.label for t in tensors_in(args, kwargs) if isinstance(t, Tracked)), tuple(t.shape for t in plain)
+        if self.phase is not Phase.FORWARD:  # a recomputed block, on any thread: as it was the first time
+            answer = self._depends.get(key, True)
+            if answer is None:
+                raise UnsupportedLayer(
+                    f"operation '{name}' inside activation checkpointing",
+                    "once of the batch and once not",
+                    "one of both",
+                    "do not recompute it",
+                )
+            return answer
+        answer = any(not self.dependence.constant(t) for t in plain)
+        self._depends[key] = answer if self._depends.get(key, answer) == answer else None
+        by = next((p for t in plain if (p := self.dependence.picked(t)) is not None), None) if answer else None
+        if by is not None:
+            raise UnsupportedLayer(
+                f"operation '{name}' on parameter {', '.join(key[1])}",
+                f"rows that `{by}` picked across examples by their values",
+                "rows that belong to examples by their place (of experts, the implementation that computes all rows in place)",
+                "choose such an implementation (transformers: model.set_experts_implementation('batched_mm')), or freeze the parameter",
+            )
+        return answer
+
+    def shared_argument(self, tensor: Tensor) -> bool:
+        """Whether the batch has no part in one argument; in a recomputed block, whether it had none the first time."""
+        if self.phase is Phase.FORWARD:
+            answer = self.dependence.constant(tensor)
+            self._depends["argument", tensor.shape, tensor.dtype] = answer
+            return answer
+        return bool(self._depends.get(("argument", tensor.shape, tensor.dtype), False))
+
+    def tap(self, nodes: Sequence[Node | None], name: str, lead: Sequence[int]) -> Tap:
+        """Announces a use of parameters by the batch, with the leading dimensions of the gradients that it will bring."""
+        found = [node for node in nodes if node is not None]
+        tap = Tap((", ".join(node.label for node in found), name, len(lead)), tuple(lead))
+        if self.phase is Phase.FORWARD:
+            for node in found:
+                for leaf in node.leaves:
+                    self.sink.announce(leaf)
+            self.taps.append(tap)
+        return tap
+
+    def arriving(self, tap: Tap, grad: Tensor) -> bool:
+        """Told by a tap of its output's gradient (*lead, *features); whether it counts, or was a question of whose it is."""
+        if self.phase is Phase.FORWARD:
+            raise UnsupportedLayer(
+                f"a gradient of parameter {tap.key[0]} is taken inside the loss",
+                "torch.autograd.grad or backward within the forward pass",
+                "a loss without gradients of its own",
+                "leave the gradient penalty out",
+            )
+        if self.phase is Phase.VERIFY:
+            nonzero = (grad != 0) & ~torch.isnan(grad)
+            features = list(range(len(tap.lead), grad.ndim))
+            tap.evidence.append(nonzero.any(features) if features else nonzero)
+            return False
+        if tap.layout is None:
+            if not bool((grad != 0).any()):
+                return False
+            raise UnsupportedLayer(
+                f"operation '{tap.key[1]}' on parameter {tap.key[0]}",
+                "a gradient that came from no use in the forward pass",
+                "uses that the forward pass shows",
+                "recompute with torch.utils.checkpoint(..., use_reentrant=False)",
+            )
+        return True
+
+    def by_example(self, tap: Tap, tensor: Tensor) -> Tensor:
+        """(*lead, *features) -> (B, T, *features)."""
+        assert tap.layout is not None
+        return tap.layout.by_example(tensor, len(tap.lead), self.rows)
+
+    def summed(self, tap: Tap, tensor: Tensor) -> Tensor:
+        """(*lead, *features) -> (B, *features), the sum over each example's positions."""
+        assert tap.layout is not None
+        return tap.layout.summed(tensor, len(tap.lead), self.rows)
 
     def derive(self, func: Callable, args: tuple, kwargs: dict, transposed: bool | None = None) -> Any:
         """The operation on shared values alone; tensors in the result are tracked.
@@ -124,6 +255,8 @@ class Session:
     def flush(self) -> None:
         """Pulls the gradients of computed values back to their parameters, example by example (batched by vmap)."""
         for node, grads in self._pending.values():
+            if not node.graph.requires_grad:
+                continue
             leaves = list(node.leaves.items())
             pulled = torch.autograd.grad(
                 node.graph, [leaf for _, leaf in leaves], grads.to(node.graph.dtype),
@@ -133,6 +266,27 @@ class Session:
                 if grad is not None:
                     self.sink.dense(name, grad)
         self._pending.clear()
+
+    def check_leaks(self) -> None:
+        """Raises UnsupportedLayer where backward brought a gradient past the taps: it would be lost."""
+        if self._leaks:
+            raise past_the_engine(self._leaks[0])
+
+
+def _leaked(leaks: list[str], label: str, stand_in: Tensor) -> None:
+    with _no_subclass():
+        stand_in.grad = None
+    leaks.append(label)
+
+
+def past_the_engine(label: str) -> UnsupportedLayer:
+    """The refusal of a use that no tap sees."""
+    return UnsupportedLayer(
+        f"parameter {label} is used where torch functions are not seen",
+        "a gradient of the whole batch (torch.jit, an autograd.Function of your own, vmap over it, a reference kept outside its module)",
+        "uses as torch functions of what the module's own attribute holds",
+        "freeze it (requires_grad=False), or write the operation with torch functions",
+    )
 
 
 def tracked_in(args: tuple, kwargs: dict) -> list[Tracked]:
@@ -171,36 +325,15 @@ def _stand_in(session: Session, slots: list[Slot]) -> None:
         slot.module._parameters[slot.key] = made[id(value)]  # pyright: ignore[reportArgumentType]
 
 
-def _kept_buffers(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
-    """The buffers that a checkpoint would hold, by name, with the number of times each was written to."""
-    found = {}
-    for prefix, module in model.named_modules():
-        for key, buffer in module._buffers.items():
-            if buffer is not None and key not in module._non_persistent_buffers_set:
-                found[f"{prefix}.{key}" if prefix else key] = (buffer, buffer._version)
-    return found
-
-
-def _check_buffers(before: dict[str, tuple[Tensor, int]], after: dict[str, tuple[Tensor, int]]) -> None:
-    """Refuses a model that keeps running statistics: they are functions of the examples, without noise."""
-    for name, (buffer, version) in after.items():
-        if name not in before or before[name][0] is not buffer or before[name][1] != version:
-            raise UnsupportedLayer(
-                f"buffer '{name}' is written to in the forward pass",
-                None,
-                "buffers that training leaves alone",
-                "call .eval() on its layer, or register the buffer with persistent=False",
-            )
-
-
 @contextlib.contextmanager
-def tracking(model: nn.Module, params: dict[str, nn.Parameter], session: Session) -> Iterator[None]:
+def tracking(model: nn.Module, params: dict[str, nn.Parameter], session: Session, watch: Watch) -> Iterator[None]:
     """Swaps tracked stand-ins for `params` into the model's modules, and the parameters back afterwards, whatever happens.
 
     A sharded model's weights are there only while their block runs, so their stand-ins are made anew each time it is entered.
 
     Raises:
-        UnsupportedLayer: a parameter received an ordinary gradient, so the model reached it past the engine; or a buffer was written to.
+        UnsupportedLayer: a parameter received an ordinary gradient, so the model reached it past the engine; or the pass has written to
+            what is not trained.
     """
     names = {id(param): name for name, param in params.items()}
     slots = [
@@ -210,7 +343,7 @@ def tracking(model: nn.Module, params: dict[str, nn.Parameter], session: Session
         if param is not None and id(param) in names
     ]
     grads = {name: p.grad for name, p in params.items()}
-    gated, buffers = dict(sharding.gates(model)), _kept_buffers(model)
+    gated = dict(sharding.gates(model))
     try:
         for param in params.values():
             param.grad = None
@@ -219,6 +352,7 @@ def tracking(model: nn.Module, params: dict[str, nn.Parameter], session: Session
             gate.watcher = functools.partial(_stand_in, session, [s for s in slots if owners[s.module] is gate])
         if not gated:
             _stand_in(session, slots)
+            _flat_weights(model)
         yield
         leaked = [name for name, p in params.items() if p.grad is not None]
     finally:
@@ -229,11 +363,16 @@ def tracking(model: nn.Module, params: dict[str, nn.Parameter], session: Session
             slot.module._parameters[slot.key] = slot.param
         for name, param in params.items():
             param.grad = grads[name]
-    _check_buffers(buffers, _kept_buffers(model))
+        if not gated:  # FSDP keeps state of its own in attributes
+            watch.restore_attributes()
+    session.check_leaks()
     if leaked:
-        raise UnsupportedLayer(
-            f"parameter '{leaked[0]}' is used past its module's own slot (as nn.LSTM does)",
-            None,
-            "layers that read their parameters as attributes",
-            "freeze it (requires_grad=False) or replace the layer",
-        )
+        raise past_the_engine(f"'{leaked[0]}'")
+    watch.check()
+
+
+def _flat_weights(model: nn.Module) -> None:
+    """Recurrent layers keep their weights a second time, in a list; the attribute is put back with all others."""
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            object.__setattr__(module, "_flat_weights", [module._parameters[name] for name in module._flat_weights_names])

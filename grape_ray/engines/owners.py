@@ -1,0 +1,118 @@
+"""Which example owns which rows of a tensor: regular layouts, and how they are told from where gradients are exactly zero.
+
+Shapes: B examples (`rows`), K groups of examples, *lead the leading dimensions of a tensor, those that are not features.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Lead = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One leading dimension carries the examples: it is `outer` x B x `inner` long, and its entry j belongs to example j // inner % B.
+
+    (B, T) has outer = inner = 1 on axis 0, (B * T,) has inner = T, two views one after the other (2 * B,) have outer = 2, time-major
+    (T, B) lies on axis 1.
+
+    Attributes:
+        only: the example that owns all of it, as in a loop over the examples; the other fields say nothing then.
+    """
+
+    axis: int = 0
+    outer: int = 1
+    inner: int = 1
+    only: int | None = None
+
+    def fitted(self, lead: Lead, rows: int) -> Layout | None:
+        """The same layout for another size, or None where it does not follow from this one."""
+        if self.only is not None:
+            return self
+        if self.axis >= len(lead) or lead[self.axis] % rows:
+            return None
+        times = lead[self.axis] // rows
+        if self.outer == 1:
+            return Layout(self.axis, 1, times)
+        if self.inner == 1:
+            return Layout(self.axis, times, 1)
+        return self if times == self.outer * self.inner else None
+
+    def owners(self, lead: Lead, rows: int) -> Tensor:
+        """The owner of each entry of the axis, int64."""
+        if self.only is not None:
+            return torch.tensor([self.only])
+        return torch.arange(lead[self.axis]) // self.inner % rows
+
+    def by_example(self, tensor: Tensor, dims: int, rows: int) -> Tensor:
+        """(*lead, *features) with `dims` leading dimensions -> (B, T, *features), T all positions of an example."""
+        features = tensor.shape[dims:]
+        if self.only is not None:
+            out = tensor.new_zeros(rows, math.prod(tensor.shape[:dims]), *features)
+            out[self.only] = tensor.reshape(out.shape[1:])
+            return out
+        if self.axis == 0 and self.outer == 1:
+            return tensor.reshape(rows, -1, *features)
+        split = tensor.unflatten(self.axis, (self.outer, rows, self.inner))
+        return split.movedim(self.axis + 1, 0).reshape(rows, -1, *features)
+
+    def summed(self, tensor: Tensor, dims: int, rows: int) -> Tensor:
+        """(*lead, *features) -> (B, *features), summed over the positions of each example."""
+        if self.only is not None:
+            return self.by_example(tensor, dims, rows).sum(1)
+        split = tensor.unflatten(self.axis, (self.outer, rows, self.inner))
+        rest = [d for d in range(dims + 2) if d != self.axis + 1 and split.shape[d] != 1]
+        kept = split.sum(rest, keepdim=True) if rest else split
+        return kept.reshape(rows, *tensor.shape[dims:])
+
+
+def candidates(lead: Lead, rows: int) -> Iterator[Layout]:
+    """All regular layouts that a tensor's sizes allow, the usual ones first."""
+    for axis, size in enumerate(lead):
+        if size and size % rows == 0:
+            times = size // rows
+            outers = dict.fromkeys([1, times, *(n for n in range(2, times) if times % n == 0)])
+            yield from (Layout(axis, outer, times // outer) for outer in outers)
+    yield from (Layout(only=index) for index in range(rows))
+
+
+def agrees(layout: Layout, evidence: Tensor, groups: Tensor) -> bool:
+    """Whether every group's gradients stay within the rows of its own examples.
+
+    Args:
+        evidence: (K, *lead) bool, where the gradient of the group's losses is not zero. groups: (K, B) bool.
+    """
+    owners = layout.owners(tuple(evidence.shape[1:]), groups.shape[1])
+    own = groups[:, owners]
+    if layout.only is not None:
+        return not bool((evidence.reshape(len(evidence), -1).any(1) & ~own[:, 0]).any())
+    others = [d + 1 for d in range(evidence.ndim - 1) if d != layout.axis]
+    reached = evidence.any(others) if others else evidence
+    return not bool((reached & ~own).any())
+
+
+def resolve(evidence: Tensor, groups: Tensor) -> Layout | None:
+    """The first layout that the evidence allows, or None. Where no gradient arrives anywhere, the usual one."""
+    rows = groups.shape[1]
+    return next((c for c in candidates(tuple(evidence.shape[1:]), rows) if agrees(c, evidence, groups)), None)
+
+
+def every_pair(rows: int) -> Tensor:
+    """Groups (K, B) such that of any two examples one is in a group without the other: the bits of their numbers, set and not set."""
+    bits = torch.arange(rows).unsqueeze(0) >> torch.arange(max((rows - 1).bit_length(), 1)).unsqueeze(1) & 1
+    return torch.cat([bits, 1 - bits]).bool()
+
+
+def random_halves(rows: int) -> Tensor:
+    """A random half of the examples and the rest, (2, B); of two examples it tells apart every other pair."""
+    order = sorted(range(rows), key=lambda _: secrets.randbits(32))
+    half = torch.zeros(rows, dtype=torch.bool)
+    half[order[: (rows + 1) // 2]] = True
+    return torch.stack([half, ~half])

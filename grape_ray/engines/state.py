@@ -1,0 +1,96 @@
+"""What a forward pass may not change: buffers, frozen weights and attributes of modules.
+
+State that a pass writes is a function of the examples, without noise: it would be saved with the model, or shape later gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grape_ray.errors import UnsupportedLayer
+
+_REGISTRIES = {"_parameters", "_buffers", "_modules"}
+
+
+def untrained(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers and frozen parameters by name, those that are not saved included; a shared tensor under each of its names."""
+    found = {}
+    for prefix, module in model.named_modules():
+        for held in (module._buffers, module._parameters):
+            for key, tensor in held.items():
+                if tensor is not None and not (held is module._parameters and tensor.requires_grad):
+                    found[f"{prefix}.{key}" if prefix else key] = tensor
+    return found
+
+
+def checksum(tensor: Tensor) -> int:
+    """A number that any change of bits is all but certain to change; at the speed of memory, not of cryptography.
+
+    The sum of all words, and of all words times their position modulo 2^16, so that exchanged values show too.
+    """
+    flat = tensor.detach().contiguous().reshape(-1)
+    if flat.is_complex():
+        flat = torch.view_as_real(flat).reshape(-1)
+    size = flat.element_size()
+    words = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size])
+    plain = mixed = 0
+    for chunk in words.split(1 << 20):  # in the cache, and no copy of a large tensor in int64
+        chunk = chunk.long()
+        plain += int(chunk.sum())
+        mixed += int((chunk * torch.arange(1, len(chunk) + 1, device=chunk.device).bitwise_and_(0xFFFF)).sum())
+    return hash((plain, mixed, tuple(tensor.shape), str(tensor.dtype)))
+
+
+class Watch:
+    """The state of a model before a pass, and what has to hold after it.
+
+    Guarantees: what a pass rebinds among the attributes of modules (`self.mean = ...`) is put back at its end, so that no pass knows what
+    an earlier one left there. Writes into buffers and frozen weights are refused: by identity and version after every pass, and bit by
+    bit, which also finds what goes past torch (`.data`, numpy), wherever a pass is verified.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._modules = list(model.modules())
+        self._attributes: list[dict[str, Any]] = [dict(module.__dict__) for module in self._modules]
+        self._tensors = untrained(model)
+        self._versions = {name: tensor._version for name, tensor in self._tensors.items() if not tensor.is_inference()}
+
+    def constants(self) -> set[int]:
+        """The ids of tensors that no batch has touched."""
+        return {id(tensor) for tensor in self._tensors.values()}
+
+    def contents(self) -> dict[str, int]:
+        """A checksum of each untrained tensor as it is now."""
+        return {name: checksum(tensor) for name, tensor in untrained(self._model).items()}
+
+    def restore_attributes(self) -> None:
+        """Puts back every attribute that the pass has rebound, added or deleted."""
+        for module, before in zip(self._modules, self._attributes):
+            now = module.__dict__
+            if len(now) == len(before) and all(now.get(key, self) is value for key, value in before.items()):
+                continue
+            for key in set(now) - set(before):
+                del now[key]
+            now.update({key: value for key, value in before.items() if key not in _REGISTRIES})
+
+    def check(self) -> None:
+        """Raises UnsupportedLayer where a buffer or a frozen weight was replaced or written to."""
+        after = untrained(self._model)
+        for name in {**self._tensors, **after}:
+            old, new = self._tensors.get(name), after.get(name)
+            if old is not new or (new is not None and name in self._versions and new._version != self._versions[name]):
+                raise written(name)
+
+
+def written(name: str) -> UnsupportedLayer:
+    """The refusal of a pass that changes untrained tensor `name`."""
+    return UnsupportedLayer(
+        f"tensor '{name}', which is not trained, is written to in the forward pass",
+        None,
+        "a forward pass that changes nothing (what it writes is a function of the examples, without noise)",
+        "call .eval() on the layer that keeps statistics, or replace it",
+    )
