@@ -182,7 +182,7 @@ def plan_projections(
 ) -> dict[str, Projection]:
     """Which trainable weights are projected and on which side.
 
-    Weights with two or more dimensions and at least `min_numel` elements are projected, unless their name matches a pattern of
+    Weights with two or more dimensions longer than 1 and at least `min_numel` elements are projected, unless their name matches a pattern of
     `dense`. Embedding tables are always compressed on the vocabulary side; `side` decides for the rest (config.Method).
 
     Raises:
@@ -194,6 +194,8 @@ def plan_projections(
             continue
         leading = next((n for n in param.shape if n != 1), 1)
         sides = (leading, param.numel() // leading)
+        if 1 in sides:  # a vector, whatever its number of dimensions
+            continue
         axis = _axis(owner, sides, side)
         if rank >= sides[axis]:
             raise ConfigError(

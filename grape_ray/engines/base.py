@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -33,24 +35,46 @@ Signature = tuple
 
 
 class Layouts:
-    """The kinds of passes that were verified: what a signature's taps have for layouts, and how often it was met."""
+    """The kinds of passes that were verified: where the examples lie at each use, and how often a kind was met.
+
+    A kind is the order in which uses of parameters first appear. Uses that look alike (the steps of a recurrent layer) share a layout
+    where that holds; where it does not (a loop over the examples) the kind counts them all.
+    """
 
     def __init__(self) -> None:
-        self.known: dict[Signature, list[Layout | None]] = {}
+        self._by_use: dict[Signature, dict[tuple, Layout | None]] = {}
+        self._in_order: dict[Signature, list[Layout | None]] = {}
         self.passes: dict[Signature, int] = {}
         self.inside: set[Way] = set()
 
+    def signature(self, session: Session, training: bool) -> Signature:
+        """The kind of a pass."""
+        return training, session.rows == 1, *dict.fromkeys(tap.key for tap in session.taps)
+
     def fitted(self, signature: Signature, session: Session) -> bool:
         """Gives the session's taps the layouts that an earlier pass had; whether there was one, and all follow from it."""
-        known = self.known.get(signature)
-        if known is None:
+        known = self._by_use.get(signature)
+        layouts = [known[tap.key] for tap in session.taps] if known else self._in_order.get((signature, len(session.taps)))
+        if layouts is None:
             return False
-        found = [layout and layout.fitted(tap.lead, session.rows) for layout, tap in zip(known, session.taps)]
-        if any(old is not None and new is None for old, new in zip(known, found)):
-            return False
-        for tap, layout in zip(session.taps, found):
-            tap.layout = layout
+        for tap, layout in zip(session.taps, layouts):
+            tap.layout = layout and layout.fitted(tap.lead, session.rows)
+            if layout is not None and tap.layout is None:
+                return False
         return True
+
+    def remember(self, signature: Signature, session: Session) -> None:
+        """Keeps the layouts of a verified pass."""
+        by_use: dict[tuple, Layout | None] = {}
+        for tap in session.taps:
+            layout = by_use.setdefault(tap.key, tap.layout)
+            if layout != tap.layout and (layout is None or layout.fitted(tap.lead, session.rows) != tap.layout):
+                self._in_order[signature, len(session.taps)] = [tap.layout for tap in session.taps]
+                return
+        if any(layout is not None and layout.only is not None for layout in by_use.values()) and session.rows > 1:
+            self._in_order[signature, len(session.taps)] = [tap.layout for tap in session.taps]
+        else:
+            self._by_use[signature] = by_use
 
 
 class Engine:
@@ -187,19 +211,22 @@ class Engine:
     def _forward(self, session: Session, per_example_loss: PerExampleLoss, batch: Any, watch: Watch) -> Tensor:
         """The losses (B,) of a pass whose taps all know whose rows they have: by an earlier pass of its kind, or verified now."""
         state = random_states(session.device)
-        with session.dependence:
+        session.dependence.leaves = {id(t) for t in tree_flatten(_plain_dict(batch))[0]}
+        with _uncompiled(), session.dependence:
             losses = check_losses(per_example_loss(self.model, batch), session.rows)
-        signature = (self.model.training, session.rows == 1, *(tap.key for tap in session.taps))
+        signature = self.layouts.signature(session, self.model.training)
+        for tap in session.taps if session.rows == 1 else ():  # all of it is the one example's
+            tap.layout = next(owners.candidates(tap.lead, 1))
         fitted = self.layouts.fitted(signature, session)
-        if not fitted and not self._may_verify:
+        if not fitted and not self._may_verify and session.rows > 1:
             fix = "train without performance.sharded, or make the model's path a function of shapes"
             raise UnsupportedLayer(
                 "a pass that uses parameters as no verified one has", None, "passes of the kinds that the start verified", fix
             )
         passed = self.layouts.passes.get(signature, 0)
-        if not fitted or (self._may_verify and passed % VERIFY_EVERY == 0):
+        if self._may_verify and (not fitted or passed % VERIFY_EVERY == 0):
             self._verify(session, per_example_loss, batch, losses, state, watch, thorough=not fitted)
-            self.layouts.known[signature] = [tap.layout for tap in session.taps]
+            self.layouts.remember(signature, session)
         self.layouts.passes[signature] = passed + 1
         session.phase = Phase.BACKWARD
         return losses
@@ -208,13 +235,12 @@ class Engine:
         self, session: Session, per_example_loss: PerExampleLoss, batch: Any, losses: Tensor, state: list, watch: Watch, thorough: bool
     ) -> None:
         """Ownership, company, luck, memory and counting of one pass (engines.verify). Raises UnsupportedLayer."""
-        for tap in session.taps if session.rows == 1 else ():
-            tap.layout = next(owners.candidates(tap.lead, 1))
         ownership(session, losses, every_pair=thorough)
         tolerance = _HALF_TOLERANCE if session.half else max(_TOLERANCE.get(p.dtype, _HALF_TOLERANCE) for p in self.params.values())
 
         def forward(other: Any, rows: int) -> Tensor:
-            return check_losses(per_example_loss(self.model, other), rows)
+            with _uncompiled():
+                return check_losses(per_example_loss(self.model, other), rows)
 
         repetition = Repetition(forward, batch, session.rows, state, session.constants, tolerance)
         repetition.check(losses, watch, session.dependence.drew, thorough)
@@ -250,6 +276,13 @@ class Engine:
         sink = self.sink_type(self.params, rows, self.subspace, self.subspace.period(step))
         sink.overrides = self.routes
         return sink
+
+
+def _uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """What torch.compile has compiled runs as it was written: a compiled graph would show no use of a parameter."""
+    if "torch._dynamo" not in sys.modules:
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def batch_rows(batch: Any) -> int:

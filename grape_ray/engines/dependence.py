@@ -45,6 +45,8 @@ _DROPOUTS = {
     "dropout3d",
     "native_dropout",
 }
+# Where layers that torch computes in one call are told their dropout.
+_DROPOUT_AT = {"multi_head_attention_forward": 10, "lstm": 5, "gru": 5, "rnn_tanh": 5, "rnn_relu": 5}
 # Draws and, where they are bounded or usual, a low and a high value of theirs.
 _DRAWS: dict[str, tuple[float, float] | None] = {
     "rand": (0.0, 1 - 2**-24), "rand_like": (0.0, 1 - 2**-24), "bernoulli": (0.0, 1.0), "uniform": None, "randn": (-3.0, 3.0),
@@ -89,6 +91,10 @@ def tensors_in(args: tuple, kwargs: dict | None) -> Iterator[Tensor]:
 class Dependence(TorchFunctionMode):
     """Watches a forward pass: which tensors are constant, and which hold rows that were picked across examples by their values.
 
+    Attributes:
+        leaves: ids of the batch's own tensors.
+        drew: whether random numbers were drawn, other than for dropout of the batch's own activations.
+
     Args:
         rows: examples B. constants: ids of tensors that are constant from the start. stand_in: the class of tracked parameters.
     """
@@ -99,14 +105,19 @@ class Dependence(TorchFunctionMode):
         self._written: dict[int, Tensor] = {}  # storages that were constant until something of the batch was written there
         self._picks = self._left_torch = False
         self.drew = False
+        self.leaves: set[int] = set()
 
     def constant(self, tensor: Tensor) -> bool:
         """Whether the batch has no part in a tensor."""
         if isinstance(tensor, self._stand_in):
             return True
-        if id(tensor) not in self._fixed and tensor.__dict__.get("_constant_in") is not self:
+        if id(tensor) not in self._fixed and "_constant" not in tensor.__dict__:
             return False
         return not self._written or tensor.untyped_storage().data_ptr() not in self._written
+
+    def certain(self, tensor: Tensor) -> bool:
+        """Whether a tensor that is not constant is known to come from the batch, rather than of unknown origin (a cache, a closure)."""
+        return tensor.requires_grad or id(tensor) in self.leaves or tensor.__dict__.get("_batch_in") is self
 
     def picked(self, tensor: Tensor) -> str | None:
         """The operation that picked this tensor's rows across examples by their values, if any."""
@@ -141,19 +152,24 @@ class Dependence(TorchFunctionMode):
             self._write(kwargs["out"])
         if name in _DRAWS or is_dropout(name, args, kwargs or {}):
             self._draw(name, args, kwargs, out)
+        elif name in _IMPORTS and self._left_torch:
+            pass
         elif name in VALUELESS or self._all_constant(args, kwargs):
-            if not (name in _IMPORTS and self._left_torch):
-                self._mark(out)
+            self._mark(out)
+        elif any(self.certain(t) for t in tensors_in(args, kwargs) if not isinstance(t, self._stand_in)):
+            for tensor in out:
+                tensor._batch_in = self
         if self._picks or name in _ACROSS:
             self._follow_picks(name, args, kwargs, out, in_place)
 
     def _mark(self, out: Any) -> None:
         for tensor in out:
             if not tensor.requires_grad and not isinstance(tensor, self._stand_in):
-                tensor._constant_in = self
+                tensor._constant = True
 
     def _write(self, into: Any) -> None:
-        if not isinstance(into, self._stand_in) and self.constant(into):
+        if not isinstance(into, self._stand_in):
+            into.__dict__.pop("_constant", None)
             self._written[into.untyped_storage().data_ptr()] = into
 
     def _draw(self, name: str, args: tuple, kwargs: dict | None, out: Any) -> None:
@@ -224,6 +240,20 @@ _ACROSS = {
     "getitem", "__getitem__", "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "_pack_padded_sequence",
     "pack_padded_sequence", "take", "repeat_interleave", "where", *_DIM_AT,
 }  # fmt: skip
+
+
+class Undropped(TorchFunctionMode):
+    """A pass without dropout, in a model that is otherwise in training mode."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs, name = kwargs or {}, stripped(func)
+        if name in _DROPOUTS and is_dropout(name, args, kwargs):
+            return args[0] if args else kwargs["input"]
+        if name == "scaled_dot_product_attention" and kwargs.get("dropout_p"):
+            kwargs = {**kwargs, "dropout_p": 0.0}
+        if name in _DROPOUT_AT and len(args) > _DROPOUT_AT[name]:
+            args = (*args[: _DROPOUT_AT[name]], 0.0, *args[_DROPOUT_AT[name] + 1 :])
+        return func(*args, **kwargs)
 
 
 class Company(Dependence):

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
 from grape_ray.engines.dependence import is_draw, is_dropout
 from grape_ray.engines.taps import expanded, inside, new_dims
-from grape_ray.engines.tracked import Phase, Session, Tracked, _no_subclass, tracked_in, values_of
+from grape_ray.engines.tracked import Phase, Session, Spread, Tracked, _no_subclass, tracked_in, values_of
 from grape_ray.errors import UnsupportedLayer
 
 Rule = Callable[[Session, Callable, str, tuple, dict], Any]
@@ -39,6 +39,10 @@ BROADCASTS = {
 }  # fmt: skip
 PLACEMENTS = {"cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack"}
 WRITES = {"setitem", "copy", "index_put"}
+RESHAPES = {
+    "transpose", "permute", "view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "T", "mT", "t", "movedim", "swapaxes",
+    "chunk", "split", "contiguous",
+}  # fmt: skip
 _USER: dict[Any, Callable] = {}
 _FAST: dict[str, Rule] = {}
 
@@ -67,7 +71,7 @@ def fast_rule(*names: str) -> Callable[[Rule], Rule]:
 
 def find(func: Callable, name: str) -> Rule:
     """The rule for an operation."""
-    from grape_ray.engines import fast  # noqa: F401  (fills _FAST)
+    from grape_ray.engines import composite, fast  # noqa: F401  (fill _FAST)
 
     if func in _USER:
         return _user
@@ -89,7 +93,10 @@ def general(session: Session, func: Callable, name: str, args: tuple, kwargs: di
     if name in SAME_UP_TO_CAST:  # whatever else is there is a template of a type
         if not isinstance(args[0], Tracked):
             return _read(session, func, name, args, kwargs)
-        return session.derive(func, args, kwargs, transposed=args[0].node.transposed if args[0].node.root else None)
+        out = session.derive(func, args, kwargs, transposed=args[0].node.transposed if args[0].node.root else None)
+        if args[0].node.spread is not None and not any(isinstance(t, Tensor) for t in args[1:]):
+            out.node.spread = args[0].node.spread.followed_by(func, args[1:], kwargs)
+        return out
     if name in ("t", "T", "mT", "transpose") and found[0].node.root and found[0].node.graph.ndim == 2:
         return session.derive(func, args, kwargs, transposed=not found[0].node.transposed)
     if name in SPREADS and isinstance(args[0], Tracked):
@@ -104,11 +111,15 @@ def general(session: Session, func: Callable, name: str, args: tuple, kwargs: di
         return _write(session, func, name, args, kwargs)
     if name == "matmul" and isinstance(args[0], Tracked) and args[0].ndim == 2 and not isinstance(args[1], Tracked) and args[1].ndim >= 3:
         return func(own(session, args[0], (*args[1].shape[:-2], *args[0].shape)), args[1])
+    if any(t.node.spread is not None for t in found):
+        taken = tree_map(lambda a: _own_as_it_is(session, a) if isinstance(a, Tracked) and a.node.spread is not None else a, (args, kwargs))
+        return func(*taken[0], **taken[1])
     return _by_vmap(session, func, name, args, kwargs)
 
 
 def shared(session: Session, func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
     """An operation in which the batch has no part. Raises UnsupportedLayer where it draws at random, once for all examples."""
+    first = args[0] if args else None
     if is_draw(name) or is_dropout(name, args, kwargs):
         raise UnsupportedLayer(
             f"`{name}` on parameter {', '.join(t.node.label for t in tracked_in(args, kwargs))}",
@@ -116,7 +127,10 @@ def shared(session: Session, func: Callable, name: str, args: tuple, kwargs: dic
             "a draw of its own for each example",
             "apply it to activations, or set its probability to 0",
         )
-    return session.derive(func, args, kwargs)
+    out = session.derive(func, args, kwargs)
+    if name in RESHAPES and isinstance(first, Tracked) and first.node.spread is not None and isinstance(out, Tracked):
+        out.node.spread = first.node.spread.followed_by(func, args[1:], kwargs)
+    return out
 
 
 def own(session: Session, value: Tracked, shape: tuple[int, ...] | torch.Size) -> Tensor:
@@ -127,8 +141,10 @@ def own(session: Session, value: Tracked, shape: tuple[int, ...] | torch.Size) -
     """
     node, shape = value.node, tuple(shape)
     if node.spread is not None and tuple(node.graph.shape) == shape:
-        source, inner = node.spread
-        return expanded(session, source, inner).reshape(shape)
+        out = expanded(session, node.spread.source, node.spread.shape)
+        for func, args, kwargs in node.spread.then:
+            out = func(out, *args, **kwargs)
+        return out
     way = len(session.taps), tuple(node.graph.shape), shape
     along = any(shape[d] % session.rows == 0 for d in new_dims(node, shape))
     if node.graph.ndim and along == (way in session.inside):
@@ -208,7 +224,7 @@ def _spread(session: Session, func: Callable, name: str, args: tuple, kwargs: di
     if inner is not None and viewed is not None and math.prod(inner) == math.prod(out.node.graph.shape):
         if name not in ("expand", "broadcast_to", "expand_as"):
             source = session.derive(torch.reshape, (args[0], viewed), {}).node
-        out.node.spread = source, tuple(inner)
+        out.node.spread = Spread(source, tuple(inner), ((torch.reshape, (tuple(out.node.graph.shape),), {}),))
     return out
 
 
@@ -246,7 +262,9 @@ def _by_vmap(session: Session, func: Callable, name: str, args: tuple, kwargs: d
 
     try:
         out = torch.vmap(one, randomness="different")(*batched)
-        return tree_map(lambda t: t.flatten(0, 1) if isinstance(t, Tensor) else t, out)
+        out = tree_map(lambda t: t.flatten(0, 1) if isinstance(t, Tensor) else t, out)
+        _check_shapes(out, func, args, kwargs)
+        return out
     except (RuntimeError, ValueError, NotImplementedError, IndexError, TypeError) as error:
         raise UnsupportedLayer(
             f"operation '{name}' on trainable parameter {label}",
@@ -254,6 +272,19 @@ def _by_vmap(session: Session, func: Callable, name: str, args: tuple, kwargs: d
             "an operation with a rule, or one that torch.vmap can batch",
             "freeze the parameter (requires_grad=False) or teach it with grape_ray.register_rule",
         ) from error
+
+
+def _check_shapes(out: Any, func: Callable, args: tuple, kwargs: dict) -> None:
+    """Raises ValueError where an operation by example has another shape than the operation, which is asked without computing it."""
+    try:
+        meta = tree_map(lambda t: torch.empty_like(t, device="meta") if isinstance(t, Tensor) else t, values_of((args, kwargs)))
+        whole = func(*meta[0], **meta[1])
+    except (RuntimeError, NotImplementedError):  # it has no shapes without values
+        return
+    pairs = zip(tree_flatten(out)[0], tree_flatten(whole)[0])
+    wrong = next(((a.shape, b.shape) for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape != b.shape), None)
+    if wrong is not None:
+        raise ValueError(f"shape {tuple(wrong[0])} example by example, {tuple(wrong[1])} for the batch")
 
 
 class _Slot:

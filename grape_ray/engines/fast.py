@@ -188,3 +188,29 @@ def attention(session: Session, func: Callable, name: str, args: tuple, kwargs: 
         return shared(session, func, name, args, kwargs)
     shape = (*query.shape[:-1], args[1].shape[-2])
     return func(*args, **(kwargs | {"attn_mask": own(session, mask, shape)}))
+
+
+@fast_rule("einsum")
+def einsum(session: Session, func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
+    """A product with one parameter, each of whose indices is either summed or new: a matrix product over any leading dimensions."""
+    equation, operands = args[0], args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
+    weights = [o for o in operands if isinstance(o, Tracked)]
+    parts = equation.replace(" ", "").split("->") if isinstance(equation, str) else []
+    if len(operands) != 2 or len(weights) != 1 or len(parts) != 2 or "." in equation or not session.depends(name, args, kwargs):
+        return general(session, func, name, args, kwargs)
+    number = 0 if operands[0] is weights[0] else 1
+    terms, out = parts[0].split(","), parts[1]
+    of_weight, of_x = terms[number], terms[1 - number]
+    summed = [i for i in of_weight if i in of_x and i not in out]
+    new = [i for i in of_weight if i not in of_x and i in out]
+    lead = [i for i in of_x if i not in of_weight and i in out]
+    each_once = all(len(set(t)) == len(t) for t in (*terms, out))
+    if not summed or not each_once or len(summed) + len(new) != len(of_weight) or len(summed) + len(lead) != len(of_x):
+        return general(session, func, name, args, kwargs)
+    x, weight = operands[1 - number], weights[0]
+    sizes = dict(zip(of_weight, weight.shape)) | dict(zip(of_x, x.shape))
+    x = x.permute([of_x.index(i) for i in (*lead, *summed)]).flatten(len(lead))
+    weight = weight.permute([of_weight.index(i) for i in (*summed, *new)]).reshape(x.shape[-1], -1)
+    y = (x @ weight).unflatten(-1, [sizes[i] for i in new] or [1])
+    y = y if new else y.squeeze(-1)
+    return y.permute([[*lead, *new].index(i) for i in out])

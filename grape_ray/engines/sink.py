@@ -93,8 +93,6 @@ class Materialised(Sink):
                 self.lookups[name] = (left, pairs.wide(left, right)[1])
             else:
                 self._add(name, outer(left, right).view(self.rows, *self.params[name].shape))
-        elif plan.rows != pairs.width(left):  # a table of one row, whose matrix view is the row
-            self.dense(name, outer(left, right))
         elif plan.axis == 0:
             projected = self._project(name, left)
             self._add(name, outer(projected, right.to(projected.dtype)))

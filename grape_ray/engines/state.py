@@ -60,8 +60,9 @@ class Watch:
         self._versions = {name: tensor._version for name, tensor in self._tensors.items() if not tensor.is_inference()}
 
     def constants(self) -> set[int]:
-        """The ids of tensors that no batch has touched."""
-        return {id(tensor) for tensor in self._tensors.values()}
+        """The ids of tensors that the pass's batch has not touched: untrained ones, and those that modules hold as attributes."""
+        held = {id(value) for attributes in self._attributes for value in attributes.values() if isinstance(value, Tensor)}
+        return held | {id(tensor) for tensor in self._tensors.values()}
 
     def contents(self) -> dict[str, int]:
         """A checksum of each untrained tensor as it is now."""

@@ -51,7 +51,7 @@ class InsideTap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, session: Session, tap: Tap, node: Node) -> Tensor:
         ctx.session, ctx.tap, ctx.node = session, tap, node
-        return node.value.view_as(node.graph)
+        return node.value.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
@@ -104,7 +104,8 @@ class MatrixTap(torch.autograd.Function):
             ctx.axis = int(by_rows != weight_node.transposed)  # the parameter's axis on which x lies
             kept = _keep(session, weight_node.root, ctx.axis, x) if weight_node.root else x
         ctx.save_for_backward(kept, weight)
-        return F.linear(x, weight if by_rows else weight.T, bias)
+        out = F.linear(x, weight if by_rows else weight.T, bias)
+        return out.clone() if out._is_view() else out  # torch lets nobody write into a view that a Function returns
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):  # type: ignore[override]

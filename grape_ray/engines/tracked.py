@@ -34,7 +34,7 @@ class Node:
     Attributes:
         graph: the value, with autograd history. leaves: parameter name -> leaf.
         root: the parameter that it is, up to a cast, or None. transposed: whether it is that parameter's 2-D transpose.
-        spread: (node, shape), where this value is that node's, expanded to `shape` and then reshaped: copies, as of a prefix token.
+        spread: where this value is copies of another, as of a prefix token.
         lookup: (node, ids, padding_idx), where this value is rows of a table at constant places, as of positions.
     """
 
@@ -42,7 +42,7 @@ class Node:
 
     def __init__(self, graph: Tensor, leaves: dict[str, Tensor], root: str | None = None, transposed: bool = False):
         self.graph, self.leaves, self.root, self.transposed = graph, leaves, root, transposed
-        self.spread: tuple[Node, tuple[int, ...]] | None = None
+        self.spread: Spread | None = None
         self.lookup: tuple[Node, Tensor, int | None] | None = None
 
     @property
@@ -52,6 +52,18 @@ class Node:
     @property
     def label(self) -> str:
         return "'" + "', '".join(self.leaves) + "'"
+
+
+class Spread(NamedTuple):
+    """Copies of a shared value: `source` expanded to `shape`, and then reshaped by the operations `then`, (function, arguments) each."""
+
+    source: Node
+    shape: tuple[int, ...]
+    then: tuple[tuple[Callable, tuple, dict], ...]
+
+    def followed_by(self, func: Callable, args: tuple, kwargs: dict) -> Spread:
+        """The same copies, reshaped once more."""
+        return self._replace(then=(*self.then, (func, args, kwargs)))
 
 
 class Tracked(torch.Tensor):
@@ -75,7 +87,7 @@ class Phase(enum.Enum):
     BACKWARD = "backward"
 
 
-Way = tuple[int, tuple[int, ...], tuple[int, ...]]  # the number of a tap in its pass, the shape of a value, the shape it meets
+Way = tuple[int, tuple, tuple]  # the number of a tap in its pass, the shape of a value or the shapes of arguments, the shape it meets
 
 
 class Reroute(Exception):
@@ -111,7 +123,8 @@ class Session:
         rows: examples in the micro-batch. anchor: a scalar that ties every tap into the autograd graph.
         sink: the method's collector (engines.sink.Sink). dependence: knows what comes from the batch.
         taps: all uses in the order of the forward pass. half: whether any was computed in half precision.
-        inside: the places where a shared value is known to carry the batch the other way than its sizes suggest (dispatch.own).
+        inside: the places where what is shared meets the batch in another way than was taken first: a value that carries the batch inside
+            (dispatch.own), or arguments of unknown origin that turned out to be constant.
     """
 
     def __init__(self, rows: int, sink: Any, device: torch.device, constants: set[int], inside: set[Way]):
@@ -123,6 +136,7 @@ class Session:
         self._pending: dict[int, tuple[Node, Tensor]] = {}
         self._depends: dict[tuple, bool | None] = {}
         self._leaks: list[str] = []
+        self._unsure: Way | None = None
 
     def track(self, node: Node) -> Tracked:
         """The stand-in of a node; a gradient that reaches it past the taps is noticed by `check_leaks`."""
@@ -164,7 +178,11 @@ class Session:
                     "do not recompute it",
                 )
             return answer
-        answer = any(not self.dependence.constant(t) for t in plain)
+        origins = [t for t in plain if not self.dependence.constant(t)]
+        answer = bool(origins)
+        if origins and not any(self.dependence.certain(t) for t in origins):
+            self._unsure = len(self.taps), key[2], ()
+            answer = self._unsure not in self.inside
         self._depends[key] = answer if self._depends.get(key, answer) == answer else None
         by = next((p for t in plain if (p := self.dependence.picked(t)) is not None), None) if answer else None
         if by is not None:
@@ -193,6 +211,7 @@ class Session:
                 for leaf in node.leaves:
                     self.sink.announce(leaf)
             self.taps.append(tap)
+            tap.way, self._unsure = self._unsure, None
         return tap
 
     def arriving(self, tap: Tap, grad: Tensor) -> bool:
@@ -252,6 +271,7 @@ class Session:
         else:
             self._pending[id(node)] = (node, grads)
 
+    @torch.no_grad()
     def flush(self) -> None:
         """Pulls the gradients of computed values back to their parameters, example by example (batched by vmap)."""
         for node, grads in self._pending.values():

@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from grape_ray.engines import owners
-from grape_ray.engines.dependence import Company, Dependence
+from grape_ray.engines.dependence import Company, Undropped
 from grape_ray.engines.state import Watch, written
 from grape_ray.engines.tracked import Phase, Reroute, Session, Tap, Tracked
 from grape_ray.errors import UnsupportedLayer
@@ -69,6 +70,10 @@ def _witnesses(session: Session, losses: Tensor, group: Tensor) -> list[Tensor]:
     session.phase = Phase.VERIFY
     try:
         torch.autograd.backward(losses, group.to(losses.device, losses.dtype), retain_graph=True)
+    except RuntimeError as error:
+        raise UnsupportedLayer(
+            "the backward pass", str(error).splitlines()[0], "a forward pass that torch can go back through", "do not write in place"
+        ) from error
     finally:
         session.phase = Phase.FORWARD
     session.check_leaks()
@@ -93,7 +98,7 @@ class Repetition:
     """A forward pass that can be made again: the same random numbers, and other examples beside the same ones.
 
     Args:
-        forward: batch -> losses (B,). state: random states from before the pass (`random_states`). constants: see Dependence.
+        forward: batch -> losses (B,). state: random states from before the pass (`random_states`). constants: see `dependence.Dependence`.
         tolerance: of a comparison where shapes differ, relative to the largest loss.
     """
 
@@ -128,12 +133,17 @@ class Repetition:
             if not _same(plain[kept], among[kept]):
                 self._explain(plain, among, kept, drew)
         self._close("the loss of an example by the engine's rules", losses.detach(), plain, torch.ones(self._rows, dtype=torch.bool))
-        if self._rows > 1:
-            half = halves[0].nonzero().squeeze(1)
-            alone = self._losses(tree_map(lambda t: t[half.to(t.device)] if isinstance(t, Tensor) else t, _plain(self._batch)), len(half))
-            whole = torch.zeros_like(plain)
-            whole[half] = alone
-            self._close("the loss of an example", plain, whole, halves[0])
+        if self._rows > 1 and not drew:  # in a smaller batch the same draws would be other examples'
+            self._count(plain, halves[0])
+
+    def _count(self, plain: Tensor, half: Tensor) -> None:
+        """Compares the losses of some examples in the whole batch and in one of their own; without dropout, whose masks differ."""
+        picked = half.nonzero().squeeze(1)
+        undropped = self._losses(self._batch, watching=Undropped())
+        alone = self._losses(tree_map(lambda t: t[picked.to(t.device)] if isinstance(t, Tensor) else t, _plain(self._batch)), len(picked), Undropped())
+        whole = torch.zeros_like(plain)
+        whole[picked] = alone
+        self._close("the loss of an example", undropped, whole, half)
 
     def _among(self, others: Tensor, high: bool, luck: bool = True) -> Tensor:
         """The losses with `others` exchanged, and their luck; where a model fails on what that gives, with less exchanged."""
@@ -164,7 +174,7 @@ class Repetition:
 
         return tree_map(exchange, _plain(self._batch))
 
-    def _losses(self, batch: Any, rows: int | None = None, watching: Dependence | None = None) -> Tensor:
+    def _losses(self, batch: Any, rows: int | None = None, watching: TorchFunctionMode | None = None) -> Tensor:
         set_states(self._state)
         context: AbstractContextManager = watching if watching is not None else nullcontext()
         with torch.no_grad(), context:

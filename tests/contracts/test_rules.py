@@ -94,6 +94,18 @@ class Hoard(nn.Module):
         return x * self.hoard[0]
 
 
+class Packed(nn.Module):
+    """A recurrent layer over a packed sequence, whose rows lie in the order of time."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.GRU(5, 4, batch_first=True)
+
+    def forward(self, x):
+        lengths = torch.tensor([x.shape[1]] * x.shape[0])
+        return self.inner(nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True))[1][0]
+
+
 class Routed(nn.Module):
     """Sends tokens to a layer by their values: rows that no example owns in order."""
 
@@ -108,11 +120,10 @@ class Routed(nn.Module):
 @pytest.mark.parametrize(
     ("build", "words"),
     [
-        (lambda: Wrapped(nn.LSTM(5, 4, batch_first=True)), "lstm"),
-        (lambda: Wrapped(Hoard()), "past its module's own slot"),
+        (lambda: Wrapped(Packed()), "packed sequence"),
+        (lambda: Wrapped(Hoard()), "not seen"),
         (lambda: Wrapped(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(30))), "batch normalisation"),
-        (lambda: Wrapped(nn.TransformerEncoderLayer(5, 1, 8, batch_first=True)), "freeze the parameter"),
-        (lambda: Wrapped(Routed()), "first dimension"),
+        (lambda: Wrapped(Routed()), "picked across examples"),
         (lambda: Wrapped(nn.Embedding(9, 4, max_norm=1.0)), "max_norm"),
     ],
 )

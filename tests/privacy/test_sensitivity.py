@@ -123,11 +123,13 @@ class Picks(nn.Module):
 
 
 @pytest.mark.parametrize("method", EXACT)
-def test_tokens_picked_by_their_values_are_refused_though_the_first_batch_picks_alike(method):
+def test_tokens_picked_by_their_values_are_refused_as_soon_as_they_are_not_alike(method):
     mask = torch.zeros(4, 8, dtype=torch.bool)
     mask[:, :3] = True
     engine = make_engine(Picks(), method, CLIP, rank=2, project_min_numel=1)
-    with pytest.raises(UnsupportedLayer, match="for another of the same length"):
+    engine.clipped_sum(lambda m, b: m(b), {"x": torch.randn(4, 8, 4), "mask": mask})  # three of each, in order
+    mask[0, 2], mask[1, 3] = False, True  # as many in all, and divisible by four
+    with pytest.raises(UnsupportedLayer, match="picked across examples by their values"):
         engine.clipped_sum(lambda m, b: m(b), {"x": torch.randn(4, 8, 4), "mask": mask})
 
 
