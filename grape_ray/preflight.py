@@ -224,7 +224,7 @@ def _projected(subspace: Subspace, name: str, grad: Tensor) -> Tensor:
     return matrix.T @ flat if plan.axis == 0 else flat @ matrix
 
 
-def _factors(grads: dict[str, Tensor], engine: Engine) -> dict[str, float]:
+def _factors(grads: Mapping[str, Tensor], engine: Engine) -> dict[str, float]:
     if not engine.private:
         return dict.fromkeys(grads, 1.0)
     squares = {name: float(g.square().sum()) for name, g in grads.items()}

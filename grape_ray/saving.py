@@ -12,6 +12,7 @@ from grape_ray import checkpoint, rankstate, sharding
 from grape_ray.checkpoint import Checkpoint, Coordinates, State, Writer
 from grape_ray.comms import Comms
 from grape_ray.config import Config
+from grape_ray.engines.state import Start
 from grape_ray.errors import CheckpointError, GrapeRayError
 from grape_ray.loop import Occasion
 from grape_ray.methods import METHODS
@@ -46,6 +47,7 @@ class Saver:
         self._config, self._comms, self._model, self._optimizer = config, comms, model, optimizer
         performance = config.performance
         self.attempt: int = attempt or comms.broadcast_object(_next_attempt(folder) if comms.rank == 0 else None)
+        self._start = Start(model)
         self._writer = Writer(folder, comms, performance.keep_checkpoints, performance.checkpoint_timeout_s)
         self._facts: Mapping[str, Any] = {}
         self.listeners: list[Callable[[str, Mapping[str, Any]], None]] = []
@@ -104,7 +106,12 @@ class Saver:
                 listener(committed, self._facts)
 
     def _state(self, facts: Mapping[str, Any], moved: Coordinates | None) -> State:
-        """This rank's part: of a full checkpoint, or, given coordinates, of what a delta cannot do without."""
+        """This rank's part: of a full checkpoint, or, given coordinates, of what a delta cannot do without.
+
+        Raises:
+            UnsupportedLayer: what is not trained differs from the start's: it may hold anything of the data, without noise.
+        """
+        self._start.check()
         model, optimizer = rankstate.held(self._model), self._optimizer.state_dict()
         places = {**rankstate.model_places(self._model), **self._optimizer.places()}
         counters: dict[str, Any] = {"optimizer": {k: v for k, v in optimizer.items() if not isinstance(v, Tensor)}}

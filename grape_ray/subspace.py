@@ -182,8 +182,8 @@ def plan_projections(
 ) -> dict[str, Projection]:
     """Which trainable weights are projected and on which side.
 
-    Weights with two or more dimensions longer than 1 and at least `min_numel` elements are projected, unless their name matches a pattern of
-    `dense`. Embedding tables are always compressed on the vocabulary side; `side` decides for the rest (config.Method).
+    Weights with two or more dimensions longer than 1 and at least `min_numel` elements are projected, unless their name matches a
+    pattern of `dense`. Embedding tables are always compressed on the vocabulary side; `side` decides for the rest (config.Method).
 
     Raises:
         ConfigError: the rank is not below the compressed side of a weight that should be projected.

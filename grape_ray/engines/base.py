@@ -286,10 +286,17 @@ def _uncompiled() -> contextlib.AbstractContextManager[Any]:
 
 
 def batch_rows(batch: Any) -> int:
-    """Examples in a batch: the length of its first tensor."""
-    tensors = [t for t in tree_flatten(_plain_dict(batch))[0] if isinstance(t, Tensor) and t.ndim]
-    if not tensors:
-        raise ConfigError("batch", type(batch).__name__, "a tensor, or a dict, list or tuple of tensors with examples in dimension 0")
+    """Examples in a batch: the length of each of its tensors.
+
+    Raises:
+        ConfigError: a tensor has another length, or none. What is no example's own may be made from all of them, and nothing could tell.
+    """
+    tensors = [t for t in tree_flatten(_plain_dict(batch))[0] if isinstance(t, Tensor)]
+    lengths = {t.shape[0] if t.ndim else None for t in tensors}
+    if len(lengths) != 1 or None in lengths:
+        shapes = ", ".join(str(tuple(t.shape)) for t in tensors[:4]) or type(batch).__name__
+        fix = "keep what all examples share in the model or the task"
+        raise ConfigError("batch", shapes, "tensors, in a dict, list or tuple, with one entry an example in dimension 0", fix)
     return tensors[0].shape[0]
 
 

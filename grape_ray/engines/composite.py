@@ -20,7 +20,7 @@ _attention = types.FunctionType(
     {**F.__dict__, "has_torch_function": lambda _: False},
     argdefs=F.multi_head_attention_forward.__defaults__,
 )
-State = tuple[Tensor, ...]
+State = Any  # a tuple of tensors: (hidden,) or (hidden, cell)
 Step = Callable[[Tensor, Tensor, State], State]
 
 
@@ -58,7 +58,8 @@ def cell(session: Session, func: Callable, name: str, args: tuple, kwargs: dict)
     """One step of a recurrent layer; a state that the batch has no part in is made each example's own."""
     if not session.depends(name, args, kwargs):
         return shared(session, func, name, args, kwargs)
-    x, state, w_ih, w_hh, b_ih, b_hh = (*args, None, None)[:6]
+    x, state, w_ih, w_hh = args[:4]
+    b_ih, b_hh = args[4:6] if len(args) > 4 else (None, None)
     state = tuple(_of_the_batch(s) for s in (state if isinstance(state, (tuple, list)) else (state,)))
     out = _STEPS[name.removesuffix("_cell")](F.linear(x, w_ih, b_ih), F.linear(state[0], w_hh, b_hh), state)
     return out if len(out) > 1 else out[0]
@@ -93,9 +94,7 @@ def recurrent(session: Session, func: Callable, name: str, args: tuple, kwargs: 
     return x if batch_first else x.transpose(0, 1), *(torch.stack([state[k] for state in final]) for k in range(len(states)))
 
 
-def _one_layer(
-    name: str, x: Tensor, state: State, weights: Sequence[Tensor], biased: bool, reverse: bool
-) -> tuple[Tensor, State]:
+def _one_layer(name: str, x: Tensor, state: State, weights: Sequence[Tensor], biased: bool, reverse: bool) -> tuple[Tensor, State]:
     """x (B,T,I) through one direction of one layer: (B,T,H), and the last state."""
     w_ih, w_hh, *rest = weights
     b_ih, b_hh = rest[:2] if biased else (None, None)

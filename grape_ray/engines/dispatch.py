@@ -198,7 +198,8 @@ def _expansion(name: str, shape: list[int], args: tuple, kwargs: dict) -> list[i
 
 def _spread(session: Session, func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
     """Copies of a shared value, which is itself again a shared value that remembers whose copies it holds."""
-    node, shape = args[0].node, list(args[0].node.graph.shape)
+    value: Tracked = args[0]
+    source, shape = value.node, list(value.node.graph.shape)
     if name == "repeat_interleave":
         repeats = kwargs.get("repeats", args[1] if len(args) > 1 else None)
         if isinstance(repeats, Tensor):
@@ -206,7 +207,7 @@ def _spread(session: Session, func: Callable, name: str, args: tuple, kwargs: di
                 return _by_vmap(session, func, name, args, kwargs)
             return session.derive(func, args, kwargs)
         dim = kwargs.get("dim", args[2] if len(args) > 2 else None)
-        source, inner = node, None
+        inner = viewed = None
         if dim is not None:
             dim %= len(shape)
             inner, viewed = [*shape[: dim + 1], repeats, *shape[dim + 1 :]], [*shape[: dim + 1], 1, *shape[dim + 1 :]]
@@ -216,14 +217,12 @@ def _spread(session: Session, func: Callable, name: str, args: tuple, kwargs: di
         padded = [1] * (len(times) - len(shape)) + shape
         inner = [n for pair in zip(times, padded) for n in pair]
         viewed = [n for size in padded for n in (1, size)]
-        source = node
     else:
         inner = viewed = _expansion(name, shape, args, kwargs)
-        source = node
     out = session.derive(func, args, kwargs)
     if inner is not None and viewed is not None and math.prod(inner) == math.prod(out.node.graph.shape):
         if name not in ("expand", "broadcast_to", "expand_as"):
-            source = session.derive(torch.reshape, (args[0], viewed), {}).node
+            source = session.derive(torch.reshape, (value, viewed), {}).node
         out.node.spread = Spread(source, tuple(inner), ((torch.reshape, (tuple(out.node.graph.shape),), {}),))
     return out
 

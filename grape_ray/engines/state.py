@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grape_ray import sharding
 from grape_ray.errors import UnsupportedLayer
 
 _REGISTRIES = {"_parameters", "_buffers", "_modules"}
@@ -84,6 +85,23 @@ class Watch:
         for name in {**self._tensors, **after}:
             old, new = self._tensors.get(name), after.get(name)
             if old is not new or (new is not None and name in self._versions and new._version != self._versions[name]):
+                raise written(name)
+
+
+class Start:
+    """The untrained tensors of a model as training begins; what is saved with it later must be these, bit for bit."""
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._sums = self._now()
+
+    def _now(self) -> dict[str, int]:
+        return {name: checksum(sharding.local(tensor)) for name, tensor in untrained(self._model).items()}
+
+    def check(self) -> None:
+        """Raises UnsupportedLayer, naming a tensor that changed."""
+        for name, seen in self._now().items():
+            if self._sums.get(name) != seen:
                 raise written(name)
 
 

@@ -112,7 +112,7 @@ class MatrixTap(torch.autograd.Function):
         kept, weight = ctx.saved_tensors
         session, tap = ctx.session, ctx.tap
         if session.arriving(tap, grad):
-            _hand_over(ctx, *ctx.nodes, session.by_example(tap, grad), None if kept is None else session.by_example(tap, kept))
+            _hand_over(ctx, session.by_example(tap, grad), None if kept is None else session.by_example(tap, kept))
         grad_x = (grad @ (weight if ctx.by_rows else weight.T)).to(ctx.dtype) if ctx.needs_input_grad[3] else None
         return None, None, None, grad_x, None, None, None, None
 
@@ -125,9 +125,9 @@ def _keep(session: Session, name: str, axis: int, x: Tensor) -> Tensor:
         return session.sink.keep(name, axis, x)
 
 
-def _hand_over(ctx: Any, weight_node: Node | None, bias_node: Node | None, grad: Tensor, kept: Tensor | None) -> None:
+def _hand_over(ctx: Any, grad: Tensor, kept: Tensor | None) -> None:
     """Tells the sink of one use of a weight and its bias; grad (B,T,O), kept (B,T,I) or projected (B,T,R)."""
-    sink = ctx.session.sink
+    sink, (weight_node, bias_node) = ctx.session.sink, ctx.nodes
     weight, bias = (node.root if node is not None else None for node in (weight_node, bias_node))
     if weight and bias and ctx.axis and kept is not None:
         sink.affine(weight, bias, grad, kept)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -98,11 +98,11 @@ class Repetition:
     """A forward pass that can be made again: the same random numbers, and other examples beside the same ones.
 
     Args:
-        forward: batch -> losses (B,). state: random states from before the pass (`random_states`). constants: see `dependence.Dependence`.
+        forward: (batch, B) -> losses (B,). state: random states from before the pass (`random_states`). constants: see `dependence.Dependence`.
         tolerance: of a comparison where shapes differ, relative to the largest loss.
     """
 
-    def __init__(self, forward: Callable[[Any], Tensor], batch: Any, rows: int, state: list, constants: set[int], tolerance: float):
+    def __init__(self, forward: Callable[[Any, int], Tensor], batch: Any, rows: int, state: list, constants: set[int], tolerance: float):
         self._forward, self._batch, self._rows = forward, batch, rows
         self._state, self._constants, self._tolerance = state, constants, tolerance
 
@@ -140,7 +140,8 @@ class Repetition:
         """Compares the losses of some examples in the whole batch and in one of their own; without dropout, whose masks differ."""
         picked = half.nonzero().squeeze(1)
         undropped = self._losses(self._batch, watching=Undropped())
-        alone = self._losses(tree_map(lambda t: t[picked.to(t.device)] if isinstance(t, Tensor) else t, _plain(self._batch)), len(picked), Undropped())
+        few = tree_map(lambda t: t[picked.to(t.device)] if isinstance(t, Tensor) else t, _plain(self._batch))
+        alone = self._losses(few, len(picked), Undropped())
         whole = torch.zeros_like(plain)
         whole[picked] = alone
         self._close("the loss of an example", undropped, whole, half)
@@ -148,28 +149,23 @@ class Repetition:
     def _among(self, others: Tensor, high: bool, luck: bool = True) -> Tensor:
         """The losses with `others` exchanged, and their luck; where a model fails on what that gives, with less exchanged."""
         watching = Company(self._rows, self._constants, Tracked, others, high) if luck else None
-        for scale in (_EXTREME, 1.0) if high else (1.0,):
-            try:
-                return self._losses(self._exchanged(others, scale), self._rows, watching)
-            except (RuntimeError, ValueError, IndexError, AssertionError) as error:
-                failure = error
-        raise failure
+        if high:
+            with suppress(RuntimeError, ValueError, IndexError, AssertionError):
+                return self._losses(self._exchanged(others, _EXTREME), watching=watching)
+        return self._losses(self._exchanged(others, 1.0), watching=watching)
 
     def _exchanged(self, others: Tensor, scale: float) -> Any:
         """The batch with each of `others` replaced by one of the rest; 0/1 masks stay, since models take other paths where none is 0."""
         rest = (~others).nonzero().squeeze(1)
         source = torch.arange(self._rows)
-        if len(rest):
-            source[others] = rest[torch.arange(int(others.sum())) % len(rest)]
+        source[others] = rest[torch.arange(int(others.sum())) % len(rest)]
 
         def exchange(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor) or (leaf.ndim > 1 and _is_mask(leaf)):
                 return leaf
             out = leaf[source.to(leaf.device)]
-            if leaf.is_floating_point() or leaf.is_complex():
+            if leaf.is_floating_point() and scale != 1.0:
                 out[others.to(leaf.device)] *= scale
-                if scale == 1.0 and not len(rest):
-                    out = -out
             return out
 
         return tree_map(exchange, _plain(self._batch))

@@ -14,7 +14,7 @@ def one_of(batch, index, rows):
 
 def example_gradients(model, loss, batch, rows):
     """A dict of gradients an example, unused tensors as zeros."""
-    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    params = {n: p for n, p in model.named_parameters() if p.requires_grad and p.numel()}
     out = []
     for index in range(rows):
         value = loss(model, one_of(batch, index, rows)).sum()

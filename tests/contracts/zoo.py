@@ -195,6 +195,80 @@ class Flat(nn.Module):
         return self.inner(self.norm(x.reshape(-1, x.shape[-1]))).view(x.shape)
 
 
+class Steps(nn.Module):
+    """A recurrent cell, step by step."""
+
+    def __init__(self, cell):
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x):
+        state, out = None, []
+        for t in range(x.shape[1]):
+            state = self.cell(x[:, t], state)
+            out.append(state[0] if isinstance(state, tuple) else state)
+        return torch.stack(out, 1)
+
+
+class Written(nn.Module):
+    """A parameter that is written, spread and cast in the ways that code from elsewhere does it."""
+
+    def __init__(self, width=12):
+        super().__init__()
+        self.token, self.scale = nn.Parameter(torch.randn(width)), nn.Parameter(torch.randn(width))
+        self.inner, self.empty = nn.Linear(width, width), nn.Parameter(torch.empty(0, 4))
+        self.one = nn.Embedding(1, width)
+
+    def forward(self, x):
+        rows, length = x.shape[:2]
+        z = x.clone()
+        z[:, 0] = self.token
+        z[:, 1].copy_(self.scale)
+        z = z.index_put((torch.arange(rows), torch.full((rows,), 2)), self.token)
+        z = z * self.scale.broadcast_to(x.shape) + self.scale.tile(rows, length, 1)
+        z = torch.cat([z, self.token[None, None].repeat_interleave(rows, 0)], 1)[:, 1:]
+        z = z + self.one(torch.zeros(rows, length, dtype=torch.long))
+        with torch.no_grad():
+            size = self.inner.weight.norm()
+        return F.linear(z, self.inner.weight.type_as(z) / size, self.inner.bias)
+
+
+class Standardised(nn.Conv1d):
+    """A convolution whose weight is standardised first."""
+
+    def forward(self, x):
+        var, mean = torch.var_mean(self.weight, dim=[1, 2], keepdim=True)
+        return F.conv1d(x, (self.weight - mean) / (var + 1e-6).sqrt(), self.bias, padding=1)
+
+
+class Fourier(nn.Module):
+    """A Fourier layer whose complex weight is held as pairs of real numbers."""
+
+    def __init__(self, width=12, modes=3):
+        super().__init__()
+        self.weight, self.modes = nn.Parameter(torch.randn(width, width, modes, 2) / width), modes
+
+    def forward(self, x):
+        spectrum = torch.fft.rfft(x.transpose(1, 2).contiguous())
+        out = torch.zeros_like(spectrum)
+        weight = torch.view_as_complex(self.weight)
+        out[:, :, : self.modes] = torch.einsum("bix,iox->box", spectrum[:, :, : self.modes], weight)
+        return torch.fft.irfft(out, n=x.shape[1]).transpose(1, 2)
+
+
+class ScaledByOnePlus(nn.Module):
+    """Gemma's norm, many times: an operation on a parameter alone whose first dimension may divide by anything."""
+
+    def __init__(self, width=12, depth=12):
+        super().__init__()
+        self.weights = nn.ParameterList([nn.Parameter(torch.randn(width) / 9) for _ in range(depth)])
+
+    def forward(self, x):
+        for weight in self.weights:
+            x = torch.tanh(x) * (1 + weight)
+        return x
+
+
 def _channels(layer):
     return lambda: Small(layer(), call=lambda inner, x: inner(x.transpose(1, 2)).transpose(1, 2))
 
@@ -222,6 +296,31 @@ LAYERS = {
     "PReLU": lambda: Small(nn.PReLU()),
     "bare parameters": lambda: Small(Bare()),
     "reused module": lambda: Small(nn.Linear(12, 12), call=lambda inner, x: inner(torch.tanh(inner(x)))),
+    "LSTM": lambda: Small(nn.LSTM(12, 12, batch_first=True), call=lambda inner, x: inner(x)[0]),
+    "LSTM, two layers, both ways, projected, time-major": lambda: Small(
+        nn.LSTM(12, 12, num_layers=2, bidirectional=True, proj_size=6), call=lambda inner, x: inner(x.transpose(0, 1))[0].transpose(0, 1)
+    ),
+    "GRU": lambda: Small(nn.GRU(12, 12, batch_first=True), call=lambda inner, x: inner(x)[0]),
+    "RNN without bias": lambda: Small(nn.RNN(12, 12, bias=False, batch_first=True), call=lambda inner, x: inner(x)[0]),
+    "LSTM cell": lambda: Small(Steps(nn.LSTMCell(12, 12))),
+    "GRU cell": lambda: Small(Steps(nn.GRUCell(12, 12))),
+    "RNN cell": lambda: Small(Steps(nn.RNNCell(12, 12))),
+    "attention": lambda: Small(nn.MultiheadAttention(12, 3, batch_first=True), call=lambda inner, x: inner(x, x, x)[0]),
+    "attention with key and value biases, time-major": lambda: Small(
+        nn.MultiheadAttention(12, 3, add_bias_kv=True),
+        call=lambda inner, x: inner(*[x.transpose(0, 1)] * 3, need_weights=False)[0].transpose(0, 1),
+    ),
+    "transformer encoder layer": lambda: Small(nn.TransformerEncoderLayer(12, 3, 16, dropout=0.0, batch_first=True)),
+    "written, spread and cast": lambda: Small(Written()),
+    "standardised convolution (computed weight)": lambda: Small(
+        Standardised(12, 12, 3), call=lambda inner, x: inner(x.transpose(1, 2)).transpose(1, 2)
+    ),
+    "complex weight as pairs": lambda: Small(Fourier()),
+    "one plus weight": lambda: Small(ScaledByOnePlus()),
+    "two heads in one einsum": lambda: Small(
+        nn.ParameterList([nn.Parameter(torch.randn(12, 2, 6))]),
+        call=lambda inner, x: torch.einsum("tbi,ihd->bthd", x.transpose(0, 1), inner[0]).flatten(2),
+    ),
     "unused module": lambda: Small(nn.ModuleList([nn.Linear(12, 12), nn.Linear(12, 12)]), call=lambda inner, x: inner[0](x)),
     "relative positions, B = T": lambda: Small(Relative()),
     "flattened tokens": lambda: Small(Flat()),

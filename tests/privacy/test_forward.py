@@ -1,0 +1,296 @@
+"""What a forward pass may do: no company, no memory, no shared luck, no ambient precision; each is found by value in training mode."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from grape_ray import make_engine
+from grape_ray.config import Method, Privacy
+from grape_ray.errors import UnsupportedLayer
+from grape_ray.methods import METHODS
+from grape_ray.preflight import preflight
+from tests.privacy.test_sensitivity import Weighted, cancelling, dictated
+
+EXACT = [name for name, info in METHODS.items() if info.private and info.exact]
+WIDTH = 6
+
+
+def engine(model, method="ghost", clip_norm=1.0):
+    return make_engine(model, method, clip_norm, key=b"k", rank=2, project_min_numel=50)
+
+
+def loss(m, b):
+    return 3 * m(b["x"]).float().flatten(1).sum(1)
+
+
+def batch(rows=8, seed=1):
+    return {"x": torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(seed))}
+
+
+def around(layer, dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(WIDTH, 16), layer, nn.Tanh(), nn.Linear(16, 1)).to(dtype).train()
+
+
+class Do(nn.Module):
+    """A function as a layer, told whether the model is in training mode."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x, self.training)
+
+
+MIXING = {
+    "batch statistics": lambda x, training: (x - x.mean(0)) / (x.var(0) + 1e-5).sqrt() if training else x,
+    "mixup": lambda x, training: 0.5 * x + 0.5 * x.roll(1, 0) if training else x,
+    "functional batch norm": lambda x, training: F.batch_norm(x, None, None, training=True) if training else x,
+    "a little of the mean": lambda x, training: x + 1e-5 * x.mean(0),
+    "a detached mean": lambda x, training: x - 1e-4 * x.detach().mean(0),
+    "the batch's size": lambda x, training: x / x.shape[0],
+    "the batch's maximum": lambda x, training: x / x.detach().abs().max(),
+}
+
+
+@pytest.mark.parametrize("kind", MIXING)
+@pytest.mark.parametrize("method", ["grape", "dp_adam"])
+def test_company_is_refused(kind, method):
+    model = around(Do(MIXING[kind]))
+    with pytest.raises(UnsupportedLayer):
+        engine(model, method).clipped_sum(loss, batch())
+    with pytest.raises(UnsupportedLayer):
+        preflight(model, loss, batch(4), Privacy(), Method(name=method, rank=2, project_min_numel=50))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mixing_before_the_first_layer_is_refused_in_every_precision(dtype):
+    model = nn.Sequential(Do(lambda x, training: x + 5e-2 * x.mean(0)), around(nn.Identity())).to(dtype)
+    with pytest.raises(UnsupportedLayer, match="beside other examples"):
+        engine(model).clipped_sum(lambda m, b: loss(m, {"x": b["x"].to(dtype)}), batch())
+
+
+def test_batch_norm_without_statistics_of_its_own_is_refused_in_eval_mode():
+    model = around(nn.BatchNorm1d(16, affine=False, track_running_stats=False)).eval()
+    with pytest.raises(UnsupportedLayer):
+        engine(model).clipped_sum(loss, batch())
+
+
+def test_whole_numbers_mix_as_well_as_real_ones():
+    class Lengths(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(20, WIDTH), nn.Linear(WIDTH, 1)
+
+        def forward(self, ids):
+            return self.head(self.table(ids).mean(1) / ids.max())
+
+    ids = torch.randint(1, 9, (8, 5), generator=torch.Generator().manual_seed(0))
+    ids[3, 2] = 19
+    with pytest.raises(UnsupportedLayer):
+        engine(Lengths()).clipped_sum(loss, {"x": ids})
+
+
+class Keeps(nn.Module):
+    """A model that keeps what it saw, in one of many ways."""
+
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last, self.how = nn.Linear(WIDTH, 8), nn.Linear(8, 1), how
+        self.plain, self.listed = torch.zeros(8), []
+        self.register_buffer("kept", torch.zeros(8))
+        self.register_buffer("unsaved", torch.zeros(8), persistent=False)
+        self.frozen = nn.Parameter(torch.zeros(8), requires_grad=False)
+
+    def forward(self, x):
+        h = self.first(x)
+        seen = h.detach().mean(0)
+        if self.how == "buffer":
+            self.kept.mul_(0.5).add_(seen)
+        elif self.how == "replaced buffer":
+            self.kept = 0.5 * self.kept + seen
+        elif self.how == "data":
+            self.kept.data.add_(seen)
+        elif self.how == "numpy":
+            self.kept.numpy()[:] += seen.numpy()
+        elif self.how == "frozen weight":
+            self.frozen.data.add_(seen)
+        elif self.how == "unsaved buffer":
+            self.unsaved.add_(seen)
+        elif self.how == "unsaved data":
+            self.unsaved.data.add_(seen)
+        elif self.how == "attribute, read":
+            h, self.plain = h - self.plain, 0.5 * self.plain + seen
+        elif self.how == "list, read":
+            h = h - sum(self.listed[-4:], torch.zeros(8))
+            self.listed.append(seen)
+        return self.last(torch.tanh(h))
+
+
+WAYS = [
+    "buffer", "replaced buffer", "data", "numpy", "frozen weight", "unsaved buffer", "unsaved data", "attribute, read", "list, read",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_memory_is_refused(how, rows):
+    with pytest.raises(UnsupportedLayer, match=r"written to|remembers"):
+        engine(Keeps(how).train()).clipped_sum(loss, batch(rows))
+
+
+def test_an_attribute_that_a_pass_rebinds_is_put_back():
+    class Shows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.seen = nn.Linear(WIDTH, 1), None
+
+        def forward(self, x):
+            self.seen, self.new = x, x
+            return self.inner(x)
+
+    model = Shows()
+    engine(model).clipped_sum(loss, batch())
+    assert model.seen is None
+    assert not hasattr(model, "new")
+
+
+def drop_path(mode):
+    def drop(x, training):
+        shape = (x.shape[0], 1) if mode == "row" else (1, 1)
+        return x * x.new_empty(shape).bernoulli_(0.8) / 0.8 if training else x
+
+    return Do(drop)
+
+
+class DropConnect(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, F.dropout(self.weight, 0.5, self.training), self.bias)
+
+
+def layer_drop(p):
+    return Do(lambda x, training: x if training and torch.rand([]) < p else torch.tanh(x))
+
+
+SHARED_LUCK = {
+    "stochastic depth by batch": lambda: drop_path("batch"),
+    "layer drop": lambda: layer_drop(0.1),
+    "drop connect": lambda: DropConnect(16, 16),
+    "noise of one position": lambda: Do(lambda x, training: x + torch.randn(16)),
+    "one permutation": lambda: Do(lambda x, training: x[:, torch.randperm(16)]),
+    "Python's generator": lambda: Do(lambda x, training: x * float(np.random.rand() < 2)),
+    "one mask of the batch's size": lambda: Do(lambda x, training: x * F.dropout(torch.ones(16), 0.5)),
+}
+OWN_LUCK = {
+    "stochastic depth by row": lambda: drop_path("row"),
+    "layer drop that never drops": lambda: layer_drop(0.0),
+    "dropout": lambda: nn.Dropout(0.3),
+    "noise of each example": lambda: Do(lambda x, training: x + torch.randn_like(x)),
+    "a masked input": lambda: Do(lambda x, training: x.masked_fill(torch.rand(x.shape) < 0.2, 0.0)),
+}
+
+
+@pytest.mark.parametrize("kind", SHARED_LUCK)
+def test_luck_that_examples_share_is_refused(kind):
+    with pytest.raises(UnsupportedLayer, match=r"random|several examples share|all examples of a pass share"):
+        engine(around(SHARED_LUCK[kind]())).clipped_sum(loss, batch(8))
+
+
+@pytest.mark.parametrize("kind", OWN_LUCK)
+def test_luck_of_each_example_is_trained(kind):
+    model, made = around(OWN_LUCK[kind]()), None
+    for seed in range(5):
+        torch.manual_seed(seed)
+        made = engine(model)
+        made.clipped_sum(loss, batch(8))
+    torch.manual_seed(7)
+    once = made.clipped_sum(loss, batch(8)).tensors
+    torch.manual_seed(7)
+    again = engine(model).clipped_sum(loss, batch(8)).tensors  # verified now, and yet the same masks
+    assert all(torch.equal(once[name], again[name]) for name in once)
+
+
+@contextlib.contextmanager
+def medium():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("around_it", [lambda: torch.autocast("cpu", torch.bfloat16), medium])
+@pytest.mark.parametrize("method", EXACT)
+def test_precision_outside_does_not_reach_norms_and_sums(around_it, method):
+    for size in (1.0, 1e2, 1e5):
+        for route in ("gram", "instantiate"):
+            b = cancelling(size, 2, 64)
+            b["x"] = b["x"] + torch.randn(b["x"].shape, generator=torch.Generator().manual_seed(0)) * 0.1
+            made = make_engine(Weighted(64, 64), method, 1.0, key=b"k", rank=4, project_min_numel=1, routes=(f"*:{route}",))
+            with around_it():
+                before = torch.get_float32_matmul_precision()
+                summed = made.clipped_sum(dictated, b)
+                assert torch.get_float32_matmul_precision() == before
+            assert sum(float(t.double().square().sum()) for t in summed.tensors.values()) ** 0.5 <= 1 + 1e-3
+
+
+class Custom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return grad @ weight, grad.T @ x
+
+
+LOST = {
+    "a Function of one's own": lambda m, x: Custom.apply(x, m.inner.weight),
+    "vmap over a parameter": lambda m, x: torch.vmap(lambda row: x @ row)(m.inner.weight).T,
+    "a trace": lambda m, x: torch.jit.trace(lambda a, w: a @ w.t(), (x, m.inner.weight.detach()))(x, m.inner.weight),
+    "a reference kept elsewhere": lambda m, x: F.linear(x, m.hoard[0], m.inner.bias),
+    "reentrant checkpointing": lambda m, x: checkpoint(m.inner, x + 0 * m.scale, use_reentrant=True),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", LOST)
+@pytest.mark.parametrize("method", ["dp_adam", "ghost"])
+def test_a_gradient_that_would_be_lost_is_refused(kind, method):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.scale = nn.Linear(WIDTH, 4), nn.Parameter(torch.ones(WIDTH))
+            self.hoard = [self.inner.weight]
+
+        def forward(self, x):
+            return LOST[kind](self, x)
+
+    with pytest.raises(UnsupportedLayer, match=r"inner|'scale'"):
+        engine(Model(), method).clipped_sum(loss, batch())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_scripted_layer_is_refused_and_a_compiled_one_runs_as_it_was_written():
+    with pytest.raises(UnsupportedLayer, match="not seen"):
+        engine(nn.Sequential(torch.jit.script(nn.Linear(WIDTH, 4)), nn.Linear(4, 1))).clipped_sum(loss, batch())
+    plain = nn.Sequential(nn.Linear(WIDTH, 4), nn.Linear(4, 1))
+    compiled = nn.Sequential(torch.compile(plain[0], backend="eager"), plain[1])
+    one, two = engine(plain).clipped_sum(loss, batch()).tensors, engine(compiled).clipped_sum(loss, batch()).tensors
+    assert all(torch.equal(a, b) for a, b in zip(one.values(), two.values()))
+
+
+def test_complex_parameters_are_refused_by_name():
+    model = nn.ParameterDict({"w": nn.Parameter(torch.randn(3, dtype=torch.cfloat))})
+    with pytest.raises(UnsupportedLayer, match="view_as_complex"):
+        make_engine(model, "dp_adam", 1.0)
