@@ -98,7 +98,8 @@ class Repetition:
     """A forward pass that can be made again: the same random numbers, and other examples beside the same ones.
 
     Args:
-        forward: (batch, B) -> losses (B,). state: random states from before the pass (`random_states`). constants: see `dependence.Dependence`.
+        forward: (batch, B) -> losses (B,). state: random states from before the pass (`random_states`).
+        constants: see `dependence.Dependence`.
         tolerance: of a comparison where shapes differ, relative to the largest loss.
     """
 
