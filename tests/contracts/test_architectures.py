@@ -143,8 +143,8 @@ EXPERTS = {
         {
             "n_routed_experts": 4,
             "num_experts_per_tok": 2,
-            "n_group": 1,
-            "topk_group": 1,
+            "n_group": 2,
+            "topk_group": 2,
             "first_k_dense_replace": 0,
             "q_lora_rank": 8,
             "kv_lora_rank": 8,
