@@ -142,6 +142,7 @@ EXPERTS = {
         hf.DeepseekV3Config,
         {
             "n_routed_experts": 4,
+            "num_key_value_heads": 2,
             "num_experts_per_tok": 2,
             "n_group": 2,
             "topk_group": 2,
