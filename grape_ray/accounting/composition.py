@@ -16,6 +16,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import fft
 
 from grape_ray.accounting.losses import Losses
 
@@ -24,6 +25,7 @@ _OUTSIDE = 1e-17  # tilted probability beyond either end of the window; it is ad
 _FFT = 16  # times u log2(N) the 2-norm: an FFT's error in 2-norm; about 7 for radix 2 (Higham 2002, theorem 24.2)
 _TILTS = np.concatenate([[0.0], np.geomspace(1e-4, 1e5, 80)])
 _BLOCKS = 4096
+_BLURRED = 1e-3  # share of delta above which a convolution's error bound is worth extended precision
 _MOST_CELLS = 1 << 23  # of a window; where more are needed, as for epsilons of many thousands, Chernoff's bound stands alone
 
 # Shapes: n cells of one step, N cells of the composition's window.
@@ -57,14 +59,25 @@ class Composition:
 
     def delta(self, epsilon: float) -> float:
         """An upper bound on delta at this epsilon."""
-        return self._bound(self._tilted(self._tilt(-_TILTS * epsilon)), epsilon)
+        theta = self._tilt(-_TILTS * epsilon)
+        tilted = self._tilted(theta)
+        if self._blurred(tilted, epsilon):
+            tilted = self._tilted(theta, np.longdouble)
+        return self._bound(tilted, epsilon)
 
     def epsilon(self, delta: float) -> float:
         """An epsilon at which `delta` holds; infinite where rounding or infinite losses leave none."""
         if self._infinite >= delta:
             return math.inf
-        with np.errstate(divide="ignore"):
-            tilted = self._tilted(self._tilt(-math.log(delta) + np.log(_TILTS), divide=True))
+        theta = self._tilt(np.full_like(_TILTS, -math.log(delta)), divide=True)
+        tilted = self._tilted(theta)
+        found = self._least(tilted, delta)
+        if self._blurred(tilted, found):
+            found = min(found, self._least(self._tilted(theta, np.longdouble), delta))
+        return found
+
+    def _least(self, tilted: _Tilted, delta: float) -> float:
+        """The least epsilon whose bound is at most `delta`, to a billionth."""
         if self._bound(tilted, 0.0) <= delta:
             return 0.0
         # Chernoff's bound, at which all of the tilted sum would do.
@@ -95,7 +108,7 @@ class Composition:
             bound = np.append(np.inf, (self._log_moments + beside)[1:] / _TILTS[1:])
         return float(_TILTS[int(np.argmin(bound))])
 
-    def _tilted(self, theta: float) -> _Tilted:
+    def _tilted(self, theta: float, dtype: type = np.float64) -> _Tilted:
         one, steps = self._one, self._steps
         x = self._numbers * one.spacing
         exponents = theta * x + self._logs
@@ -106,14 +119,15 @@ class Composition:
         if size > _MOST_CELLS:
             return _Tilted(theta, steps * log_mass, np.zeros(0), np.zeros(0), 0.0, 1e-6)
         folded = np.bincount(np.arange(len(tilted)) % size, weights=tilted, minlength=size)
-        cells = np.fft.irfft(_power(np.fft.rfft(folded), steps), size)
+        cells = fft.irfft(_power(fft.rfft(folded.astype(dtype)), steps), size).astype(np.float64)
         start = first - steps * int(self._numbers[0])
         losses = (first + np.arange(size)) * one.spacing
         length = float(np.linalg.norm(folded))
-        fft = _FFT * _UNIT * math.log2(size)
+        unit = float(np.finfo(dtype).eps) / 2
+        lost = _FFT * unit * math.log2(size)
         # |(F + e)^T - F^T| <= T |e| (1 + |e|)^(T - 1) for |F| <= 1, where |e| is at most the transform's error in 2-norm.
-        largest = fft * math.sqrt(size) * length
-        off = length * (steps * (fft * math.exp(min(steps * largest, 700.0)) + 3 * _UNIT) + 2 * fft)
+        largest = lost * math.sqrt(size) * length
+        off = length * (steps * (lost * math.exp(min(steps * largest, 700.0)) + 3 * unit) + 2 * lost)
         exponent = theta * float(np.abs(x).max()) + 750 + abs(log_mass)
         relative = 4 * _UNIT * (steps * exponent + size + len(tilted) + theta * float(np.abs(losses).max()))
         return _Tilted(theta, steps * log_mass, losses, np.roll(cells, -(start % size)), off, relative)
@@ -139,16 +153,24 @@ class Composition:
         first, last = math.floor(ends[0] / self._one.spacing) - 1, math.ceil(ends[1] / self._one.spacing) + 1
         return first, 1 << max(4, (last - first).bit_length())
 
-    def _bound(self, tilted: _Tilted, epsilon: float) -> float:
+    def _inside(self, tilted: _Tilted, epsilon: float) -> tuple[float, float]:
+        """The tilted sum over losses above epsilon as it was computed, and how far the convolution may have been off."""
         level = epsilon - self._slip
         above = slice(int(np.searchsorted(tilted.losses, level, side="right")), None)
         over = tilted.losses[above] - level
         weights = np.exp(-tilted.theta * over) * -np.expm1(-over)
-        inside = (
-            1.0
-            if not len(tilted.cells)
-            else float(tilted.cells[above] @ weights) + tilted.off * float(np.linalg.norm(weights)) + 2 * _OUTSIDE
-        )
+        return float(tilted.cells[above] @ weights), tilted.off * float(np.linalg.norm(weights)) + 2 * _OUTSIDE
+
+    def _blurred(self, tilted: _Tilted, epsilon: float) -> bool:
+        """Whether the convolution's error bound is a good part of delta here, and a longer float, where there is one, would help."""
+        if not len(tilted.cells) or np.finfo(np.longdouble).eps == np.finfo(np.float64).eps:
+            return False
+        computed, off = self._inside(tilted, min(epsilon, float(tilted.losses[-1])))
+        return off > _BLURRED * abs(computed)
+
+    def _bound(self, tilted: _Tilted, epsilon: float) -> float:
+        level = epsilon - self._slip
+        inside = sum(self._inside(tilted, epsilon)) if len(tilted.cells) else 1.0
         exponent = tilted.log_scale - tilted.theta * level
         relative = tilted.relative + 4 * _UNIT * (abs(tilted.log_scale) + abs(tilted.theta * level))
         if inside <= 0:
