@@ -119,7 +119,8 @@ class Composition:
         if size > _MOST_CELLS:
             return _Tilted(theta, steps * log_mass, np.zeros(0), np.zeros(0), 0.0, 1e-6)
         folded = np.bincount(np.arange(len(tilted)) % size, weights=tilted, minlength=size)
-        cells = fft.irfft(_power(fft.rfft(folded.astype(dtype)), steps), size).astype(np.float64)
+        transform = np.asarray(fft.rfft(folded.astype(dtype)))
+        cells = np.asarray(fft.irfft(_power(transform, steps), size), dtype=np.float64)
         start = first - steps * int(self._numbers[0])
         losses = (first + np.arange(size)) * one.spacing
         length = float(np.linalg.norm(folded))

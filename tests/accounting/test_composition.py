@@ -11,7 +11,7 @@ from grape_ray.accounting.composition import _TILTS, Composition, _power
 from grape_ray.accounting.losses import Losses, connected, gaussian
 
 
-def log_moments(s, sigma, q):
+def log_moments(s, sigma, q) -> np.ndarray:
     """log E e^(s L) of one removal's loss L, at complex s (n,): the trapezoidal rule, which for such densities is exact to rounding."""
     t = np.linspace(-12 * sigma, 1 + 12 * sigma + s.real.max(), 3000)
     density = -(t**2) / (2 * sigma**2) - math.log(sigma * math.sqrt(2 * math.pi))
@@ -21,13 +21,13 @@ def log_moments(s, sigma, q):
         exponent = density + (1 + one) * loss
         top = exponent.real.max()
         found.append(top + np.log(np.exp(exponent - top).sum() * (t[1] - t[0])))
-    return np.array(found)
+    return np.array(found, dtype=np.complex128)
 
 
 def true_delta(sigma, q, steps, level):
     """delta = 1 / (2 pi i) times the integral of M(s)^T e^(-s level) / (s (s + 1)) along a line through the saddle point."""
     thetas = np.geomspace(0.05, 100, 150)
-    exponents = steps * log_moments(thetas.astype(complex), sigma, q).real - thetas * level - np.log(thetas * (1 + thetas))
+    exponents = steps * log_moments(thetas + 0j, sigma, q).real - thetas * level - np.log(thetas * (1 + thetas))
     theta = thetas[np.argmin(exponents)]
     around = steps * log_moments(np.array([0.98, 1.0, 1.02]) * theta + 0j, sigma, q).real
     spread = math.sqrt((around[2] - 2 * around[1] + around[0]) / (0.02 * theta) ** 2)
