@@ -27,9 +27,9 @@ def log_moments(s, sigma, q) -> np.ndarray:
 def true_delta(sigma, q, steps, level):
     """delta = 1 / (2 pi i) times the integral of M(s)^T e^(-s level) / (s (s + 1)) along a line through the saddle point."""
     thetas = np.geomspace(0.05, 100, 150)
-    exponents = steps * log_moments(thetas + 0j, sigma, q).real - thetas * level - np.log(thetas * (1 + thetas))
+    exponents = np.real(steps * log_moments(thetas + 0j, sigma, q)) - thetas * level - np.log(thetas * (1 + thetas))
     theta = thetas[np.argmin(exponents)]
-    around = steps * log_moments(np.array([0.98, 1.0, 1.02]) * theta + 0j, sigma, q).real
+    around = np.real(steps * log_moments(np.array([0.98, 1.0, 1.02]) * theta + 0j, sigma, q))
     spread = math.sqrt((around[2] - 2 * around[1] + around[0]) / (0.02 * theta) ** 2)
     u = np.arange(0, 40 / spread, 1 / (6 * spread + 6 / theta))
     s = theta + 1j * u
