@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+# Smaller factors are zero: in single precision they are no longer rounded by a 2^-24 of themselves, and could come out larger.
+_LEAST = 2.0**-100
 AUTOMATIC_GAMMA = 0.01  # Bu et al. 2023, "Automatic Clipping": keeps the factor finite and small gradients small
 
 
@@ -44,7 +46,7 @@ def factors(squared: Mapping[str, Tensor], policy: str, clip_norm: float, mask: 
         mask: (B,) bool, False for padding.
 
     Returns:
-        name -> (B,) float64 in [0, inf); exactly 0 for padding and for examples any of whose norms is not finite.
+        name -> (B,) float64 in [0, inf); exactly 0 for padding, for examples any of whose norms is not finite, and below 2^-100.
     """
     alive = torch.isfinite(_total(squared))
     if mask is not None:
@@ -53,7 +55,7 @@ def factors(squared: Mapping[str, Tensor], policy: str, clip_norm: float, mask: 
     out = {}
     for name, factor in POLICIES[policy](squared, clip_norm).items():
         if id(factor) not in made:
-            made[id(factor)] = torch.where(alive, factor, torch.zeros_like(factor))
+            made[id(factor)] = torch.where(alive & (factor >= _LEAST), factor, torch.zeros_like(factor))
         out[name] = made[id(factor)]
     return out
 

@@ -13,6 +13,9 @@ from typing import Any
 from grape_ray.errors import ConfigError, nearest
 from grape_ray.methods import METHODS
 
+# What underflows in single precision is below 1e-12 for the widest layers (docs/privacy.md, "Norms are taken from above"): a millionth
+# of the least clip norm. Gradients whose squares overflow, beyond 1e19, contribute nothing: far above the largest.
+MIN_CLIP_NORM, MAX_CLIP_NORM = 1e-6, 1e12
 # As Python writes and as JSON reads them: what is out of range is told by the range check, which knows what to do.
 _NOT_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 
@@ -39,7 +42,7 @@ class Privacy:
         expected_batch_size: mean number of records in a Poisson batch; sampling_prob is this divided by the number of records.
         steps: optimizer steps planned.
         spare_steps: extra step tokens for the steps that a restart repeats.
-        clip_norm: bound C on each example's contribution in L2 norm.
+        clip_norm: bound C on each example's contribution in L2 norm, from 1e-6 to 1e12.
         clipping: `flat` (one norm over all tensors), `automatic` (every example scaled to norm just under C) or `per_layer`
             (each tensor bounded by C / sqrt(number of tensors)); all three have sensitivity C.
         noise_multiplier: standard deviation of the noise in units of C; None calibrates it from the fields above.
@@ -66,7 +69,9 @@ class Privacy:
         _require(_count(size, 1), "privacy.expected_batch_size", size, "an integer >= 1", fix)
         _require(_count(self.steps, 1), "privacy.steps", self.steps, "an integer >= 1", "choose how many optimizer steps to take")
         _require(_count(self.spare_steps, 0), "privacy.spare_steps", self.spare_steps, "an integer >= 0")
-        _require(_number(self.clip_norm) and self.clip_norm > 0, "privacy.clip_norm", self.clip_norm, "a finite number > 0")
+        expected, fix = f"a number from {MIN_CLIP_NORM:g} to {MAX_CLIP_NORM:g}", "multiply the loss to bring its gradients into range"
+        in_range = _number(self.clip_norm) and MIN_CLIP_NORM <= self.clip_norm <= MAX_CLIP_NORM
+        _require(in_range, "privacy.clip_norm", self.clip_norm, expected, fix)
         _choice("privacy.clipping", self.clipping, ("flat", "automatic", "per_layer"))
         sigma = self.noise_multiplier
         _require(sigma is None or (_number(sigma) and sigma > 0), "privacy.noise_multiplier", sigma, "None or a finite number > 0")

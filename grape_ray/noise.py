@@ -1,4 +1,8 @@
-"""The noise line: `privatize` is the only door from ClippedSum to PrivateGradient."""
+"""The noise line: `privatize` is the only door from ClippedSum to PrivateGradient.
+
+Sum and noise are rounded to one grid of a power of two and added there without rounding, so that the result's low bits tell nothing of
+the sum's: it is a post-processed Gaussian mechanism on the rounded sum (docs/privacy.md, "Low bits"; Mironov 2012 shows the attack).
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,11 @@ from grape_ray.rng import normals
 from grape_ray.types import ClippedSum, NonPrivateGradient, PrivateGradient
 
 _BACKGROUND = ThreadPoolExecutor(1, "noise")
+_BELOW_SENSITIVITY = 31  # bits from the sensitivity down to the grid
+_BELOW_STD = 47  # bits from the noise's standard deviation down to the grid, at most: normals below 16 times 2^48 are below 2^52
+_FARTHEST = 2.0**52  # of the sum from zero, in grid steps: it and the noise add up below 2^53, where doubles hold every integer
+_PIECE = {"cpu": 1 << 16}  # coordinates noised at a time, so that they stay in a core's cache
+_LARGE_PIECE = 1 << 24
 
 
 class NoiseStream:
@@ -72,9 +81,9 @@ def privatize(
     expected_batch_size: float,
     comms: Comms | None = None,
 ) -> PrivateGradient:
-    """The private mean gradient: (sum over ranks of `summed` + N(0, (noise_multiplier * sensitivity)^2)) / expected_batch_size.
+    """The private mean gradient: (sum over ranks of `summed` + N(0, std^2)) / expected_batch_size, computed on a grid.
 
-    The sum's memory is reused.
+    std is noise_multiplier * sensitivity, and a trifle more for the rounding (`grid_and_std`). The sum's memory is reused.
 
     Each rank reduces, noises and divides the slice it owns of the flat vector, then all gather: the noise is drawn once, in
     float64 from a cryptographic stream, and is bitwise the same at any world size. An empty batch is noised like any other.
@@ -92,17 +101,57 @@ def privatize(
     for name, value in (("noise_multiplier", noise_multiplier), ("expected_batch_size", expected_batch_size)):
         if not (math.isfinite(value) and value > 0):
             raise ConfigError(name, value, "a finite number > 0")
-    if not math.isfinite(summed.sensitivity):
-        raise ConfigError("sensitivity of the sum", summed.sensitivity, "a finite bound", "method `none` clips nothing: no noise covers it")
     stream.claim(step)
-    std = noise_multiplier * summed.sensitivity
+    count = sum(t.numel() for t in summed.tensors.values())
+    grid, std = grid_and_std(summed.sensitivity, noise_multiplier, count)
 
     def release(mine: Tensor, start: int) -> Tensor:
-        noise = stream.normals(step, start, mine.numel()).mul_(std)
-        return mine.add_(noise.to(mine.device, mine.dtype)).div_(expected_batch_size)
+        for low, high in _pieces(start, mine.numel(), _PIECE.get(mine.device.type, _LARGE_PIECE)):
+            part = mine[low:high]
+            noise = stream.normals(step, start + low, high - low).to(mine.device)
+            part.copy_(on_grid(part.double(), noise, std, grid).div_(expected_batch_size))
+        return mine
 
     tensors = _by_slices(summed.tensors, comms or Comms.local(), release)
     return PrivateGradient(tensors, step, std / expected_batch_size, types._DOOR)
+
+
+def grid_and_std(sensitivity: float, noise_multiplier: float, count: int) -> tuple[float, float]:
+    """The grid's step and the noise's standard deviation, from public numbers alone.
+
+    Rounding moves each of `count` coordinates by half a step at most, so two sums that were `sensitivity` apart are at most
+    sensitivity + step * sqrt(count) apart on the grid, and the noise is made for that: a millionth more for 5 million coordinates.
+
+    Raises:
+        ConfigError: the sensitivity is no finite number > 0, or so small or large that the grid leaves the range of doubles.
+    """
+    if not 1e-200 < sensitivity < 1e200:
+        raise ConfigError("sensitivity of the sum", sensitivity, "a finite bound > 0", "method `none` clips nothing: no noise covers it")
+    std = noise_multiplier * sensitivity
+    power = math.frexp(sensitivity)[1] - 1 - _BELOW_SENSITIVITY
+    if std > 0:
+        power = max(power, math.frexp(std)[1] - 1 - _BELOW_STD)
+    grid = math.ldexp(1.0, power)
+    return grid, noise_multiplier * (sensitivity + grid * math.sqrt(count))
+
+
+def on_grid(value: Tensor, normal: Tensor, std: float, grid: float) -> Tensor:
+    """round(value) + round(std * normal), both to multiples of `grid`, added exactly; float64, in the memory of both arguments.
+
+    As value is on the grid before the noise comes, this is the Gaussian mechanism's result on the rounded value, rounded. What is
+    farther from zero than 2^52 steps, a million times the sensitivity, is moved there first, which brings no two values apart.
+    """
+    value = value.mul_(1 / grid).clamp_(-_FARTHEST, _FARTHEST).round_()
+    return value.add_(normal.mul_(std / grid).round_()).mul_(grid)
+
+
+def _pieces(start: int, count: int, size: int) -> Iterator[tuple[int, int]]:
+    """Cuts `count` places that begin at place `start` of the noise into pieces that end where the noise's own chunks do."""
+    low = 0
+    while low < count:
+        high = min(count, low + size - (start + low) % size)
+        yield low, high
+        low = high
 
 
 def nonprivate_mean(summed: ClippedSum, *, step: int, batch_size: float, comms: Comms | None = None) -> NonPrivateGradient:

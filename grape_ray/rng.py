@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 _CHUNK = 16384  # normals made at a time; fixed, so that a value does not depend on the slice it was asked for in
 _WORD = 1 << 64
+_TAIL, _TAIL_WORDS = 2.0**-20, 1 << 63  # uniforms below it are refined, by words from there on
 _BLOCK_ROWS = 1024  # rows of a public matrix made at a time
 
 
@@ -32,7 +33,9 @@ def words(key: bytes, step: int, first: int, count: int) -> np.ndarray:
 
 
 def _chunk_of_normals(key: bytes, step: int, chunk: int) -> np.ndarray:
-    """Standard normals `chunk*_CHUNK ..` by Box-Muller in float64, each from two uniforms of 52 bits (|z| reaches 8.49).
+    """Standard normals `chunk*_CHUNK ..` by Box-Muller in float64, from two uniforms of 52 bits, or 116 where the radius is large.
+
+    |z| reaches 12.68, beyond which a normal lies with probability 1e-36.
 
     The angle's cosine and sine come from the tangent of its half, 2 / (1 + t^2) - 1 and 2 t / (1 + t^2): one fast function for two.
     """
@@ -40,6 +43,7 @@ def _chunk_of_normals(key: bytes, step: int, chunk: int) -> np.ndarray:
     bits |= np.uint64(0x3FF0000000000000)  # the mantissa of a double in [1, 2)
     unit, half = bits.view(np.float64)[: _CHUNK // 2], bits.view(np.float64)[_CHUNK // 2 :]
     radius = np.subtract(2.0, unit, out=unit)  # (0, 1]: its logarithm is finite
+    _refine(radius, key, step, chunk)
     np.log(radius, out=radius)
     np.sqrt(np.multiply(radius, -2.0, out=radius), out=radius)
     half -= 1.0
@@ -54,6 +58,13 @@ def _chunk_of_normals(key: bytes, step: int, chunk: int) -> np.ndarray:
     np.subtract(share, 1.0, out=cosine)
     cosine *= radius
     return out
+
+
+def _refine(uniform: np.ndarray, key: bytes, step: int, chunk: int) -> None:
+    """Gives the uniforms in (0, 1] of 52 bits that are below 2^-20, the normals' tails, 64 bits more from words of their own."""
+    for place in np.flatnonzero(uniform < _TAIL):
+        more = words(key, step, _TAIL_WORDS + 2 * (chunk * _CHUNK + int(place)), 1)[0]
+        uniform[place] = max(uniform[place] - float(more) * 2.0**-116, 2.0**-116)
 
 
 def normals(key: bytes, step: int, start: int, count: int) -> np.ndarray:

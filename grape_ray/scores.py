@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import torch
+
 from grape_ray.accounting import keys
 from grape_ray.accounting.book import Book
 from grape_ray.errors import ConfigError
+from grape_ray.noise import grid_and_std, on_grid
 from grape_ray.rng import normals
 
 
@@ -14,8 +17,9 @@ class PrivateScore:
     """Turns validation metrics into the one noised score of a run.
 
     The metric is the mean over the records of a value in [0, 1], so its sum moves by at most 1 with one record; the noise has standard
-    deviation `noise_multiplier` on the sum. Each score burns a token of the study before its noise is drawn. That each record's value
-    is in [0, 1] cannot be seen from their mean: the task says it (`bounded_metrics`), and SweepStudy refuses other metrics.
+    deviation `noise_multiplier` on the sum, and both are added on a grid (`noise.on_grid`). Each score burns a token of the study before
+    its noise is drawn. That each record's value is in [0, 1] cannot be seen from their mean: the task says it (`bounded_metrics`), and
+    SweepStudy refuses other metrics.
 
     Args:
         open_book: gives the ledger of the validation records. study, run: names there. key_path: file of the master key.
@@ -44,10 +48,11 @@ class PrivateScore:
         assert self._book is not None
         if self._book.charge(self._study, self._run, self._attempt, self._given, 1).steps == 0:
             return {}
-        noise = float(normals(self._key, self._given, 0, 1)[0])
+        noise = torch.from_numpy(normals(self._key, self._given, 0, 1))
         self._given += 1
-        # Low bits of a float may say how it was added up.
-        return {self._metric: float(f"{(value * records + self._noise_multiplier * noise) / records:.6g}")}
+        grid, std = grid_and_std(1.0, self._noise_multiplier, 1)
+        released = on_grid(torch.tensor([value * records], dtype=torch.float64), noise, std, grid)
+        return {self._metric: float(f"{float(released) / records:.6g}")}
 
     def _begin(self) -> None:
         """A new attempt, with a key of its own."""

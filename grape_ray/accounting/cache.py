@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-_FORMAT = 1  # to be raised whenever the accountant's answers change
+_FORMAT = 2  # to be raised whenever the accountant's answers change
 
 
 def folder() -> Path:
@@ -41,7 +41,7 @@ def remember(question: dict[str, Any], answer: float) -> None:
 
 
 def _full(question: dict[str, Any]) -> dict[str, Any]:
-    return {**question, "format": _FORMAT, "dp_accounting": version("dp-accounting")}
+    return {**question, "format": _FORMAT, "scipy": version("scipy")}
 
 
 def _path(question: dict[str, Any]) -> Path:

@@ -23,9 +23,10 @@ from grape_ray.accounting.events import (
 from grape_ray.errors import BudgetExceeded
 
 if TYPE_CHECKING:
-    from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
+    from grape_ray.accounting.composition import Composition
+    from grape_ray.accounting.losses import Losses
 
-_FINEST, _COARSEST = 1e-5, 1e-2  # spacing of privacy losses: rounding noise below, needless error above
+_FINEST, _COARSEST = 1e-5, 1e-2  # spacing of privacy losses: needless work below, needless error above
 _MAX_CELLS = 1_000_000
 _ENOUGH = 5e-4  # relative change of epsilon under a halved spacing that ends the refinement
 _PRECISION = 1e-4  # relative width of the bracket that ends the search for a noise multiplier
@@ -34,8 +35,9 @@ _PRECISION = 1e-4  # relative width of the bracket that ends the search for a no
 def epsilon(mechanism: Mechanism, steps: int, delta: float) -> float:
     """An upper bound, tight to about 0.1 %, on the epsilon of ``steps`` adaptively composed steps at this delta.
 
-    Add/remove adjacency only. Pessimistic connect-the-dots discretisation (Doroshenko et al. 2022), composed by FFT; every spacing of
-    the discretisation bounds from above, so refining stops when it no longer pays. Without subsampling the closed form is used.
+    Add/remove adjacency only. Pessimistic connect-the-dots discretisation (Doroshenko et al. 2022), composed by FFT with every rounding
+    error added (`accounting.composition`); each spacing bounds from above, so refining stops when it no longer pays. Without subsampling
+    the closed form is used.
 
     Returns:
         epsilon >= 0; infinity where no finite one holds.
@@ -145,10 +147,10 @@ def steps_within(mechanism: Mechanism, epsilon: float, delta: float) -> int:
 def _refined(mechanism: Mechanism, steps: int, delta: float) -> tuple[float, float]:
     """(epsilon, spacing), halving the spacing until it matters no more."""
     spacing = _first_spacing(mechanism)
-    best = _composed(mechanism, steps, spacing).get_epsilon_for_delta(delta)
+    best = _composed_epsilon(mechanism, steps, spacing, delta)
     while spacing / 2 >= _FINEST and _cells(mechanism, steps, spacing / 2) <= _MAX_CELLS:
         spacing /= 2
-        finer = _composed(mechanism, steps, spacing).get_epsilon_for_delta(delta)
+        finer = _composed_epsilon(mechanism, steps, spacing, delta)
         if finer >= best * (1 - _ENOUGH):
             return min(best, finer), spacing
         best = finer
@@ -160,31 +162,32 @@ def _excess(mechanism: Mechanism, steps: int, epsilon: float, delta: float, spac
     if _plain(mechanism):
         reached = _gaussian_delta(math.sqrt(steps) / mechanism.noise_multiplier, epsilon)
     else:
-        reached = float(_composed(mechanism, steps, spacing).get_delta_for_epsilon(epsilon))
+        reached = max(composed.delta(epsilon) for composed in _composed(mechanism, steps, spacing))
     return math.log(max(reached, 1e-300) / delta)
 
 
-def _composed(mechanism: Mechanism, steps: int, spacing: float) -> PrivacyLossDistribution:
-    """The privacy loss distribution of the composition."""
-    return _one_step(mechanism, spacing).self_compose(steps)
+def _composed(mechanism: Mechanism, steps: int, spacing: float) -> list[Composition]:
+    """The compositions for removing and for adding an example."""
+    from grape_ray.accounting.composition import Composition
+
+    return [Composition(losses, steps) for losses in _one_step(mechanism, spacing)]
+
+
+def _composed_epsilon(mechanism: Mechanism, steps: int, spacing: float, delta: float) -> float:
+    return max(composed.epsilon(delta) for composed in _composed(mechanism, steps, spacing))
 
 
 @functools.lru_cache(maxsize=4)
-def _one_step(mechanism: Mechanism, spacing: float) -> PrivacyLossDistribution:
-    """The pessimistic privacy loss distribution of one step, on multiples of the spacing."""
-    # Imported here: dp_accounting brings scipy, which a ledger's reader need not wait for.
+def _one_step(mechanism: Mechanism, spacing: float) -> tuple[Losses, Losses]:
+    """The losses of one step, on multiples of the spacing, for removing and for adding an example."""
+    # Imported here: scipy, which a ledger's reader need not wait for.
     if mechanism.name == RANDOMIZED:
         from grape_ray.accounting.randomized import one_step
 
         return one_step(mechanism, spacing)
-    from dp_accounting.pld import privacy_loss_distribution
+    from grape_ray.accounting.losses import gaussian
 
-    return privacy_loss_distribution.from_gaussian_mechanism(
-        mechanism.noise_multiplier,
-        sampling_prob=mechanism.sampling_prob,
-        value_discretization_interval=spacing,
-        use_connect_dots=True,
-    )
+    return gaussian(mechanism.noise_multiplier, mechanism.sampling_prob, spacing)
 
 
 def _first_spacing(mechanism: Mechanism) -> float:

@@ -6,11 +6,10 @@ import functools
 import math
 
 import numpy as np
-from dp_accounting.pld import pld_pmf
-from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 from scipy.special import gammainc, gammaincc, gammainccinv, gammaincinv, log_ndtr, ndtr
 
 from grape_ray.accounting.events import Mechanism
+from grape_ray.accounting.losses import Losses, connected
 
 # Shapes: N nodes of the estimate, M thresholds or levels of the profile.
 _NODES = 700
@@ -22,8 +21,8 @@ _UNORDERED = 1e-12
 Profile = tuple[np.ndarray, np.ndarray]  # increasing epsilons, and upper bounds on delta at each
 
 
-def one_step(mechanism: Mechanism, spacing: float) -> PrivacyLossDistribution:
-    """A pessimistic privacy loss distribution of one step of ``poisson_randomized``, on multiples of the spacing.
+def one_step(mechanism: Mechanism, spacing: float) -> tuple[Losses, Losses]:
+    """Losses that dominate one step of ``poisson_randomized``, on multiples of the spacing, for removing and for adding an example.
 
     At worst the estimate of an example's squared norm is R = chi2_k / k times the square, so that its contribution reaches
     ``clip_norm / sqrt(R)`` (Lemma 2). Shared probes are taken as released (Lemma 1); secret ones only blur the noise (Lemma 4).
@@ -33,7 +32,7 @@ def one_step(mechanism: Mechanism, spacing: float) -> PrivacyLossDistribution:
         spacing: distance of neighbouring privacy losses.
     """
     remove, add = _profiles(mechanism)
-    return PrivacyLossDistribution(_connect(*remove, spacing), _connect(*add, spacing))
+    return _connect(*remove, spacing), _connect(*add, spacing)
 
 
 def worst_estimate(probes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -130,7 +129,7 @@ def _density(x: np.ndarray) -> np.ndarray:
     return np.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
 
 
-def _connect(epsilons: np.ndarray, deltas: np.ndarray, spacing: float) -> pld_pmf.PLDPmf:
+def _connect(epsilons: np.ndarray, deltas: np.ndarray, spacing: float) -> Losses:
     """The loss distribution above a profile: delta is convex in e^epsilon, so chords lie above it (Lemma 3, connect the dots)."""
     deltas = np.minimum.accumulate(np.clip(deltas, 0.0, 1.0))
     finite = np.isfinite(epsilons)
@@ -147,4 +146,4 @@ def _connect(epsilons: np.ndarray, deltas: np.ndarray, spacing: float) -> pld_pm
     chord = deltas[i] + np.clip(part, 0.0, 1.0) * (deltas[i + 1] - deltas[i])
     below = 1 - (1 - deltas[0]) * np.exp(np.minimum(at - epsilons[0], 0.0))  # chord to (e^-inf, 1)
     values = np.minimum.accumulate(np.clip(np.where(at < epsilons[0], below, chord), 0.0, 1.0))
-    return pld_pmf.create_pmf_pessimistic_connect_dots_fixed_gap(spacing, int(grid[0]), int(grid[-1]), values)
+    return connected(int(grid[0]), spacing, values)

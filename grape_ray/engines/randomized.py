@@ -80,7 +80,7 @@ class Estimated(TwoPasses):
         estimate = sketch.hutchinson if lookups else self.estimator
         uses = [pairs.wide(*use) for use in uses]
         found = estimate(uses, lambda side: self.stream.draw(self.rows, side, f"{name}|{next(number)}", self.params[name]))
-        return found + pairs.slack(pairs.magnitudes(uses), uses[0][1].dtype) * (found > 0)  # zero bounds nothing, and must stay zero
+        return sketch.from_above(found, uses) * (found > 0)  # zero bounds nothing, and must stay zero
 
 
 class Randomized(Ghost):

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from grape_ray.rules import pairs
-from grape_ray.rules.pairs import Index, Left, outer, squared
+from grape_ray.rules.pairs import Index, Left, outer
+from grape_ray.rules.rounding import squared
 from grape_ray.subspace import Subspace
 
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from grape_ray.engines.base import Engine
 from grape_ray.engines.routing import norm_route, overridden
 from grape_ray.engines.sink import Sink, sum_dtype
 from grape_ray.rules import pairs
-from grape_ray.rules.pairs import Index, Left, Pair, outer, squared
+from grape_ray.rules.pairs import Index, Left, Pair
+from grape_ray.rules.rounding import squared
 from grape_ray.subspace import Subspace
 
 
@@ -48,10 +48,7 @@ class Tape(Sink):
             return pairs.lookup_squared_norms(*pairs.wide(left, right))  # pyright: ignore[reportArgumentType]
         if small is None and route == "gram":
             return pairs.gram_squared_norms(uses)
-        uses = [pairs.wide(*use) for use in uses]
-        whole = torch.stack([outer(*use) for use in uses]).sum(0) if len(uses) > 1 else outer(*uses[0])
-        found = squared(whole if small is None else whole + small.view(whole.shape))
-        return found + pairs.slack(pairs.magnitudes(uses), uses[0][1].dtype)
+        return pairs.outer_squared_norms(uses, small)
 
     def weighted_sum(self, factors: Mapping[str, Tensor], bad: Tensor) -> dict[str, Tensor]:
         sums: dict[str, Tensor] = {}

@@ -6,10 +6,14 @@ of an embedding table, kept as ids.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from grape_ray.rules.rounding import BLOCK, chain, gamma, lengths, products, raised, squared, vector_lengths
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,8 @@ def outer(left: Left, right: Tensor) -> Tensor:
 
 
 Pair = tuple[Left, Tensor]
-_ROUNDING = 8  # times the machine epsilon: what products and sums of a few thousand terms may lose, over their terms' magnitudes
+
+_GRAM_ENTRIES, _GRADIENT_ENTRIES = 1 << 18, 1 << 21  # of inner products, which fit a cache, and of gradients that exist at a time
 
 
 def wide(left: Left, right: Tensor) -> Pair:
@@ -64,54 +69,118 @@ def positions(uses: list[Pair]) -> int:
 
 
 def gram_squared_norms(uses: list[Pair]) -> Tensor:
-    """||sum_u left_u^T right_u||^2 per example by inner products of positions (ghost norm; Li et al. 2022) -> (B,), from above.
+    """||sum_u left_u^T right_u||^2 per example by inner products of positions (ghost norm; Li et al. 2022) -> (B,) float64, from above.
 
     Sums over pairs of uses, so tied and reused weights are exact. Positions that cancel each other leave little but rounding, which
-    could come out as nothing: `slack` is added, here of magnitudes that lie on the diagonals.
+    could come out as nothing: each inner product may be off by gamma_n |left_s| |left_t|, and what that can do to the sum is added.
+    """
+    return torch.cat([_gram(some) for some in _by_rows(uses, positions(uses) ** 2, _GRAM_ENTRIES)])
+
+
+def _gram(uses: list[Pair]) -> Tensor:
+    """`gram_squared_norms` of some examples."""
+    uses = [wide(*use) for use in uses]
+    dtype = uses[0][1].dtype
+    own = [(_inner(left, left, dtype), products(right, right)) for left, right in uses]
+    sides = [_lengths_of(use, grams) for use, grams in zip(uses, own)]
+    total = torch.zeros((), dtype=torch.float64)
+    for first, (left, right) in enumerate(uses):
+        total = total + _entrywise(*own[first], (sides[first], sides[first]), left, right)
+        for second in range(first + 1, len(uses)):
+            crossed = _inner(left, uses[second][0], dtype), products(right, uses[second][1])
+            total = total + 2 * _entrywise(*crossed, (sides[first], sides[second]), left, right)
+    magnitude = torch.stack([(a.double() * b.double()).sum(1) for a, b in sides]).sum(0)
+    both = gamma(chain(width(uses[0][0])) + 2, dtype) * gamma(chain(uses[0][1].shape[-1]) + 2, dtype)
+    return total.clamp(min=0) + both * magnitude.square() + positions(uses) ** 2 * torch.finfo(dtype).tiny
+
+
+def _lengths_of(use: Pair, grams: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Upper bounds (B,T) on the lengths of the left and of the right factors, from their inner products with themselves."""
+    left, right = (gram.diagonal(dim1=1, dim2=2) for gram in grams)
+    return lengths(left, chain(width(use[0]))), lengths(right, chain(use[1].shape[-1]))
+
+
+def _entrywise(left: Tensor, right: Tensor, sides: tuple[tuple[Tensor, Tensor], ...], one: Left, other: Tensor) -> Tensor:
+    """sum of left * right, two (B,Ta,Tb) of inner products, raised by what errors in one of them can change -> (B,); spoils both.
+
+    The errors are at most gamma a_s a_t in `left` and gamma b_s b_t in `right`, for lengths (a, b) of rows and of columns in `sides`.
+    One-hot rows are exact; two roundings are those of the product, and the sum of all entries is taken in float64.
+    """
+    (a_rows, b_rows), (a_columns, b_columns) = sides
+    size, dtype = left.shape[1] * left.shape[2], right.dtype
+    last = gamma(size, torch.float64)
+    off_left = last + gamma(2 if isinstance(one, Index) else 2 + chain(one.shape[-1]), dtype)
+    off_right = last + gamma(2 + chain(other.shape[-1]), dtype)
+    total = (left * right).sum((1, 2), dtype=torch.float64)
+    for off, matrix, rows, columns in ((off_left, right, a_rows, a_columns), (off_right, left, b_rows, b_columns)):
+        weighted = products(rows.unsqueeze(1), matrix.abs_().transpose(1, 2)).squeeze(1) * columns
+        total = total + off * (1 + 2 * gamma(sum(left.shape[1:]) + 8, dtype)) * weighted.sum(1, dtype=torch.float64)
+    return total
+
+
+def outer_squared_norms(uses: list[Pair], small: Tensor | None = None) -> Tensor:
+    """||sum_u left_u^T right_u + small||^2 per example from the gradients themselves, some examples at a time -> (B,) float64, from above.
+
+    Args:
+        small: what else there is of the gradient, (B, ...) of as many entries, or None.
     """
     uses = [wide(*use) for use in uses]
-    total, magnitude = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    for first in range(len(uses)):
-        for second in range(first, len(uses)):
-            left = _inner(uses[first][0], uses[second][0])
-            right = torch.bmm(uses[first][1], uses[second][1].transpose(1, 2))
-            part = (left * right).sum((1, 2), dtype=torch.float64)
-            total = total + part * (1 if first == second else 2)
-            if first == second:
-                diagonals = left.diagonal(dim1=1, dim2=2), right.diagonal(dim1=1, dim2=2)
-                magnitude = magnitude + (diagonals[0].double() * diagonals[1].double()).sqrt().sum(1)
-    return total.clamp(min=0) + slack(magnitude, uses[0][1].dtype)
+    (left, right), dtype = uses[0], uses[0][1].dtype
+    entries, found, first = width(left) * right.shape[-1], [], 0
+    for some in _by_rows(uses, entries, _GRADIENT_ENTRIES):
+        whole = _whole(some)
+        last = first + whole.shape[0]
+        found.append(squared(whole if small is None else whole + small[first:last].view(whole.shape)))
+        first = last
+    terms = len(uses) + max(right.shape[1] if isinstance(left, Index) else chain(right.shape[1]) for left, right in uses)
+    underflow = positions(uses) * math.sqrt(entries) * torch.finfo(dtype).tiny
+    return raised(torch.cat(found), gamma(terms + 2, dtype) * magnitudes(uses) + underflow)
+
+
+def _by_rows(uses: list[Pair], entries: int, most: int) -> Iterator[list[Pair]]:
+    """The pairs of some examples after the other, as many as have `most` entries together, or one; all of them on an accelerator."""
+    rows, device = uses[0][1].shape[0], uses[0][1].device.type
+    size = max(1, most // max(entries, 1)) if device == "cpu" else max(rows, 1)
+    for first in range(0, max(rows, 1), size):
+        some = slice(first, first + size)
+        yield [(Index(left.ids[some], left.size) if isinstance(left, Index) else left[some], right[some]) for left, right in uses]
+
+
+def _whole(uses: list[Pair]) -> Tensor:
+    """sum_u left_u^T right_u (B,O,I), by blocks of positions."""
+    total = None
+    for left, right in uses:
+        if isinstance(left, Index):
+            parts = [left.outer(right)]
+        else:
+            cut = zip(left.split(BLOCK, 1), right.split(BLOCK, 1))
+            parts = (products(some.transpose(1, 2), others.transpose(1, 2)) for some, others in cut)
+        for part in parts:
+            total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
 
 
 def magnitudes(uses: list[Pair]) -> Tensor:
-    """sum over positions of ||left_t|| ||right_t|| per example -> (B,) float64: the norm, if no two positions cancelled."""
+    """sum over positions of ||left_t|| ||right_t|| per example -> (B,) float64, from above: the norm, if no two positions cancelled."""
     total = torch.zeros((), dtype=torch.float64)
     for left, right in uses:
-        product = torch.linalg.vector_norm(right, dim=2).double()
+        product = vector_lengths(right).double()
         if not isinstance(left, Index):
-            product = product * torch.linalg.vector_norm(left, dim=2).double()
+            product = product * vector_lengths(left).double()
         total = total + product.sum(1)
     return total
 
 
-def slack(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a squared norm that was taken from factors must be raised by (B,), so that no rounding error hides a contribution.
-
-    The clipped sum multiplies the same factors in another order. Its error is a few epsilons of `magnitudes`; a squared norm that is
-    larger by a few epsilons of their square keeps that error below the square root of epsilon times the clip norm.
-    """
-    return _ROUNDING * torch.finfo(dtype).eps * magnitude.square()
-
-
-def _inner(a: Left, b: Left) -> Tensor:
-    """a b^T per example, (B,Ta,Tb)."""
+def _inner(a: Left, b: Left, dtype: torch.dtype) -> Tensor:
+    """a b^T per example, (B,Ta,Tb), in the dtype of both, or of their right factors."""
     if isinstance(a, Index):
         if isinstance(b, Index):
-            return (a.ids.unsqueeze(2) == b.ids.unsqueeze(1)).to(torch.float32)
-        return _inner(b, a).transpose(1, 2)
+            return (a.ids.unsqueeze(2) == b.ids.unsqueeze(1)).to(dtype)
+        return _inner(b, a, dtype).transpose(1, 2)
     if isinstance(b, Index):
         return a.gather(2, b.ids.unsqueeze(1).expand(-1, a.shape[1], -1))
-    return torch.bmm(a, b.transpose(1, 2))
+    return products(a, b)
 
 
 def lookup_squared_norms(index: Index, right: Tensor) -> Tensor:
@@ -123,16 +192,12 @@ def lookup_squared_norms(index: Index, right: Tensor) -> Tensor:
     slots = fresh.cumsum(1) - 1 + torch.arange(rows, device=ids.device).unsqueeze(1) * length
     ordered = right.gather(1, order.unsqueeze(2).expand(-1, -1, width))
     sums = right.new_zeros(rows * length, width).index_add_(0, slots.reshape(-1), ordered.reshape(-1, width))
-    return squared(sums.view(rows, length, width)) + slack(magnitudes([(index, right)]), right.dtype)
-
-
-def squared(stored: Tensor) -> Tensor:
-    """Squared norms (B,) in float64 of gradients (B, ...).
-
-    Rows of some thousand entries are normed in their own precision; one long sum in fp32 would come out too small.
-    """
-    rows = torch.linalg.vector_norm(stored, dim=-1) if stored.ndim > 1 else stored.abs()
-    return rows.double().square().reshape(stored.shape[0], -1).sum(1)
+    # A sum of k rows is off by gamma_k times the sum of their lengths; one row alone is exact.
+    sizes = vector_lengths(ordered).double()
+    magnitude = sizes.new_zeros(rows * length).index_add_(0, slots.reshape(-1), sizes.reshape(-1))
+    count = torch.zeros_like(magnitude).index_add_(0, slots.reshape(-1), torch.ones_like(sizes).reshape(-1))
+    error = (count - 1).clamp_(min=0).mul_(gamma(length, right.dtype) / max(length, 1)).mul_(magnitude).view(rows, length)
+    return raised(squared(sums.view(rows, length, width)), torch.linalg.vector_norm(error, dim=1))
 
 
 def summed(left: Left, right: Tensor) -> Tensor:

@@ -6,12 +6,14 @@ The per-example gradient is M = left^T right, (O,I); probes P have K columns wit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from grape_ray.rules.pairs import Index, Left, Pair, squared, width
+from grape_ray.rules.pairs import Index, Left, Pair, magnitudes, positions, width
+from grape_ray.rules.rounding import gamma, raised, squared
 
 Draw = Callable[[int], Tensor]  # side -> probes (B, side, K), or (1, side, K) where the batch shares them
 
@@ -28,6 +30,18 @@ def sketch(left: Left, right: Tensor, probes: Tensor, on_right: bool) -> Tensor:
         return left.outer(small) if isinstance(left, Index) else torch.bmm(left.to(probes.dtype).transpose(1, 2), small)
     assert not isinstance(left, Index)
     return torch.bmm(right.to(probes.dtype).transpose(1, 2), left.to(probes.dtype) @ probes)
+
+
+def from_above(estimate: Tensor, uses: list[Pair]) -> Tensor:
+    """The estimate (B,), raised by what rounding may have taken from it.
+
+    A column p of the probes is multiplied with an error of gamma |p| sum_t |left_t| |right_t| at most, and all columns together have
+    norm sqrt(side) or little more.
+    """
+    right = uses[0][1]
+    side = right.shape[-1] if probes_right(uses) else width(uses[0][0])
+    terms = positions(uses) + max(side, right.shape[-1]) + 8
+    return raised(estimate, 2 * math.sqrt(side) * gamma(terms, right.dtype) * magnitudes(uses))
 
 
 def hutchinson(uses: list[Pair], draw: Draw) -> Tensor:

@@ -175,5 +175,7 @@ def test_routes_can_be_overruled_by_name():
 def test_randomized_goes_through_the_noise_line():
     engine = engine_for(wide_model())
     summed = engine.clipped_sum(zoo.layer_loss, zoo.layer_batch())
-    assert privatize(summed, NoiseStream(b"n" * 32), step=0, noise_multiplier=1.0, expected_batch_size=6).noise_std == 0.5 / 6
+    assert privatize(summed, NoiseStream(b"n" * 32), step=0, noise_multiplier=1.0, expected_batch_size=6).noise_std == pytest.approx(
+        0.5 / 6
+    )
     assert projected(example_gradients(engine.model, zoo.layer_loss, zoo.layer_batch(), 1)[0], engine.subspace)

@@ -8,9 +8,9 @@ import torch
 from scipy import stats
 
 from grape_ray.errors import ConfigError, GrapeRayError, NoiseReuse
-from grape_ray.noise import NoiseStream, privatize
+from grape_ray.noise import NoiseStream, grid_and_std, on_grid, privatize
 from grape_ray.optim import make_optimizer
-from grape_ray.rng import normals, poisson_batch, public_normals
+from grape_ray.rng import _refine, normals, poisson_batch, public_normals
 from grape_ray.types import ClippedSum, PrivateGradient
 
 KEY = b"n" * 32
@@ -48,7 +48,7 @@ def test_normals_are_normal_in_body_and_tail():
     assert stats.kstest(sample * 1.01, "norm").pvalue < FALSE_ALARM  # the test has power
     beyond = int((np.abs(sample) > 4).sum())
     assert stats.binomtest(beyond, sample.size, 2 * stats.norm.sf(4)).pvalue > FALSE_ALARM
-    assert np.abs(normals(KEY, 1, 0, 20_000_000)).max() > 5.3  # a 24-bit transform stops at 5.77; 52 bits reach 8.49
+    assert np.abs(normals(KEY, 1, 0, 20_000_000)).max() > 5.3  # a 24-bit transform stops at 5.77
 
 
 @pytest.mark.statistical
@@ -149,3 +149,116 @@ def test_noise_drawn_ahead_is_the_same_noise_and_a_step_is_still_drawn_once():
     plain = released([])
     for ahead in ([(0, 300777)], [(5, 100)]):  # all, and too little
         assert all(torch.equal(plain[n], t) for n, t in released(ahead).items())
+
+
+def test_tails_of_normals_are_as_fine_as_their_body():
+    uniforms = np.full(40_000, 2.0**-52)  # the least of 52 bits: alone, it would be the radius 8.49 again and again
+    _refine(uniforms, KEY, 0, 3)
+    assert len(np.unique(uniforms)) == uniforms.size
+    assert stats.kstest(uniforms * 2.0**52, "uniform").pvalue > FALSE_ALARM
+    whole = np.full(3, 2.0**-20)
+    _refine(whole, KEY, 0, 3)
+    assert (whole == 2.0**-20).all()
+
+
+def added_in_single_precision(summed, noise, std):
+    """How noise was added before there was a grid: the results' low bits tell of the sum's."""
+    return summed + (noise * std).float()
+
+
+def added_on_the_grid(summed, noise, std):
+    return on_grid(summed.double(), noise, std, grid_and_std(1.0, std, summed.numel())[0]).float()
+
+
+def impossible(released, summed):
+    """Coordinates that no single-precision noise leads to from this sum."""
+    noise, found = (released.double() - summed.double()).float(), torch.zeros(released.shape, dtype=torch.bool)
+    for _ in range(3):
+        noise = torch.nextafter(noise, torch.tensor(-torch.inf))
+    for _ in range(7):
+        found |= (summed + noise) == released
+        noise = torch.nextafter(noise, torch.tensor(torch.inf))
+    return int((~found).sum())
+
+
+def right_guesses(add, tries=300, std=50.0):
+    """How often an adversary who knows both sums tells which was noised, from what could not have come of each."""
+    sums = torch.randn(2, 4000, generator=torch.Generator().manual_seed(0)) / 60
+    sums[1] += sums[1] * 0.01
+    right = 0
+    for trial in range(tries):
+        noise = torch.from_numpy(normals(KEY, trial, 0, sums.shape[1]))
+        released = add(sums[trial % 2], noise, std)
+        right += (impossible(released, sums[1]) < impossible(released, sums[0])) == trial % 2
+    return right
+
+
+@pytest.mark.statistical
+def test_low_bits_do_not_tell_which_sum_was_noised():
+    low, high = stats.binom.ppf([FALSE_ALARM, 1 - FALSE_ALARM], 300, 0.5)
+    assert low <= right_guesses(added_on_the_grid) <= high
+    assert right_guesses(added_in_single_precision, 60) > 50  # the attack has power
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("multiplier", [0.01, 1.0, 50.0, 1e6])
+def test_what_is_released_is_a_multiple_of_the_grid_and_odd_as_often_as_even_whatever_the_sum(multiplier, dtype):
+    count, sensitivity = 20_000, 0.7
+    grid, std = grid_and_std(sensitivity, multiplier, count)
+    for size in (0.0, 1e-9, 1.0, 1e3):
+        summed = torch.full((count,), size, dtype=dtype) * (1 + torch.arange(count, dtype=dtype) / count)
+        noise = torch.from_numpy(normals(KEY, 8, 0, count))
+        steps = on_grid(summed.double().clone(), noise, std, grid) / grid
+        assert (steps == steps.round()).all()
+        assert stats.binomtest(int((steps % 2 == 1).sum()), count).pvalue > FALSE_ALARM
+        released = privatize(
+            ClippedSum({"a": summed}, sensitivity), NoiseStream(KEY), step=8, noise_multiplier=multiplier, expected_batch_size=3
+        )
+        assert torch.equal(released.tensors["a"], (steps * grid / 3).to(dtype))
+
+
+def test_sums_that_lie_on_one_point_of_the_grid_are_released_alike():
+    count = 1000
+    grid, _ = grid_and_std(1.0, 1.0, count)
+    near = torch.randn(count, dtype=torch.float64).div(grid).round().mul(grid)
+    noise = torch.from_numpy(normals(KEY, 0, 0, count))
+    outcomes = [on_grid(near + shift * grid, noise.clone(), 1.0, grid) for shift in (0.0, 0.3, -0.49)]
+    assert torch.equal(outcomes[0], outcomes[1])
+    assert torch.equal(outcomes[0], outcomes[2])
+
+
+@pytest.mark.parametrize("count", [1, 10**6, 10**10])
+@pytest.mark.parametrize("multiplier", [0.01, 1.0, 1e6])
+@pytest.mark.parametrize("sensitivity", [1e-6, 0.75, 1.0, 1e9])
+def test_the_noise_covers_what_rounding_adds_to_the_sensitivity(sensitivity, multiplier, count):
+    grid, std = grid_and_std(sensitivity, multiplier, count)
+    assert math.frexp(grid)[0] == 0.5  # a power of two
+    assert std >= multiplier * (sensitivity + grid * math.sqrt(count)) * (1 - 1e-15)
+    assert std <= multiplier * sensitivity * (1 + 1e-3)
+    assert 13 * std / grid < 2**52  # so that sum and noise stay integers below 2^53
+
+
+def test_rounding_apart_is_as_far_as_the_noise_expects_and_no_farther():
+    generator = torch.Generator().manual_seed(0)
+    grid, _ = grid_and_std(1.0, 1.0, 5000)
+    still = torch.zeros(5000, dtype=torch.float64)
+    for _ in range(20):
+        first = torch.randn(5000, dtype=torch.float64, generator=generator)
+        second = first + torch.nn.functional.normalize(torch.randn(5000, dtype=torch.float64, generator=generator), dim=0)
+        apart = on_grid(first, still.clone(), 1.0, grid) - on_grid(second, still.clone(), 1.0, grid)
+        assert apart.norm() <= 1 + grid * math.sqrt(5000)
+    half = torch.full((5000,), grid * 0.5000001, dtype=torch.float64)
+    worst = on_grid(half, still.clone(), 1.0, grid) - on_grid(-half, still.clone(), 1.0, grid)
+    assert float(worst.norm()) == pytest.approx(2 * grid * math.sqrt(5000), rel=1e-5)  # half of it by rounding
+
+
+def test_a_sum_beyond_the_grid_stays_at_its_end_and_pieces_of_a_large_tensor_join():
+    grid, std = grid_and_std(1.0, 1.0, 1)
+    far = torch.tensor([1e30, -torch.inf], dtype=torch.float64)
+    assert on_grid(far, torch.zeros(2, dtype=torch.float64), std, grid).tolist() == [2.0**52 * grid, -(2.0**52) * grid]
+    alone = privatize(zeros(a=(5,), b=(300_000,)), NoiseStream(KEY), step=0, noise_multiplier=1.0, expected_batch_size=2)
+    joined = privatize(zeros(a=(300_005,)), NoiseStream(KEY), step=0, noise_multiplier=1.0, expected_batch_size=2)
+    assert torch.equal(torch.cat(list(alone.tensors.values())), joined.tensors["a"])
+    with pytest.raises(ConfigError, match="sensitivity"):
+        privatize(ClippedSum({"a": torch.zeros(3)}, 0.0), NoiseStream(KEY), step=0, noise_multiplier=1.0, expected_batch_size=1.0)

@@ -13,7 +13,7 @@ from grape_ray.engines.routing import norm_route
 from grape_ray.errors import UnsupportedLayer
 from grape_ray.methods import METHODS
 from grape_ray.plan import prepare, try_out
-from grape_ray.rules.pairs import squared
+from grape_ray.rules.rounding import squared
 from grape_ray.session import begin_attempt
 from grape_ray.task import classification_metrics, evaluating
 from tests.tiny import tiny
@@ -75,7 +75,9 @@ def test_what_does_not_cancel_is_not_clipped_more_than_it_must(method):
 
 def test_norms_of_many_entries_do_not_come_out_small():
     stored = torch.randn(2, 4000, 2000, generator=torch.Generator().manual_seed(0))
-    assert squared(stored) == pytest.approx(stored.double().square().sum((1, 2)), rel=1e-6)
+    exact = stored.double().square().sum((1, 2))
+    assert (exact <= squared(stored)).all()
+    assert (squared(stored) <= exact * (1 + 1e-5)).all()
 
 
 class Frozen(nn.Module):

@@ -1,0 +1,73 @@
+"""How far float sums and products may be off, and norms that are never below the truth for it ("Norms are taken from above", docs).
+
+An inner product of n terms, added in any order, with or without fused multiplications, is off by at most gamma_n times the sum of the
+terms' magnitudes, gamma_n = n u / (1 - n u) with u half the machine epsilon (Higham 2002, section 3.1); what underflows, even where
+hardware flushes it to zero, adds the smallest normal number for each term. Long sums are cut into blocks so that n stays small.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+BLOCK = 512  # terms that are added in single precision before a sum goes on with the next block
+_SHORT = 64  # entries that are squared and added in single precision before a norm goes on in double precision
+_SPARE = 8  # roundings beside the sum itself: products, roots, the raising
+
+
+def gamma(terms: int, dtype: torch.dtype) -> float:
+    """The relative error bound of a sum of so many products; infinite where there is none to speak of."""
+    lost = terms * torch.finfo(dtype).eps / 2
+    return lost / (1 - lost) if lost < 0.5 else math.inf
+
+
+def chain(terms: int) -> int:
+    """Additions that a product of a blocked sum goes through at most."""
+    return min(terms, BLOCK) + -(-terms // BLOCK)
+
+
+def products(a: Tensor, b: Tensor) -> Tensor:
+    """a b^T per example, (B,Ta,n) and (B,Tb,n) -> (B,Ta,Tb), by blocks of n and in their own precision even under autocast."""
+    total = None
+    with torch.autocast(a.device.type, enabled=False):
+        for left, right in zip(a.split(BLOCK, 2), b.split(BLOCK, 2)):
+            part = torch.bmm(left, right.transpose(1, 2))
+            total = part if total is None else total.add_(part)
+    return a.new_zeros(a.shape[0], a.shape[1], b.shape[1]) if total is None else total
+
+
+def lengths(squares: Tensor, terms: int) -> Tensor:
+    """Upper bounds on the lengths of vectors from their squares (...), computed as sums of so many terms.
+
+    The floor stands for what underflowed: gamma_n times the product of two lengths is never below n times the smallest normal number.
+    """
+    limits = torch.finfo(squares.dtype)
+    return squares.mul(1 + 2 * gamma(terms + _SPARE, squares.dtype)).add_(2 * limits.tiny / limits.eps).sqrt_()
+
+
+def vector_lengths(vectors: Tensor) -> Tensor:
+    """Upper bounds (...) on the lengths of vectors (..., n)."""
+    return lengths(torch.linalg.vector_norm(vectors, dim=-1).square_(), vectors.shape[-1])
+
+
+def squared(stored: Tensor) -> Tensor:
+    """Squared norms (B,) in float64 of gradients (B, ...), from above.
+
+    Short blocks of entries are normed in their own precision, and those norms' squares added in float64.
+    """
+    flat = stored.reshape(stored.shape[0], math.prod(stored.shape[1:]))
+    size, whole = flat.shape[1], flat.shape[1] - flat.shape[1] % _SHORT
+    blocks = [flat[:, :whole].unflatten(1, (whole // _SHORT, _SHORT)), flat[:, whole:].unsqueeze(1)]
+    total = torch.zeros(flat.shape[0], dtype=torch.float64, device=flat.device)
+    for block in blocks:
+        if block.numel():
+            total += torch.linalg.vector_norm(block, dim=2).double().square_().sum(1)
+    lost = gamma(min(size, _SHORT) + _SPARE, stored.dtype) + gamma(size // _SHORT + _SPARE, torch.float64)
+    return total.mul_(1 + lost).add_(size * torch.finfo(stored.dtype).tiny)
+
+
+def raised(squares: Tensor, error: Tensor | float) -> Tensor:
+    """(sqrt(squares) + error)^2: the squared norm of what is at most `error` from a gradient with these squared norms."""
+    return squares.sqrt().add(error).square()

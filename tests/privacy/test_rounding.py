@@ -1,0 +1,180 @@
+"""No width, length, precision or size hides a contribution in the rounding of its norm, and none that does not cancel is clipped for it."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from grape_ray import make_engine
+from grape_ray.clipping import factors
+from grape_ray.config import MAX_CLIP_NORM, MIN_CLIP_NORM
+from grape_ray.engines.routing import norm_route
+from grape_ray.errors import ConfigError
+from grape_ray.methods import METHODS
+from grape_ray.rules import pairs, sketch
+from grape_ray.rules.pairs import Index
+from grape_ray.rules.rounding import BLOCK, chain, gamma, products, squared
+
+EXACT = [name for name, info in METHODS.items() if info.private and info.exact]
+ROUTES = {"gram": pairs.gram_squared_norms, "instantiate": pairs.outer_squared_norms}
+ROUNDED = 1 + 2.0**-22  # of a factor and of a product, in single precision
+
+
+def true_norm(uses):
+    parts = [
+        left.outer(right.double()) if isinstance(left, Index) else left.double().transpose(1, 2) @ right.double() for left, right in uses
+    ]
+    return torch.stack(parts).sum(0).flatten(1).norm(dim=1)
+
+
+def constants(width, tokens, generator):
+    """Tokens that nearly cancel and whose inner products are all rounded the same way."""
+    c = 1 + float(torch.rand((), generator=generator))
+    d = c * (1 + 10 ** float(torch.rand((), generator=generator) * 5 - 7))
+    left, right = torch.full((1, tokens, 64), 1e3), torch.full((1, tokens, width), c)
+    left[:, 1::2] *= -1
+    right[:, 1::2] = d
+    return left, right
+
+
+def cancelling(width, tokens, generator):
+    """Random directions that nearly cancel in pairs."""
+    near = 10 ** float(-6 * torch.rand((), generator=generator))
+    signs = torch.where(torch.arange(tokens) % 2 == 0, 1.0, -1.0).view(1, -1, 1)
+    left = torch.randn(1, 1, 64, generator=generator) * signs
+    return left, torch.randn(1, 1, width, generator=generator) + near * torch.randn(1, tokens, width, generator=generator)
+
+
+def random(width, tokens, generator):
+    return torch.randn(1, tokens, 64, generator=generator), torch.randn(1, tokens, width, generator=generator)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("made", [constants, cancelling, random])
+@pytest.mark.parametrize("route", ROUTES)
+def test_norms_are_never_below_the_truth_at_any_width(route, made, dtype):
+    generator = torch.Generator().manual_seed(3)
+    for width, tries in ((1, 10), (64, 10), (768, 10), (4096, 20), (16384, 20)):
+        for tokens in (2, 6):
+            for _ in range(tries):
+                left, right = made(width, tokens, generator)
+                pair = left.to(dtype), right.to(dtype)
+                found = ROUTES[route]([pair]).sqrt()
+                assert (true_norm([pair]) <= found * (1 + 1e-8)).all()  # the truth is rounded, too
+                scaled = pairs.scaled(pair[0], pair[1], 1 / found)
+                assert true_norm([scaled]) <= ROUNDED  # what is summed, in exact arithmetic
+                assert pairs.summed(*scaled).double().norm() <= 1 + 1e-6  # and as it comes out
+
+
+@pytest.mark.parametrize("method", [m for m in EXACT if METHODS[m].subspace != "gaussian"])
+def test_wide_layers_contribute_no_more_than_the_clip_norm(method):
+    class Weighted(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.layer = nn.Linear(width, 64, bias=False)
+
+        def forward(self, batch):
+            return (self.layer(batch["x"]) * batch["g"]).flatten(1).sum(1)
+
+    generator = torch.Generator().manual_seed(0)
+    for width in (2048, 16384):
+        engine = make_engine(Weighted(width), method, 1.0, rank=4)
+        for _ in range(20):
+            grads, inputs = constants(width, 2, generator)
+            summed = engine.clipped_sum(lambda model, batch: model(batch), {"x": inputs, "g": grads})
+            assert summed.tensors["layer.weight"].double().norm() <= 1 + 1e-6
+
+
+def test_uses_that_cancel_each_other_hide_nothing():
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(30):
+        left, right = constants(4096, 2, generator)
+        split = [(left[:, :1], right[:, :1]), (left[:, 1:], right[:, 1:])]
+        for norms in ROUTES.values():
+            assert true_norm(split) <= norms(split).sqrt()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tables_are_never_under_normed_where_ids_repeat_and_exact_where_they_do_not(dtype):
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(10):
+        right = constants(64, 300, generator)[0].to(dtype)
+        right += torch.randn(right.shape, generator=generator) * 1e-3
+        index = Index(torch.randint(0, 3, (1, 300), generator=generator), 5)
+        assert true_norm([(index, right)]) <= pairs.lookup_squared_norms(index, right).sqrt() * (1 + 1e-12)
+        for norms in ROUTES.values():
+            assert true_norm([(index, right)]) <= norms([(index, right)]).sqrt() * (1 + 1e-12)
+            assert true_norm([(index, right), (right[..., :5], right)]) <= norms([(index, right), (right[..., :5], right)]).sqrt() * (
+                1 + 1e-12
+            )
+    distinct = Index(torch.arange(300).unsqueeze(0), 300)
+    found = pairs.lookup_squared_norms(distinct, right).sqrt()
+    assert true_norm([(distinct, right)]) <= found <= true_norm([(distinct, right)]) * (1 + 5e-6)
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(128, 768), (512, 768), (1024, 768), (128, 4096), (1024, 4096)])
+def test_tokens_of_random_directions_are_clipped_by_a_thousandth_too_much_at_most(tokens, width):
+    generator = torch.Generator().manual_seed(0)
+    pair = torch.randn(1, tokens, width, generator=generator), torch.randn(1, tokens, width, generator=generator)
+    found = ROUTES[norm_route(tokens, width, width)]([pair]).sqrt()
+    grams = [factor.double() @ factor.double().transpose(1, 2) for factor in pair]
+    true = (grams[0] * grams[1]).sum().sqrt()
+    assert true <= found <= true * (1 + 1e-3)
+
+
+@pytest.mark.parametrize("numel", [1, 7, 64, 65, 5000, 200_000])
+def test_squared_norms_of_any_length_are_tight_from_above(numel):
+    generator = torch.Generator().manual_seed(numel)
+    for stored in (
+        torch.randn(3, numel, generator=generator),
+        torch.full((3, numel), 1.1),
+        torch.randn(3, numel, generator=generator) * 1e-17,
+    ):
+        exact = stored.double().square().sum(1)
+        assert (exact <= squared(stored)).all()
+        assert (squared(stored) <= exact * (1 + 1e-5) + numel * 1.2e-38).all()
+
+
+def test_what_underflows_is_not_lost():
+    size = torch.full((1, 4), 1e-25)
+    assert (squared(size).sqrt() >= 2e-25).all()
+    left, right = torch.full((1, 2, 8), 1e-24), torch.full((1, 2, 8), 1e15)  # squares of the left factors vanish
+    for norms in ROUTES.values():
+        assert (norms([(left, right)]).sqrt() >= true_norm([(left, right)])).all()
+    assert factors({"a": torch.tensor([1e80], dtype=torch.float64)}, "flat", 1e-6, None)["a"] == 0  # no subnormal factor
+
+
+@pytest.mark.parametrize("method", [*EXACT, "randomized"])
+def test_gradients_near_the_smallest_floats_contribute_no_more_than_the_least_clip_norm(method):
+    engine = make_engine(nn.Linear(64, 64, bias=False), method, MIN_CLIP_NORM, rank=2, project_min_numel=20)
+    for size in (1e-5, 1e-8, 1e-19, 1e-21, 1e-23, 1e-38):
+        summed = engine.clipped_sum(lambda model, x, size=size: size * model(x).sum(1), torch.ones(1, 64))
+        assert summed.tensors["weight"].double().norm() <= MIN_CLIP_NORM * (1 + 1e-5 if method != "randomized" else 3)
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, -1.0, 1e-7, 1e-20, 1e13, math.nan, math.inf])
+def test_clip_norms_out_of_range_are_refused_by_name(clip_norm):
+    with pytest.raises(ConfigError, match="clip_norm"):
+        make_engine(nn.Linear(2, 2), "dp_adam", clip_norm)
+    make_engine(nn.Linear(2, 2), "dp_adam", MAX_CLIP_NORM)
+
+
+def test_estimates_are_raised_by_what_cancels():
+    generator = torch.Generator().manual_seed(5)
+    left, right = constants(4096, 2, generator)
+    probes = torch.randn(1, 64, 8, generator=generator) / math.sqrt(8)
+    estimate = sketch.hutchinson([(left, right)], lambda _: probes)
+    exact = (right.double().transpose(1, 2) @ (left.double() @ probes.double())).norm() ** 2
+    assert exact <= sketch.from_above(estimate, [(left, right)])
+
+
+def test_products_keep_their_precision_under_autocast_and_their_bound():
+    generator = torch.Generator().manual_seed(4)
+    a, b = (torch.randn(2, 5, 3 * BLOCK + 7, generator=generator) for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = products(a, b)
+    exact = a.double() @ b.double().transpose(1, 2)
+    bound = gamma(chain(a.shape[2]), torch.float32) * (a.abs().double() @ b.abs().double().transpose(1, 2))
+    assert ((found.double() - exact).abs() <= bound).all()
+    assert gamma(1 << 24, torch.float32) == math.inf
