@@ -235,7 +235,7 @@ class Engine:
         self, session: Session, per_example_loss: PerExampleLoss, batch: Any, losses: Tensor, state: list, watch: Watch, thorough: bool
     ) -> None:
         """Ownership, company, luck, memory and counting of one pass (engines.verify). Raises UnsupportedLayer."""
-        ownership(session, losses, every_pair=thorough)
+        ownership(session, losses, thorough)
         tolerance = _HALF_TOLERANCE if session.half else max(_TOLERANCE.get(p.dtype, _HALF_TOLERANCE) for p in self.params.values())
 
         def forward(other: Any, rows: int) -> Tensor:
@@ -243,7 +243,7 @@ class Engine:
                 return check_losses(per_example_loss(self.model, other), rows)
 
         repetition = Repetition(forward, batch, session.rows, state, session.constants, tolerance)
-        repetition.check(losses, watch, session.dependence.drew, thorough)
+        repetition.check(losses, watch, session.dependence, thorough)
 
     @torch.no_grad()
     def _clip(self, sink: Sink, losses: Tensor, mask: Tensor | None) -> ClippedSum:

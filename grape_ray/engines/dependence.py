@@ -47,6 +47,7 @@ _DROPOUTS = {
 }
 # Where layers that torch computes in one call are told their dropout.
 _DROPOUT_AT = {"multi_head_attention_forward": 10, "lstm": 5, "gru": 5, "rnn_tanh": 5, "rnn_relu": 5}
+_MASKING = {*_DROPOUTS, *_DROPOUT_AT, "scaled_dot_product_attention"}
 # Draws and, where they are bounded or usual, a low and a high value of theirs.
 _DRAWS: dict[str, tuple[float, float] | None] = {
     "rand": (0.0, 1 - 2**-24), "rand_like": (0.0, 1 - 2**-24), "bernoulli": (0.0, 1.0), "uniform": None, "randn": (-3.0, 3.0),
@@ -93,7 +94,7 @@ class Dependence(TorchFunctionMode):
 
     Attributes:
         leaves: ids of the batch's own tensors.
-        drew: whether random numbers were drawn, other than for dropout of the batch's own activations.
+        drew: whether random numbers were drawn, other than for dropout of the batch's own activations, of which `masked` tells.
 
     Args:
         rows: examples B. constants: ids of tensors that are constant from the start. stand_in: the class of tracked parameters.
@@ -104,7 +105,7 @@ class Dependence(TorchFunctionMode):
         self.rows, self._fixed, self._stand_in = rows, constants, stand_in
         self._written: dict[int, Tensor] = {}  # storages that were constant until something of the batch was written there
         self._picks = self._left_torch = False
-        self.drew = False
+        self.drew = self.masked = False
         self.leaves: set[int] = set()
 
     def constant(self, tensor: Tensor) -> bool:
@@ -125,16 +126,18 @@ class Dependence(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name in _MASKING and (name != "scaled_dot_product_attention" or (kwargs and kwargs.get("dropout_p"))):
+            self.masked = True
         if isinstance(out, Tensor):
             if not out.requires_grad or self._picks:
                 self._note(func, args, kwargs, (out,))
             else:  # a gradient comes from tracked parameters, and with them from the batch
-                name = getattr(func, "__name__", "")
                 if name in _ACROSS or name[-1:] == "_":
                     self._note(func, args, kwargs, (out,))
         elif out is None or (isinstance(out, (tuple, list)) and out.__class__ is not torch.Size):
             self._note(func, args, kwargs, [t for t in out if isinstance(t, Tensor)] if out else ())
-        elif getattr(func, "__name__", "") in _EXPORTS and not self._all_constant(args, kwargs):
+        elif name in _EXPORTS and not self._all_constant(args, kwargs):
             self._left_torch = True
         return out
 

@@ -24,19 +24,21 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from grape_ray.engines import owners
-from grape_ray.engines.dependence import Company, Undropped
+from grape_ray.engines.dependence import Company, Dependence, Undropped
 from grape_ray.engines.state import Watch, written
 from grape_ray.engines.tracked import Phase, Reroute, Session, Tap, Tracked
 from grape_ray.errors import UnsupportedLayer
 
+_FEW = 8  # examples that are all told apart
 _EXTREME = 64.0  # what real-valued inputs of the others are multiplied by, so that little company shows as well
 
 
-def ownership(session: Session, losses: Tensor, every_pair: bool) -> None:
+def ownership(session: Session, losses: Tensor, thorough: bool) -> None:
     """Finds the layout of every tap that has none, and checks those that have one, by exact zeros.
 
     Args:
-        every_pair: tell every two examples apart, in 2 log2 B backward passes; otherwise a random half from the rest, in two.
+        thorough: tell every two of a few examples apart, and of more than that two random halves from the rest, in at most six backward
+            passes; otherwise one random half, in two.
 
     Raises:
         UnsupportedLayer: gradients of one example arrive in rows that belong to another, or in no regular place.
@@ -44,7 +46,12 @@ def ownership(session: Session, losses: Tensor, every_pair: bool) -> None:
     """
     if not losses.requires_grad or session.rows == 1:
         return
-    groups = owners.every_pair(session.rows) if every_pair else owners.random_halves(session.rows)
+    if not thorough:
+        groups = owners.random_halves(session.rows)
+    elif session.rows <= _FEW:
+        groups = owners.every_pair(session.rows)
+    else:
+        groups = torch.cat([owners.random_halves(session.rows), owners.random_halves(session.rows)])
     kept = [_witnesses(session, losses, group) for group in groups]
     wrong: list[Tap] = []
     for tap, evidence in zip(session.taps, zip(*kept)):
@@ -107,19 +114,19 @@ class Repetition:
         self._forward, self._batch, self._rows = forward, batch, rows
         self._state, self._constants, self._tolerance = state, constants, tolerance
 
-    def check(self, losses: Tensor, watch: Watch, drew: bool, thorough: bool) -> None:
+    def check(self, losses: Tensor, watch: Watch, seen: Dependence, thorough: bool) -> None:
         """Raises UnsupportedLayer where an example's loss depends on company, on luck that is shared, or on what came before."""
         before = random_states(losses.device)
         try:
             contents = watch.contents()
-            self._compare(losses, drew, thorough)
-            for name, seen in watch.contents().items():
-                if contents.get(name) != seen:
+            self._compare(losses, seen, thorough)
+            for name, content in watch.contents().items():
+                if contents.get(name) != content:
                     raise written(name)
         finally:
             set_states(before)
 
-    def _compare(self, losses: Tensor, drew: bool, thorough: bool) -> None:
+    def _compare(self, losses: Tensor, seen: Dependence, thorough: bool) -> None:
         halves = owners.random_halves(self._rows) if self._rows > 1 else torch.zeros(1, 1, dtype=torch.bool)
         met = [(~others, self._among(others, high=bool(number))) for number, others in enumerate(halves[: 2 if thorough else 1])]
         plain = self._losses(self._batch)
@@ -132,15 +139,15 @@ class Repetition:
             )
         for kept, among in met:
             if not _same(plain[kept], among[kept]):
-                self._explain(plain, among, kept, drew)
+                self._explain(plain, among, kept, seen.drew)
         self._close("the loss of an example by the engine's rules", losses.detach(), plain, torch.ones(self._rows, dtype=torch.bool))
-        if self._rows > 1 and not drew:  # in a smaller batch the same draws would be other examples'
-            self._count(plain, halves[0])
+        if self._rows > 1 and not seen.drew:  # in a smaller batch the same draws would be other examples'
+            self._count(plain, halves[0], seen.masked)
 
-    def _count(self, plain: Tensor, half: Tensor) -> None:
+    def _count(self, plain: Tensor, half: Tensor, masked: bool) -> None:
         """Compares the losses of some examples in the whole batch and in one of their own; without dropout, whose masks differ."""
         picked = half.nonzero().squeeze(1)
-        undropped = self._losses(self._batch, watching=Undropped())
+        undropped = self._losses(self._batch, watching=Undropped()) if masked else plain
         few = tree_map(lambda t: t[picked.to(t.device)] if isinstance(t, Tensor) else t, _plain(self._batch))
         alone = self._losses(few, len(picked), Undropped())
         whole = torch.zeros_like(plain)
