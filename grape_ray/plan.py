@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from grape_ray import scores as validation
 from grape_ray.accounting import calibration, keys
 from grape_ray.accounting.events import GAUSSIAN, RANDOMIZED, Mechanism
 from grape_ray.accounting.ledger import Ledger
@@ -23,6 +24,7 @@ from grape_ray.methods import METHODS
 from grape_ray.places import absolute, ledger_place
 from grape_ray.preflight import preflight
 from grape_ray.resolve import describe
+from grape_ray.scores import Terms
 from grape_ray.storage import Storage
 from grape_ray.task import Data, Task
 
@@ -44,6 +46,7 @@ class Plan:
         sampling_prob: chance of each record to be in a batch. noise_multiplier: noise standard deviation over the sensitivity.
         tokens: steps that the run's study may take, repeats included; 0 for the yardstick.
         origin: (URL of a run's folder, name of its checkpoint) that a new run begins from; None begins from the task's own model.
+        scores: what may be said of private validation records; None where they are public.
     """
 
     config: Config
@@ -58,6 +61,7 @@ class Plan:
     noise_multiplier: float
     tokens: int
     origin: tuple[str, str] | None = None
+    scores: Terms | None = None
 
     @property
     def private(self) -> bool:
@@ -97,6 +101,7 @@ def prepare(
     key_path: str | None = None,
     study: Study | None = None,
     origin: tuple[str, str] | None = None,
+    scores: Terms | None = None,
 ) -> Plan:
     """Checks a run whole: data, model, method, price, ledger, storage; then registers it.
 
@@ -106,7 +111,7 @@ def prepare(
         ledger: path or URL of the dataset's ledger; None is the user's own ledger of this dataset (`places.ledger_place`).
         key_path: file of the master key; None is `accounting.keys.default_path()`.
         study: one that the ledger holds already, whose tokens the run shares with others; None registers a study of the run's own.
-        origin: see Plan.
+        origin, scores: see Plan.
 
     Raises:
         GrapeRayError: one of its kinds for whatever is wrong; nothing was written then.
@@ -115,6 +120,8 @@ def prepare(
     run, root = run or _new_name(config), absolute(storage)
     check_run_name(run)
     _check_sharding(config)
+    if scores is not None:
+        validation.check_metric(task, scores.metric)
     data = task.load()
     sampling_prob = sampling_prob_of(config, data)
     try_out(config, data)
@@ -123,7 +130,7 @@ def prepare(
     if not METHODS[config.method.name].private:
         if study is not None:
             raise ConfigError("method.name", config.method.name, "a private method", "what a study releases is paid for, without exception")
-        plan = Plan(config, run, root, None, None, run, data.dataset_id, None, sampling_prob, 0.0, 0)
+        plan = Plan(config, run, root, None, None, run, data.dataset_id, None, sampling_prob, 0.0, 0, scores=scores)
         _register(plan, place)
         return plan
     noise, tokens = (study.mechanism.noise_multiplier, study.tokens) if study else _price(config, sampling_prob)
@@ -131,7 +138,7 @@ def prepare(
     where, name = settle(), study.name if study else run
     keys.check_outside(key_path or keys.default_path(), root, where)
     promise = (study.epsilon, study.delta) if study else (config.privacy.epsilon, config.privacy.delta)
-    plan = Plan(config, run, root, where, key_path, name, data.dataset_id, promise, sampling_prob, noise, tokens, origin)
+    plan = Plan(config, run, root, where, key_path, name, data.dataset_id, promise, sampling_prob, noise, tokens, origin, scores)
     if study is not None:
         check_mechanism(plan.mechanism(), study)
     else:
@@ -256,7 +263,7 @@ def _register(plan: Plan, root: Storage) -> None:
 
 
 def _description(plan: Plan) -> bytes:
-    facts: dict[str, Any] = {"run": plan.run, "ledger": plan.ledger, "study": plan.study}
+    facts: dict[str, Any] = {"run": plan.run, "ledger": plan.ledger, "study": plan.study, "validation": validation.described(plan.scores)}
     if plan.origin is not None:
         facts["origin"] = list(plan.origin)
     facts["performance"] = asdict(plan.config.performance)  # not compared: a run may be resumed with another

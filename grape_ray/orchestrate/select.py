@@ -25,8 +25,7 @@ from grape_ray.errors import ConfigError, GrapeRayError
 from grape_ray.execute import execute
 from grape_ray.orchestrate.tune import accountants
 from grape_ray.plan import RESULT_FILE, RUN_FILE, prepare
-from grape_ray.scores import PrivateScore
-from grape_ray.session import Around
+from grape_ray.scores import Terms, described
 from grape_ray.storage import Storage
 from grape_ray.sweeps import folder
 from grape_ray.sweeps.prepare import Share, Sweep
@@ -152,18 +151,16 @@ def _train(study: SweepStudy, parts: _Parts, trials: Sequence[Sealed]) -> None:
         paid = Ledger.open(secret.child(_LEDGER), create=False).state.study(trial.name).study
         ledger = secret.child(_LEDGER).url
         plan = prepare(
-            study.with_values(trial.values), run=trial.name, storage=runs.url, ledger=ledger, key_path=parts.key_path, study=paid
-        )
-        execute(plan, Comms.local(), device=device, on_progress=lambda progress, epsilon: None, around=_around(study, parts, trial.name))
+            study.with_values(trial.values), run=trial.name, storage=runs.url, ledger=ledger, key_path=parts.key_path, study=paid,
+            scores=_terms(study, secret.child(_SCORES).url, trial.name) if parts.scores else None,
+        )  # fmt: skip
+        execute(plan, Comms.local(), device=device, on_progress=lambda progress, epsilon: None)
 
 
-def _around(study: SweepStudy, parts: _Parts, run: str) -> Around:
-    """What stands around a sealed trial: a private score, if scores are private."""
-    if not parts.scores:
-        return Around()
-    book = Ledger.open(Storage(parts.sealed).child(_SCORES), create=False)
-    noise = book.state.study(run).study.mechanism.noise_multiplier
-    return Around(score=PrivateScore(lambda: book, run, run, parts.key_path, study.metric, noise))
+def _terms(study: SweepStudy, ledger: str, name: str) -> Terms:
+    """What a sealed trial may say of private validation records."""
+    paid = Ledger.open(ledger, create=False).state.study(name).study
+    return Terms(study.metric, paid.mechanism.noise_multiplier, ledger, name)
 
 
 def _release(sweep: Sweep, secret: Storage, trials: Sequence[Sealed]) -> dict[str, Any] | None:
@@ -186,9 +183,9 @@ def _release(sweep: Sweep, secret: Storage, trials: Sequence[Sealed]) -> dict[st
             manifest["facts"] |= {"run": WINNER, "attempt": 1, "ledger_head": None}
             data = json.dumps(manifest, indent=1, sort_keys=True).encode()
         out.write(f"{WINNER}/{file}", data)
-    facts = {"run": WINNER, "ledger": sweep.steps.ledger, "study": sweep.steps.paid.name}
-    described = {**json.loads(mine.read(RUN_FILE)), **facts}
-    out.write(f"{WINNER}/{RUN_FILE}", json.dumps(described, indent=1, sort_keys=True).encode())
+    facts = {"run": WINNER, "ledger": sweep.steps.ledger, "study": sweep.steps.paid.name, "validation": described(sweep.terms())}
+    description = {**json.loads(mine.read(RUN_FILE)), **facts}
+    out.write(f"{WINNER}/{RUN_FILE}", json.dumps(description, indent=1, sort_keys=True).encode())
     return {"config": trial.values, "score": score, "run": WINNER, "steps": result["steps"]}
 
 

@@ -22,7 +22,7 @@ from grape_ray.orchestrate.accountant import Accountant
 from grape_ray.orchestrate.ray_train import fit
 from grape_ray.orchestrate.talk import RemoteTalk, Talk
 from grape_ray.plan import Plan, prepare
-from grape_ray.scores import PrivateScore
+from grape_ray.scores import Terms
 from grape_ray.session import Around
 from grape_ray.sweeps.folder import EXECUTED, REPORTS
 from grape_ray.sweeps.space import SweepStudy
@@ -39,7 +39,8 @@ class Setting:
     Attributes:
         sweep: the space's study, its config as every trial begins from it. paid: the study that pays for the steps.
         storage: URL of the folder of runs. ledger, key_path: see Plan.
-        book: the accountant of the training records' ledger. score_book, score_paid: of private scores; None if they are public.
+        book: the accountant of the training records' ledger.
+        score_book: that of private validation records', and scores: what may be said of them; None if they are public.
     """
 
     sweep: SweepStudy
@@ -49,11 +50,12 @@ class Setting:
     key_path: str | None
     book: Accountant
     score_book: Accountant | None = None
-    score_paid: Study | None = None
+    scores: Terms | None = None
 
     def plan(self, values: Mapping[str, Any], run: str, origin: tuple[str, str] | None) -> Plan:
         """The plan of a trial's run, checked."""
         options: dict[str, Any] = {"ledger": self.ledger, "key_path": self.key_path, "study": self.paid, "origin": origin}
+        options["scores"] = self.scores
         return prepare(self.sweep.with_values(values), run=run, storage=self.storage, **options)
 
 
@@ -75,11 +77,8 @@ class Surround:
             steps.line(str(step))
 
         around = Around(open_ledger=lambda plan: setting.book, on_step=on_step, go_on=go_on, on_end=steps.close)
-        if setting.score_paid is None or setting.score_book is None:
-            return around
-        paid, book = setting.score_paid, setting.score_book
-        noise = paid.mechanism.noise_multiplier
-        return replace(around, score=PrivateScore(lambda: book, paid.name, plan.run, setting.key_path, setting.sweep.metric, noise))
+        book = setting.score_book
+        return around if book is None else replace(around, open_scores=lambda plan: book)
 
 
 class Trial(tune.Trainable):

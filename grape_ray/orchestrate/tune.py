@@ -38,10 +38,10 @@ def compose(sweep: Sweep, concurrent: int, say: Callable[[str], None]) -> dict[s
         os.environ.setdefault(name, value)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     with accountants(sweep) as (book, score_book):
-        paid, scores = sweep.steps.paid, sweep.scores
+        paid = sweep.steps.paid
         assert isinstance(paid, Study)
         runs = f"{sweep.folder().url}/{folder.RUNS}"
-        setting = Setting(sweep.study, paid, runs, sweep.steps.ledger, sweep.options.key_path, book, score_book, _study(scores))
+        setting = Setting(sweep.study, paid, runs, sweep.steps.ledger, sweep.options.key_path, book, score_book, sweep.terms())
         say(f"sweep {sweep.name} in {sweep.storage}: {paid.tokens} step tokens, noise multiplier {paid.mechanism.noise_multiplier:.4g}")
         _Teller.say = staticmethod(say)
         _check(_tuner(sweep, setting, concurrent).fit(), say)
@@ -121,10 +121,6 @@ def _check(trials: tune.ResultGrid, say: Callable[[str], None]) -> None:
         if isinstance(errors[0], GrapeRayError):
             raise errors[0]
         raise GrapeRayError("every trial failed", type(errors[0]).__name__, "", "see the lines above, then go on with --resume")
-
-
-def _study(share: Share | None) -> Study | None:
-    return share.paid if share is not None and isinstance(share.paid, Study) else None
 
 
 def _tuner(sweep: Sweep, setting: Setting, concurrent: int) -> tune.Tuner:

@@ -13,12 +13,12 @@ from grape_ray.accounting import keys
 from grape_ray.accounting.ledger import Ledger
 from grape_ray.accounting.records import Study, entry_name
 from grape_ray.accounting.selection import Selection
-from grape_ray.data.arrays import Ragged, Records
-from grape_ray.data.tables import fingerprint_arrays
+from grape_ray.data.identity import fingerprint_records
 from grape_ray.errors import ConfigError
 from grape_ray.places import absolute, home, ledger_place
 from grape_ray.plan import check_run_name, sampling_prob_of, try_out
 from grape_ray.resolve import describe
+from grape_ray.scores import Terms
 from grape_ray.storage import Storage
 from grape_ray.sweeps import folder, price
 from grape_ray.sweeps.options import SELECT, Options, check_select_config
@@ -78,6 +78,12 @@ class Sweep:
         """The sweep's own folder."""
         return Storage(self.storage).child(self.name)
 
+    def terms(self) -> Terms | None:
+        """What may be said of private validation records; None where they are public."""
+        if self.scores is None:
+            return None
+        return Terms(self.study.metric, self.scores.paid.mechanism.noise_multiplier, self.scores.ledger, self.scores.paid.name)
+
     def register(self) -> None:
         """Keeps the description of the sweep, from which it is resumed and reported."""
         if not self.existing:
@@ -133,7 +139,7 @@ def resume(described: dict[str, Any], options: Options, space: dict[str, Any], s
     """A sweep as it was begun, to be gone on with; its price is what was registered."""
     name, task = described["sweep"], study.config.task
     steps = _known(described, options.mode, lambda: task.load().dataset_id)
-    scores = described["scores"] and _known(described["scores"], options.mode, lambda: _fingerprint(task.load().validation))
+    scores = described["scores"] and _known(described["scores"], options.mode, lambda: fingerprint_records(task.load().validation))
     study = _frozen(_priced_config(options, study), steps.paid)
     mine = json.loads(json.dumps(describe(study.config)))
     differing = sorted(key for key in mine if mine[key] != described["config"].get(key)) + [
@@ -197,19 +203,13 @@ def _steps(options: Options, study: SweepStudy, name: str, data: Data, storage: 
 
 def _scores(options: Options, study: SweepStudy, name: str, data: Data, storage: str, paid: Study | Selection) -> Share:
     """What pays for private scores."""
-    records = _fingerprint(data.validation)
+    records = fingerprint_records(data.validation)
     if isinstance(paid, Study):
         price_of: Study | Selection = price.scores(study, name, price.planned_scores(study, paid.tokens, options.trials))
     else:
         price_of = price.select_scores(study, name, options.the_law())
     budget = (study.score_epsilon, study.score_delta)
     return Share(price_of, ledger_place(options.score_ledger, records, False, storage, name), records, budget)
-
-
-def _fingerprint(records: Records) -> str:
-    """Of records in memory."""
-    columns = records.columns.values()
-    return fingerprint_arrays(*(part for c in columns for part in ((c.values, c.offsets) if isinstance(c, Ragged) else (c,))))
 
 
 def _sealed(options: Options, storage: str, name: str) -> str:

@@ -184,6 +184,20 @@ def test_a_selection_releases_its_winner_and_nothing_else(sweep, tmp_path, monke
     assert again == result
 
 
+def test_a_trial_of_private_scores_pays_for_what_it_says_when_it_is_resumed_by_hand(sweep, tmp_path, monkeypatch):
+    monkeypatch.setenv("TINY_SCORES", "private")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
+    result = sweep("a", trials=1, scheduler="none")
+    folder = tmp_path / "sweeps" / "a" / "runs" / result["best"]["run"]
+    book = Ledger.open(result["score_ledger"], create=False)
+    before = book.state.study("a").used
+    resumed = CliRunner().invoke(main, ["resume", str(folder), "--key-file", str(tmp_path / "key"), "--json"])
+    assert resumed.exit_code == 0, resumed.output
+    assert book.state.study("a").used == before + 1
+    accuracy = json.loads(resumed.stdout.splitlines()[-1])["metrics"]["accuracy"]
+    assert abs(50 * accuracy - round(50 * accuracy)) > 1e-5  # no count of right answers among 50 records
+
+
 def test_a_selection_is_never_drawn_twice(sweep, tmp_path, monkeypatch):
     from grape_ray.orchestrate import select
 
