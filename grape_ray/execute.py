@@ -28,6 +28,7 @@ from grape_ray.session import Around, Attempt, Session, begin_attempt
 from grape_ray.step import Step
 from grape_ray.storage import Storage
 from grape_ray.task import Data, Task, under_autocast
+from grape_ray.trust import words_for
 
 
 def execute(
@@ -106,7 +107,7 @@ def execute(
     if outcome.interrupted:
         if comms.rank == 0:
             _settle(session, outcome.paid_until - outcome.progress.step)
-        fix = f"run `grape-ray resume {folder.url}` to go on"
+        fix = f"run `grape-ray resume {folder.url}{words_for(type(config.task).__module__)}` to go on"
         raise Interrupted(f"run {plan.run} was told to end, and is kept at step {outcome.progress.step}", None, "", fix)
     return _conclude(session, outcome, time.monotonic() - began)
 

@@ -15,8 +15,18 @@ _SALT_BYTES = 32
 
 
 def absolute(url: str) -> str:
-    """A URL as it is; a path made absolute, so that workers agree on it."""
-    return url.rstrip("/") if "://" in url else str(Path(url).expanduser().absolute())
+    """A URL of remote storage as it is; a path, also as a `file://` URL, made absolute, so that workers agree on it."""
+    if "://" not in url or Storage(url).local:
+        return str(Path(Storage(url).url if "://" in url else url).expanduser().absolute())
+    return url.rstrip("/")
+
+
+def really(url: str) -> str:
+    """Where a location really is: one text for all ways of writing it, through symbolic links, too."""
+    place = absolute(url)
+    if "://" not in place:
+        return os.path.realpath(place)
+    return Storage(place).url.rstrip("/")
 
 
 def home() -> Path:

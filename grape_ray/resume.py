@@ -16,7 +16,9 @@ from grape_ray.scores import Terms, rebuilt
 from grape_ray.storage import Storage
 
 
-def plan_resume(run: str, *, ledger: str | None = None, key_path: str | None = None, assignments: Iterable[str] = ()) -> Plan:
+def plan_resume(
+    run: str, *, ledger: str | None = None, key_path: str | None = None, assignments: Iterable[str] = (), trust: Iterable[str] = ()
+) -> Plan:
     """The plan of a run that was begun before, checked like a new one; it goes on from the newest whole checkpoint.
 
     Args:
@@ -24,6 +26,7 @@ def plan_resume(run: str, *, ledger: str | None = None, key_path: str | None = N
         ledger: where the dataset's ledger lies now, if it was moved since.
         key_path: file of the master key; None is the usual place. Another key than before is no harm: each attempt has its own.
         assignments: `performance.*=value`, what may change without changing the run.
+        trust: modules that the run's description may have imported, beside this project's own: a run is a folder that anyone may have made.
 
     Raises:
         CheckpointError: no run there. LedgerError: its ledger is gone, or the named one does not hold the run's charges.
@@ -34,7 +37,7 @@ def plan_resume(run: str, *, ledger: str | None = None, key_path: str | None = N
     root, _, name = folder.url.rstrip("/").rpartition("/")
     if name != known["run"]:
         raise CheckpointError("the run's folder was renamed", name, known["run"], "give the folder its name back")
-    config = rebuild_config(known).override(assignments)
+    config = rebuild_config(known, trust).override(assignments)
     scores = _terms(known)
     where, study, origin = known["ledger"], None, known.get("origin")
     if where is not None:

@@ -67,7 +67,7 @@ class Driver:
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
-        self._start(["resume", f"{URL}/soak"])
+        self._start(["resume", f"{URL}/soak", "--trust-module", "tests"])
 
 
 def witnesses(path: Path) -> Iterator[dict[str, Any]]:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from grape_ray.sweeps.folder import EXECUTED, REPORTS
 from grape_ray.sweeps.space import SweepStudy
 from grape_ray.trace import Trace
 
+_POINTER = "pointer.json"
 _POLL_S = 0.2
 _END_S = 600.0  # how long a run may take to end in good order
 
@@ -106,14 +108,16 @@ class Trial(tune.Trainable):
             raise self._error
         return self._told({"step": self._result["steps"], "metrics": self._result["metrics"]}, done=True)
 
-    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
-        """A pointer to the run's newest checkpoint: the checkpoint itself stays where it is."""
-        if self._last_step == 0:
-            return self._pointer or {}
-        return {"run": self._plan.run, "folder": self._plan.folder().url, "step": self._last_step, "values": _key(self._values)}
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """A pointer to the run's newest checkpoint, which itself stays where it is; JSON, because Ray Tune would pickle a dict."""
+        pointer: Any = self._pointer
+        if self._last_step:
+            facts = {"run": self._plan.run, "folder": self._plan.folder().url, "step": self._last_step}
+            pointer = {**facts, "values": _key(self._values)}
+        Path(checkpoint_dir, _POINTER).write_text(json.dumps(pointer))
 
-    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
-        self._pointer = checkpoint or None
+    def load_checkpoint(self, checkpoint: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self._pointer = json.loads(Path(checkpoint, _POINTER).read_text())
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self._finish()

@@ -24,6 +24,7 @@ from grape_ray.sweeps import folder, price
 from grape_ray.sweeps.options import SELECT, Options, check_select_config
 from grape_ray.sweeps.space import PRIVATE, SweepStudy
 from grape_ray.task import Data
+from grape_ray.trust import remember_sweep
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,14 @@ class Sweep:
     def register(self) -> None:
         """Keeps the description of the sweep, from which it is resumed and reported."""
         if not self.existing:
-            self.folder().create(folder.SWEEP_FILE, json.dumps(self._description(), indent=1, sort_keys=True).encode())
+            mark = secrets.token_hex(16)
+            self.folder().create(folder.SWEEP_FILE, json.dumps(self._description(mark), indent=1, sort_keys=True).encode())
+            remember_sweep(self.folder().url, mark)
 
-    def _description(self) -> dict[str, Any]:
+    def _description(self, mark: str) -> dict[str, Any]:
         return {
             "sweep": self.name,
+            "mark": mark,
             "study": self.steps.paid.name,
             "mode": self.options.mode,
             "options": self.options.as_json(),
@@ -148,6 +152,8 @@ def resume(described: dict[str, Any], options: Options, space: dict[str, Any], s
     if differing:
         fix = "resume it with the space that it was begun with, or begin a new sweep"
         raise ConfigError(f"sweep {name} was begun with another {', '.join(differing)}", None, "the same tune space", fix)
+    # The description could name a key that its maker knows, so a key never lies in what may have been copied.
+    keys.check_outside(options.key_path or keys.default_path(), absolute(options.storage), steps.ledger)
     keys.master_key(options.key_path)
     return Sweep(name, options, space, study, absolute(options.storage), steps, scores or None, described["sealed"], True)
 
