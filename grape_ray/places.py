@@ -54,12 +54,12 @@ def ledger_place(asked: str | None, dataset_id: str, public: bool, storage: str,
         return absolute(asked)
     if public:
         return f"{storage}/{run}/ledger"
-    folder = f"{storage}/ledgers" if "://" in storage else str(home() / "ledgers")
-    return f"{folder}/{hmac.new(_salt(folder, make), dataset_id.encode(), hashlib.sha256).hexdigest()[:32]}"
+    folder = str(home() / "ledgers") if Storage(storage).local else f"{storage}/ledgers"
+    return f"{folder}/{hmac.new(salt(folder, make), dataset_id.encode(), hashlib.sha256).hexdigest()[:32]}"
 
 
-def _salt(folder: str, make: bool) -> bytes:
-    """The salt of a folder of ledgers, or fresh bytes, which are kept if `make`; of two makers one wins, and both return its salt."""
+def salt(folder: str, make: bool) -> bytes:
+    """The salt of a folder of private names, or fresh bytes, which are kept if `make`; of two makers one wins, and both return its salt."""
     place, fresh = Storage(folder).first_contact(), os.urandom(_SALT_BYTES)
     try:
         if make:

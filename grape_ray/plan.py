@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from grape_ray import registry
 from grape_ray import scores as validation
 from grape_ray.accounting import calibration, keys
 from grape_ray.accounting.events import GAUSSIAN, RANDOMIZED, Mechanism
@@ -25,6 +26,7 @@ from grape_ray.places import absolute, ledger_place
 from grape_ray.preflight import preflight
 from grape_ray.resolve import describe
 from grape_ray.scores import Terms
+from grape_ray.splits import check_splits
 from grape_ray.storage import Storage
 from grape_ray.task import Data, Task
 
@@ -102,6 +104,7 @@ def prepare(
     study: Study | None = None,
     origin: tuple[str, str] | None = None,
     scores: Terms | None = None,
+    second_ledger: bool = False,
 ) -> Plan:
     """Checks a run whole: data, model, method, price, ledger, storage; then registers it.
 
@@ -112,6 +115,7 @@ def prepare(
         key_path: file of the master key; None is `accounting.keys.default_path()`.
         study: one that the ledger holds already, whose tokens the run shares with others; None registers a study of the run's own.
         origin, scores: see Plan.
+        second_ledger: whether a dataset that is known to have a ledger may get another one, with a budget of its own.
 
     Raises:
         GrapeRayError: one of its kinds for whatever is wrong; nothing was written then.
@@ -136,13 +140,16 @@ def prepare(
     noise, tokens = (study.mechanism.noise_multiplier, study.tokens) if study else _price(config, sampling_prob)
     settle = partial(ledger_place, ledger, data.dataset_id, data.public, root, run)
     where, name = settle(), study.name if study else run
+    if study is None:  # who shares a study charges the ledger that holds it, and was checked when that began
+        registry.check_only(where, data.identity, second_ledger)
+        check_splits(data, scores is None)
     keys.check_outside(key_path or keys.default_path(), root, where)
     promise = (study.epsilon, study.delta) if study else (config.privacy.epsilon, config.privacy.delta)
     plan = Plan(config, run, root, where, key_path, name, data.dataset_id, promise, sampling_prob, noise, tokens, origin, scores)
     if study is not None:
         check_mechanism(plan.mechanism(), study)
     else:
-        plan = _open_budget(plan, place, lambda: settle(make=True))
+        plan = _open_budget(plan, place, lambda: settle(make=True), () if data.public else data.identity)
     _register(plan, place)
     return plan
 
@@ -156,7 +163,7 @@ def check_mechanism(mechanism: Mechanism, study: Study) -> None:
             raise ConfigError(f"the run has another {field} than study {study.name!r}", value, f"{frozen[field]!r}", fix)
 
 
-def _open_budget(plan: Plan, place: Storage, settle: Callable[[], str]) -> Plan:
+def _open_budget(plan: Plan, place: Storage, settle: Callable[[], str], identity: Iterable[str]) -> Plan:
     """Registers the run's own study in the dataset's ledger, which is made if need be at the place that `settle` gives.
 
     Once a study is registered its budget is gone, so all that can be refused is refused before.
@@ -168,7 +175,10 @@ def _open_budget(plan: Plan, place: Storage, settle: Callable[[], str]) -> Plan:
     _check_same_run(plan, place)
     keys.master_key(plan.key_path)
     plan = replace(plan, ledger=settle())
-    Ledger.open(plan.ledger_storage(), plan.dataset_id, *budget).ensure_study(study)
+    book = Ledger.open(plan.ledger_storage(), plan.dataset_id, *budget)
+    if identity:
+        registry.register(identity, plan.ledger_storage().url, book.ledger_id)
+    book.ensure_study(study)
     return plan
 
 

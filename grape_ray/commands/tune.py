@@ -28,6 +28,7 @@ from grape_ray.sweeps.options import COMPOSE, LAWS, SCHEDULERS, SEARCHES, SELECT
 @click.option("--storage", default="sweeps", show_default=True, help="Folder or URL (s3://...) of sweeps.")
 @click.option("--ledger", help="Folder or URL of the dataset's ledger; left out, your own ledger of this dataset.")
 @click.option("--score-ledger", help="The same for private validation records.")
+@click.option("--second-ledger", is_flag=True, help="Let a dataset that has a ledger get another, with a budget of its own.")
 @click.option("--ledger-epsilon", type=float, help="Whole budget of the dataset, where its ledger is made; left out, the sweep's.")
 @click.option("--ledger-delta", type=float, help="Its delta.")
 @click.option("--workers", type=int, help="Ray Train workers a trial; 0 trains in the trial's own process.")

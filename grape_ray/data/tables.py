@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -13,6 +14,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from grape_ray.errors import DataError, nearest
+
+LOOKED_AT = 4096  # first rows of a column, by which it is judged how much it tells
+_CHANCE_BITS = 64
 
 
 def read_table(url: str, columns: Sequence[str]) -> pa.Table:
@@ -98,22 +102,49 @@ def fingerprint(table: pa.Table) -> str:
     """
     digest = hashlib.sha256()
     for name in sorted(table.column_names):
-        column = table[name]
-        digest.update(f"{name}|{len(column)}|".encode())
-        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-            lengths = pc.call_function("binary_length", [column]).to_numpy()
-            digest.update(lengths.astype("<i8").tobytes())
-            for chunk in column.chunks:
-                digest.update(b"".join(value.as_buffer() for value in chunk if value.is_valid))
-            continue
-        values = column.to_numpy()
-        if values.dtype.kind in "biu":  # the same numbers are the same data in any width
-            digest.update(values.astype("<i8").tobytes())
-        elif values.dtype.kind == "f":
-            digest.update(values.dtype.str.encode() + values.tobytes())
-        else:
-            raise DataError(f"column '{name}'", str(column.type), "strings, integers or floats", "convert it")
+        digest.update(f"{name}|{len(table[name])}|".encode())
+        _take_in(digest, table[name], name)
     return digest.hexdigest()[:32]
+
+
+def fingerprint_columns(table: pa.Table) -> tuple[str, ...]:
+    """A fingerprint of each column, whatever it is called, by which another table with some of them is recognised.
+
+    Columns that say too little (`tells`), as a constant one does, are left out: unrelated tables may share them.
+
+    Raises:
+        DataError: see `fingerprint`.
+    """
+    found = []
+    for name in table.column_names:
+        column = table[name]
+        if tells(len(column), len(column.slice(0, LOOKED_AT).unique())):
+            digest = hashlib.sha256(f"{len(column)}|".encode())
+            _take_in(digest, column, name)
+            found.append(digest.hexdigest()[:32])
+    return tuple(found)
+
+
+def tells(rows: int, distinct: int) -> bool:
+    """Whether a column of so many rows, with so many different values, would agree with an unrelated one by chance once in 2^64 at most."""
+    return rows * math.log2(max(distinct, 1)) >= _CHANCE_BITS
+
+
+def _take_in(digest: Any, column: pa.ChunkedArray, name: str) -> None:
+    """Adds a column's content."""
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        lengths = pc.call_function("binary_length", [column]).to_numpy()
+        digest.update(lengths.astype("<i8").tobytes())
+        for chunk in column.chunks:
+            digest.update(b"".join(value.as_buffer() for value in chunk if value.is_valid))
+        return
+    values = column.to_numpy()
+    if values.dtype.kind in "biu":  # the same numbers are the same data in any width
+        digest.update(values.astype("<i8").tobytes())
+    elif values.dtype.kind == "f":
+        digest.update(values.dtype.str.encode() + values.tobytes())
+    else:
+        raise DataError(f"column '{name}'", str(column.type), "strings, integers or floats", "convert it")
 
 
 def fingerprint_arrays(*arrays: np.ndarray) -> str:
