@@ -29,6 +29,7 @@ from grape_ray.scores import Terms
 from grape_ray.splits import check_splits
 from grape_ray.storage import Storage
 from grape_ray.task import Data, Task
+from grape_ray.withheld import told
 
 RUN_FILE, RESULT_FILE, PROGRESS_FILE = "run.json", "result.json", "progress.json"
 _PUBLIC = bytes(32)  # the root of every key that is no secret
@@ -49,6 +50,7 @@ class Plan:
         tokens: steps that the run's study may take, repeats included; 0 for the yardstick.
         origin: (URL of a run's folder, name of its checkpoint) that a new run begins from; None begins from the task's own model.
         scores: what may be said of private validation records; None where they are public.
+        public: whether all records are public, so that errors may quote them.
     """
 
     config: Config
@@ -64,6 +66,7 @@ class Plan:
     tokens: int
     origin: tuple[str, str] | None = None
     scores: Terms | None = None
+    public: bool = False
 
     @property
     def private(self) -> bool:
@@ -126,15 +129,15 @@ def prepare(
     _check_sharding(config)
     if scores is not None:
         validation.check_metric(task, scores.metric)
-    data = task.load()
-    sampling_prob = sampling_prob_of(config, data)
-    try_out(config, data)
+    data = told(task.load, public=False)
+    public, sampling_prob = data.public and scores is None, sampling_prob_of(config, data)
+    told(partial(try_out, config, data), public)
     place = Storage(root, config.performance.storage_timeout_s)
     place.check_writable()
     if not METHODS[config.method.name].private:
         if study is not None:
             raise ConfigError("method.name", config.method.name, "a private method", "what a study releases is paid for, without exception")
-        plan = Plan(config, run, root, None, None, run, data.dataset_id, None, sampling_prob, 0.0, 0, scores=scores)
+        plan = Plan(config, run, root, None, None, run, data.dataset_id, None, sampling_prob, 0.0, 0, None, scores, public)
         _register(plan, place)
         return plan
     noise, tokens = (study.mechanism.noise_multiplier, study.tokens) if study else _price(config, sampling_prob)
@@ -145,7 +148,7 @@ def prepare(
         check_splits(data, scores is None)
     keys.check_outside(key_path or keys.default_path(), root, where)
     promise = (study.epsilon, study.delta) if study else (config.privacy.epsilon, config.privacy.delta)
-    plan = Plan(config, run, root, where, key_path, name, data.dataset_id, promise, sampling_prob, noise, tokens, origin, scores)
+    plan = Plan(config, run, root, where, key_path, name, data.dataset_id, promise, sampling_prob, noise, tokens, origin, scores, public)
     if study is not None:
         check_mechanism(plan.mechanism(), study)
     else:

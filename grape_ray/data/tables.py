@@ -77,7 +77,7 @@ def labels(table: pa.Table, column: str, url: str, classes: int) -> np.ndarray:
         row = int(outside[0])
         raise DataError(
             f"label in row {row} of column '{column}' of {url}",
-            int(found[row]),
+            "another number",  # which one is a record's
             f"0 to {classes - 1}",
             "correct the file, or set the task's number of classes",
         )

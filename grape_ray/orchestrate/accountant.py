@@ -23,6 +23,7 @@ from grape_ray.accounting.replay import Attempt
 from grape_ray.accounting.selection import Selection
 from grape_ray.errors import GrapeRayError, LedgerError
 from grape_ray.storage import Storage
+from grape_ray.withheld import text_of
 
 NAMESPACE = "grape-ray"
 _CALLS = frozenset({"ensure_study", "ensure_selection", "begin_attempt", "charge", "refund", "close_attempt", "attempts"})
@@ -204,7 +205,7 @@ class Accountant:
             except ray.exceptions.RayTaskError as error:
                 if isinstance(error.cause, GrapeRayError):
                     raise error.cause from None
-                raise LedgerError("the accountant failed", str(error.cause), "an answer", fix) from error
+                raise LedgerError("the accountant failed", text_of(error.cause), "an answer", fix) from error
             except ray.exceptions.ActorDiedError:  # ended for good, by another sweep's end or by hand: a new one reads the same ledger
                 time.sleep(_PAUSE_S)
             except (ray.exceptions.RayError, TimeoutError) as error:

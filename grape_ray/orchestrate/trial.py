@@ -28,6 +28,7 @@ from grape_ray.session import Around
 from grape_ray.sweeps.folder import EXECUTED, REPORTS
 from grape_ray.sweeps.space import SweepStudy
 from grape_ray.trace import Trace
+from grape_ray.withheld import withheld
 
 _POINTER = "pointer.json"
 _POLL_S = 0.2
@@ -152,8 +153,8 @@ class Trial(tune.Trainable):
             else:
                 device = torch.device("cuda" if plan.config.performance.use_gpu else "cpu")
                 self._result = execute(plan, Comms.local(), device=device, around=surround(plan))
-        except BaseException as error:
-            self._error = error
+        except BaseException as error:  # Ray Tune keeps it in error.txt and error.pkl
+            self._error = error if plan.public else withheld(error)
 
     def _told(self, report: dict[str, Any], done: bool) -> dict[str, Any]:
         """Ray Tune's result, which is kept beside the run, too. Where no score could be paid for, the last one stands."""

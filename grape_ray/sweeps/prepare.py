@@ -27,6 +27,7 @@ from grape_ray.sweeps.options import SELECT, Options, check_select_config
 from grape_ray.sweeps.space import PRIVATE, SweepStudy
 from grape_ray.task import Data
 from grape_ray.trust import remember_sweep
+from grape_ray.withheld import told
 
 
 @dataclass(frozen=True)
@@ -128,10 +129,10 @@ def prepare(options: Options, space: dict[str, Any], study: SweepStudy, name: st
     study = _priced_config(options, study)
     if options.mode == SELECT:
         check_select_config(study.config)
-    data = study.config.task.load()
+    data = told(study.config.task.load, public=False)
     sampling_prob = sampling_prob_of(study.config, data)
     check_splits(data, study.score_source != PRIVATE)
-    try_out(study.config, data)
+    told(lambda: try_out(study.config, data), data.public and study.score_source != PRIVATE)
     storage = absolute(options.storage)
     _check_place(Storage(storage).child(name), name)
     steps = _steps(options, study, name, data, storage, sampling_prob)
@@ -171,7 +172,7 @@ def _known(described: Mapping[str, Any], mode: str, task: Any, identity: Callabl
     paid, where, budget = (Selection if mode == SELECT else Study).from_payload(described["paid"]), described["ledger"], described["budget"]
     if Storage(where).exists(entry_name(0)):
         return Share(paid, where, Ledger.open(where, create=False).state.dataset_id, (budget[0], budget[1]))
-    data = task.load()
+    data = told(task.load, public=False)
     found = identity(data)
     return Share(paid, where, found[0], (budget[0], budget[1]), found, data.public and found[0] == data.dataset_id)
 

@@ -14,11 +14,12 @@ from click.testing import CliRunner
 from grape_ray import checkpoint
 from grape_ray.accounting import Ledger, verify
 from grape_ray.cli import main
-from grape_ray.errors import BudgetExceeded, ConfigError, LedgerError
+from grape_ray.errors import BudgetExceeded, ConfigError, LedgerError, TaskFailed
 from grape_ray.orchestrate.sweep import resume, run
 from grape_ray.storage import Storage
 from grape_ray.sweeps.options import Options
 from grape_ray.sweeps.page import report
+from tests.quoting import RECORD
 
 pytestmark = pytest.mark.ray
 WANTED = ["study", "mode", "epsilon", "delta", "tokens_total", "tokens_charged", "steps_executed", "wasted", "trials", "best", "ledger"]
@@ -263,3 +264,11 @@ def test_trials_on_workers_are_stopped_and_pay_alike(tmp_path):
     result = program("--trials", 3, "--workers", 1, "--seed", 3, "--name", "a", *where)
     balanced(result)
     assert result["trials"] == 3
+
+
+def test_a_sweeps_folder_and_console_quote_no_record(sweep, tmp_path):
+    with pytest.raises(TaskFailed, match="the task failed with ValueError"):
+        sweep("a", "tests.quoting", trials=1, scheduler="none")
+    assert list((tmp_path / "sweeps" / "a" / "tune").rglob("error.txt"))
+    assert [path for path in (tmp_path / "sweeps").rglob("*") if path.is_file() and RECORD.encode() in path.read_bytes()] == []
+    assert RECORD not in "".join(sweep.said)
