@@ -105,4 +105,4 @@ class PrivateScore:
         """A new attempt, with a key of its own."""
         self._book, master = self._open_book(), keys.master_key(self._key_path)
         self._attempt = self._book.begin_attempt(self._study, self._run, keys.key_id(master), dataset_id=self._dataset_id)
-        self._key = keys.derive(master, self._book.ledger_id, self._study, self._run, self._attempt, "scores")
+        self._key = keys.derive(keys.of_attempt(master, self._book.ledger_id, self._study, self._run, self._attempt), "scores")

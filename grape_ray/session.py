@@ -79,7 +79,10 @@ class Around:
 
 
 def begin_attempt(plan: Plan, comms: Comms, open_ledger: Callable[[Plan], Book] = open_ledger) -> Attempt:
-    """A new attempt: the number is durable in the ledger before the keys are derived, so no attempt shares a key with another."""
+    """A new attempt: the number is durable in the ledger before the keys are derived, so no attempt shares a key with another.
+
+    Rank 0 derives them and tells the others: a part of them is fresh, so nobody can derive them again, from a copied ledger either.
+    """
     if plan.ledger is None:
         return Attempt(0, public_key(plan.config, "sampling"), public_key(plan.config, "dropout"))
     attempt = None
@@ -87,8 +90,8 @@ def begin_attempt(plan: Plan, comms: Comms, open_ledger: Callable[[Plan], Book] 
         ledger = open_ledger(plan)
         master = keys.master_key(plan.key_path)
         number = ledger.begin_attempt(plan.study, plan.run, keys.key_id(master), dataset_id=plan.dataset_id)
-        labels = (ledger.ledger_id, plan.study, plan.run, number)
-        attempt = Attempt(number, *(keys.derive(master, *labels, stream) for stream in ("sampling", "dropout", "noise", "probes")))
+        own = keys.of_attempt(master, ledger.ledger_id, plan.study, plan.run, number)
+        attempt = Attempt(number, *(keys.derive(own, stream) for stream in ("sampling", "dropout", "noise", "probes")))
     return comms.broadcast_object(attempt)
 
 

@@ -140,6 +140,8 @@ def prepare(options: Options, space: dict[str, Any], study: SweepStudy, name: st
     keys.check_outside(options.key_path or keys.default_path(), storage, steps.ledger)
     for share in filter(None, (steps, scores)):
         share.check(options.second_ledger)
+        if isinstance(share.paid, Selection):
+            price.trial_epsilon(share.paid)  # before it is paid for
     sealed = _sealed(options, storage, name) if options.mode == SELECT else None
     keys.master_key(options.key_path)
     steps = replace(steps, ledger=ledger_place(options.ledger, steps.dataset_id, data.public, storage, name, make=True))
