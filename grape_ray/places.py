@@ -31,7 +31,7 @@ def really(url: str) -> str:
 
 def home() -> Path:
     """The user's own folder of what must not lie among the runs."""
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "grape-ray"
+    return (Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "grape-ray").absolute()
 
 
 def ledger_place(asked: str | None, dataset_id: str, public: bool, storage: str, run: str, make: bool = False) -> str:

@@ -132,6 +132,8 @@ def prepare(
     data = told(task.load, public=False)
     public, sampling_prob = data.public and scores is None, sampling_prob_of(config, data)
     told(partial(try_out, config, data), public)
+    if study is None:  # who shares one was checked when that began
+        check_splits(data, scores is None, METHODS[config.method.name].private and not data.public)
     place = Storage(root, config.performance.storage_timeout_s)
     place.check_writable()
     if not METHODS[config.method.name].private:
@@ -143,9 +145,8 @@ def prepare(
     noise, tokens = (study.mechanism.noise_multiplier, study.tokens) if study else _price(config, sampling_prob)
     settle = partial(ledger_place, ledger, data.dataset_id, data.public, root, run)
     where, name = settle(), study.name if study else run
-    if study is None:  # who shares a study charges the ledger that holds it, and was checked when that began
+    if study is None:  # who shares one charges the ledger that holds it
         registry.check_only(where, data.identity, second_ledger)
-        check_splits(data, scores is None)
     keys.check_outside(key_path or keys.default_path(), root, where)
     promise = (study.epsilon, study.delta) if study else (config.privacy.epsilon, config.privacy.delta)
     plan = Plan(config, run, root, where, key_path, name, data.dataset_id, promise, sampling_prob, noise, tokens, origin, scores, public)

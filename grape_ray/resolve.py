@@ -14,7 +14,7 @@ from typing import Any
 
 from grape_ray.config import Config, Method, Performance, Privacy
 from grape_ray.errors import ConfigError, nearest
-from grape_ray.trust import check_module
+from grape_ray.trust import check_module, names
 
 TASK_METHODS = ("load", "build_model", "collate", "per_example_loss", "evaluate", "save")
 
@@ -42,9 +42,13 @@ def pipeline(reference: str) -> Config:
     raise ConfigError("pipeline has no such function", reference, "module:function", nearest(function_name or module_name, functions))
 
 
-def load_module(name: str, reference: str, kind: str = "pipeline") -> ModuleType:
-    """The module, from the path or the current folder. Raises ConfigError, which calls it by its kind, where it cannot be imported."""
-    if os.getcwd() not in sys.path and "" not in sys.path:
+def load_module(name: str, reference: str, kind: str = "pipeline", here: bool = True) -> ModuleType:
+    """The module, from the path or, if `here`, from the current folder before that.
+
+    Raises:
+        ConfigError: it cannot be imported; the error calls it by its kind.
+    """
+    if here and os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         return importlib.import_module(name)
@@ -81,10 +85,11 @@ def rebuild_task(description: Mapping[str, Any], trust: Iterable[str] = ()) -> A
     Raises:
         ConfigError: a module that nobody has named, one that cannot be imported, no such task there, or one with other fields.
     """
-    reference, fields = description["class"], description["fields"]
+    reference, fields, trust = description["class"], description["fields"], tuple(trust)
     module_name, _, qualified = reference.partition(":")
     check_module(module_name, trust, "task")
-    kind: Any = load_module(module_name, reference, "task")
+    # The current folder may be the one that was copied from elsewhere; on the path, any file in it could pass for a library.
+    kind: Any = load_module(module_name, reference, "task", here=names(trust, module_name))
     fix = "call it where the run's own version can be imported"
     try:
         for part in qualified.split("."):

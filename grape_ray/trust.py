@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 from grape_ray.errors import ConfigError
 from grape_ray.places import home, really
@@ -22,16 +24,32 @@ def check_module(name: str, trusted: Iterable[str], kind: str) -> None:
     Raises:
         ConfigError: which module to name, and how.
     """
-    within = any(name == known or name.startswith(f"{known}.") for known in (*OWN, *trusted))
-    if within or name in sys.modules:
+    if is_own(name) or names(trusted, name) or name in sys.modules:
         return
     fix = f"if you trust its code, say so: --trust-module {name} (in Python: trust=[{name!r}])"
     raise ConfigError(f"the stored description names a {kind}'s module that you have not named", name, "a module that you trust", fix)
 
 
+def names(trusted: Iterable[str], module: str) -> bool:
+    """Whether a module is among those that were named, or below one of them."""
+    return any(module == known or module.startswith(f"{known}.") for known in trusted)
+
+
+def is_own(module: str) -> bool:
+    """Whether a module is this project's own: of one of its packages, and from where this one lies, not of a folder that has its name."""
+    top = module.partition(".")[0]
+    if top not in OWN:
+        return False
+    try:
+        spec = importlib.util.find_spec(top)  # of a top-level package: nothing is imported
+    except (ImportError, ValueError):
+        return False
+    return spec is not None and spec.origin is not None and Path(spec.origin).resolve().parents[1] == Path(__file__).resolve().parents[1]
+
+
 def words_for(module: str) -> str:
     """What `resume` and `export` must be told beside the run's folder, so that its task's module may be imported; empty for our own."""
-    return "" if module.partition(".")[0] in OWN else f" --trust-module {module}"
+    return "" if is_own(module) else f" --trust-module {module}"
 
 
 def remember_sweep(url: str, mark: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from grape_ray.errors import GrapeRayError, TaskFailed
 
-_FRAMES = 8
+_FRAMES, _SAID = 8, 3  # innermost lines that are kept, and those that a message names
 _Result = TypeVar("_Result")
 
 
@@ -40,7 +40,7 @@ def withheld(error: BaseException) -> Exception:
         return error.with_traceback(None)
     frames = where(error)
     fix = "its text is kept back, because it may quote a record; on data that its task calls public it is shown"
-    calls = " < ".join(reversed(frames))
+    calls = " < ".join(reversed(frames[-_SAID:]))
     return TaskFailed(f"the task failed with {type(error).__name__}", f"at {calls}" if calls else None, "", fix)
 
 

@@ -117,7 +117,7 @@ def _check(trials: tune.ResultGrid, say: Callable[[str], None]) -> None:
     """Tells why trials failed. Raises the first one's error where all did: then it is likely one thing that kept them."""
     errors = [getattr(error, "cause", error) for error in trials.errors]
     for error in errors:
-        say(f"a trial failed: {' '.join(text_of(error).split())[-300:]}")
+        say(f"a trial failed: {' '.join(text_of(error).split())[:300]}")
     if errors and len(errors) == len(trials):
         if isinstance(errors[0], GrapeRayError):
             raise errors[0]

@@ -131,7 +131,7 @@ def prepare(options: Options, space: dict[str, Any], study: SweepStudy, name: st
         check_select_config(study.config)
     data = told(study.config.task.load, public=False)
     sampling_prob = sampling_prob_of(study.config, data)
-    check_splits(data, study.score_source != PRIVATE)
+    check_splits(data, study.score_source != PRIVATE, not data.public)
     told(lambda: try_out(study.config, data), data.public and study.score_source != PRIVATE)
     storage = absolute(options.storage)
     _check_place(Storage(storage).child(name), name)

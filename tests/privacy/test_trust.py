@@ -23,6 +23,7 @@ from grape_ray.storage import Storage
 from grape_ray.sweeps import folder, space
 from grape_ray.sweeps.options import Options
 from grape_ray.sweeps.prepare import prepare as prepare_sweep
+from pipelines.digits_vit import digits_vit
 from tests.tiny import Tiny, tiny
 
 REPOSITORY = Path(__file__).parents[2]
@@ -80,6 +81,24 @@ def test_a_module_that_the_user_did_not_name_is_not_even_imported(tmp_path):
     done = program(["export", run, tmp_path / "out", "--trust-module", "stranger"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "MARK").exists()
+
+
+@pytest.mark.parametrize("name", ["pipelines/digits_vit.py", "sklearn.py", "transformers.py", "safetensors.py"])
+def test_files_beside_a_run_pass_for_nothing(tmp_path, name):
+    """Who calls the program from within a folder that was copied from elsewhere has nothing of it imported."""
+    run = tmp_path / "runs" / "r"
+    execute(
+        prepare(digits_vit().override(["privacy.steps=1"]), run="r", storage=str(run.parent), key_path=str(tmp_path / "key")), Comms.local()
+    )
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    for path in {tmp_path / name, (tmp_path / name).parent / ("__init__.py" if "/" in name else name)}:
+        path.write_text(f"import pathlib; pathlib.Path({str(tmp_path / 'MARK')!r}).touch()")
+    code = "import sys; sys.path.remove(''); from grape_ray.cli import main; main()"  # as the installed program, which has no '' there
+    words = [sys.executable, "-c", code, "export", str(run), str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "MARK").exists()
 
 
 def test_libraries_name_trusted_modules_as_well(tmp_path, monkeypatch):
