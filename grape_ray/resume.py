@@ -17,7 +17,13 @@ from grape_ray.storage import Storage
 
 
 def plan_resume(
-    run: str, *, ledger: str | None = None, key_path: str | None = None, assignments: Iterable[str] = (), trust: Iterable[str] = ()
+    run: str,
+    *,
+    ledger: str | None = None,
+    key_path: str | None = None,
+    assignments: Iterable[str] = (),
+    trust: Iterable[str] = (),
+    second_ledger: bool = False,
 ) -> Plan:
     """The plan of a run that was begun before, checked like a new one; it goes on from the newest whole checkpoint.
 
@@ -26,6 +32,7 @@ def plan_resume(
         ledger: where the dataset's ledger lies now, if it was moved since.
         key_path: file of the master key; None is the usual place. Another key than before is no harm: each attempt has its own.
         assignments: `performance.*=value`, what may change without changing the run.
+        second_ledger: see `prepare`.
         trust: modules that the run's description may have imported, beside this project's own: a run is a folder that anyone may have made.
 
     Raises:
@@ -52,7 +59,7 @@ def plan_resume(
             study = book.state.study(known["study"]).study
     return prepare(
         config, run=name, storage=root, ledger=where, key_path=key_path, study=study,
-        origin=(origin[0], origin[1]) if origin else None, scores=scores,
+        origin=(origin[0], origin[1]) if origin else None, scores=scores, second_ledger=second_ledger,
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ def fingerprint_records(records: Records) -> str:
 def column_fingerprints(records: Records) -> tuple[str, ...]:
     """A fingerprint of each column that tells datasets apart, whatever it is called: see `tables.tells`."""
     found = records.columns.values()
-    return tuple(fingerprint_arrays(*_parts(column)) for column in found if tells(len(column), _distinct(column)))
+    return tuple(fingerprint_arrays(*_parts(column)) for column in found if tells(len(column), _distinct(column), _numbers(column)))
 
 
 def rows_in_common(one: Records, other: Records) -> int:
@@ -48,9 +48,14 @@ def _row(column: np.ndarray | Ragged, place: int) -> np.ndarray:
     return column[place]
 
 
-def _distinct(column: np.ndarray | Ragged) -> int:
-    """Different values among the first rows."""
-    return len({_row(column, place).tobytes() for place in range(min(len(column), LOOKED_AT))})
+def _distinct(column: np.ndarray | Ragged) -> set[bytes]:
+    """The different values among the first rows."""
+    return {_row(column, place).tobytes() for place in range(min(len(column), LOOKED_AT))}
+
+
+def _numbers(column: np.ndarray | Ragged) -> np.ndarray | None:
+    """The first rows of a column of integers."""
+    return column[:LOOKED_AT] if isinstance(column, np.ndarray) and column.dtype.kind in "iu" else None
 
 
 def _parts(column: np.ndarray | Ragged) -> tuple[np.ndarray, ...]:

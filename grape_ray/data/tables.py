@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+import zlib
+from collections.abc import Collection, Sequence
 from typing import Any, cast
 
 import fsspec
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 from grape_ray.errors import DataError, nearest
 
 LOOKED_AT = 4096  # first rows of a column, by which it is judged how much it tells
-_CHANCE_BITS = 64
+_CHANCE_BITS, _ZLIB_BYTES = 64, 16  # the latter of every compressed text, however short
 
 
 def read_table(url: str, columns: Sequence[str]) -> pa.Table:
@@ -118,16 +119,30 @@ def fingerprint_columns(table: pa.Table) -> tuple[str, ...]:
     found = []
     for name in table.column_names:
         column = table[name]
-        if tells(len(column), len(column.slice(0, LOOKED_AT).unique())):
+        first = column.slice(0, LOOKED_AT)
+        numbers = first.to_numpy() if pa.types.is_integer(column.type) else None
+        if tells(len(column), {str(value).encode() for value in first.unique().to_pylist()}, numbers):
             digest = hashlib.sha256(f"{len(column)}|".encode())
             _take_in(digest, column, name)
             found.append(digest.hexdigest()[:32])
     return tuple(found)
 
 
-def tells(rows: int, distinct: int) -> bool:
-    """Whether a column of so many rows, with so many different values, would agree with an unrelated one by chance once in 2^64 at most."""
-    return rows * math.log2(max(distinct, 1)) >= _CHANCE_BITS
+def tells(rows: int, distinct: Collection[bytes], numbers: np.ndarray | None = None) -> bool:
+    """Whether a column says so much that an unrelated one would agree with it by chance once in 2^64 at most.
+
+    It says how its values are arranged, and, where most are different, the values themselves, about as many bits as they compress to.
+    A constant column and one of row numbers say nothing.
+
+    Args:
+        rows: of the column. distinct: the different values among its first `LOOKED_AT` rows. numbers: these rows, of a column of integers.
+    """
+    if len(distinct) < 2 or (numbers is not None and numbers.ndim == 1 and len(set(np.diff(numbers).tolist())) == 1):
+        return False
+    bits = rows * math.log2(len(distinct))
+    if 2 * len(distinct) >= min(rows, LOOKED_AT):
+        bits += 8 * max(0, len(zlib.compress(b"".join(sorted(distinct)))) - _ZLIB_BYTES)
+    return bits >= _CHANCE_BITS
 
 
 def _take_in(digest: Any, column: pa.ChunkedArray, name: str) -> None:

@@ -134,6 +134,15 @@ def test_a_tables_columns_are_known_by_their_content():
     assert set(tables.fingerprint_columns(table.slice(0, 99))).isdisjoint(found)
 
 
+def test_small_tables_are_known_by_their_values_and_row_numbers_tell_nothing():
+    texts = [f"a short text about {word}" for word in ("wine", "rain", "stone", "glass", "salt")]
+    table = pa.table({"text": texts, "label": [0, 1, 1, 0, 1], "row": range(5)})
+    assert tables.fingerprint_columns(table) == tables.fingerprint_columns(table.select(["text"]))
+    rows = np.arange(1000)
+    columns = {"row": rows, "constant": np.zeros(1000), "x": np.random.default_rng(0).normal(size=(1000, 2))}
+    assert len(column_fingerprints(Records(columns))) == 1
+
+
 def test_the_programs_have_the_flag():
     for name in ("train", "tune"):
         assert "--second-ledger" in CliRunner().invoke(main, [name, "--help"]).output
