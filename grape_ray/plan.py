@@ -132,8 +132,8 @@ def prepare(
     data = told(task.load, public=False)
     public, sampling_prob = data.public and scores is None, sampling_prob_of(config, data)
     told(partial(try_out, config, data), public)
-    if study is None:  # who shares one was checked when that began
-        check_splits(data, scores is None, METHODS[config.method.name].private and not data.public)
+    own = study is None and METHODS[config.method.name].private  # who shares a study was checked when that began
+    check_splits(data, scores is None, own and not data.public)
     place = Storage(root, config.performance.storage_timeout_s)
     place.check_writable()
     if not METHODS[config.method.name].private:

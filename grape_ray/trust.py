@@ -58,7 +58,9 @@ def remember_sweep(url: str, mark: str) -> None:
 
 
 def check_sweep(url: str, mark: str, trusted: bool) -> None:
-    """Refuses to restore a sweep that this user did not begin there: Ray Tune keeps its state as pickles, and loading those runs code.
+    """Refuses to restore a sweep that this user did not begin there.
+
+    Ray Tune keeps its state as pickles, and loading those runs code; the description says which folder of secrets is removed at the end.
 
     Args:
         trusted: whether the user has said that the state may be loaded all the same.
@@ -73,7 +75,7 @@ def check_sweep(url: str, mark: str, trusted: bool) -> None:
     except FileNotFoundError:
         known = ""
     if not mark or known != mark:
-        what = "the sweep was not begun from here, and restoring Ray Tune's state runs whatever code it holds"
+        what = "the sweep was not begun from here, and restoring its state runs whatever code it holds"
         raise ConfigError(what, url, "a sweep of your own", "if you trust who can write there, say so: --trust-state (trust_state=True)")
 
 

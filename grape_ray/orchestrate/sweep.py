@@ -33,7 +33,7 @@ def resume(
     Args:
         asked: options that were given anew; they must be those that it was begun with.
         trust: modules that the sweep's description may have imported for its tune space, beside this project's own and `asked`.
-        trust_state: load Ray Tune's state, which are pickles, also where this user did not begin the sweep.
+        trust_state: go by the sweep's description, and load Ray Tune's state (pickles), also where this user did not begin the sweep.
     """
     described = folder.read(Storage(absolute(storage)).child(name))
     known = described["options"]
@@ -42,8 +42,7 @@ def resume(
         words = ", ".join(f"--{key.replace('_', '-')}" for key in differing)
         raise ConfigError(f"sweep {name} was begun with another {words}", None, "what it was begun with", "leave them out")
     check_module(known["space"], [*trust, *filter(None, [asked.get("space")])], "tune space")
-    if known["mode"] != SELECT:
-        check_sweep(f"{absolute(storage)}/{name}", described.get("mark", ""), trust_state)
+    check_sweep(f"{absolute(storage)}/{name}", described.get("mark", ""), trust_state)
     values = {field.name: known[field.name] for field in fields(Options)}
     options = Options(**{**values, "assignments": tuple(known["assignments"]), "storage": storage})
     return _run(options, say, name, described)

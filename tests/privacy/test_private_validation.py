@@ -10,9 +10,10 @@ from grape_ray.accounting import Ledger, Mechanism, Study
 from grape_ray.cli import main
 from grape_ray.comms import Comms
 from grape_ray.data.identity import fingerprint_records
-from grape_ray.errors import ConfigError, LedgerError
+from grape_ray.errors import ConfigError, DataError, LedgerError
 from grape_ray.execute import execute
 from grape_ray.plan import prepare
+from grape_ray.registry import register
 from grape_ray.resume import plan_resume
 from grape_ray.scores import Terms
 from grape_ray.session import Around
@@ -74,17 +75,20 @@ def test_no_other_caller_may_say_more(tmp_path, scored):
     assert all(abs(RECORDS * a - round(RECORDS * a)) > 1e-5 for a in told(tmp_path / "runs/r"))
 
 
-@pytest.mark.parametrize("change", ["missing", "louder"])
+@pytest.mark.parametrize("change", ["missing", "louder", "public"])
 def test_a_description_that_does_not_say_it_is_refused(tmp_path, scored, change):
     begun(tmp_path, scored[0])
     path = tmp_path / "runs/r/run.json"
     described = json.loads(path.read_text())
     if change == "missing":
         del described["validation"]
+    elif change == "public":
+        described["validation"] = "public"
+        register((fingerprint_records(Tiny().load().validation),), scored[0].ledger, scored[1].ledger_id)
     else:
         described["validation"]["noise_multiplier"] = 1e-3
     path.write_text(json.dumps(described))
-    with pytest.raises((ConfigError, LedgerError), match=r"whether its validation records are public|another noise"):
+    with pytest.raises((ConfigError, DataError, LedgerError), match=r"records are public|another noise|known as private"):
         plan_resume(str(tmp_path / "runs/r"), key_path=str(tmp_path / "key"))
 
 

@@ -172,3 +172,15 @@ def test_a_sweeps_description_has_no_module_imported_and_no_key_of_its_own_used(
     path.write_text(json.dumps({**described, "options": {**described["options"], "key_path": inside}}))
     with pytest.raises(ConfigError, match="master key lies inside"):
         resume_sweep(str(sweep / "sweeps"), "a", {}, print)
+
+
+def test_a_selection_that_others_began_is_not_gone_on_with(tmp_path, monkeypatch):
+    words = {"storage": str(tmp_path / "sweeps"), "key_path": str(tmp_path / "key"), "mode": "select", "scheduler": "none"}
+    prepare_sweep(Options("tests.tiny_space", **words), *space.load("tests.tiny_space"), "a").register()
+    path = tmp_path / "sweeps" / "a" / "sweep.json"
+    mine = tmp_path / "mine"
+    (mine / "runs").mkdir(parents=True)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "sealed": str(mine), "mark": "0" * 32}))
+    with pytest.raises(ConfigError, match="--trust-state"):
+        resume_sweep(str(tmp_path / "sweeps"), "a", {}, print)
+    assert (mine / "runs").exists()
