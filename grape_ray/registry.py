@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from grape_ray.accounting.records import decode, entry_name
 from grape_ray.errors import LedgerError, StorageError
-from grape_ray.places import home, really, salt
+from grape_ray.places import SALT_FILE, home, really, salt
 from grape_ray.storage import Storage
 
 _FOLDER = "datasets"
@@ -26,17 +26,20 @@ class Known:
 
 
 def known(identity: Iterable[str]) -> list[Known]:
-    """The ledgers of all datasets that share a fingerprint with `identity` (`data.identity.of_data`).
+    """The ledgers of all datasets that share a fingerprint with `identity` (`task.Data.identity`).
 
     Raises:
         StorageError: the user's registry cannot be read.
     """
     folder, names = _folder(), set(_names(identity))
+    files = folder.list()
+    fix = "restore it from a copy: without it a second budget is not noticed"
+    if files and SALT_FILE not in files:
+        raise StorageError("the registry of ledgers is damaged", folder.url, f"the file {SALT_FILE} beside its entries", fix)
     try:
-        entries = [json.loads(folder.read(name)) for name in folder.list() if name.endswith(".json")]
+        entries = [json.loads(folder.read(name)) for name in files if name.endswith(".json")]
         return [Known(entry["ledger"], entry["ledger_id"]) for entry in entries if names & set(entry["names"])]
     except (ValueError, KeyError, TypeError) as error:
-        fix = "restore it from a copy: without it a second budget is not noticed"
         raise StorageError("the registry of ledgers is damaged", folder.url, "its own JSON files", fix) from error
 
 

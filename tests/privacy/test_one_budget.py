@@ -91,6 +91,10 @@ def test_the_registry_is_the_users_own_and_holds_no_fingerprint(plan, tmp_path):
         assert not any(name.encode() in path.read_bytes() for name in Tiny().load().identity)
     assert (home() / "datasets").stat().st_mode & 0o077 == 0
     assert [entry.place for entry in registry.known([made.dataset_id])] == [os.path.realpath(made.ledger)]
+    (home() / "datasets" / "salt").rename(tmp_path / "salt")
+    with pytest.raises(GrapeRayError, match="registry of ledgers is damaged"):
+        plan(run="again", storage=str(tmp_path / "runs"))
+    (tmp_path / "salt").rename(home() / "datasets" / "salt")
     files[0 if files[0].suffix else 1].write_text("{")
     with pytest.raises(GrapeRayError, match="registry of ledgers is damaged"):
         plan(run="again", storage=str(tmp_path / "runs"))
