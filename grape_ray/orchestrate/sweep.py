@@ -37,13 +37,13 @@ def resume(
     """
     described = folder.read(Storage(absolute(storage)).child(name))
     known = described["options"]
-    differing = sorted(key for key, value in asked.items() if json.loads(json.dumps(value)) != known[key])
+    differing = sorted(key for key, value in asked.items() if json.loads(json.dumps(value)) != known.get(key))
     if differing:
         words = ", ".join(f"--{key.replace('_', '-')}" for key in differing)
         raise ConfigError(f"sweep {name} was begun with another {words}", None, "what it was begun with", "leave them out")
     check_module(known["space"], [*trust, *filter(None, [asked.get("space")])], "tune space")
     check_sweep(f"{absolute(storage)}/{name}", described.get("mark", ""), trust_state)
-    values = {field.name: known[field.name] for field in fields(Options)}
+    values = {field.name: known.get(field.name, field.default) for field in fields(Options)}
     options = Options(**{**values, "assignments": tuple(known["assignments"]), "storage": storage})
     return _run(options, say, name, described)
 
