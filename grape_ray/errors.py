@@ -64,6 +64,10 @@ class CheckpointError(GrapeRayError):
     """A checkpoint that is missing, torn or does not fit the run."""
 
 
+class TaskFailed(GrapeRayError):
+    """An exception that is not this project's own, told by its type and place alone: its text may quote a record."""
+
+
 class Interrupted(GrapeRayError):
     """A run that was told to end, and ended in good order."""
 

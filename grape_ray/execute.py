@@ -28,6 +28,8 @@ from grape_ray.session import Around, Attempt, Session, begin_attempt
 from grape_ray.step import Step
 from grape_ray.storage import Storage
 from grape_ray.task import Data, Task, under_autocast
+from grape_ray.trust import words_for
+from grape_ray.withheld import is_ours, told, where
 
 
 def execute(
@@ -52,13 +54,33 @@ def execute(
 
     Raises:
         Interrupted: a notice ended the run, after a checkpoint.
+        TaskFailed: the task's own code failed; where all records are public its exception is raised as it is.
         GrapeRayError: the data changed, the ledger was rolled back or cannot be reached, or storage fails.
     """
+    return told(
+        lambda: _execute(
+            plan, comms, device or torch.device("cpu"), on_progress, on_checkpoint, on_notice, on_figures, begin, around or Around()
+        ),
+        plan.public,
+    )
+
+
+def _execute(
+    plan: Plan,
+    comms: Comms,
+    device: torch.device,
+    on_progress: Callable[[Progress, float | None], None] | None,
+    on_checkpoint: Callable[[str, Mapping[str, Any]], None] | None,
+    on_notice: Callable[[], Notice],
+    on_figures: Callable[[Mapping[str, float]], None],
+    begin: Callable[[Plan, Comms], Attempt] | None,
+    around: Around,
+) -> dict[str, Any]:
+    """See `execute`."""
     began = time.monotonic()
-    config, folder, around = plan.config, plan.folder(), around or Around()
+    config, folder = plan.config, plan.folder()
     if config.performance.threads_per_worker:
         torch.set_num_threads(config.performance.threads_per_worker)
-    device = device or torch.device("cpu")
     data = config.task.load()
     if data.dataset_id != plan.dataset_id:
         expected = "the records that the run was planned with"
@@ -96,8 +118,8 @@ def execute(
         saver.settle()
         journal.note("ended", step=outcome.progress.step, exhausted=outcome.exhausted, interrupted=outcome.interrupted)
     except Exception as error:
-        told = isinstance(error, (CheckpointError, LedgerError, StorageError))  # another's text may quote a record
-        journal.note("failed", error=type(error).__name__, reason=str(error) if told else None)
+        plain = isinstance(error, (CheckpointError, LedgerError, StorageError)) and is_ours(error)  # another's text may quote a record
+        journal.note("failed", error=type(error).__name__, reason=str(error) if plain else None, where=where(error))
         saver.linger()
         raise
     finally:
@@ -106,7 +128,7 @@ def execute(
     if outcome.interrupted:
         if comms.rank == 0:
             _settle(session, outcome.paid_until - outcome.progress.step)
-        fix = f"run `grape-ray resume {folder.url}` to go on"
+        fix = f"run `grape-ray resume {folder.url}{words_for(type(config.task).__module__)}` to go on"
         raise Interrupted(f"run {plan.run} was told to end, and is kept at step {outcome.progress.step}", None, "", fix)
     return _conclude(session, outcome, time.monotonic() - began)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from grape_ray import checkpoint
@@ -14,19 +15,21 @@ from grape_ray.resolve import rebuild_config
 from grape_ray.storage import Storage
 
 
-def export(run: str, folder: str | os.PathLike[str]) -> int:
+def export(run: str, folder: str | os.PathLike[str], trust: Iterable[str] = ()) -> int:
     """Writes the model of a run's newest whole checkpoint for `AutoModel....from_pretrained`; returns the checkpoint's step.
 
     Args:
         run: path or URL of the run's folder. folder: local folder to make; it appears whole or not at all.
+        trust: modules that the run's description may have imported, beside this project's own: a run is a folder that anyone may have made.
 
     Raises:
-        CheckpointError: no run or no whole checkpoint there. StorageError: `folder` is taken or cannot be made.
+        CheckpointError: no run or no whole checkpoint there. ConfigError: its task's module is not trusted.
+        StorageError: `folder` is taken or cannot be made.
     """
     place, target = Storage(run), Path(folder).expanduser().absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise StorageError("the folder to export to is taken", str(target), "a new or an empty folder", "choose another")
-    config = rebuild_config(read_run(place))
+    config = rebuild_config(read_run(place), trust)
     newest = checkpoint.latest(place)
     if newest is None:
         raise CheckpointError("the run has no checkpoint", run, "a committed checkpoint", "train it first")

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from grape_ray.comms import Comms
 from grape_ray.config import Performance
+from grape_ray.withheld import withheld
 
 
 @dataclass(frozen=True)
@@ -162,13 +163,13 @@ def _evaluated(progress: Progress, hooks: Hooks, comms: Comms) -> Progress:
 
 def _on_rank_zero(comms: Comms, call: Callable):
     """The result of `call` on rank 0, on every rank; its error, too, so that the others do not wait for a broadcast that never comes."""
-    answer, error = None, None
+    answer, own = None, None
     if comms.rank == 0:
         try:
             answer = call()
         except Exception as caught:
-            error = caught
-    answer, error = comms.broadcast_object((answer, error))
+            own = caught
+    answer, error = comms.broadcast_object((answer, own and withheld(own)))
     if error is not None:
-        raise error
+        raise own or error
     return answer

@@ -15,13 +15,23 @@ _SALT_BYTES = 32
 
 
 def absolute(url: str) -> str:
-    """A URL as it is; a path made absolute, so that workers agree on it."""
-    return url.rstrip("/") if "://" in url else str(Path(url).expanduser().absolute())
+    """A URL of remote storage as it is; a path, also as a `file://` URL, made absolute, so that workers agree on it."""
+    if "://" not in url or Storage(url).local:
+        return str(Path(Storage(url).url if "://" in url else url).expanduser().absolute())
+    return url.rstrip("/")
+
+
+def really(url: str) -> str:
+    """Where a location really is: one text for all ways of writing it, through symbolic links, too."""
+    place = absolute(url)
+    if "://" not in place:
+        return os.path.realpath(place)
+    return Storage(place).url.rstrip("/")
 
 
 def home() -> Path:
     """The user's own folder of what must not lie among the runs."""
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "grape-ray"
+    return (Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "grape-ray").absolute()
 
 
 def ledger_place(asked: str | None, dataset_id: str, public: bool, storage: str, run: str, make: bool = False) -> str:
@@ -44,12 +54,12 @@ def ledger_place(asked: str | None, dataset_id: str, public: bool, storage: str,
         return absolute(asked)
     if public:
         return f"{storage}/{run}/ledger"
-    folder = f"{storage}/ledgers" if "://" in storage else str(home() / "ledgers")
-    return f"{folder}/{hmac.new(_salt(folder, make), dataset_id.encode(), hashlib.sha256).hexdigest()[:32]}"
+    folder = str(home() / "ledgers") if Storage(storage).local else f"{storage}/ledgers"
+    return f"{folder}/{hmac.new(salt(folder, make), dataset_id.encode(), hashlib.sha256).hexdigest()[:32]}"
 
 
-def _salt(folder: str, make: bool) -> bytes:
-    """The salt of a folder of ledgers, or fresh bytes, which are kept if `make`; of two makers one wins, and both return its salt."""
+def salt(folder: str, make: bool) -> bytes:
+    """The salt of a folder of private names, or fresh bytes, which are kept if `make`; of two makers one wins, and both return its salt."""
     place, fresh = Storage(folder).first_contact(), os.urandom(_SALT_BYTES)
     try:
         if make:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from grape_ray import registry
+from grape_ray import scores as validation
 from grape_ray.accounting import calibration, keys
 from grape_ray.accounting.events import GAUSSIAN, RANDOMIZED, Mechanism
 from grape_ray.accounting.ledger import Ledger
@@ -23,8 +25,11 @@ from grape_ray.methods import METHODS
 from grape_ray.places import absolute, ledger_place
 from grape_ray.preflight import preflight
 from grape_ray.resolve import describe
+from grape_ray.scores import Terms
+from grape_ray.splits import check_splits
 from grape_ray.storage import Storage
 from grape_ray.task import Data, Task
+from grape_ray.withheld import told
 
 RUN_FILE, RESULT_FILE, PROGRESS_FILE = "run.json", "result.json", "progress.json"
 _PUBLIC = bytes(32)  # the root of every key that is no secret
@@ -43,6 +48,8 @@ class Plan:
         sampling_prob: chance of each record to be in a batch. noise_multiplier: noise standard deviation over the sensitivity.
         tokens: steps that the run's study may take, repeats included; 0 for the yardstick.
         origin: (URL of a run's folder, name of its checkpoint) that a new run begins from; None begins from the task's own model.
+        scores: what may be said of private validation records; None where they are public.
+        public: whether all records are public, so that errors may quote them.
     """
 
     config: Config
@@ -57,6 +64,8 @@ class Plan:
     noise_multiplier: float
     tokens: int
     origin: tuple[str, str] | None = None
+    scores: Terms | None = None
+    public: bool = False
 
     @property
     def private(self) -> bool:
@@ -96,6 +105,8 @@ def prepare(
     key_path: str | None = None,
     study: Study | None = None,
     origin: tuple[str, str] | None = None,
+    scores: Terms | None = None,
+    second_ledger: bool = False,
 ) -> Plan:
     """Checks a run whole: data, model, method, price, ledger, storage; then registers it.
 
@@ -105,7 +116,8 @@ def prepare(
         ledger: path or URL of the dataset's ledger; None is the user's own ledger of this dataset (`places.ledger_place`).
         key_path: file of the master key; None is `accounting.keys.default_path()`.
         study: one that the ledger holds already, whose tokens the run shares with others; None registers a study of the run's own.
-        origin: see Plan.
+        origin, scores: see Plan.
+        second_ledger: whether a dataset that is known to have a ledger may get another one, with a budget of its own.
 
     Raises:
         GrapeRayError: one of its kinds for whatever is wrong; nothing was written then.
@@ -114,27 +126,33 @@ def prepare(
     run, root = run or _new_name(config), absolute(storage)
     check_run_name(run)
     _check_sharding(config)
-    data = task.load()
-    sampling_prob = sampling_prob_of(config, data)
-    try_out(config, data)
+    if scores is not None:
+        validation.check_metric(task, scores.metric)
+    data = told(task.load, public=False)
+    public, sampling_prob = data.public and scores is None, sampling_prob_of(config, data)
+    told(partial(try_out, config, data), public)
+    own = study is None and METHODS[config.method.name].private  # who shares a study was checked when that began
+    check_splits(data, scores is None, own and not data.public)
     place = Storage(root, config.performance.storage_timeout_s)
     place.check_writable()
     if not METHODS[config.method.name].private:
         if study is not None:
             raise ConfigError("method.name", config.method.name, "a private method", "what a study releases is paid for, without exception")
-        plan = Plan(config, run, root, None, None, run, data.dataset_id, None, sampling_prob, 0.0, 0)
+        plan = Plan(config, run, root, None, None, run, data.dataset_id, None, sampling_prob, 0.0, 0, None, scores, public)
         _register(plan, place)
         return plan
     noise, tokens = (study.mechanism.noise_multiplier, study.tokens) if study else _price(config, sampling_prob)
     settle = partial(ledger_place, ledger, data.dataset_id, data.public, root, run)
     where, name = settle(), study.name if study else run
+    if study is None:  # who shares one charges the ledger that holds it
+        registry.check_only(where, data.identity, second_ledger)
     keys.check_outside(key_path or keys.default_path(), root, where)
     promise = (study.epsilon, study.delta) if study else (config.privacy.epsilon, config.privacy.delta)
-    plan = Plan(config, run, root, where, key_path, name, data.dataset_id, promise, sampling_prob, noise, tokens, origin)
+    plan = Plan(config, run, root, where, key_path, name, data.dataset_id, promise, sampling_prob, noise, tokens, origin, scores, public)
     if study is not None:
         check_mechanism(plan.mechanism(), study)
     else:
-        plan = _open_budget(plan, place, lambda: settle(make=True))
+        plan = _open_budget(plan, place, lambda: settle(make=True), () if data.public else data.identity)
     _register(plan, place)
     return plan
 
@@ -148,7 +166,7 @@ def check_mechanism(mechanism: Mechanism, study: Study) -> None:
             raise ConfigError(f"the run has another {field} than study {study.name!r}", value, f"{frozen[field]!r}", fix)
 
 
-def _open_budget(plan: Plan, place: Storage, settle: Callable[[], str]) -> Plan:
+def _open_budget(plan: Plan, place: Storage, settle: Callable[[], str], identity: Iterable[str]) -> Plan:
     """Registers the run's own study in the dataset's ledger, which is made if need be at the place that `settle` gives.
 
     Once a study is registered its budget is gone, so all that can be refused is refused before.
@@ -160,7 +178,10 @@ def _open_budget(plan: Plan, place: Storage, settle: Callable[[], str]) -> Plan:
     _check_same_run(plan, place)
     keys.master_key(plan.key_path)
     plan = replace(plan, ledger=settle())
-    Ledger.open(plan.ledger_storage(), plan.dataset_id, *budget).ensure_study(study)
+    book = Ledger.open(plan.ledger_storage(), plan.dataset_id, *budget)
+    if identity:
+        registry.register(identity, plan.ledger_storage().url, book.ledger_id)
+    book.ensure_study(study)
     return plan
 
 
@@ -255,7 +276,7 @@ def _register(plan: Plan, root: Storage) -> None:
 
 
 def _description(plan: Plan) -> bytes:
-    facts: dict[str, Any] = {"run": plan.run, "ledger": plan.ledger, "study": plan.study}
+    facts: dict[str, Any] = {"run": plan.run, "ledger": plan.ledger, "study": plan.study, "validation": validation.described(plan.scores)}
     if plan.origin is not None:
         facts["origin"] = list(plan.origin)
     facts["performance"] = asdict(plan.config.performance)  # not compared: a run may be resumed with another

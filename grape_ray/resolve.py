@@ -8,12 +8,15 @@ import importlib.util
 import os
 import pkgutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
 from grape_ray.config import Config, Method, Performance, Privacy
 from grape_ray.errors import ConfigError, nearest
+from grape_ray.trust import check_module, names
+
+TASK_METHODS = ("load", "build_model", "collate", "per_example_loss", "evaluate", "save")
 
 
 def pipeline(reference: str) -> Config:
@@ -39,9 +42,13 @@ def pipeline(reference: str) -> Config:
     raise ConfigError("pipeline has no such function", reference, "module:function", nearest(function_name or module_name, functions))
 
 
-def load_module(name: str, reference: str, kind: str = "pipeline") -> ModuleType:
-    """The module, from the path or the current folder. Raises ConfigError, which calls it by its kind, where it cannot be imported."""
-    if os.getcwd() not in sys.path and "" not in sys.path:
+def load_module(name: str, reference: str, kind: str = "pipeline", here: bool = True) -> ModuleType:
+    """The module, from the path or, if `here`, from the current folder before that.
+
+    Raises:
+        ConfigError: it cannot be imported; the error calls it by its kind.
+    """
+    if here and os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         return importlib.import_module(name)
@@ -69,22 +76,54 @@ def describe_task(task: Any) -> dict[str, Any]:
     return {"class": f"{kind.__module__}:{kind.__qualname__}", "fields": dataclasses.asdict(task)}
 
 
-def rebuild_task(description: Mapping[str, Any]) -> Any:
-    """The task that `describe_task` described. Raises ConfigError where its class cannot be imported or has other fields."""
-    reference = description["class"]
+def rebuild_task(description: Mapping[str, Any], trust: Iterable[str] = ()) -> Any:
+    """The task that `describe_task` described.
+
+    The description may come from anywhere, so it can name nothing but a task: a dataclass with the methods of `task.Task`, in the module
+    that defines it, and only a module that is trusted (`trust.check_module`) is imported at all.
+
+    Raises:
+        ConfigError: a module that nobody has named, one that cannot be imported, no such task there, or one with other fields.
+    """
+    reference, fields, trust = description["class"], description["fields"], tuple(trust)
     module_name, _, qualified = reference.partition(":")
-    found: Any = load_module(module_name, reference, "task")
+    check_module(module_name, trust, "task")
+    # The current folder may be the one that was copied from elsewhere; on the path, any file in it could pass for a library.
+    kind: Any = load_module(module_name, reference, "task", here=names(trust, module_name))
+    fix = "call it where the run's own version can be imported"
     try:
         for part in qualified.split("."):
-            found = getattr(found, part)
-        return found(**description["fields"])
-    except (AttributeError, TypeError) as error:
-        fix = "call it where the run's own version can be imported"
+            kind = vars(kind)[part]
+    except (KeyError, TypeError) as error:
+        raise ConfigError("the task of the run cannot be rebuilt", reference, "a class of that module", fix) from error
+    if not _is_task(kind, module_name, qualified):
+        expected = "a dataclass with the methods of grape_ray.task.Task, defined there"
+        raise ConfigError("the task of the run is no task", reference, expected, "do not use a description from strangers")
+    known = {field.name for field in dataclasses.fields(kind) if field.init}
+    if not isinstance(fields, dict) or not set(fields) <= known:
+        raise ConfigError("the task of the run cannot be rebuilt", reference, "a class with the saved fields", fix)
+    try:
+        return kind(**fields)
+    except TypeError as error:
         raise ConfigError("the task of the run cannot be rebuilt", reference, "a class with the saved fields", fix) from error
 
 
-def rebuild_config(description: Mapping[str, Any]) -> Config:
-    """The config that `describe` described. Raises ConfigError where this version knows other fields."""
+def _is_task(kind: Any, module: str, qualified: str) -> bool:
+    """Whether it is a dataclass, defined under that very name, with all methods of a task."""
+    if not isinstance(kind, type) or not dataclasses.is_dataclass(kind):
+        return False
+    return (kind.__module__, kind.__qualname__) == (module, qualified) and all(callable(getattr(kind, name, None)) for name in TASK_METHODS)
+
+
+def rebuild_config(description: Mapping[str, Any], trust: Iterable[str] = ()) -> Config:
+    """The config that `describe` described.
+
+    Args:
+        trust: modules that may be imported for its task, beside this project's own.
+
+    Raises:
+        ConfigError: this version knows other fields, or see `rebuild_task`.
+    """
     parts: dict[str, Any] = {}
     for name, kind in (("privacy", Privacy), ("method", Method), ("performance", Performance)):
         saved: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in description.get(name, {}).items()}
@@ -93,7 +132,7 @@ def rebuild_config(description: Mapping[str, Any]) -> Config:
         except TypeError as error:
             fix = "resume with the version of grape-ray that began the run"
             raise ConfigError(f"the {name} settings of the run cannot be rebuilt", str(error), "fields of this version", fix) from error
-    return Config(task=rebuild_task(description["task"]), seed=description["seed"], **parts)
+    return Config(task=rebuild_task(description["task"], trust), seed=description["seed"], **parts)
 
 
 def describe(config: Config) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from grape_ray import checkpoint
 from grape_ray.accounting.ledger import Ledger
@@ -11,10 +12,19 @@ from grape_ray.accounting.verify import verify
 from grape_ray.errors import CheckpointError, LedgerError
 from grape_ray.plan import RUN_FILE, Plan, prepare, read_run
 from grape_ray.resolve import rebuild_config
+from grape_ray.scores import Terms, rebuilt
 from grape_ray.storage import Storage
 
 
-def plan_resume(run: str, *, ledger: str | None = None, key_path: str | None = None, assignments: Iterable[str] = ()) -> Plan:
+def plan_resume(
+    run: str,
+    *,
+    ledger: str | None = None,
+    key_path: str | None = None,
+    assignments: Iterable[str] = (),
+    trust: Iterable[str] = (),
+    second_ledger: bool = False,
+) -> Plan:
     """The plan of a run that was begun before, checked like a new one; it goes on from the newest whole checkpoint.
 
     Args:
@@ -22,6 +32,8 @@ def plan_resume(run: str, *, ledger: str | None = None, key_path: str | None = N
         ledger: where the dataset's ledger lies now, if it was moved since.
         key_path: file of the master key; None is the usual place. Another key than before is no harm: each attempt has its own.
         assignments: `performance.*=value`, what may change without changing the run.
+        second_ledger: see `prepare`.
+        trust: modules that the run's description may have imported, beside this project's own: a run is a folder that anyone may have made.
 
     Raises:
         CheckpointError: no run there. LedgerError: its ledger is gone, or the named one does not hold the run's charges.
@@ -32,7 +44,8 @@ def plan_resume(run: str, *, ledger: str | None = None, key_path: str | None = N
     root, _, name = folder.url.rstrip("/").rpartition("/")
     if name != known["run"]:
         raise CheckpointError("the run's folder was renamed", name, known["run"], "give the folder its name back")
-    config = rebuild_config(known).override(assignments)
+    config = rebuild_config(known, trust).override(assignments)
+    scores = _terms(known)
     where, study, origin = known["ledger"], None, known.get("origin")
     if where is not None:
         where = ledger or where
@@ -45,8 +58,25 @@ def plan_resume(run: str, *, ledger: str | None = None, key_path: str | None = N
         if known["study"] != name:
             study = book.state.study(known["study"]).study
     return prepare(
-        config, run=name, storage=root, ledger=where, key_path=key_path, study=study, origin=(origin[0], origin[1]) if origin else None
-    )
+        config, run=name, storage=root, ledger=where, key_path=key_path, study=study,
+        origin=(origin[0], origin[1]) if origin else None, scores=scores, second_ledger=second_ledger,
+    )  # fmt: skip
+
+
+def _terms(known: Mapping[str, Any]) -> Terms | None:
+    """What the run may say of its validation records, as it was begun: nothing but what their ledger still knows and pays for.
+
+    Raises:
+        ConfigError: the description does not say it. LedgerError: the ledger of private ones is gone, or knows no such study.
+    """
+    terms = rebuilt(known.get("validation"))
+    if terms is None:
+        return None
+    study = Ledger.open(terms.ledger, create=False).state.study(terms.study).study
+    if study.mechanism.noise_multiplier != terms.noise_multiplier:
+        got, expected = terms.noise_multiplier, f"{study.mechanism.noise_multiplier!r}, which their ledger's study freezes"
+        raise LedgerError("the run's private scores have another noise", got, expected, "restore run.json from a copy")
+    return terms
 
 
 def _check_moved(folder: Storage, book: Ledger, where: str, study: str, run: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,12 +14,14 @@ from grape_ray.accounting import keys
 from grape_ray.accounting.book import Book
 from grape_ray.accounting.ledger import Ledger
 from grape_ray.comms import Comms
+from grape_ray.data.identity import fingerprint_records
 from grape_ray.journal import Journal
 from grape_ray.loop import Notice, Occasion, Progress
 from grape_ray.optim import Optimizer
 from grape_ray.plan import Plan, public_key
 from grape_ray.resolve import describe
 from grape_ray.saving import Saver
+from grape_ray.scores import PrivateScore
 from grape_ray.storage import Storage
 from grape_ray.task import Data, Task
 
@@ -46,6 +49,12 @@ def open_ledger(plan: Plan) -> Book:
     return Ledger.open(plan.ledger_storage(), plan.dataset_id, create=False)
 
 
+def open_scores(plan: Plan) -> Book:
+    """The ledger of the plan's private validation records."""
+    assert plan.scores is not None
+    return Ledger.open(Storage(plan.scores.ledger, plan.config.performance.storage_timeout_s), create=False)
+
+
 def _always(progress: Progress) -> bool:
     return True
 
@@ -58,28 +67,31 @@ class Around:
         open_ledger: gives the ledger to be charged; called on rank 0 alone.
         on_step: told the number of each step before it is taken, on rank 0.
         go_on: asked after each evaluation but the last, on rank 0, whether the run goes on; may wait as long as it likes.
-        score: what may be known of validation metrics, given them and the number of validation records, on rank 0.
+        open_scores: gives the ledger of private validation records, called on rank 0 alone; whether they are private is the plan's.
         on_end: called when the loop is over, however it ended, on every rank.
     """
 
     open_ledger: Callable[[Plan], Book] = open_ledger
     on_step: Callable[[int], None] = lambda step: None
     go_on: Callable[[Progress], bool] = _always
-    score: Callable[[Mapping[str, float], int], dict[str, float]] = lambda metrics, records: dict(metrics)
+    open_scores: Callable[[Plan], Book] = open_scores
     on_end: Callable[[], None] = lambda: None
 
 
 def begin_attempt(plan: Plan, comms: Comms, open_ledger: Callable[[Plan], Book] = open_ledger) -> Attempt:
-    """A new attempt: the number is durable in the ledger before the keys are derived, so no attempt shares a key with another."""
+    """A new attempt: the number is durable in the ledger before the keys are derived, so no attempt shares a key with another.
+
+    Rank 0 derives them and tells the others: a part of them is fresh, so nobody can derive them again, from a copied ledger either.
+    """
     if plan.ledger is None:
         return Attempt(0, public_key(plan.config, "sampling"), public_key(plan.config, "dropout"))
     attempt = None
     if comms.rank == 0:
         ledger = open_ledger(plan)
         master = keys.master_key(plan.key_path)
-        number = ledger.begin_attempt(plan.study, plan.run, keys.key_id(master))
-        labels = (ledger.ledger_id, plan.study, plan.run, number)
-        attempt = Attempt(number, *(keys.derive(master, *labels, stream) for stream in ("sampling", "dropout", "noise", "probes")))
+        number = ledger.begin_attempt(plan.study, plan.run, keys.key_id(master), dataset_id=plan.dataset_id)
+        own = keys.of_attempt(master, ledger.ledger_id, plan.study, plan.run, number)
+        attempt = Attempt(number, *(keys.derive(own, stream) for stream in ("sampling", "dropout", "noise", "probes")))
     return comms.broadcast_object(attempt)
 
 
@@ -111,6 +123,7 @@ class Session:
     chunk: int = 0
     epsilon: float | None = None
     tokens_left: int | None = None
+    private_score: PrivateScore | None = None
 
     def reserve(self, step: int, count: int) -> int:
         if self.plan.ledger is None:
@@ -119,7 +132,8 @@ class Session:
             self.ledger = self.around.open_ledger(self.plan)
             if self.plan.study == self.plan.run:
                 self.tokens_left = self.plan.tokens - sum(t.used for t in self.ledger.attempts(self.plan.study, self.plan.run))
-        granted = self.ledger.charge(self.plan.study, self.plan.run, self.attempt.number, self.chunk, count, first_step=step).steps
+        plan, number, used = self.plan, self.attempt.number, self.data.dataset_id
+        granted = self.ledger.charge(plan.study, plan.run, number, self.chunk, count, first_step=step, dataset_id=used).steps
         self.chunk += 1
         self.epsilon = self.ledger.epsilon_spent(self.plan.study)
         self.tokens_left = None if self.tokens_left is None else self.tokens_left - granted
@@ -135,7 +149,16 @@ class Session:
         return task.evaluate(self.model, self.data.validation)
 
     def score(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        return self.around.score(metrics, len(self.data.validation))
+        """What the run's own description lets be known; whoever launched it has no say."""
+        terms, plan = self.plan.scores, self.plan
+        if terms is None:
+            return dict(metrics)
+        if self.private_score is None:
+            book = partial(self.around.open_scores, plan)
+            records = fingerprint_records(self.data.validation)
+            noise = terms.noise_multiplier
+            self.private_score = PrivateScore(book, terms.study, plan.run, plan.key_path, terms.metric, noise, records)
+        return self.private_score(metrics, len(self.data.validation))
 
     def go_on(self, progress: Progress) -> bool:
         return self.around.go_on(progress)

@@ -58,6 +58,8 @@ class Storage:
         url = os.fspath(url)
         if not url:
             raise StorageError("the storage location is empty", url, "a path or URL", "name a folder")
+        if "::" in url or url.startswith("reference:"):  # a cache in between is stale, and a table of references is a program
+            raise StorageError("the storage location is a chain of drivers", url, "one path or URL", "name the folder itself")
         try:
             # Listings of another process's files must be fresh, so nothing is cached.
             driver = url.partition("://")[0].removesuffix("a")
@@ -104,14 +106,14 @@ class Storage:
         counts as taken only where it holds something else: let creators that must not both win differ in what they write.
 
         Args:
-            private: on a local file system nobody but the owner may read it (mode 0600).
+            private: on a local file system nobody but the owner may read it (mode 0600), nor list folders made for it (0700).
 
         Raises:
             FileExistsError: the name is taken.
         """
         with self._translate("create", name):
             if self.local:
-                self._place(name, [data], exclusive=True, mode=0o600 if private else 0o666)
+                self._place(name, [data], exclusive=True, private=private)
                 return
             try:
                 self._persist(lambda: self._fs.pipe_file(self._path(name), data, mode="create"))
@@ -119,11 +121,11 @@ class Storage:
                 if self._persist(lambda: self._fs.cat_file(self._path(name))) != data:
                     raise
 
-    def write(self, name: str, data: bytes) -> None:
-        """Make or replace a file; readers see the old content or the new, never a mixture."""
+    def write(self, name: str, data: bytes, private: bool = False) -> None:
+        """Make or replace a file; readers see the old content or the new, never a mixture. `private`: as in `create`."""
         with self._translate("write", name):
             if self.local:
-                self._place(name, [data], exclusive=False)
+                self._place(name, [data], exclusive=False, private=private)
             else:
                 self._persist(lambda: self._fs.pipe_file(self._path(name), data))
 
@@ -219,12 +221,12 @@ class Storage:
         )
         return tries(call)
 
-    def _place(self, name: str, blocks: Iterable[Any], *, exclusive: bool, mode: int = 0o666) -> None:
+    def _place(self, name: str, blocks: Iterable[Any], *, exclusive: bool, private: bool = False) -> None:
         """Write beside, fsync, then link (fails when taken) or rename (replaces), and fsync the folder."""
         path = Path(self._path(name))
         temporary = path.with_name(f"{_TEMPORARY}{os.urandom(8).hex()}")
         try:
-            with _begun(temporary, mode) as file:
+            with _begun(temporary, private) as file:
                 for block in blocks:
                     file.write(block)
                 file.flush()
@@ -267,13 +269,16 @@ def _may_pass(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in _TRANSIENT
 
 
-def _begun(path: Path, mode: int) -> IO[bytes]:
+def _begun(path: Path, private: bool) -> IO[bytes]:
     """A new file, in a folder that is made if need be: once more where another process's check has just taken it away."""
     races = 0
     while True:
         try:
+            if private and not path.parent.exists():
+                path.parent.parent.mkdir(parents=True, exist_ok=True)
+                path.parent.mkdir(exist_ok=True, mode=0o700)
             path.parent.mkdir(parents=True, exist_ok=True)
-            return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb")
+            return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666), "wb")
         except FileExistsError as error:  # not the name that is taken, but the folder's place
             raise StorageError("a file is in the way", str(path.parent), "a folder, or nothing yet", "choose another location") from error
         except FileNotFoundError:

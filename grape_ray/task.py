@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from grape_ray.data.arrays import Records
+from grape_ray.data.identity import column_fingerprints
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,20 @@ class Data:
             space says that they are private.
         dataset_id: fingerprint of `train`; the ledger of one dataset refuses another.
         public: whether `train` holds nobody's secrets (a demonstration set), so that each run may keep a ledger of its own.
+        columns: fingerprints of the single columns that `train` was made from, where there is more to it than `train` itself, so that a
+            table with some of the columns is not taken for another dataset.
     """
 
     train: Records
     validation: Records
     dataset_id: str
     public: bool = False
+    columns: tuple[str, ...] = ()
+
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """All fingerprints by which the training records, or columns of them, are recognised."""
+        return (self.dataset_id, *self.columns, *column_fingerprints(self.train))
 
 
 @runtime_checkable

@@ -24,11 +24,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from grape_ray.accounting import keys
 from grape_ray.accounting.ledger import Ledger
+from grape_ray.accounting.replay import Attempt, Charge
 from grape_ray.accounting.verify import verify
 from tests.faulty_s3 import FaultyS3
-from tests.witness import name_of
 
 REPOSITORY = Path(__file__).parents[1]
 URL = "s3://bucket/runs"
@@ -67,7 +66,7 @@ class Driver:
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
-        self._start(["resume", f"{URL}/soak"])
+        self._start(["resume", f"{URL}/soak", "--trust-module", "tests"])
 
 
 def witnesses(path: Path) -> Iterator[dict[str, Any]]:
@@ -132,11 +131,7 @@ def account(result: dict[str, Any], folder: Path) -> dict[str, Any]:
     drawn = collections.Counter((line["key"], line["rank"], line["step"]) for line in lines)
     book = Ledger.open(result["ledger"], create=False)
     tries = book.state.study("soak").runs["soak"]
-    attempts = attempt_of_keys(keys.master_key(folder / "key"), book.ledger_id, len(tries))
-    unpaid = 0
-    for key, _, step in drawn:
-        charges = tries[attempts[key] - 1].charges.values()
-        unpaid += not any(c.first_step <= step < c.first_step + c.steps for c in charges)
+    unpaid = steps_unpaid(lines, tries)
     executed = len({(key, step) for key, _, step in drawn})
     return {
         "steps": result["steps"], "attempts": len(tries), "executed_steps": executed, "repeated_steps": executed - result["steps"],
@@ -145,10 +140,25 @@ def account(result: dict[str, Any], folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def attempt_of_keys(master: bytes, ledger_id: str, attempts: int) -> dict[str, int]:
-    """What a witness writes of an attempt's noise key -> the attempt's number."""
-    keyed = {n: keys.derive(master, ledger_id, "soak", "soak", n, "noise") for n in range(1, attempts + 1)}
-    return {name_of(key): number for number, key in keyed.items()}
+def steps_unpaid(lines: list[dict[str, Any]], tries: list[Attempt]) -> int:
+    """Steps whose noise was drawn without a charge.
+
+    A key is fresh, so nothing says whose it was; but attempts follow one another, so each key is that of the first attempt, after the one
+    of the key before, whose charges cover what was drawn with it. Where none does, its steps are unpaid.
+    """
+    steps: dict[str, set[int]] = {}
+    for line in sorted(lines, key=lambda line: line["time"]):
+        steps.setdefault(line["key"], set()).add(line["step"])
+    unpaid, place = 0, 0
+    for drawn in steps.values():
+        paid = (n for n in range(place, len(tries)) if drawn <= {s for c in tries[n].charges.values() for s in _of(c)})
+        found = next(paid, None)
+        unpaid, place = (unpaid + len(drawn), place) if found is None else (unpaid, found + 1)
+    return unpaid
+
+
+def _of(charge: Charge) -> range:
+    return range(charge.first_step, charge.first_step + charge.steps)
 
 
 def step_seconds(lines: list[dict[str, Any]]) -> float:

@@ -11,13 +11,13 @@ PACKAGE = Path(__file__).parents[1] / "grape_ray"
 
 # Layers from the ground up; a module may import its own layer and those below.
 LAYERS = [
-    ["errors", "methods", "config", "types", "storage", "places", "rng"],
-    ["accounting"],
+    ["errors", "methods", "config", "types", "storage", "places", "rng", "trust", "withheld"],
+    ["accounting", "registry"],
     ["comms", "subspace", "rules", "clipping", "data", "sharding"],
     ["engines"],
     ["noise", "optim", "task"],
     ["models", "checkpoint", "resolve"],
-    ["step", "loop", "preflight", "trace", "scores"],
+    ["step", "loop", "preflight", "trace", "scores", "splits"],
     ["plan", "notices", "rankstate", "saving", "journal", "session", "execute", "export", "resume"],
     ["report", "bench", "sweeps"],
     ["orchestrate"],

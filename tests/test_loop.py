@@ -321,13 +321,14 @@ def test_no_hash_of_the_data_stands_beside_the_results(run, tmp_path, monkeypatc
     assert not any(data.dataset_id.encode() in content for content in published)
     changed = dataclasses.replace(data, dataset_id="0" * 32)
     monkeypatch.setattr(type(config.task), "load", lambda self: changed)
-    plan = prepare(config, run="b", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+    options = {"storage": str(tmp_path / "runs"), "key_path": str(tmp_path / "key"), "second_ledger": True}
+    plan = prepare(config, run="b", **options)
     monkeypatch.setattr(type(config.task), "load", lambda self: data)
     with pytest.raises(DataError, match="the training data changed") as caught:
         execute(plan, Comms.local())
     assert not any(name in str(caught.value) for name in (data.dataset_id, changed.dataset_id))
     with pytest.raises(LedgerError, match="another dataset_id") as refused:
-        run(config, run="c", ledger=plan.ledger)
+        prepare(config, run="c", ledger=plan.ledger, **options)
     assert not any(name in str(refused.value) for name in (data.dataset_id, changed.dataset_id))
 
 

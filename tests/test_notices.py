@@ -57,7 +57,9 @@ def test_sigterm_brings_a_checkpoint_and_resume_goes_on(tmp_path):
     assert "grape-ray resume" in error.splitlines()[-1]
     kept = checkpoint.latest(Storage(tmp_path / "runs" / "r"))
     assert 1 <= kept.step < 60
-    resumed = program("resume", str(tmp_path / "runs" / "r"), *keys, "--set", "performance.eval_every=0", "--json")
+    resumed = program(
+        "resume", str(tmp_path / "runs" / "r"), *keys, "--trust-module", "tests.tiny", "--set", "performance.eval_every=0", "--json"
+    )
     output, error = resumed.communicate(timeout=120)
     assert resumed.returncode == 0, error
     result = json.loads(output.splitlines()[-1])

@@ -271,7 +271,7 @@ def scored(tmp_path):
     """(A function that makes a private score, the ledger that pays for it): 40 tokens, noise multiplier 30."""
     ledger = Ledger.open(tmp_path / "scores", "validation", 9.0, 1e-4)
     ledger.ensure_study(Study("s", Mechanism("poisson_gaussian", 1.0, 30.0), 9.0, 1e-5, 40))
-    return lambda run: PrivateScore(lambda: ledger, "s", run, str(tmp_path / "key"), "accuracy", 30.0), ledger
+    return lambda run: PrivateScore(lambda: ledger, "s", run, str(tmp_path / "key"), "accuracy", 30.0, "validation"), ledger
 
 
 @pytest.mark.statistical

@@ -10,7 +10,10 @@ from grape_ray.accounting.replay import Attempt
 
 
 class Book(Protocol):
-    """The calls of `accounting.ledger.Ledger` that a run makes; their promises, arguments and errors are described there."""
+    """The calls of `accounting.ledger.Ledger` that a run makes; their promises, arguments and errors are described there.
+
+    Whoever begins an attempt or charges steps says which records are really used, so that no run pays from another dataset's budget.
+    """
 
     @property
     def ledger_id(self) -> str: ...
@@ -18,9 +21,11 @@ class Book(Protocol):
     @property
     def head(self) -> str: ...
 
-    def begin_attempt(self, study: str, run: str, key_id: str) -> int: ...
+    def begin_attempt(self, study: str, run: str, key_id: str, *, dataset_id: str) -> int: ...
 
-    def charge(self, study: str, run: str, attempt: int, chunk: int, steps: int, first_step: int | None = None) -> Grant: ...
+    def charge(
+        self, study: str, run: str, attempt: int, chunk: int, steps: int, first_step: int | None = None, *, dataset_id: str
+    ) -> Grant: ...
 
     def refund(self, study: str, run: str, attempt: int, chunk: int, steps: int) -> None: ...
 

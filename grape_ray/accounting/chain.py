@@ -61,7 +61,7 @@ class Chain:
         entry = Entry(self.state.next_seq, self.state.head, kind, payload, time.time(), os.urandom(8).hex())
         self.state.check(decode(entry.name, entry.encode()))
         try:
-            self.storage.create(entry.name, entry.encode())
+            self.storage.create(entry.name, entry.encode(), private=True)
         except FileExistsError:
             return False
         except (StorageError, OSError) as error:

@@ -87,4 +87,4 @@ class Claim:
     def _write(self) -> None:
         self._beats += 1
         claim = {"cluster": self._cluster, "pid": os.getpid(), "host": platform.node(), "beat": self._beats}
-        self._storage.write(CLAIM_FILE, json.dumps(claim).encode())
+        self._storage.write(CLAIM_FILE, json.dumps(claim).encode(), private=True)

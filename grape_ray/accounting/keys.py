@@ -95,6 +95,17 @@ def derive(key: bytes, *labels: str | int) -> bytes:
     return HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=_SALT, info=b"".join(map(_encode, labels))).derive(key)
 
 
+def of_attempt(key: bytes, *labels: str | int) -> bytes:
+    """The 32-byte key of one attempt, from which its streams are derived; another one at every call.
+
+    It mixes fresh bytes of the operating system's in, which are kept nowhere: attempts that were given one number by two copies of a
+    ledger have two keys all the same, and no attempt needs its key a second time, because a restarted one is a new attempt.
+
+    Args, Raises: as of ``derive``.
+    """
+    return derive(key, *labels, "fresh", os.urandom(KEY_BYTES).hex())
+
+
 def _encode(label: str | int) -> bytes:
     """Type, length and value of one label."""
     if isinstance(label, bool) or not isinstance(label, (str, int)):

@@ -178,7 +178,7 @@ class Ledger:
         self._holder = holder
         return epoch
 
-    def begin_attempt(self, study: str, run: str, key_id: str) -> int:
+    def begin_attempt(self, study: str, run: str, key_id: str, *, dataset_id: str | None = None) -> int:
         """The number, from 1, of a new attempt of a run; every earlier attempt is over from now on.
 
         Derive the attempt's keys only after this returns: the number is durable by then, and is never given out again.
@@ -186,20 +186,24 @@ class Ledger:
         Args:
             study, run: names.
             key_id: ``keys.key_id`` of the master key.
+            dataset_id: fingerprint of the records that the attempt uses; None where it was compared when the ledger was opened.
 
         Raises:
-            LedgerError: no such study, or out of reach.
+            LedgerError: no such study, the ledger of other records, or out of reach.
         """
         check_name("run", run)
         check_name("key_id", key_id)
 
         def decide(state: State):
+            state.check_dataset(dataset_id)
             number = len(state.study(study).runs.get(run, [])) + 1
             return ("attempt", {"study": study, "run": run, "attempt": number, "key_id": key_id}), number
 
         return self._append(decide)
 
-    def charge(self, study: str, run: str, attempt: int, chunk: int, steps: int, first_step: int | None = None) -> Grant:
+    def charge(
+        self, study: str, run: str, attempt: int, chunk: int, steps: int, first_step: int | None = None, *, dataset_id: str | None = None
+    ) -> Grant:
         """Pay for the next steps of an attempt; their noise may be drawn once this has returned.
 
         Args:
@@ -207,9 +211,10 @@ class Ledger:
             chunk: number of the call, growing within the attempt; the same call again returns the same grant and costs nothing.
             steps: how many steps are asked for; fewer are granted at the end of the budget, and none (nothing is written) after it.
             first_step: the first step's number; by default the one after the steps paid for, or 0.
+            dataset_id: as in ``begin_attempt``.
 
         Raises:
-            LedgerError: the chunk was charged with other arguments, or the ledger is out of reach.
+            LedgerError: the chunk was charged with other arguments, the ledger is of other records, or out of reach.
             NoiseReuse: a newer attempt has begun, the attempt is closed, or a step was paid for before in this attempt.
         """
         steps, chunk, attempt = check_count("steps", steps), check_count("chunk", chunk, 0), check_count("attempt", attempt)
@@ -217,6 +222,7 @@ class Ledger:
             first_step = check_count("first_step", first_step, 0)
 
         def decide(state: State):
+            state.check_dataset(dataset_id)
             known = state.attempt(study, run, attempt).charges.get(chunk)
             if known is not None:
                 if known.asked != steps or first_step not in (None, known.first_step):

@@ -102,6 +102,16 @@ class State:
             raise LedgerError(f"the entry holds what no ledger may: {error}") from error
         return commit
 
+    def check_dataset(self, dataset_id: str | None) -> None:
+        """Refuse to pay for the use of other records than the budget protects; None is not compared.
+
+        Raises:
+            LedgerError: of another dataset. It quotes no fingerprint: where errors are kept, a hash of the data must not be.
+        """
+        if dataset_id is not None and dataset_id != self.dataset_id:
+            fix = "charge the ledger of the records that are used: a field of the task may have changed them"
+            raise LedgerError("the ledger is of another dataset", None, "the ledger of the records that are used", fix)
+
     def study(self, name: str) -> StudyState:
         """The study of that name, or LedgerError."""
         if name not in self.studies:

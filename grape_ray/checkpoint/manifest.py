@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,8 @@ from grape_ray.storage import Storage
 FORMAT = 2
 MANIFEST = "manifest.json"
 _FOLDER = "checkpoints/step-"
+_NAME = re.compile(r"checkpoints/step-\d{8,}-attempt-\d{4,}")
+_FILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _INSTEAD = "an earlier one is used instead"
 
 
@@ -76,17 +79,32 @@ def of_step(storage: Storage, step: int) -> str:
 
 
 def read_manifest(storage: Storage, name: str) -> Manifest:
-    """The manifest of a checkpoint. Raises CheckpointError where it is missing, damaged or of another format."""
+    """The manifest of a checkpoint.
+
+    Raises:
+        CheckpointError: it is missing, damaged, of another format, or names what lies elsewhere or cannot be its base.
+    """
     try:
         fields = json.loads(storage.read(f"{name}/{MANIFEST}"))
         if (found := fields.pop("format")) != FORMAT:
             raise CheckpointError(f"checkpoint {name}", f"format {found}", f"format {FORMAT}", "use the version that wrote it")
         pieces = {kind: [Piece.from_json(p) for p in listed] for kind, listed in fields.pop("pieces").items()}
-        return Manifest(**fields, name=name, pieces=pieces)
+        found = Manifest(**fields, name=name, pieces=pieces)
+        _check_names(found)
+        return found
     except FileNotFoundError as error:
         raise CheckpointError(f"checkpoint {name} is torn: no manifest", None, "", _INSTEAD) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"checkpoint {name} is torn: damaged manifest", str(error), "JSON", _INSTEAD) from error
+
+
+def _check_names(manifest: Manifest) -> None:
+    """Refuses files that are not the checkpoint's own, and a base that is no other checkpoint of the run. Raises ValueError."""
+    for file in {*manifest.files, *(piece.file for listed in manifest.pieces.values() for piece in listed)}:
+        if not _FILE.fullmatch(file):
+            raise ValueError(f"a file {file!r} outside its folder")
+    if manifest.base is not None and (manifest.base == manifest.name or not _NAME.fullmatch(manifest.base)):
+        raise ValueError(f"a base {manifest.base!r} that is no other checkpoint")
 
 
 def retain(storage: Storage, keep: int) -> None:

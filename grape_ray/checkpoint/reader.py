@@ -24,7 +24,7 @@ class Reader:
     """One committed checkpoint, from which tensors are read by name, on any number of ranks.
 
     Raises:
-        CheckpointError: no manifest, or a file is missing or of another size; nothing else was read then.
+        CheckpointError: no manifest, a file is missing or of another size, or the base is no full checkpoint; nothing else was read then.
     """
 
     def __init__(self, storage: Storage, name: str):
@@ -36,7 +36,14 @@ class Reader:
                 raise CheckpointError(f"checkpoint file {name}/{file} is missing", None, "", _INSTEAD) from error
             if found != expected:
                 raise CheckpointError(f"checkpoint file {name}/{file} is torn", f"{found} bytes", f"{expected} bytes", _INSTEAD)
-        self._base = Reader(storage, self.manifest.base) if self.manifest.base else None
+        self._base = self._full(self.manifest.base) if self.manifest.base else None
+
+    def _full(self, base: str) -> Reader:
+        """The full checkpoint that a delta moves on from: never a delta, and so never itself."""
+        if read_manifest(self.storage, base).base:
+            what = f"checkpoint {self.manifest.name} is torn: its base is a delta"
+            raise CheckpointError(what, base, "a full checkpoint", _INSTEAD)
+        return Reader(self.storage, base)
 
     def names(self, kind: str) -> list[str]:
         """Names of the tensors of a kind (`model`, `optimizer`, `coordinates`)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from functools import partial
 
 import click
 
@@ -20,13 +21,14 @@ def command(model_or_pipeline: str, methods: tuple[str, ...], assignments: tuple
     MODEL_OR_PIPELINE is a pipeline (pipelines.sst2, module:function), or a Hugging Face hub name or folder.
     """
     from grape_ray.preflight import preflight
+    from grape_ray.withheld import told
 
-    model, loss, batch, config = _target(model_or_pipeline, assignments)
+    model, loss, batch, config, public = _target(model_or_pipeline, assignments)
     reports = []
     for name in methods or (config.method.name,):
         began = time.perf_counter()
         method = config.override([f"method.name={name}"]).method
-        report = preflight(model, loss, batch, config.privacy, method)
+        report = told(partial(preflight, model, loss, batch, config.privacy, method), public)
         reports.append({**dataclasses.asdict(report), "seconds": round(time.perf_counter() - began, 3)})
         if not as_json:
             click.echo(
@@ -39,13 +41,14 @@ def command(model_or_pipeline: str, methods: tuple[str, ...], assignments: tuple
 
 
 def _target(reference: str, assignments: tuple[str, ...]):
-    """(model, per-example loss, batch, config) of a pipeline, or of a model with a made-up batch."""
+    """(model, per-example loss, batch, config, whether the records are public) of a pipeline, or of a model with a made-up batch."""
     import numpy as np
 
     from grape_ray.config import Config, Method
     from grape_ray.errors import ConfigError
     from grape_ray.models.sample import sample
     from grape_ray.resolve import pipeline
+    from grape_ray.withheld import told
 
     try:
         config = pipeline(reference)
@@ -56,9 +59,10 @@ def _target(reference: str, assignments: tuple[str, ...]):
             model, loss, batch = sample(reference)
         except ConfigError as error:
             raise ConfigError("neither a pipeline nor a model", reference, str(missing), str(error)) from error
-        return model, loss, batch, Config(task=None, method=Method(project_min_numel=4096)).override(assignments)
+        return model, loss, batch, Config(task=None, method=Method(project_min_numel=4096)).override(assignments), True
     config = config.override(assignments)
-    data = config.task.load()
+    task = config.task
+    data = told(task.load, public=False)
     order = data.train.by_length(np.arange(len(data.train)))
-    batch = config.task.collate(data.train, np.unique(order[[0, len(order) // 2, -1]]))
-    return config.task.build_model(config.seed), config.task.per_example_loss, batch, config
+    batch = told(lambda: task.collate(data.train, np.unique(order[[0, len(order) // 2, -1]])), data.public)
+    return task.build_model(config.seed), task.per_example_loss, batch, config, data.public

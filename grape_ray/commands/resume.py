@@ -8,11 +8,14 @@ import click
 @click.command("resume")
 @click.argument("run")
 @click.option("--ledger", help="Where the dataset's ledger lies now, if it was moved.")
+@click.option("--second-ledger", is_flag=True, help="Let the ledger differ from the one that is known for these records.")
 @click.option("--workers", metavar="N|MIN:MAX", help="Ray Train workers, if another number than before.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override a performance.* field; repeatable.")
 @click.option("--key-file", help="Master key; left out, ~/.config/grape-ray/master.key.")
+@click.option("--trust-module", "trust", multiple=True, metavar="MODULE",
+              help="A module of yours that the run's task may be imported from; repeatable.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
-def command(run, ledger, workers, assignments, key_file, as_json) -> None:
+def command(run, ledger, second_ledger, workers, assignments, key_file, trust, as_json) -> None:
     """Go on with RUN (a run's folder or URL) from its newest whole checkpoint, as a new attempt with keys of its own.
 
     Steps after that checkpoint are taken again, and paid for again: plan privacy.spare_steps for them.
@@ -24,5 +27,6 @@ def command(run, ledger, workers, assignments, key_file, as_json) -> None:
     for text in assignments:
         if not text.strip().startswith("performance."):
             raise ConfigError("--set of a resumed run", text, "performance.KEY=VALUE", "give a run with other settings a name of its own")
-    plan = plan_resume(run, ledger=ledger, key_path=key_file, assignments=[*assignments, *worker_assignments(workers)])
+    changes = [*assignments, *worker_assignments(workers)]
+    plan = plan_resume(run, ledger=ledger, key_path=key_file, second_ledger=second_ledger, assignments=changes, trust=trust)
     run_and_report(plan, as_json)

@@ -15,10 +15,11 @@ import click
 @click.option("--workers", metavar="N|MIN:MAX", help="Ray Train workers; 0 trains in this process, 2:8 follows the cluster.")
 @click.option("--storage", default="runs", show_default=True, help="Folder or URL (s3://...) of runs and their checkpoints.")
 @click.option("--ledger", help="Folder or URL of the dataset's ledger; left out, your own ledger of this dataset.")
+@click.option("--second-ledger", is_flag=True, help="Let a dataset that has a ledger get another, with a budget of its own.")
 @click.option("--run", "name", help="Name of the run; an existing one with the same config is resumed.")
 @click.option("--key-file", help="Master key, made if missing; left out, ~/.config/grape-ray/master.key.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
-def command(pipeline, assignments, workers, storage, ledger, name, key_file, as_json) -> None:
+def command(pipeline, assignments, workers, storage, ledger, second_ledger, name, key_file, as_json) -> None:
     """Train PIPELINE, a module such as pipelines.digits_vit, or module:function.
 
     Every step is charged to the ledger before its noise is drawn. Validation metrics are computed on data that counts as public.
@@ -29,7 +30,8 @@ def command(pipeline, assignments, workers, storage, ledger, name, key_file, as_
     # From here on torch is needed, and its import takes seconds; what could be wrong with the words above was told before.
     from grape_ray.plan import prepare
 
-    run_and_report(prepare(config, run=name, storage=storage, ledger=ledger, key_path=key_file), as_json)
+    plan = prepare(config, run=name, storage=storage, ledger=ledger, key_path=key_file, second_ledger=second_ledger)
+    run_and_report(plan, as_json)
 
 
 def worker_assignments(workers: str | None) -> list[str]:

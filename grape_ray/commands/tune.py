@@ -28,6 +28,7 @@ from grape_ray.sweeps.options import COMPOSE, LAWS, SCHEDULERS, SEARCHES, SELECT
 @click.option("--storage", default="sweeps", show_default=True, help="Folder or URL (s3://...) of sweeps.")
 @click.option("--ledger", help="Folder or URL of the dataset's ledger; left out, your own ledger of this dataset.")
 @click.option("--score-ledger", help="The same for private validation records.")
+@click.option("--second-ledger", is_flag=True, help="Let a dataset that has a ledger get another, with a budget of its own.")
 @click.option("--ledger-epsilon", type=float, help="Whole budget of the dataset, where its ledger is made; left out, the sweep's.")
 @click.option("--ledger-delta", type=float, help="Its delta.")
 @click.option("--workers", type=int, help="Ray Train workers a trial; 0 trains in the trial's own process.")
@@ -37,9 +38,12 @@ from grape_ray.sweeps.options import COMPOSE, LAWS, SCHEDULERS, SEARCHES, SELECT
 @click.option("--sealed", help="Folder for the secrets of --mode select; left out, your own.")
 @click.option("--name", help="Name of the new sweep.")
 @click.option("--resume", metavar="NAME", help="Go on with a sweep that was cut off.")
+@click.option("--trust-state", is_flag=True, help="Load Ray Tune's state (pickles) also of a sweep that was not begun from here.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
 @click.pass_context
-def command(context: click.Context, workers: int | None, name: str | None, resume: str | None, as_json: bool, **words: Any) -> None:
+def command(
+    context: click.Context, workers: int | None, name: str | None, resume: str | None, trust_state: bool, as_json: bool, **words: Any
+) -> None:
     """Tune SPACE, a module such as tune_spaces.digits with space() and study().
 
     Every step of every trial is charged to one study before its noise is drawn, so the epsilon of the winner is that of the sweep.
@@ -59,7 +63,7 @@ def command(context: click.Context, workers: int | None, name: str | None, resum
                 raise ConfigError("--name with --resume", name, f"{resume}, or nothing", "a sweep keeps its name")
             from grape_ray.orchestrate.sweep import resume as go_on
 
-            result = go_on(words["storage"], resume, _given(context, words, workers), reporter.say)
+            result = go_on(words["storage"], resume, _given(context, words, workers), reporter.say, trust_state=trust_state)
     for line in _summary(result):
         click.echo(line)
     if as_json:

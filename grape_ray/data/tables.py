@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
+import zlib
+from collections.abc import Collection, Sequence
 from typing import Any, cast
 
 import fsspec
@@ -13,6 +15,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from grape_ray.errors import DataError, nearest
+
+LOOKED_AT = 4096  # first rows of a column, by which it is judged how much it tells
+_CHANCE_BITS, _ZLIB_BYTES = 64, 16  # the latter of every compressed text, however short
 
 
 def read_table(url: str, columns: Sequence[str]) -> pa.Table:
@@ -73,7 +78,7 @@ def labels(table: pa.Table, column: str, url: str, classes: int) -> np.ndarray:
         row = int(outside[0])
         raise DataError(
             f"label in row {row} of column '{column}' of {url}",
-            int(found[row]),
+            "another number",  # which one is a record's
             f"0 to {classes - 1}",
             "correct the file, or set the task's number of classes",
         )
@@ -98,22 +103,63 @@ def fingerprint(table: pa.Table) -> str:
     """
     digest = hashlib.sha256()
     for name in sorted(table.column_names):
-        column = table[name]
-        digest.update(f"{name}|{len(column)}|".encode())
-        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-            lengths = pc.call_function("binary_length", [column]).to_numpy()
-            digest.update(lengths.astype("<i8").tobytes())
-            for chunk in column.chunks:
-                digest.update(b"".join(value.as_buffer() for value in chunk if value.is_valid))
-            continue
-        values = column.to_numpy()
-        if values.dtype.kind in "biu":  # the same numbers are the same data in any width
-            digest.update(values.astype("<i8").tobytes())
-        elif values.dtype.kind == "f":
-            digest.update(values.dtype.str.encode() + values.tobytes())
-        else:
-            raise DataError(f"column '{name}'", str(column.type), "strings, integers or floats", "convert it")
+        digest.update(f"{name}|{len(table[name])}|".encode())
+        _take_in(digest, table[name], name)
     return digest.hexdigest()[:32]
+
+
+def fingerprint_columns(table: pa.Table) -> tuple[str, ...]:
+    """A fingerprint of each column, whatever it is called, by which another table with some of them is recognised.
+
+    Columns that say too little (`tells`), as a constant one does, are left out: unrelated tables may share them.
+
+    Raises:
+        DataError: see `fingerprint`.
+    """
+    found = []
+    for name in table.column_names:
+        column = table[name]
+        first = column.slice(0, LOOKED_AT)
+        numbers = first.to_numpy() if pa.types.is_integer(column.type) else None
+        if tells(len(column), {str(value).encode() for value in first.unique().to_pylist()}, numbers):
+            digest = hashlib.sha256(f"{len(column)}|".encode())
+            _take_in(digest, column, name)
+            found.append(digest.hexdigest()[:32])
+    return tuple(found)
+
+
+def tells(rows: int, distinct: Collection[bytes], numbers: np.ndarray | None = None) -> bool:
+    """Whether a column says so much that an unrelated one would agree with it by chance once in 2^64 at most.
+
+    It says how its values are arranged, and, where most are different, the values themselves, about as many bits as they compress to.
+    A constant column and one of row numbers say nothing.
+
+    Args:
+        rows: of the column. distinct: the different values among its first `LOOKED_AT` rows. numbers: these rows, of a column of integers.
+    """
+    if len(distinct) < 2 or (numbers is not None and numbers.ndim == 1 and len(set(np.diff(numbers).tolist())) == 1):
+        return False
+    bits = rows * math.log2(len(distinct))
+    if 2 * len(distinct) >= min(rows, LOOKED_AT):
+        bits += 8 * max(0, len(zlib.compress(b"".join(sorted(distinct)))) - _ZLIB_BYTES)
+    return bits >= _CHANCE_BITS
+
+
+def _take_in(digest: Any, column: pa.ChunkedArray, name: str) -> None:
+    """Adds a column's content."""
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        lengths = pc.call_function("binary_length", [column]).to_numpy()
+        digest.update(lengths.astype("<i8").tobytes())
+        for chunk in column.chunks:
+            digest.update(b"".join(value.as_buffer() for value in chunk if value.is_valid))
+        return
+    values = column.to_numpy()
+    if values.dtype.kind in "biu":  # the same numbers are the same data in any width
+        digest.update(values.astype("<i8").tobytes())
+    elif values.dtype.kind == "f":
+        digest.update(values.dtype.str.encode() + values.tobytes())
+    else:
+        raise DataError(f"column '{name}'", str(column.type), "strings, integers or floats", "convert it")
 
 
 def fingerprint_arrays(*arrays: np.ndarray) -> str:

@@ -18,7 +18,7 @@ _T = TypeVar("_T")
 
 def load_tokenizer(name: str) -> Any:
     """The fast tokenizer of a hub name or folder. Raises ConfigError where there is none."""
-    return _load(name, lambda place: transformers.AutoTokenizer.from_pretrained(place, use_fast=True))
+    return _load(name, lambda place: transformers.AutoTokenizer.from_pretrained(place, use_fast=True, trust_remote_code=False))
 
 
 def load_sequence_classifier(name: str, classes: int, seed: int, dropout: bool = False) -> nn.Module:
@@ -35,7 +35,9 @@ def load_sequence_classifier(name: str, classes: int, seed: int, dropout: bool =
     def build(place: str) -> nn.Module:
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
-            return transformers.AutoModelForSequenceClassification.from_pretrained(place, num_labels=classes, dtype=torch.float32)
+            return transformers.AutoModelForSequenceClassification.from_pretrained(
+                place, num_labels=classes, dtype=torch.float32, trust_remote_code=False
+            )
 
     return _load(name, build).train(dropout)
 
@@ -53,7 +55,7 @@ def load_causal_lm(name: str, seed: int) -> nn.Module:
     def build(place: str) -> nn.Module:
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
-            return transformers.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+            return transformers.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, trust_remote_code=False)
 
     return _load(name, build).eval()
 
@@ -86,7 +88,7 @@ def load_as_saved(name: str) -> nn.Module:
     """A model in the architecture that its config names, fp32, in eval mode. Raises ConfigError where it cannot be loaded."""
 
     def build(place: str) -> nn.Module:
-        config = transformers.AutoConfig.from_pretrained(place)
+        config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
         kind = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
         return kind.from_pretrained(place, dtype=torch.float32)
 

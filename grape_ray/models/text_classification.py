@@ -67,6 +67,7 @@ class TextClassification:
             validation=self._records(validation_texts, validation_labels),
             dataset_id=tables.fingerprint(whole),  # a part of the table spends from the whole table's budget
             public=self.public,
+            columns=tables.fingerprint_columns(whole),
         )
 
     def _records(self, found: list[str], labels: np.ndarray) -> Records:

@@ -65,6 +65,7 @@ class TextGeneration:
             validation=self._records(_first(validation, self.validation_limit), self.validation),
             dataset_id=tables.fingerprint(train),  # a part of the table spends from the whole table's budget
             public=self.public,
+            columns=tables.fingerprint_columns(train),
         )
 
     def build_model(self, seed: int) -> nn.Module:

@@ -23,6 +23,7 @@ from grape_ray.accounting.replay import Attempt
 from grape_ray.accounting.selection import Selection
 from grape_ray.errors import GrapeRayError, LedgerError
 from grape_ray.storage import Storage
+from grape_ray.withheld import text_of
 
 NAMESPACE = "grape-ray"
 _CALLS = frozenset({"ensure_study", "ensure_selection", "begin_attempt", "charge", "refund", "close_attempt", "attempts"})
@@ -56,12 +57,12 @@ class _Desk:
         self._users.add(user)
         return found
 
-    def call(self, method: str, *arguments: Any) -> tuple[Any, str]:
+    def call(self, method: str, *arguments: Any, **named: Any) -> tuple[Any, str]:
         """(What the ledger's method returns, the ledger's head after it)."""
         if method not in _CALLS:
             raise LedgerError("the accountant has no such call", method, ", ".join(sorted(_CALLS)))
         ledger = self._open()
-        result = getattr(ledger, method)(*arguments)
+        result = getattr(ledger, method)(*arguments, **named)
         if method in ("charge", "refund"):
             self._measure(ledger, arguments[0])
         return None if method == "ensure_study" else result, ledger.head
@@ -154,13 +155,15 @@ class Accountant:
         """See Ledger.ensure_selection."""
         self._call("ensure_selection", selection)
 
-    def begin_attempt(self, study: str, run: str, key_id: str) -> int:
+    def begin_attempt(self, study: str, run: str, key_id: str, *, dataset_id: str | None = None) -> int:
         """See Ledger.begin_attempt; a repeated call may skip a number, which costs nothing."""
-        return self._call("begin_attempt", study, run, key_id)
+        return self._call("begin_attempt", study, run, key_id, dataset_id=dataset_id)
 
-    def charge(self, study: str, run: str, attempt: int, chunk: int, steps: int, first_step: int | None = None) -> Grant:
+    def charge(
+        self, study: str, run: str, attempt: int, chunk: int, steps: int, first_step: int | None = None, *, dataset_id: str | None = None
+    ) -> Grant:
         """See Ledger.charge."""
-        return self._call("charge", study, run, attempt, chunk, steps, first_step)
+        return self._call("charge", study, run, attempt, chunk, steps, first_step, dataset_id=dataset_id)
 
     def refund(self, study: str, run: str, attempt: int, chunk: int, steps: int) -> None:
         """See Ledger.refund."""
@@ -189,20 +192,20 @@ class Accountant:
             if self._ask("release", self._user):
                 ray.kill(self._actor(), no_restart=True)
 
-    def _call(self, method: str, *arguments: Any) -> Any:
-        result, self._head = self._ask("call", method, *arguments)
+    def _call(self, method: str, *arguments: Any, **named: Any) -> Any:
+        result, self._head = self._ask("call", method, *arguments, **named)
         return result
 
-    def _ask(self, method: str, *arguments: Any) -> Any:
+    def _ask(self, method: str, *arguments: Any, **named: Any) -> Any:
         """The actor's answer, or its own error; LedgerError for whatever kept it from answering."""
         fix = "nothing was granted; start the sweep again to resume it"
         for _ in range(_TRIES):
             try:
-                return ray.get(getattr(self._actor(), method).remote(*arguments), timeout=_TIMEOUT_S)
+                return ray.get(getattr(self._actor(), method).remote(*arguments, **named), timeout=_TIMEOUT_S)
             except ray.exceptions.RayTaskError as error:
                 if isinstance(error.cause, GrapeRayError):
                     raise error.cause from None
-                raise LedgerError("the accountant failed", str(error.cause), "an answer", fix) from error
+                raise LedgerError("the accountant failed", text_of(error.cause), "an answer", fix) from error
             except ray.exceptions.ActorDiedError:  # ended for good, by another sweep's end or by hand: a new one reads the same ledger
                 time.sleep(_PAUSE_S)
             except (ray.exceptions.RayError, TimeoutError) as error:

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from grape_ray.comms import Comms
-from grape_ray.errors import GrapeRayError
+from grape_ray.errors import GrapeRayError, TaskFailed
 from grape_ray.execute import execute
 from grape_ray.loop import Progress
 from grape_ray.orchestrate.cluster import cluster, set_defaults
 from grape_ray.plan import PROGRESS_FILE, RESULT_FILE, Plan
 from grape_ray.session import Around
+from grape_ray.withheld import text_of, told
 
 _WATCH_EVERY_S = 0.5
 
@@ -38,7 +39,7 @@ def fit(
 
     Raises:
         WorkersFailed: the cluster did not give the workers within performance.start_timeout_s, or too many were lost.
-        GrapeRayError: what a worker raised.
+        GrapeRayError: what a worker raised, if it is this project's own.
     """
     performance = plan.config.performance
     set_defaults(performance.start_timeout_s)
@@ -83,7 +84,11 @@ def fit(
 
 
 def worker(plan: Plan, around: Callable[[Plan], Around] | None = None) -> None:
-    """One rank, inside a Ray Train worker."""
+    """One rank, inside a Ray Train worker. What it raises, Ray writes into logs."""
+    told(lambda: _work(plan, around), plan.public)
+
+
+def _work(plan: Plan, around: Callable[[Plan], Around] | None) -> None:
     import ray.train
     from ray.train.torch import get_device
 
@@ -111,15 +116,27 @@ def _translated(error: Exception, plan: Plan) -> GrapeRayError:
     """A worker's own error where there is one, otherwise what happened to the workers."""
     performance = plan.config.performance
     failures = [f for f in getattr(error, "worker_failures", {}).values() if isinstance(f, Exception)]
-    for failure in failures:
-        cause = getattr(failure, "cause", failure)
-        if isinstance(cause, GrapeRayError):
+    causes = [getattr(failure, "cause", failure) for failure in failures]
+    for cause in causes:
+        if isinstance(cause, GrapeRayError) and not isinstance(cause, TaskFailed):
             return cause
-    reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
     if not failures:
-        return _too_small(plan, reason)
+        return _too_small(plan, _last_line(error))
+    # Of Ray's own errors the text says which machine or process was lost; those of the task's code may quote a record.
+    reason = " | ".join(dict.fromkeys(_last_line(c) if plan.public or _is_rays(c) else text_of(c) for c in causes))
     fix = f"see what ended them; then run again with the name {plan.run} to resume"
     return WorkersFailed("workers failed too often", reason, f"at most {performance.max_failures} failures", fix)
+
+
+def _last_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
+
+
+def _is_rays(error: BaseException) -> bool:
+    """Whether Ray itself says it, of a worker that was lost, and not code that ran there."""
+    import ray.exceptions
+
+    return isinstance(error, ray.exceptions.RayError) and not isinstance(error, ray.exceptions.RayTaskError)
 
 
 def _too_small(plan: Plan, reason: str) -> WorkersFailed:

@@ -16,7 +16,6 @@ import torch
 from ray.tune.search.sample import Function
 
 from grape_ray.accounting import calibration
-from grape_ray.accounting.events import MAX_EPSILON
 from grape_ray.accounting.ledger import Ledger
 from grape_ray.accounting.records import Study
 from grape_ray.accounting.selection import Selection
@@ -25,10 +24,9 @@ from grape_ray.errors import ConfigError, GrapeRayError
 from grape_ray.execute import execute
 from grape_ray.orchestrate.tune import accountants
 from grape_ray.plan import RESULT_FILE, RUN_FILE, prepare
-from grape_ray.scores import PrivateScore
-from grape_ray.session import Around
+from grape_ray.scores import Terms, described
 from grape_ray.storage import Storage
-from grape_ray.sweeps import folder
+from grape_ray.sweeps import folder, price
 from grape_ray.sweeps.prepare import Share, Sweep
 from grape_ray.sweeps.space import SweepStudy
 
@@ -108,22 +106,23 @@ def _drawn(sweep: Sweep, secret: Storage) -> list[Sealed]:
         law = sweep.options.the_law()
         generator: Any = np.random.default_rng(secrets.randbits(256))
         values = [{name: _plain(d.sample(random_state=generator)) for name, d in sweep.space.items()} for _ in range(law.draw())]
-        secret.create(_DRAW, json.dumps([[secrets.token_hex(8), drawn] for drawn in values]).encode())
+        secret.create(_DRAW, json.dumps([[secrets.token_hex(8), drawn] for drawn in values]).encode(), private=True)
     return [Sealed(*pair) for pair in json.loads(secret.read(_DRAW))]
 
 
 def _open_sealed(sweep: Sweep, secret: Storage, trials: Sequence[Sealed]) -> None:
-    """A sealed ledger with a study for each trial, so that none takes more steps than the selection paid for, or any noise twice."""
+    """A sealed ledger for each trial, so that none takes more steps than the selection paid for, or any noise twice.
+
+    None is for several trials: whether it sufficed would tell their number.
+    """
     for part, share in ((_LEDGER, sweep.steps), (_SCORES, sweep.scores)):
         if share is None:
             continue
         paid = share.paid
         assert isinstance(paid, Selection)
-        cost = calibration.epsilon(paid.mechanism, paid.trial_tokens, paid.delta) * 1.001 + 1e-6
-        if cost * max(1, len(trials)) > MAX_EPSILON:
-            raise ConfigError("a trial of the selection has no useful epsilon", None, "more noise", "lower --budget-epsilon")
-        book = Ledger.open(secret.child(part), share.dataset_id, MAX_EPSILON, 0.99)
+        cost = price.trial_epsilon(paid)
         for trial in trials:
+            book = Ledger.open(secret.child(part).child(trial.name), share.dataset_id, cost, paid.delta)
             book.ensure_study(Study(trial.name, paid.mechanism, cost, paid.delta, paid.trial_tokens))
 
 
@@ -149,21 +148,19 @@ def _train(study: SweepStudy, parts: _Parts, trials: Sequence[Sealed]) -> None:
         runs = secret.child(folder.RUNS)
         if runs.exists(f"{trial.name}/{RESULT_FILE}"):
             continue
-        paid = Ledger.open(secret.child(_LEDGER), create=False).state.study(trial.name).study
-        ledger = secret.child(_LEDGER).url
+        ledger = secret.child(_LEDGER).child(trial.name).url
+        paid = Ledger.open(ledger, create=False).state.study(trial.name).study
         plan = prepare(
-            study.with_values(trial.values), run=trial.name, storage=runs.url, ledger=ledger, key_path=parts.key_path, study=paid
-        )
-        execute(plan, Comms.local(), device=device, on_progress=lambda progress, epsilon: None, around=_around(study, parts, trial.name))
+            study.with_values(trial.values), run=trial.name, storage=runs.url, ledger=ledger, key_path=parts.key_path, study=paid,
+            scores=_terms(study, secret.child(_SCORES).child(trial.name).url, trial.name) if parts.scores else None,
+        )  # fmt: skip
+        execute(plan, Comms.local(), device=device, on_progress=lambda progress, epsilon: None)
 
 
-def _around(study: SweepStudy, parts: _Parts, run: str) -> Around:
-    """What stands around a sealed trial: a private score, if scores are private."""
-    if not parts.scores:
-        return Around()
-    book = Ledger.open(Storage(parts.sealed).child(_SCORES), create=False)
-    noise = book.state.study(run).study.mechanism.noise_multiplier
-    return Around(score=PrivateScore(lambda: book, run, run, parts.key_path, study.metric, noise))
+def _terms(study: SweepStudy, ledger: str, name: str) -> Terms:
+    """What a sealed trial may say of private validation records."""
+    paid = Ledger.open(ledger, create=False).state.study(name).study
+    return Terms(study.metric, paid.mechanism.noise_multiplier, ledger, name)
 
 
 def _release(sweep: Sweep, secret: Storage, trials: Sequence[Sealed]) -> dict[str, Any] | None:
@@ -186,9 +183,9 @@ def _release(sweep: Sweep, secret: Storage, trials: Sequence[Sealed]) -> dict[st
             manifest["facts"] |= {"run": WINNER, "attempt": 1, "ledger_head": None}
             data = json.dumps(manifest, indent=1, sort_keys=True).encode()
         out.write(f"{WINNER}/{file}", data)
-    facts = {"run": WINNER, "ledger": sweep.steps.ledger, "study": sweep.steps.paid.name}
-    described = {**json.loads(mine.read(RUN_FILE)), **facts}
-    out.write(f"{WINNER}/{RUN_FILE}", json.dumps(described, indent=1, sort_keys=True).encode())
+    facts = {"run": WINNER, "ledger": sweep.steps.ledger, "study": sweep.steps.paid.name, "validation": described(sweep.terms())}
+    description = {**json.loads(mine.read(RUN_FILE)), **facts}
+    out.write(f"{WINNER}/{RUN_FILE}", json.dumps(description, indent=1, sort_keys=True).encode())
     return {"config": trial.values, "score": score, "run": WINNER, "steps": result["steps"]}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -13,6 +13,7 @@ from grape_ray.places import absolute
 from grape_ray.storage import Storage
 from grape_ray.sweeps import folder
 from grape_ray.sweeps.options import SELECT, Options
+from grape_ray.trust import check_module, check_sweep
 
 
 def run(options: Options, say: Callable[[str], None], name: str | None = None) -> dict[str, Any]:
@@ -24,19 +25,25 @@ def run(options: Options, say: Callable[[str], None], name: str | None = None) -
     return _run(options, say, name, None)
 
 
-def resume(storage: str, name: str, asked: Mapping[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+def resume(
+    storage: str, name: str, asked: Mapping[str, Any], say: Callable[[str], None], trust: Iterable[str] = (), trust_state: bool = False
+) -> dict[str, Any]:
     """Goes on with a sweep that was cut off; what it was charged stays charged.
 
     Args:
         asked: options that were given anew; they must be those that it was begun with.
+        trust: modules that the sweep's description may have imported for its tune space, beside this project's own and `asked`.
+        trust_state: go by the sweep's description, and load Ray Tune's state (pickles), also where this user did not begin the sweep.
     """
     described = folder.read(Storage(absolute(storage)).child(name))
     known = described["options"]
-    differing = sorted(key for key, value in asked.items() if json.loads(json.dumps(value)) != known[key])
+    differing = sorted(key for key, value in asked.items() if json.loads(json.dumps(value)) != known.get(key))
     if differing:
         words = ", ".join(f"--{key.replace('_', '-')}" for key in differing)
         raise ConfigError(f"sweep {name} was begun with another {words}", None, "what it was begun with", "leave them out")
-    values = {field.name: known[field.name] for field in fields(Options)}
+    check_module(known["space"], [*trust, *filter(None, [asked.get("space")])], "tune space")
+    check_sweep(f"{absolute(storage)}/{name}", described.get("mark", ""), trust_state)
+    values = {field.name: known.get(field.name, field.default) for field in fields(Options)}
     options = Options(**{**values, "assignments": tuple(known["assignments"]), "storage": storage})
     return _run(options, say, name, described)
 

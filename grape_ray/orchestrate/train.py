@@ -20,6 +20,7 @@ def train(
     storage: str = "runs",
     ledger: str | None = None,
     key_path: str | None = None,
+    second_ledger: bool = False,
     on_progress: Callable[[Progress, float | None], None] | None = None,
 ) -> dict[str, Any]:
     """Checks, prices and runs a config; the arguments are those of `grape_ray.plan.prepare`.
@@ -37,7 +38,7 @@ def train(
     Raises:
         GrapeRayError: one of its kinds for whatever is wrong.
     """
-    return run_plan(prepare(config, run=run, storage=storage, ledger=ledger, key_path=key_path), on_progress)
+    return run_plan(prepare(config, run=run, storage=storage, ledger=ledger, key_path=key_path, second_ledger=second_ledger), on_progress)
 
 
 def run_plan(plan: Plan, on_progress: Callable[[Progress, float | None], None] | None = None) -> dict[str, Any]:

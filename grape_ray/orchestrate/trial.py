@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,12 +23,14 @@ from grape_ray.orchestrate.accountant import Accountant
 from grape_ray.orchestrate.ray_train import fit
 from grape_ray.orchestrate.talk import RemoteTalk, Talk
 from grape_ray.plan import Plan, prepare
-from grape_ray.scores import PrivateScore
+from grape_ray.scores import Terms
 from grape_ray.session import Around
 from grape_ray.sweeps.folder import EXECUTED, REPORTS
 from grape_ray.sweeps.space import SweepStudy
 from grape_ray.trace import Trace
+from grape_ray.withheld import withheld
 
+_POINTER = "pointer.json"
 _POLL_S = 0.2
 _END_S = 600.0  # how long a run may take to end in good order
 
@@ -39,7 +42,8 @@ class Setting:
     Attributes:
         sweep: the space's study, its config as every trial begins from it. paid: the study that pays for the steps.
         storage: URL of the folder of runs. ledger, key_path: see Plan.
-        book: the accountant of the training records' ledger. score_book, score_paid: of private scores; None if they are public.
+        book: the accountant of the training records' ledger.
+        score_book: that of private validation records', and scores: what may be said of them; None if they are public.
     """
 
     sweep: SweepStudy
@@ -49,11 +53,12 @@ class Setting:
     key_path: str | None
     book: Accountant
     score_book: Accountant | None = None
-    score_paid: Study | None = None
+    scores: Terms | None = None
 
     def plan(self, values: Mapping[str, Any], run: str, origin: tuple[str, str] | None) -> Plan:
         """The plan of a trial's run, checked."""
         options: dict[str, Any] = {"ledger": self.ledger, "key_path": self.key_path, "study": self.paid, "origin": origin}
+        options["scores"] = self.scores
         return prepare(self.sweep.with_values(values), run=run, storage=self.storage, **options)
 
 
@@ -75,11 +80,8 @@ class Surround:
             steps.line(str(step))
 
         around = Around(open_ledger=lambda plan: setting.book, on_step=on_step, go_on=go_on, on_end=steps.close)
-        if setting.score_paid is None or setting.score_book is None:
-            return around
-        paid, book = setting.score_paid, setting.score_book
-        noise = paid.mechanism.noise_multiplier
-        return replace(around, score=PrivateScore(lambda: book, paid.name, plan.run, setting.key_path, setting.sweep.metric, noise))
+        book = setting.score_book
+        return around if book is None else replace(around, open_scores=lambda plan: book)
 
 
 class Trial(tune.Trainable):
@@ -107,14 +109,16 @@ class Trial(tune.Trainable):
             raise self._error
         return self._told({"step": self._result["steps"], "metrics": self._result["metrics"]}, done=True)
 
-    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
-        """A pointer to the run's newest checkpoint: the checkpoint itself stays where it is."""
-        if self._last_step == 0:
-            return self._pointer or {}
-        return {"run": self._plan.run, "folder": self._plan.folder().url, "step": self._last_step, "values": _key(self._values)}
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """A pointer to the run's newest checkpoint, which itself stays where it is; JSON, because Ray Tune would pickle a dict."""
+        pointer: Any = self._pointer
+        if self._last_step:
+            facts = {"run": self._plan.run, "folder": self._plan.folder().url, "step": self._last_step}
+            pointer = {**facts, "values": _key(self._values)}
+        Path(checkpoint_dir, _POINTER).write_text(json.dumps(pointer))
 
-    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
-        self._pointer = checkpoint or None
+    def load_checkpoint(self, checkpoint: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self._pointer = json.loads(Path(checkpoint, _POINTER).read_text())
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self._finish()
@@ -149,8 +153,8 @@ class Trial(tune.Trainable):
             else:
                 device = torch.device("cuda" if plan.config.performance.use_gpu else "cpu")
                 self._result = execute(plan, Comms.local(), device=device, around=surround(plan))
-        except BaseException as error:
-            self._error = error
+        except BaseException as error:  # Ray Tune keeps it in error.txt and error.pkl
+            self._error = error if plan.public else withheld(error)
 
     def _told(self, report: dict[str, Any], done: bool) -> dict[str, Any]:
         """Ray Tune's result, which is kept beside the run, too. Where no score could be paid for, the last one stands."""

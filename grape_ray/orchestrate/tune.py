@@ -22,6 +22,7 @@ from grape_ray.sweeps import folder
 from grape_ray.sweeps.options import Options
 from grape_ray.sweeps.prepare import Share, Sweep
 from grape_ray.sweeps.space import SweepStudy
+from grape_ray.withheld import text_of
 
 _HEAD = "node:__internal_head__"
 _MAX_FAILURES = 3
@@ -38,10 +39,10 @@ def compose(sweep: Sweep, concurrent: int, say: Callable[[str], None]) -> dict[s
         os.environ.setdefault(name, value)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     with accountants(sweep) as (book, score_book):
-        paid, scores = sweep.steps.paid, sweep.scores
+        paid = sweep.steps.paid
         assert isinstance(paid, Study)
         runs = f"{sweep.folder().url}/{folder.RUNS}"
-        setting = Setting(sweep.study, paid, runs, sweep.steps.ledger, sweep.options.key_path, book, score_book, _study(scores))
+        setting = Setting(sweep.study, paid, runs, sweep.steps.ledger, sweep.options.key_path, book, score_book, sweep.terms())
         say(f"sweep {sweep.name} in {sweep.storage}: {paid.tokens} step tokens, noise multiplier {paid.mechanism.noise_multiplier:.4g}")
         _Teller.say = staticmethod(say)
         _check(_tuner(sweep, setting, concurrent).fit(), say)
@@ -116,15 +117,11 @@ def _check(trials: tune.ResultGrid, say: Callable[[str], None]) -> None:
     """Tells why trials failed. Raises the first one's error where all did: then it is likely one thing that kept them."""
     errors = [getattr(error, "cause", error) for error in trials.errors]
     for error in errors:
-        say(f"a trial failed: {' '.join(str(error).split())[-300:]}")
+        say(f"a trial failed: {' '.join(text_of(error).split())[:300]}")
     if errors and len(errors) == len(trials):
         if isinstance(errors[0], GrapeRayError):
             raise errors[0]
         raise GrapeRayError("every trial failed", type(errors[0]).__name__, "", "see the lines above, then go on with --resume")
-
-
-def _study(share: Share | None) -> Study | None:
-    return share.paid if share is not None and isinstance(share.paid, Study) else None
 
 
 def _tuner(sweep: Sweep, setting: Setting, concurrent: int) -> tune.Tuner:

@@ -31,6 +31,7 @@ class Options:
         storage: of sweeps. ledger, score_ledger: of the training and of private validation records; None is their usual place.
         ledger_epsilon, ledger_delta: the dataset's whole budget, where its ledger is made; None makes it the sweep's.
         key_path: file of the master key. concurrent: trials at a time; None is as many as fit.
+        second_ledger: whether records that are known to have a ledger may get another one.
         sealed: folder for what must stay secret in mode select; None is one of the user's own, where storage is local.
     """
 
@@ -53,6 +54,7 @@ class Options:
     key_path: str | None = None
     concurrent: int | None = None
     sealed: str | None = field(default=None)
+    second_ledger: bool = False
 
     def __post_init__(self) -> None:
         for name, known in (("mode", (COMPOSE, SELECT)), ("scheduler", SCHEDULERS), ("search", SEARCHES), ("law", tuple(LAWS))):

@@ -6,24 +6,28 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from grape_ray import registry
 from grape_ray.accounting import keys
 from grape_ray.accounting.ledger import Ledger
 from grape_ray.accounting.records import Study, entry_name
 from grape_ray.accounting.selection import Selection
-from grape_ray.data.arrays import Ragged, Records
-from grape_ray.data.tables import fingerprint_arrays
+from grape_ray.data.identity import column_fingerprints, fingerprint_records
 from grape_ray.errors import ConfigError
 from grape_ray.places import absolute, home, ledger_place
 from grape_ray.plan import check_run_name, sampling_prob_of, try_out
 from grape_ray.resolve import describe
+from grape_ray.scores import Terms
+from grape_ray.splits import check_splits
 from grape_ray.storage import Storage
 from grape_ray.sweeps import folder, price
 from grape_ray.sweeps.options import SELECT, Options, check_select_config
 from grape_ray.sweeps.space import PRIVATE, SweepStudy
 from grape_ray.task import Data
+from grape_ray.trust import remember_sweep
+from grape_ray.withheld import told
 
 
 @dataclass(frozen=True)
@@ -32,22 +36,27 @@ class Share:
 
     Attributes:
         paid: what is registered there. ledger: URL. dataset_id: of the records. budget: (epsilon, delta) of the records, where the
-            ledger is made.
+            ledger is made. identity: all fingerprints of the records. public: whether they are, so that there may be many ledgers.
     """
 
     paid: Study | Selection
     ledger: str
     dataset_id: str
     budget: tuple[float, float]
+    identity: tuple[str, ...] = field(default=(), compare=False)
+    public: bool = field(default=False, compare=False)
 
-    def check(self) -> None:
-        """Refuses, before any work, what the ledger would refuse. Raises StorageError, BudgetExceeded, LedgerError."""
+    def check(self, second: bool) -> None:
+        """Refuses, before any work, what the ledger would refuse, and a second one. Raises StorageError, BudgetExceeded, LedgerError."""
+        registry.check_only(self.ledger, self.identity, second)
         Ledger.foresee(Storage(self.ledger).first_contact(), self.dataset_id, self.budget, self.paid)
 
     def open(self) -> None:
         """Makes the ledger where there is none."""
         existing = Storage(self.ledger).exists(entry_name(0))
-        Ledger.open(self.ledger, self.dataset_id, *((None, None) if existing else self.budget))
+        book = Ledger.open(self.ledger, self.dataset_id, *((None, None) if existing else self.budget))
+        if not self.public and self.identity:
+            registry.register(self.identity, self.ledger, book.ledger_id)
 
     def described(self) -> dict[str, Any]:
         """The share as the sweep's description keeps it: without the fingerprint of the records, which the ledger knows."""
@@ -78,14 +87,23 @@ class Sweep:
         """The sweep's own folder."""
         return Storage(self.storage).child(self.name)
 
+    def terms(self) -> Terms | None:
+        """What may be said of private validation records; None where they are public."""
+        if self.scores is None:
+            return None
+        return Terms(self.study.metric, self.scores.paid.mechanism.noise_multiplier, self.scores.ledger, self.scores.paid.name)
+
     def register(self) -> None:
         """Keeps the description of the sweep, from which it is resumed and reported."""
         if not self.existing:
-            self.folder().create(folder.SWEEP_FILE, json.dumps(self._description(), indent=1, sort_keys=True).encode())
+            mark = secrets.token_hex(16)
+            self.folder().create(folder.SWEEP_FILE, json.dumps(self._description(mark), indent=1, sort_keys=True).encode())
+            remember_sweep(self.folder().url, mark)
 
-    def _description(self) -> dict[str, Any]:
+    def _description(self, mark: str) -> dict[str, Any]:
         return {
             "sweep": self.name,
+            "mark": mark,
             "study": self.steps.paid.name,
             "mode": self.options.mode,
             "options": self.options.as_json(),
@@ -111,16 +129,19 @@ def prepare(options: Options, space: dict[str, Any], study: SweepStudy, name: st
     study = _priced_config(options, study)
     if options.mode == SELECT:
         check_select_config(study.config)
-    data = study.config.task.load()
+    data = told(study.config.task.load, public=False)
     sampling_prob = sampling_prob_of(study.config, data)
-    try_out(study.config, data)
+    check_splits(data, study.score_source != PRIVATE, not data.public)
+    told(lambda: try_out(study.config, data), data.public and study.score_source != PRIVATE)
     storage = absolute(options.storage)
     _check_place(Storage(storage).child(name), name)
     steps = _steps(options, study, name, data, storage, sampling_prob)
     scores = _scores(options, study, name, data, storage, steps.paid) if study.score_source == PRIVATE else None
     keys.check_outside(options.key_path or keys.default_path(), storage, steps.ledger)
     for share in filter(None, (steps, scores)):
-        share.check()
+        share.check(options.second_ledger)
+        if isinstance(share.paid, Selection):
+            price.trial_epsilon(share.paid)  # before it is paid for
     sealed = _sealed(options, storage, name) if options.mode == SELECT else None
     keys.master_key(options.key_path)
     steps = replace(steps, ledger=ledger_place(options.ledger, steps.dataset_id, data.public, storage, name, make=True))
@@ -132,8 +153,8 @@ def prepare(options: Options, space: dict[str, Any], study: SweepStudy, name: st
 def resume(described: dict[str, Any], options: Options, space: dict[str, Any], study: SweepStudy) -> Sweep:
     """A sweep as it was begun, to be gone on with; its price is what was registered."""
     name, task = described["sweep"], study.config.task
-    steps = _known(described, options.mode, lambda: task.load().dataset_id)
-    scores = described["scores"] and _known(described["scores"], options.mode, lambda: _fingerprint(task.load().validation))
+    steps = _known(described, options.mode, task, lambda data: data.identity)
+    scores = described["scores"] and _known(described["scores"], options.mode, task, _validation_identity)
     study = _frozen(_priced_config(options, study), steps.paid)
     mine = json.loads(json.dumps(describe(study.config)))
     differing = sorted(key for key in mine if mine[key] != described["config"].get(key)) + [
@@ -142,15 +163,25 @@ def resume(described: dict[str, Any], options: Options, space: dict[str, Any], s
     if differing:
         fix = "resume it with the space that it was begun with, or begin a new sweep"
         raise ConfigError(f"sweep {name} was begun with another {', '.join(differing)}", None, "the same tune space", fix)
+    # The description could name a key that its maker knows, so a key never lies in what may have been copied.
+    keys.check_outside(options.key_path or keys.default_path(), absolute(options.storage), steps.ledger)
     keys.master_key(options.key_path)
     return Sweep(name, options, space, study, absolute(options.storage), steps, scores or None, described["sealed"], True)
 
 
-def _known(described: Mapping[str, Any], mode: str, records: Callable[[], str]) -> Share:
-    """A share as it was described; `records` gives the fingerprint where the sweep was cut off before its ledger was made."""
+def _known(described: Mapping[str, Any], mode: str, task: Any, identity: Callable[[Data], tuple[str, ...]]) -> Share:
+    """A share as it was described; the data is read, for its fingerprints, only where the sweep was cut off before its ledger was made."""
     paid, where, budget = (Selection if mode == SELECT else Study).from_payload(described["paid"]), described["ledger"], described["budget"]
-    existing = Storage(where).exists(entry_name(0))
-    return Share(paid, where, Ledger.open(where, create=False).state.dataset_id if existing else records(), (budget[0], budget[1]))
+    if Storage(where).exists(entry_name(0)):
+        return Share(paid, where, Ledger.open(where, create=False).state.dataset_id, (budget[0], budget[1]))
+    data = told(task.load, public=False)
+    found = identity(data)
+    return Share(paid, where, found[0], (budget[0], budget[1]), found, data.public and found[0] == data.dataset_id)
+
+
+def _validation_identity(data: Data) -> tuple[str, ...]:
+    """All fingerprints by which the validation records, or columns of them, are recognised."""
+    return (fingerprint_records(data.validation), *column_fingerprints(data.validation))
 
 
 def _check_place(place: Storage, name: str) -> None:
@@ -192,24 +223,20 @@ def _steps(options: Options, study: SweepStudy, name: str, data: Data, storage: 
         tokens = options.tokens or price.planned_tokens(study, options.trials, options.scheduler)
         paid = price.compose(study, name, sampling_prob, privacy.epsilon, privacy.delta, tokens)
     budget = (_given(options.ledger_epsilon, privacy.epsilon), _given(options.ledger_delta, privacy.delta))
-    return Share(paid, ledger_place(options.ledger, data.dataset_id, data.public, storage, name), data.dataset_id, budget)
+    place = ledger_place(options.ledger, data.dataset_id, data.public, storage, name)
+    return Share(paid, place, data.dataset_id, budget, data.identity, data.public)
 
 
 def _scores(options: Options, study: SweepStudy, name: str, data: Data, storage: str, paid: Study | Selection) -> Share:
     """What pays for private scores."""
-    records = _fingerprint(data.validation)
+    records = _validation_identity(data)
     if isinstance(paid, Study):
         price_of: Study | Selection = price.scores(study, name, price.planned_scores(study, paid.tokens, options.trials))
     else:
         price_of = price.select_scores(study, name, options.the_law())
     budget = (study.score_epsilon, study.score_delta)
-    return Share(price_of, ledger_place(options.score_ledger, records, False, storage, name), records, budget)
-
-
-def _fingerprint(records: Records) -> str:
-    """Of records in memory."""
-    columns = records.columns.values()
-    return fingerprint_arrays(*(part for c in columns for part in ((c.values, c.offsets) if isinstance(c, Ragged) else (c,))))
+    place = ledger_place(options.score_ledger, records[0], False, storage, name)
+    return Share(price_of, place, records[0], budget, records)
 
 
 def _sealed(options: Options, storage: str, name: str) -> str:

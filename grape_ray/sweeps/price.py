@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from grape_ray.accounting import calibration
 from grape_ray.accounting import selection as selections
-from grape_ray.accounting.events import GAUSSIAN, Mechanism
+from grape_ray.accounting.events import GAUSSIAN, MAX_EPSILON, Mechanism
 from grape_ray.accounting.records import Study
 from grape_ray.accounting.selection import Law, Selection
-from grape_ray.errors import BudgetExceeded
+from grape_ray.errors import BudgetExceeded, ConfigError
 from grape_ray.plan import mechanism_kind
 from grape_ray.sweeps.space import SweepStudy
 
@@ -62,6 +62,18 @@ def select(study: SweepStudy, name: str, sampling_prob: float, epsilon: float, d
         sigma = selections.noise_multiplier(epsilon, delta, sampling_prob, trial, law)
     mechanism = Mechanism(**mechanism_kind(study.config), sampling_prob=sampling_prob, noise_multiplier=sigma)
     return Selection(name, mechanism, epsilon, delta, trial, law)
+
+
+def trial_epsilon(paid: Selection) -> float:
+    """A bound on what one trial of a selection costs by itself: the budget of its sealed ledger. It knows nothing of the other trials.
+
+    Raises:
+        ConfigError: no ledger can hold so much.
+    """
+    cost = calibration.epsilon(paid.mechanism, paid.trial_tokens, paid.delta) * 1.001 + 1e-6
+    if cost > MAX_EPSILON:
+        raise ConfigError("a trial of the selection has no useful epsilon", None, "more noise", "lower --budget-epsilon")
+    return cost
 
 
 def scores(study: SweepStudy, name: str, count: int) -> Study:

@@ -11,6 +11,7 @@ from grape_ray.config import Config
 from grape_ray.errors import ConfigError, nearest
 from grape_ray.methods import METHODS
 from grape_ray.resolve import load_module
+from grape_ray.scores import check_metric
 
 PUBLIC, PRIVATE = "public", "private"
 
@@ -56,10 +57,8 @@ class SweepStudy:
         if self.score_source not in (PUBLIC, PRIVATE):
             expected = "'public' (a public validation set) or 'private' (then it is noised and charged)"
             raise ConfigError("score_source", self.score_source, expected, "say where the score comes from")
-        bounded = getattr(self.config.task, "bounded_metrics", ())
-        if self.score_source == PRIVATE and self.metric not in bounded:
-            fix = "one record moves another metric by more than the noise covers; name bounded ones in the task's bounded_metrics"
-            raise ConfigError("the metric of private scores", self.metric, ", ".join(bounded) or "a bounded metric", fix)
+        if self.score_source == PRIVATE:
+            check_metric(self.config.task, self.metric)
         if self.reduction_factor < 2:
             raise ConfigError("reduction_factor", self.reduction_factor, "an integer >= 2")
         if not METHODS[self.config.method.name].private:

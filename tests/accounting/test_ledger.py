@@ -34,11 +34,11 @@ class Faulty(Storage):
         super().__init__(url)
         self.left, self.after = nth, after
 
-    def create(self, name, data):
+    def create(self, name, data, private=False):
         self.left -= 1
         if self.left == 0 and not self.after:
             raise StorageError("injected fault before the write")
-        super().create(name, data)
+        super().create(name, data, private)
         if self.left == 0:
             raise StorageError("injected fault after the write")
 

@@ -14,11 +14,12 @@ from click.testing import CliRunner
 from grape_ray import checkpoint
 from grape_ray.accounting import Ledger, verify
 from grape_ray.cli import main
-from grape_ray.errors import BudgetExceeded, ConfigError, LedgerError
+from grape_ray.errors import BudgetExceeded, ConfigError, LedgerError, TaskFailed
 from grape_ray.orchestrate.sweep import resume, run
 from grape_ray.storage import Storage
 from grape_ray.sweeps.options import Options
 from grape_ray.sweeps.page import report
+from tests.quoting import RECORD
 
 pytestmark = pytest.mark.ray
 WANTED = ["study", "mode", "epsilon", "delta", "tokens_total", "tokens_charged", "steps_executed", "wasted", "trials", "best", "ledger"]
@@ -184,6 +185,20 @@ def test_a_selection_releases_its_winner_and_nothing_else(sweep, tmp_path, monke
     assert again == result
 
 
+def test_a_trial_of_private_scores_pays_for_what_it_says_when_it_is_resumed_by_hand(sweep, tmp_path, monkeypatch):
+    monkeypatch.setenv("TINY_SCORES", "private")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
+    result = sweep("a", trials=1, scheduler="none")
+    folder = tmp_path / "sweeps" / "a" / "runs" / result["best"]["run"]
+    book = Ledger.open(result["score_ledger"], create=False)
+    before = book.state.study("a").used
+    resumed = CliRunner().invoke(main, ["resume", str(folder), "--key-file", str(tmp_path / "key"), "--json"])
+    assert resumed.exit_code == 0, resumed.output
+    assert book.state.study("a").used == before + 1
+    accuracy = json.loads(resumed.stdout.splitlines()[-1])["metrics"]["accuracy"]
+    assert abs(50 * accuracy - round(50 * accuracy)) > 1e-5  # no count of right answers among 50 records
+
+
 def test_a_selection_is_never_drawn_twice(sweep, tmp_path, monkeypatch):
     from grape_ray.orchestrate import select
 
@@ -249,3 +264,11 @@ def test_trials_on_workers_are_stopped_and_pay_alike(tmp_path):
     result = program("--trials", 3, "--workers", 1, "--seed", 3, "--name", "a", *where)
     balanced(result)
     assert result["trials"] == 3
+
+
+def test_a_sweeps_folder_and_console_quote_no_record(sweep, tmp_path):
+    with pytest.raises(TaskFailed, match="the task failed with ValueError"):
+        sweep("a", "tests.quoting", trials=1, scheduler="none")
+    assert list((tmp_path / "sweeps" / "a" / "tune").rglob("error.txt"))
+    assert [path for path in (tmp_path / "sweeps").rglob("*") if path.is_file() and RECORD.encode() in path.read_bytes()] == []
+    assert RECORD not in "".join(sweep.said)

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,10 @@ import torch
 from grape_ray import checkpoint
 from grape_ray.accounting.verify import verify
 from grape_ray.errors import GrapeRayError
+from grape_ray.orchestrate.ray_train import WorkersFailed
 from grape_ray.orchestrate.train import train
 from grape_ray.storage import Storage
+from tests.quoting import RECORD, Quoting
 from tests.tiny import tiny
 
 pytestmark = pytest.mark.ray
@@ -154,3 +157,11 @@ def processes_with(token: str) -> dict[int, str]:
         except OSError:
             continue
     return found
+
+
+def test_workers_write_no_text_of_the_tasks_errors_anywhere(tmp_path, ray_cluster):
+    config = replace(tiny(), task=Quoting()).override(["performance.num_workers=2", "performance.max_failures=0"])
+    with pytest.raises(WorkersFailed, match=r"the task failed with ValueError.*quoting") as caught:
+        train(config, run="r", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+    assert RECORD not in str(caught.value)
+    assert [path for path in (tmp_path / "runs").rglob("*") if path.is_file() and RECORD.encode() in path.read_bytes()] == []
