@@ -221,12 +221,12 @@ def sampling_prob_of(config: Config, data: Data) -> float:
 
 
 def try_out(config: Config, data: Data) -> None:
-    """The preflight on the shortest, the longest and random ones of all records, in the mode that trains, so that what cannot be trained
+    """The preflight on the shortest, the longest and a random one of all records, in the mode that trains, so that what cannot be trained
     is told now; nothing is kept."""
     task: Task = config.task
     model = task.build_model(config.seed)
     order = data.train.by_length(np.arange(len(data.train)))
-    picked = np.unique([order[0], order[-1], *np.random.default_rng().choice(order, 2)])
+    picked = np.unique([order[0], order[-1], np.random.default_rng().choice(order)])
     alone = [task.collate(data.train, picked[i : i + 1]) for i in range(len(picked))]
     preflight(
         model, task.per_example_loss, task.collate(data.train, picked), config.privacy, config.method,
