@@ -9,7 +9,7 @@ from torch import nn
 
 from grape_ray.cli import main
 from grape_ray.config import Method, Privacy
-from grape_ray.engines import tracked
+from grape_ray.engines.session import Session
 from grape_ray.errors import ConfigError, UnsupportedLayer
 from grape_ray.methods import METHODS
 from grape_ray.preflight import preflight
@@ -53,13 +53,13 @@ def test_a_model_that_mixes_examples_is_refused_by_name(method):
 
 def test_a_tap_that_lost_a_use_is_found(monkeypatch):
     model, loss, make_batch = zoo.build_family("GPT-2 (tied)")
-    kept = tracked.Session.dense
+    kept = Session.dense
 
     def forgetful(self, node, grads):
         if node.root != "transformer.h.1.ln_1.bias":
             kept(self, node, grads)
 
-    monkeypatch.setattr(tracked.Session, "dense", forgetful)
+    monkeypatch.setattr(Session, "dense", forgetful)
     with pytest.raises(UnsupportedLayer, match=r"transformer\.h\.1\.ln_1\.bias"):
         preflight(model, loss, make_batch(), Privacy(clip_norm=1e3), Method(name="dp_adam"))
 

@@ -15,12 +15,13 @@ from torch.utils._pytree import tree_flatten, tree_map
 from grape_ray.clipping import factors
 from grape_ray.config import Method, Privacy
 from grape_ray.engines import owners
-from grape_ray.engines.owners import Layout
+from grape_ray.engines.layouts import Layouts
 from grape_ray.engines.precision import pinned
 from grape_ray.engines.routing import parse_overrides
+from grape_ray.engines.session import Phase, Reroute, Session
 from grape_ray.engines.sink import Materialised, Sink, sum_dtype
+from grape_ray.engines.standins import tracking
 from grape_ray.engines.state import Watch
-from grape_ray.engines.tracked import Phase, Reroute, Session, Way, tracking
 from grape_ray.engines.verify import Repetition, ownership, random_states, set_states
 from grape_ray.errors import ConfigError, UnsupportedLayer
 from grape_ray.subspace import Subspace, owned_parameters
@@ -31,50 +32,6 @@ VERIFY_EVERY = 256  # passes of one kind between verifications, so that they cos
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _HALF_TOLERANCE = 0.1
 PerExampleLoss = Callable[[nn.Module, Any], Tensor]
-Signature = tuple
-
-
-class Layouts:
-    """The kinds of passes that were verified: where the examples lie at each use, and how often a kind was met.
-
-    A kind is the order in which uses of parameters first appear. Uses that look alike (the steps of a recurrent layer) share a layout
-    where that holds; where it does not (a loop over the examples) the kind counts them all.
-    """
-
-    def __init__(self) -> None:
-        self._by_use: dict[Signature, dict[tuple, Layout | None]] = {}
-        self._in_order: dict[Signature, list[Layout | None]] = {}
-        self.passes: dict[Signature, int] = {}
-        self.inside: set[Way] = set()
-
-    def signature(self, session: Session, training: bool) -> Signature:
-        """The kind of a pass."""
-        return training, session.rows == 1, *dict.fromkeys(tap.key for tap in session.taps)
-
-    def fitted(self, signature: Signature, session: Session) -> bool:
-        """Gives the session's taps the layouts that an earlier pass had; whether there was one, and all follow from it."""
-        known = self._by_use.get(signature)
-        layouts = [known[tap.key] for tap in session.taps] if known else self._in_order.get((signature, len(session.taps)))
-        if layouts is None:
-            return False
-        for tap, layout in zip(session.taps, layouts):
-            tap.layout = layout and layout.fitted(tap.lead, session.rows)
-            if layout is not None and tap.layout is None:
-                return False
-        return True
-
-    def remember(self, signature: Signature, session: Session) -> None:
-        """Keeps the layouts of a verified pass."""
-        by_use: dict[tuple, Layout | None] = {}
-        for tap in session.taps:
-            layout = by_use.setdefault(tap.key, tap.layout)
-            if layout != tap.layout and (layout is None or layout.fitted(tap.lead, session.rows) != tap.layout):
-                self._in_order[signature, len(session.taps)] = [tap.layout for tap in session.taps]
-                return
-        if any(layout is not None and layout.only is not None for layout in by_use.values()) and session.rows > 1:
-            self._in_order[signature, len(session.taps)] = [tap.layout for tap in session.taps]
-        else:
-            self._by_use[signature] = by_use
 
 
 class Engine:

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grape_ray.engines.dispatch import fast_rule, shared
-from grape_ray.engines.tracked import Session, Tracked, tracked_in
+from grape_ray.engines.session import Session
+from grape_ray.engines.tracked import Tracked, tracked_in
 from grape_ray.errors import UnsupportedLayer
 
 # torch's own function, past its first question, which hands it over whole: its operations are then seen one by one.

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 from grape_ray.engines.dependence import is_draw, is_dropout
+from grape_ray.engines.session import Phase, Session
 from grape_ray.engines.taps import expanded, inside, new_dims
-from grape_ray.engines.tracked import Phase, Session, Spread, Tracked, _no_subclass, tracked_in, values_of
+from grape_ray.engines.tracked import Spread, Tracked, no_subclass, tracked_in, values_of
 from grape_ray.errors import UnsupportedLayer
 
 Rule = Callable[[Session, Callable, str, tuple, dict], Any]
@@ -84,7 +85,7 @@ def _read(session: Session, func: Callable, name: str, args: tuple, kwargs: dict
     """Shapes, dtypes and the like; the value, where it is asked for, carries no gradient in torch either."""
     if name == "requires_grad":
         return True
-    with _no_subclass():
+    with no_subclass():
         return func(*values_of(args), **values_of(kwargs))
 
 
@@ -162,7 +163,7 @@ def _own_as_it_is(session: Session, leaf: Any) -> Any:
 
 def _broadcast(session: Session, func: Callable, args: tuple, kwargs: dict) -> Any:
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-    with _no_subclass():
+    with no_subclass():
         shape = torch.broadcast_shapes(*(t.shape for t in tensors))
     return func(*(own(session, a, shape) if isinstance(a, Tracked) else a for a in args), **{
         k: own(session, v, shape) if isinstance(v, Tracked) else v for k, v in kwargs.items()

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grape_ray.engines.dispatch import fast_rule, general, own, shared
+from grape_ray.engines.session import Session
 from grape_ray.engines.taps import ConvTap, EmbeddingTap, MatrixTap, NormTap
-from grape_ray.engines.tracked import Node, Session, Tracked, tracked_in
+from grape_ray.engines.tracked import Node, Tracked, tracked_in
 from grape_ray.errors import UnsupportedLayer
 
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from grape_ray.engines.base import Engine, PerExampleLoss
 from grape_ray.engines.precision import pinned
 from grape_ray.engines.sink import sum_dtype
+from grape_ray.engines.standins import tracking
 from grape_ray.engines.state import Watch
 from grape_ray.engines.taped import Tape
-from grape_ray.engines.tracked import tracking
 from grape_ray.rules import pairs
 from grape_ray.rules.pairs import Left
 from grape_ray.subspace import Subspace

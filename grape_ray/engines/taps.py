@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grape_ray.engines.tracked import Node, Session, Tap
+from grape_ray.engines.session import Session, Tap
+from grape_ray.engines.tracked import Node
 from grape_ray.rules.pairs import Index
 
 HALF = (torch.float16, torch.bfloat16)

@@ -25,8 +25,9 @@ from torch.utils._pytree import tree_map
 
 from grape_ray.engines import owners
 from grape_ray.engines.dependence import Company, Dependence, Undropped
+from grape_ray.engines.session import Phase, Reroute, Session, Tap
 from grape_ray.engines.state import Watch, written
-from grape_ray.engines.tracked import Phase, Reroute, Session, Tap, Tracked
+from grape_ray.engines.tracked import Tracked
 from grape_ray.errors import UnsupportedLayer
 
 _FEW = 8  # examples that are all told apart
