@@ -35,7 +35,7 @@ class Tape(Sink):
 
     def squared_norms(self) -> dict[str, Tensor]:
         names = [*self.uses, *(n for n in self.small if n not in self.uses)]
-        return {name: self._squared(name, self.uses.get(name, []), self.small.get(name)) for name in names}
+        return {name: self._squared(name, pairs.joined(self.uses.get(name, [])), self.small.get(name)) for name in names}
 
     def _squared(self, name: str, uses: list[Pair], small: Tensor | None) -> Tensor:
         """Squared norm (B,) of one tensor's gradient: all its uses, and what came as a per-example gradient, together."""

@@ -53,6 +53,7 @@ def outer(left: Left, right: Tensor) -> Tensor:
 
 
 Pair = tuple[Left, Tensor]
+_FEW_USES = 4  # of one weight, of which inner products are taken pair by pair
 
 _GRAM_ENTRIES, _GRADIENT_ENTRIES = 1 << 18, 1 << 21  # of inner products, which fit a cache, and of gradients that exist at a time
 
@@ -61,6 +62,14 @@ def wide(left: Left, right: Tensor) -> Pair:
     """The pair in fp32 or fp64. Products of half-precision numbers are exact there, so that norm and sum see one and the same gradient."""
     dtype = torch.promote_types(right.dtype, torch.float32)
     return left if isinstance(left, Index) else left.to(dtype), right.to(dtype)
+
+
+def joined(uses: list[Pair]) -> list[Pair]:
+    """The uses as they are, or, where there are many as of a recurrent layer's steps, as one use of all their positions."""
+    lefts = [left for left, _ in uses if isinstance(left, Tensor)]
+    if len(uses) <= _FEW_USES or len(lefts) < len(uses):
+        return uses
+    return [(torch.cat(lefts, 1), torch.cat([right for _, right in uses], 1))]
 
 
 def positions(uses: list[Pair]) -> int:
