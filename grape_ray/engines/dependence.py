@@ -64,6 +64,16 @@ def stripped(func: Callable) -> str:
     return name.strip("_")
 
 
+def is_in_place(func: Callable) -> bool:
+    """Whether a function writes into its first argument."""
+    name = getattr(func, "__name__", "")
+    return (
+        name == "__setitem__"
+        or (name[-1:] == "_" and name[:2] != "__")
+        or (name[:3] == "__i" and name not in ("__invert__", "__int__", "__index__"))
+    )
+
+
 def is_draw(name: str) -> bool:
     """Whether an operation draws at random."""
     return name in _DRAWS
@@ -146,9 +156,8 @@ class Dependence(TorchFunctionMode):
 
     def _note(self, func: Callable, args: tuple, kwargs: dict | None, out: Any) -> None:
         name = stripped(func)
-        raw = getattr(func, "__name__", "")
         into = args[0] if args and isinstance(args[0], Tensor) else None
-        in_place = into is not None and (name == "setitem" or (raw.endswith("_") and not raw.startswith("__")) or raw.startswith("__i"))
+        in_place = into is not None and is_in_place(func)
         if in_place and not self._all_constant(args[1:], kwargs):
             self._write(into)
         if kwargs and isinstance(kwargs.get("out"), Tensor) and not self._all_constant(args, None):

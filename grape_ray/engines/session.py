@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from grape_ray.engines.dependence import Dependence, stripped, tensors_in
+from grape_ray.engines.dependence import Dependence, is_in_place, stripped, tensors_in
 from grape_ray.engines.owners import Layout
 from grape_ray.engines.tracked import Node, Tracked, graph_of, no_subclass, tracked_in, values_of
 from grape_ray.errors import UnsupportedLayer
@@ -93,10 +93,23 @@ class Session:
         name = stripped(func)
         if name == "get":
             name = getattr(func.__self__, "__name__", name)  # the attribute read: T, shape, dtype, ...
+        if is_in_place(func) and isinstance(args[0], Tracked):
+            self._write(name, args, kwargs)
         if not torch.is_grad_enabled():  # of no gradient in torch either
             with no_subclass():
                 return func(*values_of(args), **values_of(kwargs))
         return find(func, name)(self, func, name, args, kwargs)
+
+    def _write(self, name: str, args: tuple, kwargs: dict) -> None:
+        """Before an operation writes into a shared value: from then on it is no parameter any more, and what is written must be shared."""
+        if self.phase is Phase.FORWARD and torch.is_grad_enabled() and self.depends(name, args, kwargs):
+            raise UnsupportedLayer(
+                f"a copy of parameter {args[0].node.label}, by `{name}`",
+                "values of the batch written into it",
+                "values that are computed, not written",
+                "use torch.cat or torch.where",
+            )
+        args[0].node.root = None
 
     def depends(self, name: str, args: tuple, kwargs: dict) -> bool:
         """Whether the batch has a part in an operation's arguments.

@@ -1,4 +1,4 @@
-"""What a forward pass may not change: buffers, frozen weights and attributes of modules.
+"""What a forward pass may not change: parameters, buffers and attributes of modules.
 
 State that a pass writes is a function of the examples, without noise: it would be saved with the model, or shape later gradients.
 """
@@ -16,15 +16,20 @@ from grape_ray.errors import UnsupportedLayer
 _REGISTRIES = {"_parameters", "_buffers", "_modules"}
 
 
-def untrained(model: nn.Module) -> dict[str, Tensor]:
-    """Buffers and frozen parameters by name, those that are not saved included; a shared tensor under each of its names."""
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, those that are not saved included; a shared tensor under each of its names."""
     found = {}
     for prefix, module in model.named_modules():
         for held in (module._buffers, module._parameters):
             for key, tensor in held.items():
-                if tensor is not None and not (held is module._parameters and tensor.requires_grad):
+                if tensor is not None:
                     found[f"{prefix}.{key}" if prefix else key] = tensor
     return found
+
+
+def untrained(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers and frozen parameters by name."""
+    return {name: tensor for name, tensor in state_of(model).items() if not (isinstance(tensor, nn.Parameter) and tensor.requires_grad)}
 
 
 def checksum(tensor: Tensor) -> int:
@@ -49,25 +54,25 @@ class Watch:
     """The state of a model before a pass, and what has to hold after it.
 
     Guarantees: what a pass rebinds among the attributes of modules (`self.mean = ...`) is put back at its end, so that no pass knows what
-    an earlier one left there. Writes into buffers and frozen weights are refused: by identity and version after every pass, and bit by
-    bit, which also finds what goes past torch (`.data`, numpy), wherever a pass is verified.
+    an earlier one left there. Writes into buffers and weights, trained ones included, are refused: by identity and version after every
+    pass, and bit by bit, which also finds what goes past torch (`.data`, numpy), wherever a pass is verified.
     """
 
     def __init__(self, model: nn.Module):
         self._model = model
         self._modules = list(model.modules())
         self._attributes: list[dict[str, Any]] = [dict(module.__dict__) for module in self._modules]
-        self._tensors = untrained(model)
+        self._tensors = state_of(model)
         self._versions = {name: tensor._version for name, tensor in self._tensors.items() if not tensor.is_inference()}
 
     def constants(self) -> set[int]:
         """The ids of tensors that the pass's batch has not touched: untrained ones, and those that modules hold as attributes."""
         held = {id(value) for attributes in self._attributes for value in attributes.values() if isinstance(value, Tensor)}
-        return held | {id(tensor) for tensor in self._tensors.values()}
+        return held | {id(tensor) for tensor in untrained(self._model).values()}
 
     def contents(self) -> dict[str, int]:
-        """A checksum of each untrained tensor as it is now."""
-        return {name: checksum(tensor) for name, tensor in untrained(self._model).items()}
+        """A checksum of each parameter and buffer as it is now; of one that a pass replaced, `check` tells."""
+        return {name: checksum(tensor) for name, tensor in self._tensors.items()}
 
     def restore_attributes(self) -> None:
         """Puts back every attribute that the pass has rebound, added or deleted."""
@@ -80,8 +85,8 @@ class Watch:
             now.update({key: value for key, value in before.items() if key not in _REGISTRIES})
 
     def check(self) -> None:
-        """Raises UnsupportedLayer where a buffer or a frozen weight was replaced or written to."""
-        after = untrained(self._model)
+        """Raises UnsupportedLayer where a parameter or buffer was replaced or written to."""
+        after = state_of(self._model)
         for name in {**self._tensors, **after}:
             old, new = self._tensors.get(name), after.get(name)
             if old is not new or (new is not None and name in self._versions and new._version != self._versions[name]):
@@ -106,9 +111,9 @@ class Start:
 
 
 def written(name: str) -> UnsupportedLayer:
-    """The refusal of a pass that changes untrained tensor `name`."""
+    """The refusal of a pass that changes a tensor."""
     return UnsupportedLayer(
-        f"tensor '{name}', which is not trained, is written to in the forward pass",
+        f"tensor '{name}' is written to in the forward pass",
         None,
         "a forward pass that changes nothing (what it writes is a function of the examples, without noise)",
         "call .eval() on the layer that keeps statistics, or replace it",

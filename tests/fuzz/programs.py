@@ -124,6 +124,13 @@ def written(p, h, ids):
     return h
 
 
+def cloned(p, h, ids):
+    weight = p.layer.weight.clone()
+    weight[0] = 0.0
+    weight += p.vector
+    return F.linear(h, weight)
+
+
 def two_views(p, h, ids):
     one, two = torch.tanh(p.layer(torch.cat([h, h.flip(1)]))).chunk(2)
     return one - 0.5 * two
@@ -232,6 +239,12 @@ def remembers(p, h, ids):
     return p.layer(h)
 
 
+def filled(p, h, ids):
+    z = p.vector.expand(h.shape).clone()
+    z[:, 0] = h[:, 0]
+    return p.layer(z)
+
+
 def straight_through(p, h, ids):
     class Half(torch.autograd.Function):
         @staticmethod
@@ -248,12 +261,12 @@ def straight_through(p, h, ids):
 
 
 STEPS = [
-    linear, matmul_transposed, from_the_left, einsum, einsum_time_major, einsum_both, embed, embed_by_index, positions, positions_for_all,
-    tied, reused, layer_norm, rms_norm, gated, weight_norm, held_scale, attention, relative, convolution, depthwise, prefix, written,
-    two_views, many_copies, interleaved_copies, time_major, time_major_flat, flat, stacked, sorted_within, gathered_within, last_token,
-    masked, one_by_one, recurrent, checkpointed, cast, by_mode, shows, squeezed_away, outer_product,
+    linear, matmul_transposed, from_the_left, einsum, einsum_time_major, einsum_both, embed, embed_by_index, positions,
+    positions_for_all, tied, reused, layer_norm, rms_norm, gated, cloned, weight_norm, held_scale, attention, relative, convolution,
+    depthwise, prefix, written, two_views, many_copies, interleaved_copies, time_major, time_major_flat, flat, stacked, sorted_within,
+    gathered_within, last_token, masked, one_by_one, recurrent, checkpointed, cast, by_mode, shows, squeezed_away, outer_product,
 ]  # fmt: skip
-DOUBTFUL = [picked, sorted_across, turned, remembers, straight_through]
+DOUBTFUL = [picked, sorted_across, turned, remembers, filled, straight_through]
 
 
 class Program(nn.Module):

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from grape_ray import make_engine
 from grape_ray.config import Method, Privacy
-from grape_ray.errors import UnsupportedLayer
+from grape_ray.errors import ConfigError, UnsupportedLayer
 from grape_ray.methods import METHODS
 from grape_ray.preflight import preflight
 from tests.privacy.test_sensitivity import Weighted, cancelling, dictated
@@ -122,6 +122,11 @@ class Keeps(nn.Module):
             self.kept.numpy()[:] += seen.numpy()
         elif self.how == "frozen weight":
             self.frozen.data.add_(seen)
+        elif self.how == "trained weight":
+            self.first.bias.data.add_(seen)
+        elif self.how == "trained weight, by the book":
+            with torch.no_grad():
+                self.first.bias.add_(seen)
         elif self.how == "unsaved buffer":
             self.unsaved.add_(seen)
         elif self.how == "unsaved data":
@@ -136,6 +141,7 @@ class Keeps(nn.Module):
 
 WAYS = [
     "buffer", "replaced buffer", "data", "numpy", "frozen weight", "unsaved buffer", "unsaved data", "attribute, read", "list, read",
+    "trained weight", "trained weight, by the book",
 ]  # fmt: skip
 
 
@@ -144,6 +150,19 @@ WAYS = [
 def test_memory_is_refused(how, rows):
     with pytest.raises(UnsupportedLayer, match=r"written to|remembers"):
         engine(Keeps(how).train()).clipped_sum(loss, batch(rows))
+
+
+def test_what_all_examples_share_is_no_part_of_a_batch():
+    torch.manual_seed(0)
+    model, shared = nn.Linear(WIDTH, 3), torch.randn(8, 3)
+
+    def nearest(m, b):
+        return torch.cdist(m(b["x"]), b["table"]).square().sum(1)
+
+    with pytest.raises(UnsupportedLayer, match="beside other examples"):  # though it happens to have a row for each
+        engine(model).clipped_sum(nearest, {**batch(8), "table": shared})
+    with pytest.raises(ConfigError, match="one entry an example"):
+        engine(model).clipped_sum(nearest, {**batch(8), "table": shared[:5]})
 
 
 def test_an_attribute_that_a_pass_rebinds_is_put_back():
