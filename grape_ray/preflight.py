@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from grape_ray.config import Method, Privacy
 from grape_ray.engines import Engine, from_config
-from grape_ray.engines.base import PerExampleLoss, batch_rows, carries
-from grape_ray.engines.verify import random_states, set_states
+from grape_ray.engines.base import PerExampleLoss
+from grape_ray.engines.batches import batch_rows, mapped
+from grape_ray.engines.randomness import random_states, set_states
+from grape_ray.engines.state import awake
 from grape_ray.errors import UnsupportedLayer
 from grape_ray.methods import METHODS
 from grape_ray.subspace import Subspace, owned_parameters
@@ -73,11 +74,11 @@ def preflight(
             rank above a layer's side, a loss of a wrong shape).
     """
     rows = min(batch_rows(batch), examples)
-    few = _rows(batch, slice(0, rows), batch_rows(batch))
+    few = _rows(batch, slice(0, rows))
     device = next(model.parameters()).device
     state = random_states(device)
     try:
-        with _awake(model):
+        with awake(model):
             engine = from_config(model, privacy, method, key)
             wanted = _references(engine, per_example_loss, few, rows)
             twin = method if METHODS[method.name].exact else _exact_twin(method)
@@ -90,7 +91,7 @@ def preflight(
                 engine.layouts = exact.layouts
                 summed = engine.clipped_sum(per_example_loss, few)
             _complete(engine, summed)
-            singles = alone or [_rows(few, slice(index, index + 1), rows) for index in range(rows)]
+            singles = alone or [_rows(few, slice(index, index + 1)) for index in range(rows)]
             _same_losses(exact, per_example_loss, few, singles)
             if engine.private and METHODS[method.name].exact:
                 for single in singles:
@@ -109,22 +110,6 @@ def preflight(
     )
 
 
-@contextlib.contextmanager
-def _awake(model: nn.Module) -> Iterator[None]:
-    """Small values in trainable tensors that begin as zeros, as LoRA's do: through zeros no gradient would show whose it is."""
-    asleep = [param for _, param in owned_parameters(model).values() if not bool(param.detach().any())]
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for param in asleep:
-            param.copy_(torch.randn(param.shape, generator=generator).mul_(0.02))
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for param in asleep:
-                param.zero_()
-
-
 def _clipping_norm(engine: Engine, references: Sequence[Mapping[str, Tensor]]) -> float:
     """A clip norm that clips every example with a gradient, so that a gradient in another's place shows in the sum."""
     norms = [math.sqrt(sum(float(g.square().sum()) for g in grads.values())) for grads in references]
@@ -137,8 +122,8 @@ def _exact_twin(method: Method) -> Method:
     return Method(name="ghost", routes=tuple(r for r in method.routes if not r.endswith(":sketch")))
 
 
-def _rows(batch: Any, rows: slice, of: int) -> Any:
-    return tree_map(lambda t: t[rows] if carries(t, of) else t, dict(batch) if isinstance(batch, Mapping) else batch)
+def _rows(batch: Any, rows: slice) -> Any:
+    return mapped(batch, lambda t: t[rows])
 
 
 def _complete(engine: Engine, summed: ClippedSum) -> None:
@@ -158,8 +143,8 @@ def _same_losses(engine: Engine, loss: PerExampleLoss, together: Any, singles: S
     """Refuses a loss that is another in company than alone; in eval mode where the training mode draws at random."""
     mode = evaluating(engine.model) if _draws(engine, loss, together) else contextlib.nullcontext()
     with mode:
-        mine = torch.cat([loss(engine.model, single).double() for single in singles])
-        joined = loss(engine.model, together).double()
+        mine = torch.cat([loss(engine.model, mapped(single)).double() for single in singles])
+        joined = loss(engine.model, mapped(together)).double()
     limit = _tolerance(engine) / 10
     if not torch.allclose(joined, mine, limit, limit, equal_nan=True):
         raise UnsupportedLayer(
@@ -172,7 +157,7 @@ def _same_losses(engine: Engine, loss: PerExampleLoss, together: Any, singles: S
 
 def _draws(engine: Engine, loss: PerExampleLoss, batch: Any) -> bool:
     """Whether two passes of one batch differ by the random numbers that they draw."""
-    first, second = (loss(engine.model, batch) for _ in range(2))
+    first, second = (loss(engine.model, mapped(batch)) for _ in range(2))
     return not torch.equal(torch.nan_to_num(first), torch.nan_to_num(second))
 
 
@@ -206,7 +191,7 @@ def _compare(engine: Engine, references: Sequence[Mapping[str, Tensor]], summed:
 def _references(engine: Engine, loss: PerExampleLoss, batch: Any, rows: int) -> list[dict[str, Tensor]]:
     """The definition, by ordinary autograd: each example's gradient in float64, projected; of one pass, so that masks are the same."""
     names, params = list(engine.params), list(engine.params.values())
-    values = loss(engine.model, batch)
+    values = loss(engine.model, mapped(batch))
     found = []
     for index in range(rows):
         grads: Sequence[Tensor | None] = [None] * len(params)

@@ -10,23 +10,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten
 
 from grape_ray.clipping import factors
 from grape_ray.config import Method, Privacy
 from grape_ray.engines import owners
+from grape_ray.engines.batches import batch_rows, mapped, plain
 from grape_ray.engines.layouts import Layouts
+from grape_ray.engines.ownership import ownership
 from grape_ray.engines.precision import pinned
+from grape_ray.engines.randomness import random_states, set_states
+from grape_ray.engines.repetition import Repetition
 from grape_ray.engines.routing import parse_overrides
-from grape_ray.engines.session import Phase, Reroute, Session
+from grape_ray.engines.session import Phase, Reroute, Session, Unsettled
 from grape_ray.engines.sink import Materialised, Sink, sum_dtype
 from grape_ray.engines.standins import tracking
-from grape_ray.engines.state import Watch
-from grape_ray.engines.verify import Repetition, ownership, random_states, set_states
+from grape_ray.engines.state import Watch, awake, check_kinds
 from grape_ray.errors import ConfigError, UnsupportedLayer
 from grape_ray.subspace import Subspace, owned_parameters
 from grape_ray.types import ClippedSum
 
+_ATTEMPTS = 4  # of a pass: as its sizes suggest, as its gradients show, and once more for each
 VERIFY_EVERY = 256  # passes of one kind between verifications, so that they cost less than a hundredth
 # What rounding explains where two computations of one loss differ in their shapes, over the largest loss.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -63,15 +67,10 @@ class Engine:
         self.model, self.clip_norm, self.clipping, self.routes = model, clip_norm, clipping, routes
         self.subspace = subspace or Subspace()
         self.params = {name: param for name, (_, param) in owned_parameters(model).items()}
-        self.layouts, self._may_verify = Layouts(), True
+        self.layouts, self._may_verify, self._unsettled = Layouts(), True, False
         if not self.params:
             raise ConfigError("model", "no trainable parameter", "at least one with requires_grad=True")
-        for name, param in self.params.items():
-            if param.is_complex():
-                fix = "hold its real and imaginary parts as one real parameter, and use torch.view_as_complex of it"
-                raise UnsupportedLayer(
-                    f"parameter '{name}'", "complex numbers", "real numbers, which clipping and noise are defined for", fix
-                )
+        check_kinds(model, self.params)
         self._norms = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._check_norms()
 
@@ -119,15 +118,27 @@ class Engine:
         """
         rows = batch_rows(batch)
         self._check_norms()
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != (rows,)):
+            raise ConfigError("mask", f"{mask.dtype} of shape {tuple(mask.shape)}", f"bool of shape ({rows},), one an example")
+        if owned_parameters(self.model).keys() != self.params.keys():
+            raise UnsupportedLayer(
+                "the set of trainable parameters", "another than the engine was made for", "the same", "make a new engine"
+            )
         if rows == 0:
             return self.empty_sum()
         state = random_states(next(iter(self.params.values())).device)
-        for _ in range(3):
+        self._unsettled = False
+        for _ in range(_ATTEMPTS):
             try:
                 return self._pass(per_example_loss, batch, rows, step, mask)
             except Reroute as found:
                 self.layouts.inside |= found.ways
-                set_states(state)
+            except Unsettled as error:
+                if not self._may_verify:
+                    fix = "train without performance.sharded"
+                    raise UnsupportedLayer("a use of a parameter", "a first gradient", "gradients that the start has seen", fix) from error
+                self._unsettled = True
+            set_states(state)
         raise UnsupportedLayer(
             "where shared values meet the batch", "another place in each pass", "a forward pass that is a function of shapes"
         )
@@ -139,10 +150,10 @@ class Engine:
             UnsupportedLayer: as `clipped_sum`.
         """
         rows = batch_rows(batch)
-        for picked in (torch.arange(rows), torch.full((max(rows, 2),), rows - 1), torch.zeros(max(rows, 2), dtype=torch.long)):
-            self.clipped_sum(
-                per_example_loss, tree_map(lambda t, p=picked: t[p.to(t.device)] if carries(t, rows) else t, _plain_dict(batch))
-            )
+        several = max(rows, 2)
+        with awake(self.model):
+            for picked in (torch.arange(rows), torch.full((several,), rows - 1), torch.zeros(several, dtype=torch.long)):
+                self.clipped_sum(per_example_loss, mapped(batch, lambda t, p=picked: t[p.to(t.device)]))
         return self.layouts
 
     def adopt(self, layouts: Layouts) -> None:
@@ -157,7 +168,7 @@ class Engine:
         watch = Watch(self.model)
         session = self._session(rows, step, watch)
         with tracking(self.model, self.params, session, watch), torch.enable_grad():
-            losses = self._forward(session, per_example_loss, batch, watch)
+            losses = self._forward(session, per_example_loss, batch, step, watch)
             with pinned(session.device.type):
                 if losses.requires_grad:
                     losses.sum().backward()
@@ -165,12 +176,15 @@ class Engine:
         with pinned(session.device.type):
             return self._clip(session.sink, losses, mask)
 
-    def _forward(self, session: Session, per_example_loss: PerExampleLoss, batch: Any, watch: Watch) -> Tensor:
+    def _forward(self, session: Session, per_example_loss: PerExampleLoss, batch: Any, step: int, watch: Watch) -> Tensor:
         """The losses (B,) of a pass whose taps all know whose rows they have: by an earlier pass of its kind, or verified now."""
         state = random_states(session.device)
-        session.dependence.leaves = {id(t) for t in tree_flatten(_plain_dict(batch))[0]}
-        with _uncompiled(), session.dependence:
-            losses = check_losses(per_example_loss(self.model, batch), session.rows)
+
+        def forward(other: Any, rows: int) -> Tensor:
+            with _uncompiled():
+                return check_losses(per_example_loss(self.model, other), rows)
+
+        losses = self._once(session, forward, batch)
         signature = self.layouts.signature(session, self.model.training)
         for tap in session.taps if session.rows == 1 else ():  # all of it is the one example's
             tap.layout = next(owners.candidates(tap.lead, 1))
@@ -181,26 +195,62 @@ class Engine:
                 "a pass that uses parameters as no verified one has", None, "passes of the kinds that the start verified", fix
             )
         passed = self.layouts.passes.get(signature, 0)
-        if self._may_verify and (not fitted or passed % VERIFY_EVERY == 0):
-            self._verify(session, per_example_loss, batch, losses, state, watch, thorough=not fitted)
+        if self._may_verify and (not fitted or self._unsettled or passed % VERIFY_EVERY == 0):
+            thorough = not fitted or self._unsettled
+            for tap in session.taps if thorough and session.rows > 1 else ():
+                tap.layout = None
+            losses = self._verified(session, forward, batch, losses, state, watch, thorough, step)
             self.layouts.remember(signature, session)
+        elif self._may_verify and session.dependence.exported and session.rows > 1:
+            ownership(session, losses, self._tolerance(session), thorough=False)
         self.layouts.passes[signature] = passed + 1
         session.phase = Phase.BACKWARD
         return losses
 
-    def _verify(
-        self, session: Session, per_example_loss: PerExampleLoss, batch: Any, losses: Tensor, state: list, watch: Watch, thorough: bool
-    ) -> None:
-        """Ownership, company, luck, memory and counting of one pass (engines.verify). Raises UnsupportedLayer."""
-        ownership(session, losses, thorough)
-        tolerance = _HALF_TOLERANCE if session.half else max(_TOLERANCE.get(p.dtype, _HALF_TOLERANCE) for p in self.params.values())
+    @staticmethod
+    def _once(session: Session, forward: Callable[[Any, int], Tensor], batch: Any) -> Tensor:
+        """One forward pass under the session's watch, on containers of its own."""
+        own = mapped(batch)
+        session.dependence.leaves = {id(t) for t in tree_flatten(plain(own))[0]}
+        with session.dependence:
+            return forward(own, session.rows)
 
-        def forward(other: Any, rows: int) -> Tensor:
-            with _uncompiled():
-                return check_losses(per_example_loss(self.model, other), rows)
+    def _verified(
+        self,
+        session: Session,
+        forward: Callable[[Any, int], Tensor],
+        batch: Any,
+        losses: Tensor,
+        state: list,
+        watch: Watch,
+        thorough: bool,
+        step: int,
+    ) -> Tensor:
+        """Verifies a pass (engines.ownership, engines.repetition) and makes it again, so that no two graphs are held at once.
 
-        repetition = Repetition(forward, batch, session.rows, state, session.constants, tolerance)
-        repetition.check(losses, watch, session.dependence, thorough)
+        Raises:
+            UnsupportedLayer: it mixes examples, remembers, or shares luck.
+        """
+        tolerance, seen, taps = self._tolerance(session), session.dependence, session.taps
+        look = losses.detach(), taps, ownership(session, losses, tolerance, thorough)
+        del losses
+        Repetition(session, forward, batch, state, tolerance).check(look, watch, seen, thorough)
+        after = random_states(session.device)
+        set_states(state)
+        session.restart(self._make_sink(session.rows, step))
+        losses = self._once(session, forward, batch)
+        set_states(after)
+        if [tap.key for tap in session.taps] != [tap.key for tap in taps]:
+            raise UnsupportedLayer(
+                "the uses of parameters in a pass", "others when the same examples come again", "a forward pass that repeats", "seed it"
+            )
+        for tap, known in zip(session.taps, taps):
+            tap.layout, tap.settled = known.layout, known.settled
+        return losses
+
+    def _tolerance(self, session: Session) -> float:
+        """What rounding explains where two computations of one number differ in their shapes, relative to the largest."""
+        return _HALF_TOLERANCE if session.half else max(_TOLERANCE.get(p.dtype, _HALF_TOLERANCE) for p in self.params.values())
 
     @torch.no_grad()
     def _clip(self, sink: Sink, losses: Tensor, mask: Tensor | None) -> ClippedSum:
@@ -240,30 +290,6 @@ def _uncompiled() -> contextlib.AbstractContextManager[Any]:
     if "torch._dynamo" not in sys.modules:
         return contextlib.nullcontext()
     return torch.compiler.set_stance("force_eager")
-
-
-def batch_rows(batch: Any) -> int:
-    """Examples in a batch: the length of each of its tensors.
-
-    Raises:
-        ConfigError: a tensor has another length, or none. What is no example's own may be made from all of them, and nothing could tell.
-    """
-    tensors = [t for t in tree_flatten(_plain_dict(batch))[0] if isinstance(t, Tensor)]
-    lengths = {t.shape[0] if t.ndim else None for t in tensors}
-    if len(lengths) != 1 or None in lengths:
-        shapes = ", ".join(str(tuple(t.shape)) for t in tensors[:4]) or type(batch).__name__
-        fix = "keep what all examples share in the model or the task"
-        raise ConfigError("batch", shapes, "tensors, in a dict, list or tuple, with one entry an example in dimension 0", fix)
-    return tensors[0].shape[0]
-
-
-def carries(leaf: Any, rows: int) -> bool:
-    """Whether a leaf of the batch has one entry an example."""
-    return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == rows
-
-
-def _plain_dict(batch: Any) -> Any:
-    return dict(batch) if hasattr(batch, "keys") else batch
 
 
 def check_losses(losses: Any, rows: int) -> Tensor:

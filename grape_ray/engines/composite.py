@@ -91,7 +91,7 @@ def recurrent(session: Session, func: Callable, name: str, args: tuple, kwargs: 
             final.append(last)
         x = torch.cat(outs, 2) if ways > 1 else outs[0]
         if layer < layers - 1:
-            x = F.dropout(x, dropout, training)
+            x = F.dropout(x.transpose(0, 1).contiguous(), dropout, training).transpose(0, 1)  # drawn in the order of torch's own
     return x if batch_first else x.transpose(0, 1), *(torch.stack([state[k] for state in final]) for k in range(len(states)))
 
 

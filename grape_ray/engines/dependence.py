@@ -28,7 +28,7 @@ VALUELESS = {
     "randn_like",
 }
 # Ways of leaving torch; what comes back from there may hold anything.
-_EXPORTS = {"numpy", "__array__", "tolist", "data_ptr"}
+_EXPORTS = {"numpy", "__array__", "tolist", "item", "__int__", "__index__", "__float__"}
 _IMPORTS = {"from_numpy", "as_tensor", "tensor", "asarray", "frombuffer"}
 # Operations that put values at places of their first argument, whose shape they keep.
 WRITES_INTO = {
@@ -52,6 +52,7 @@ _MASKING = {*_DROPOUTS, *_DROPOUT_AT, "scaled_dot_product_attention"}
 _DRAWS: dict[str, tuple[float, float] | None] = {
     "rand": (0.0, 1 - 2**-24), "rand_like": (0.0, 1 - 2**-24), "bernoulli": (0.0, 1.0), "uniform": None, "randn": (-3.0, 3.0),
     "randn_like": (-3.0, 3.0), "normal": None, "randint": None, "randint_like": None, "randperm": None, "random": None,
+    "binomial": None, "standard_gamma": None, "sample_dirichlet": None, "gumbel_softmax": None, "rrelu": None,
     "exponential": (2**-10, 8.0), "geometric": None, "cauchy": None, "log_normal": None, "poisson": None, "multinomial": None,
 }  # fmt: skip
 
@@ -104,6 +105,7 @@ class Dependence(TorchFunctionMode):
 
     Attributes:
         leaves: ids of the batch's own tensors.
+        exported: whether whole numbers of the batch have left torch, so that the order of what follows may depend on what they say.
         drew: whether random numbers were drawn, other than for dropout of the batch's own activations, of which `masked` tells.
 
     Args:
@@ -115,7 +117,7 @@ class Dependence(TorchFunctionMode):
         self.rows, self._fixed, self._stand_in = rows, constants, stand_in
         self._written: dict[int, Tensor] = {}  # storages that were constant until something of the batch was written there
         self._picks = self._left_torch = False
-        self.drew = self.masked = False
+        self.drew = self.masked = self.exported = False
         self.leaves: set[int] = set()
 
     def constant(self, tensor: Tensor) -> bool:
@@ -147,8 +149,9 @@ class Dependence(TorchFunctionMode):
                     self._note(func, args, kwargs, (out,))
         elif out is None or (isinstance(out, (tuple, list)) and out.__class__ is not torch.Size):
             self._note(func, args, kwargs, [t for t in out if isinstance(t, Tensor)] if out else ())
-        elif name in _EXPORTS and not self._all_constant(args, kwargs):
+        elif name in _EXPORTS and args and isinstance(args[0], Tensor) and not self.constant(args[0]):
             self._left_torch = True
+            self.exported |= not args[0].is_floating_point()
         return out
 
     def _all_constant(self, args: tuple, kwargs: dict | None) -> bool:
@@ -207,10 +210,12 @@ class Dependence(TorchFunctionMode):
         if self.rows == 1 or name not in _ACROSS or not args or not isinstance(args[0], Tensor):
             return None
         source = args[0]
-        if isinstance(source, self._stand_in) or self.constant(source):
+        if isinstance(source, self._stand_in) or (self.constant(source) and name not in WRITES_INTO):
             return None
         if name == "getitem":
             return self._picked_by_index(source, args[1])
+        if name in WRITES_INTO:
+            return self._written_by_index(name, args)
         if name in ("nonzero", "argwhere", "masked_select", "unique", "pack_padded_sequence", "unique_consecutive", "take"):
             return name
         if name == "repeat_interleave":
@@ -225,6 +230,27 @@ class Dependence(TorchFunctionMode):
             index = kwargs.get("index", kwargs.get("indices", args[2 if name != "take_along_dim" else 1]))
             return None if self.constant(index) else name
         return name  # sorts along the examples
+
+    def _written_by_index(self, name: str, args: tuple) -> str | None:
+        """Whether rows of the batch, in their own order, are written to places that data say; picked rows may be put back so."""
+        if name in ("setitem", "index_put"):
+            places = args[1] if isinstance(args[1], (tuple, list)) else (args[1],)
+            index, values = (places[0] if places else None), args[2]
+        elif name in ("index_add", "index_copy", "scatter", "scatter_add", "scatter_reduce", "index_reduce") and len(args) > 3:
+            if not isinstance(args[1], int) or args[1] % args[0].ndim:
+                return None
+            index, values = args[2], args[3]
+        else:
+            return None
+        if (
+            not isinstance(index, Tensor)
+            or not isinstance(values, Tensor)
+            or index.ndim == 0
+            or self.constant(index)
+            or self.constant(values)
+        ):
+            return None
+        return None if self.picked(values) or values.ndim == 0 else name
 
     def _picked_by_index(self, source: Tensor, index: Any) -> str | None:
         """Whether `source[index]` picks across examples; harmless if each example's picks are as many and stay in order."""
@@ -250,7 +276,8 @@ _DIM_IF_UNSAID: dict[str, int | None] = {
 }  # fmt: skip
 _ACROSS = {
     "getitem", "__getitem__", "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "_pack_padded_sequence",
-    "pack_padded_sequence", "take", "repeat_interleave", "where", *_DIM_AT,
+    "pack_padded_sequence", "take", "repeat_interleave", "where", *_DIM_AT, "__setitem__", *WRITES_INTO,
+    *(f"{name}_" for name in WRITES_INTO),
 }  # fmt: skip
 
 
@@ -291,7 +318,8 @@ class Company(Dependence):
     def _exchange(self, name: str, drawn: Tensor) -> None:
         if drawn.numel() == 0:
             return
-        per_example = drawn.ndim > 0 and drawn.shape[0] % self.rows == 0
+        axis = next((d for d in range(drawn.ndim) if drawn.shape[d] == self.rows), 0)
+        per_example = drawn.ndim > 0 and drawn.shape[axis] % self.rows == 0
         low_high = _DRAWS.get(name)
         if name in _DROPOUTS:
             extreme = drawn * 2 if self._high else torch.zeros_like(drawn)
@@ -304,6 +332,6 @@ class Company(Dependence):
         else:
             extreme = drawn.reshape(-1).roll(1 if self._high else -1).view_as(drawn)
         if per_example:
-            others = self._others.to(drawn.device).repeat_interleave(drawn.shape[0] // self.rows)
-            extreme = torch.where(others.view(-1, *[1] * (drawn.ndim - 1)), extreme, drawn)
+            others = self._others.to(drawn.device).repeat_interleave(drawn.shape[axis] // self.rows)
+            extreme = torch.where(others.view([-1 if d == axis else 1 for d in range(drawn.ndim)]), extreme, drawn)
         drawn.copy_(extreme)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from grape_ray.engines.base import Engine, PerExampleLoss
 from grape_ray.engines.precision import pinned
+from grape_ray.engines.randomness import random_states, set_states
 from grape_ray.engines.sink import sum_dtype
 from grape_ray.engines.standins import tracking
 from grape_ray.engines.state import Watch
@@ -79,13 +80,15 @@ class Ghost(Engine):
     def _pass(self, per_example_loss: PerExampleLoss, batch: Any, rows: int, step: int, mask: Tensor | None) -> ClippedSum:
         watch = Watch(self.model)
         session = self._session(rows, step, watch)
-        sink = session.sink
         with tracking(self.model, self.params, session, watch), torch.enable_grad():
-            losses = self._forward(session, per_example_loss, batch, watch)
+            losses = self._forward(session, per_example_loss, batch, step, watch)
+            sink = session.sink
             with pinned(session.device.type):
+                state = random_states(session.device)
                 if losses.requires_grad:
                     losses.sum().backward(retain_graph=True)
                 session.flush()
+                set_states(state)  # where the way back draws, as a recomputed dropout may, both draw the same
                 weights, norms = self._factors(sink, losses, mask)
                 sink.begin_sum(weights, (~torch.isfinite(norms)).nonzero().squeeze(1))
                 if losses.requires_grad:

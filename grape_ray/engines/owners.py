@@ -33,17 +33,19 @@ class Layout:
     only: int | None = None
 
     def fitted(self, lead: Lead, rows: int) -> Layout | None:
-        """The same layout for another size, or None where it does not follow from this one."""
+        """The same layout for another size, or None where it does not follow from this one.
+
+        A factor that was seen to be more than 1 may be another number; of two views one after the other it would not be known whether
+        there are more of them now, or more entries in each.
+        """
         if self.only is not None:
             return self
         if self.axis >= len(lead) or lead[self.axis] % rows:
             return None
         times = lead[self.axis] // rows
-        if self.outer == 1:
-            return Layout(self.axis, 1, times)
-        if self.inner == 1:
-            return Layout(self.axis, times, 1)
-        return self if times == self.outer * self.inner else None
+        if times == self.outer * self.inner:
+            return self
+        return Layout(self.axis, 1, times) if self.outer == 1 and self.inner > 1 else None
 
     def owners(self, lead: Lead, rows: int) -> Tensor:
         """The owner of each entry of the axis, int64."""
@@ -98,10 +100,10 @@ def agrees(layout: Layout, evidence: Tensor, groups: Tensor) -> bool:
     return not bool((reached & ~own).any())
 
 
-def resolve(evidence: Tensor, groups: Tensor) -> Layout | None:
-    """The first layout that the evidence allows, or None. Where no gradient arrives anywhere, the usual one."""
-    rows = groups.shape[1]
-    return next((c for c in candidates(tuple(evidence.shape[1:]), rows) if agrees(c, evidence, groups)), None)
+def readings(evidence: Tensor, groups: Tensor) -> list[Layout]:
+    """The layouts that the evidence allows, the usual ones first; those of single examples only where no other does."""
+    found = [c for c in candidates(tuple(evidence.shape[1:]), groups.shape[1]) if agrees(c, evidence, groups)]
+    return [c for c in found if c.only is None] or found
 
 
 def every_pair(rows: int) -> Tensor:

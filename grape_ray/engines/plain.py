@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grape_ray.engines.base import Engine, PerExampleLoss, batch_rows, check_losses
+from grape_ray.engines.base import Engine, PerExampleLoss, check_losses
+from grape_ray.engines.batches import batch_rows
 from grape_ray.types import ClippedSum
 
 

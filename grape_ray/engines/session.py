@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,21 +37,28 @@ class Reroute(Exception):
         self.ways = ways
 
 
+class Unsettled(Exception):
+    """A gradient at a use through which none came when its kind of pass was verified, so that nothing is known of its rows."""
+
+
 class Tap:
     """One use of a parameter by the batch: where backward brings gradients that belong to examples.
 
     Attributes:
         key: (parameters, operation, number of leading dimensions). lead: the leading dimensions of what is used.
-        layout: whose row is whose, once it is known. evidence: a mask over `lead` for each group whose losses went backward alone.
+        layout: whose row is whose, once it is known. evidence: what came for each group whose losses went backward alone.
+            Of each group: sums (2, *lead) of the gradient and of its magnitudes over the features.
+        settled: whether that left no two readings. recorded: whether the forward pass has met this use.
         way: where a shared value meets the batch: its place in `Session.inside`; None for all other uses.
     """
 
-    __slots__ = ("evidence", "key", "layout", "lead", "way")
+    __slots__ = ("evidence", "key", "layout", "lead", "recorded", "settled", "way")
 
     def __init__(self, key: tuple[str, str, int], lead: tuple[int, ...]):
         self.key, self.lead = key, lead
         self.layout: Layout | None = None
         self.evidence: list[Tensor] = []
+        self.settled, self.recorded = True, False
         self.way: Way | None = None
 
 
@@ -75,6 +83,24 @@ class Session:
         self._depends: dict[tuple, bool | None] = {}
         self._leaks: list[str] = []
         self._unsure: Way | None = None
+        self._announcing = True
+
+    def restart(self, sink: Any) -> None:
+        """Forgets the pass, which is then made again for `sink`."""
+        self.sink, self.taps, self._depends = sink, [], {}
+        self.dependence = Dependence(self.rows, self.constants, Tracked)
+        self.phase, self._unsure = Phase.FORWARD, None
+
+    @contextlib.contextmanager
+    def apart(self, dependence: Dependence) -> Iterator[list[Tap]]:
+        """Another forward pass beside the one that counts: gives the list of its uses."""
+        before = self.taps, self.dependence
+        self.taps, self.dependence, self._announcing = [], dependence, False
+        try:
+            yield self.taps
+        finally:
+            self.taps, self.dependence = before
+            self._announcing = True
 
     def track(self, node: Node) -> Tracked:
         """The stand-in of a node; a gradient that reaches it past the taps is noticed by `check_leaks`."""
@@ -158,9 +184,10 @@ class Session:
         found = [node for node in nodes if node is not None]
         tap = Tap((", ".join(node.label for node in found), name, len(lead)), tuple(lead))
         if self.phase is Phase.FORWARD:
-            for node in found:
+            for node in found if self._announcing else ():
                 for leaf in node.leaves:
                     self.sink.announce(leaf)
+            tap.recorded = True
             self.taps.append(tap)
             tap.way, self._unsure = self._unsure, None
         return tap
@@ -175,13 +202,18 @@ class Session:
                 "leave the gradient penalty out",
             )
         if self.phase is Phase.VERIFY:
-            nonzero = (grad != 0) & ~torch.isnan(grad)
+            grad = torch.view_as_real(grad) if grad.is_complex() else grad
             features = list(range(len(tap.lead), grad.ndim))
-            tap.evidence.append(nonzero.any(features) if features else nonzero)
+            wide = grad if features else grad.unsqueeze(-1)
+            features = features or [-1]
+            sums = wide.sum(features, dtype=torch.float64), wide.abs().sum(features, dtype=torch.float64)
+            tap.evidence.append(torch.stack(sums))
             return False
         if tap.layout is None:
             if not bool((grad != 0).any()):
                 return False
+            if tap.recorded:
+                raise Unsettled
             raise UnsupportedLayer(
                 f"operation '{tap.key[1]}' on parameter {tap.key[0]}",
                 "a gradient that came from no use in the forward pass",

@@ -5,8 +5,12 @@ State that a pass writes is a function of the examples, without noise: it would 
 
 from __future__ import annotations
 
+import contextlib
+from collections import deque
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +18,7 @@ from grape_ray import sharding
 from grape_ray.errors import UnsupportedLayer
 
 _REGISTRIES = {"_parameters", "_buffers", "_modules"}
+_SMALL_BYTES = 1 << 12  # of a buffer or array whose contents are compared after every pass
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
@@ -50,6 +55,48 @@ def checksum(tensor: Tensor) -> int:
     return hash((plain, mixed, tuple(tensor.shape), str(tensor.dtype)))
 
 
+def check_kinds(model: nn.Module, params: Mapping[str, Tensor]) -> None:
+    """Refuses what can be neither clipped nor watched: complex parameters, and state that modules add to what is saved."""
+    for name, param in params.items():
+        if param.is_complex():
+            fix = "hold its real and imaginary parts as one real parameter, and use torch.view_as_complex of it"
+            raise UnsupportedLayer(f"parameter '{name}'", "complex numbers", "real numbers, which clipping and noise are defined for", fix)
+    for name, module in model.named_modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise UnsupportedLayer(
+                f"module '{name}'", "get_extra_state", "parameters and buffers, which can be watched", "keep it in a buffer"
+            )
+
+
+@contextlib.contextmanager
+def awake(model: nn.Module) -> Iterator[None]:
+    """Small values in trainable tensors that begin as zeros, as LoRA's do: through zeros no gradient would show whose it is."""
+    asleep = [p for p in model.parameters() if p.requires_grad and p.numel() and not bool(p.detach().any())]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for param in asleep:
+            param.copy_(torch.randn(param.shape, generator=generator).mul_(0.02))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for param in asleep:
+                param.zero_()
+
+
+def _contents(value: Any) -> Any:
+    """What a plain attribute holds, as far as a pass could add to it: versions of tensors, bytes of small arrays, members of containers."""
+    if isinstance(value, Tensor):
+        return None if value.is_inference() else value._version
+    if isinstance(value, np.ndarray):
+        return value.tobytes() if value.nbytes <= _SMALL_BYTES else value.shape
+    if isinstance(value, (list, deque)):
+        return [id(member) for member in value]
+    if isinstance(value, (dict, set)) and not isinstance(value, nn.Module):
+        return [id(member) for member in (value.values() if isinstance(value, dict) else value)]
+    return None
+
+
 class Watch:
     """The state of a model before a pass, and what has to hold after it.
 
@@ -62,7 +109,18 @@ class Watch:
         self._model = model
         self._modules = list(model.modules())
         self._attributes: list[dict[str, Any]] = [dict(module.__dict__) for module in self._modules]
+        self._held = [
+            (f"{name}.{key}" if name else key, value, seen)
+            for name, module in model.named_modules()
+            for key, value in module.__dict__.items()
+            if key not in _REGISTRIES and not key.startswith("_") and (seen := _contents(value)) is not None
+        ]
         self._tensors = state_of(model)
+        self._small = [
+            (name, tensor, checksum(tensor))
+            for name, tensor in self._tensors.items()
+            if not isinstance(tensor, nn.Parameter) and tensor.numel() * tensor.element_size() <= _SMALL_BYTES and tensor.is_cpu
+        ]
         self._versions = {name: tensor._version for name, tensor in self._tensors.items() if not tensor.is_inference()}
 
     def constants(self) -> set[int]:
@@ -85,7 +143,13 @@ class Watch:
             now.update({key: value for key, value in before.items() if key not in _REGISTRIES})
 
     def check(self) -> None:
-        """Raises UnsupportedLayer where a parameter or buffer was replaced or written to."""
+        """Raises UnsupportedLayer where a parameter or buffer was replaced or written to, or an attribute's contents were."""
+        for name, value, seen in self._held:
+            if _contents(value) != seen:
+                raise written(name)
+        for name, tensor, seen in self._small:
+            if checksum(tensor) != seen:
+                raise written(name)
         after = state_of(self._model)
         for name in {**self._tensors, **after}:
             old, new = self._tensors.get(name), after.get(name)

@@ -1,0 +1,42 @@
+"""A batch as the engine sees it: tensors with one entry an example, in any nest of dicts, lists and tuples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from numbers import Number
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+from grape_ray.errors import ConfigError
+
+
+def plain(batch: Any) -> Any:
+    """A mapping of another class (as tokenizers return) as a dict."""
+    return dict(batch) if hasattr(batch, "keys") and not isinstance(batch, dict) else batch
+
+
+def mapped(batch: Any, change: Callable[[Tensor], Tensor] = lambda t: t) -> Any:
+    """The batch in new containers, with every tensor changed; what a forward pass does to its containers then ends with it."""
+    made = tree_map(lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf, plain(batch))
+    return made if isinstance(batch, (dict, list, tuple, Tensor)) or not hasattr(batch, "keys") else type(batch)(made)
+
+
+def batch_rows(batch: Any) -> int:
+    """Examples in a batch: the length of each of its tensors.
+
+    Raises:
+        ConfigError: a tensor has another length, or none, or there are numbers beside them. What is no example's own may be made from
+            all of them, and nothing could tell.
+    """
+    leaves = tree_flatten(plain(batch))[0]
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    numbers = [leaf for leaf in leaves if isinstance(leaf, (Number, np.ndarray, np.generic)) and not isinstance(leaf, bool)]
+    lengths = {t.shape[0] if t.ndim else None for t in tensors}
+    if len(lengths) != 1 or None in lengths or numbers:
+        shapes = ", ".join([*(str(tuple(t.shape)) for t in tensors[:4]), *(type(n).__name__ for n in numbers[:2])]) or type(batch).__name__
+        fix = "keep what all examples share in the model or the task"
+        raise ConfigError("batch", shapes, "tensors, in a dict, list or tuple, with one entry an example in dimension 0", fix)
+    return tensors[0].shape[0]

@@ -1,0 +1,111 @@
+"""Whose rows are whose, by value: gradients of some examples' losses alone, at every use of a parameter.
+
+The losses of a group of examples go backward alone. Every tap must then receive exact zeros in the rows of all others, and in the
+group's own rows what it receives when all losses go backward together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from grape_ray.engines import owners
+from grape_ray.engines.session import Phase, Reroute, Session, Tap
+from grape_ray.errors import UnsupportedLayer
+
+Marks = list[Tensor]  # for every tap (2, *lead): sums of its gradient and of its magnitudes over the features
+
+
+def ownership(session: Session, losses: Tensor, tolerance: float, thorough: bool) -> Marks:
+    """Finds the layout of every tap that has none, and checks those that have one, by exact zeros.
+
+    Args:
+        tolerance: of gradients that differ by rounding, relative. thorough: tell every two examples apart, in 2 log2 B backward passes;
+            otherwise a random half from the rest, in two.
+
+    Returns:
+        What all losses together bring.
+
+    Raises:
+        UnsupportedLayer: gradients of one example arrive in rows that belong to another, or in no regular place, or are others when
+            other losses go backward with them.
+        Reroute: that can be because shared values meet the batch another way than their sizes suggest.
+    """
+    if not losses.requires_grad:
+        return []
+    whole = marks_of(session, session.taps, losses, torch.ones(session.rows, dtype=torch.bool))
+    if session.rows == 1:
+        return whole
+    groups = owners.every_pair(session.rows) if thorough else owners.random_halves(session.rows)
+    kept = [marks_of(session, session.taps, losses, group) for group in groups]
+    wrong: list[Tap] = []
+    for number, tap in enumerate(session.taps):
+        evidence = torch.stack([marks[number][1] > 0 for marks in kept]).cpu()
+        if tap.layout is None:
+            found = owners.readings(evidence, groups) if bool(evidence.any()) else []
+            tap.layout = found[0] if found else None
+            tap.settled = len({(c.axis, *c.owners(tap.lead, session.rows).tolist()) for c in found}) <= 1
+            fits = tap.layout is not None or not bool(evidence.any())
+        else:
+            fits = owners.agrees(tap.layout, evidence, groups)
+        if not fits:
+            wrong.append(tap)
+    ways = {tap.way for tap in wrong if tap.way is not None and tap.way not in session.inside}
+    if ways:
+        raise Reroute(ways)
+    if wrong:
+        raise _not_owned(wrong[0], session.rows)
+    for group, marks in zip(groups, kept):
+        same_gradients(session.taps, whole, marks, group, tolerance, "another gradient where the losses of others go backward with it")
+    return whole
+
+
+def marks_of(session: Session, taps: Sequence[Tap], losses: Tensor, group: Tensor) -> Marks:
+    """What the losses of one group bring to every tap; the graph is kept."""
+    for tap in taps:
+        tap.evidence.clear()
+    phase, session.phase = session.phase, Phase.VERIFY
+    try:
+        torch.autograd.backward(losses, group.to(losses.device, losses.dtype), retain_graph=True)
+    except RuntimeError as error:
+        raise UnsupportedLayer(
+            "the backward pass", str(error).splitlines()[0], "a forward pass that torch can go back through", "do not write in place"
+        ) from error
+    finally:
+        session.phase = phase
+    session.check_leaks()
+    found = []
+    for tap in taps:
+        nothing = torch.zeros(2, *tap.lead, dtype=torch.float64, device=losses.device)
+        found.append(torch.stack(tap.evidence).sum(0) if tap.evidence else nothing)
+        tap.evidence.clear()
+    return found
+
+
+def same_gradients(taps: Sequence[Tap], one: Marks, other: Marks, group: Tensor, tolerance: float, got: str) -> None:
+    """Raises UnsupportedLayer where the rows of a group's examples have received two different gradients."""
+    for tap, a, b in zip(taps, one, other):
+        if tap.layout is None:
+            continue
+        own = group[tap.layout.owners(tap.lead, len(group))].to(a.device)
+        if tap.layout.only is None:
+            own = own.view(*[-1 if d == tap.layout.axis else 1 for d in range(len(tap.lead))])
+        apart = (a[0] - b[0]).abs() - tolerance * torch.maximum(a[1], b[1])
+        if bool(((apart > 0) & own).any()):
+            raise UnsupportedLayer(
+                f"the gradient of an example at operation '{tap.key[1]}' on parameter {tap.key[0]}",
+                got,
+                "a gradient of that example's loss alone",
+                "let no hook or backward function look at the whole batch, or scale or clip what comes back",
+            )
+
+
+def _not_owned(tap: Tap, rows: int) -> UnsupportedLayer:
+    return UnsupportedLayer(
+        f"operation '{tap.key[1]}' on parameter {tap.key[0]}",
+        f"rows {tap.lead} in which gradients of several of {rows} examples meet",
+        "rows that each belong to one example, in a regular order (batch-first, view after view, or time-major)",
+        "freeze the parameter (requires_grad=False), or keep examples in order and apart",
+    )
