@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from grape_ray.errors import ConfigError
 from grape_ray.rng import public_normals
@@ -223,6 +224,9 @@ def owned_parameters(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Paramete
     found, seen = {}, set()
     for prefix, module in model.named_modules():
         for local, param in module._parameters.items():
+            if param is not None and is_lazy(param):
+                name = f"{prefix}.{local}" if prefix else local
+                raise ConfigError(f"parameter '{name}'", "no shape yet", "a lazy layer that has met a batch", "run the model once")
             if param is not None and param.requires_grad and param.numel() and id(param) not in seen:
                 seen.add(id(param))
                 found[f"{prefix}.{local}" if prefix else local] = (module, param)

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten
 from grape_ray.clipping import factors
 from grape_ray.config import Method, Privacy
 from grape_ray.engines import owners
-from grape_ray.engines.batches import batch_rows, mapped, plain
+from grape_ray.engines.batches import batch_rows, is_ragged, mapped, plain
 from grape_ray.engines.layouts import Layouts
 from grape_ray.engines.ownership import ownership
 from grape_ray.engines.precision import pinned
@@ -185,7 +185,7 @@ class Engine:
                 return check_losses(per_example_loss(self.model, other), rows)
 
         losses = self._once(session, forward, batch)
-        signature = self.layouts.signature(session, self.model.training)
+        signature = self.layouts.signature(session, self.model.training, is_ragged(batch))
         for tap in session.taps if session.rows == 1 else ():  # all of it is the one example's
             tap.layout = next(owners.candidates(tap.lead, 1))
         fitted = self.layouts.fitted(signature, session)
@@ -212,8 +212,15 @@ class Engine:
         """One forward pass under the session's watch, on containers of its own."""
         own = mapped(batch)
         session.dependence.leaves = {id(t) for t in tree_flatten(plain(own))[0]}
-        with session.dependence:
-            return forward(own, session.rows)
+        try:
+            with session.dependence:
+                return forward(own, session.rows)
+        except RuntimeError as error:
+            if "functorch" not in str(error) and "NestedTensor" not in str(error):
+                raise
+            raise UnsupportedLayer(
+                "a use of the model under torch.func or in nested tensors", str(error).splitlines()[0], "plain calls", "call it as it is"
+            ) from error
 
     def _verified(
         self,

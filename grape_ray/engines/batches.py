@@ -7,6 +7,7 @@ from numbers import Number
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -40,3 +41,17 @@ def batch_rows(batch: Any) -> int:
         fix = "keep what all examples share in the model or the task"
         raise ConfigError("batch", shapes, "tensors, in a dict, list or tuple, with one entry an example in dimension 0", fix)
     return tensors[0].shape[0]
+
+
+def is_mask(leaf: Tensor) -> bool:
+    """Whether a tensor of two or more dimensions holds zeros and ones alone, as attention masks do."""
+    if leaf.ndim < 2 or leaf.is_floating_point() or leaf.is_complex():
+        return False
+    return leaf.dtype == torch.bool or bool(((leaf == 0) | (leaf == 1)).all())
+
+
+def is_ragged(batch: Any) -> bool:
+    """Whether the examples of a batch have different numbers of masked entries."""
+    masks = [leaf for leaf in tree_flatten(plain(batch))[0] if isinstance(leaf, Tensor) and is_mask(leaf)]
+    sums = [mask.flatten(1).sum(1) for mask in masks]
+    return any(bool((counts != counts[0]).any()) for counts in sums)

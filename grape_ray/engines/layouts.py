@@ -20,9 +20,9 @@ class Layouts:
         self.passes: dict[Signature, int] = {}
         self.inside: set[Way] = set()
 
-    def signature(self, session: Session, training: bool) -> Signature:
-        """The kind of a pass; where uses belong to single examples, as in a loop over them, their number is part of it."""
-        return training, session.rows == 1, *(tap.key for tap in session.taps)
+    def signature(self, session: Session, training: bool, ragged: bool) -> Signature:
+        """The kind of a pass: the mode, whether examples are masked differently, and the uses of parameters in their order."""
+        return training, ragged, session.rows == 1, *(tap.key for tap in session.taps)
 
     def fitted(self, signature: Signature, session: Session) -> bool:
         """Gives the session's taps the layouts that an earlier pass had; whether there was one, and all follow from it."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from grape_ray.engines import owners
+from grape_ray.engines.owners import Layout
 from grape_ray.engines.session import Phase, Reroute, Session, Tap
 from grape_ray.errors import UnsupportedLayer
 
@@ -99,6 +100,28 @@ def same_gradients(taps: Sequence[Tap], one: Marks, other: Marks, group: Tensor,
                 got,
                 "a gradient of that example's loss alone",
                 "let no hook or backward function look at the whole batch, or scale or clip what comes back",
+            )
+
+
+def by_example(tap: Tap, marks: Tensor, layout: Layout, rows: int) -> Tensor:
+    """Marks (2, *lead) summed over the rows of each example -> (2, B)."""
+    return torch.stack([layout.summed(part, len(tap.lead), rows) for part in marks])
+
+
+def same_in_part(taps: Sequence[Tap], whole: Marks, some: Sequence[Tap], part: Marks, picked: Tensor, rows: int, tolerance: float) -> None:
+    """Raises UnsupportedLayer where examples `picked` (indices) have another gradient in a batch of their own, use by use."""
+    for tap, all_of_it, other, its in zip(taps, whole, some, part):
+        layout = tap.layout.fitted(other.lead, len(picked)) if tap.layout is not None and tap.layout.only is None else None
+        if tap.layout is None or layout is None:
+            continue
+        a = by_example(tap, all_of_it, tap.layout, rows)[:, picked.to(all_of_it.device)]
+        b = by_example(other, its, layout, len(picked))
+        if bool(((a[0] - b[0]).abs() > tolerance * torch.maximum(a[1], b[1])).any()):
+            raise UnsupportedLayer(
+                f"the gradient of an example at operation '{tap.key[1]}' on parameter {tap.key[0]}",
+                "another gradient in a smaller batch",
+                "a gradient that does not depend on the number of examples",
+                "divide by nothing that the batch's size enters",
             )
 
 

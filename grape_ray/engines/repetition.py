@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from grape_ray.engines import owners
-from grape_ray.engines.batches import mapped
+from grape_ray.engines.batches import is_mask, mapped
 from grape_ray.engines.dependence import Company, Dependence, Undropped
-from grape_ray.engines.ownership import Marks, marks_of, same_gradients
+from grape_ray.engines.ownership import Marks, marks_of, same_gradients, same_in_part
 from grape_ray.engines.randomness import random_states, same_generators, set_states
 from grape_ray.engines.session import Session, Tap
 from grape_ray.engines.state import Watch, written
@@ -81,23 +81,32 @@ class Repetition:
             masked = self._losses(self._exchanged(others, 1.0, masks=True))
             self._close("the loss of an example", "beside other masks", plain[~others], masked[~others])
         if not seen.drew:  # in a smaller batch the same draws would be other examples'
-            self._count(plain, halves[0], seen.masked)
+            self._count(look, plain, halves[0], seen.masked)
 
     def _in_company(self, look: Look, others: Tensor, number: int, seen: Dependence) -> None:
         losses, taps, marks = look
         among, met, brought = self._among(others, number)
         kept = ~others
         if not _same(losses[kept], among[kept]):
-            self._explain(losses, among, others, number, seen.drew)
+            losses, taps, marks = self._again(taps)  # laid out in memory as exchanged examples are, which decides on some roundings
+            if not _same(losses[kept], among[kept]):
+                self._explain(losses, among, others, number, seen.drew)
         if [(t.key, t.lead) for t in taps] == [(t.key, t.lead) for t in met]:
             same_gradients(taps, marks, brought, kept, self._tolerance, "another gradient beside other examples")
 
-    def _count(self, plain: Tensor, half: Tensor, masked: bool) -> None:
-        """Compares the losses of some examples in the whole batch and in one of their own; without dropout, whose masks differ."""
+    def _count(self, look: Look, plain: Tensor, half: Tensor, masked: bool) -> None:
+        """Compares some examples in the whole batch and in one of their own: losses, without dropout, whose masks differ, or gradients."""
         picked = half.nonzero().squeeze(1)
-        undropped = self._losses(self._batch, watching=Undropped()) if masked else plain
-        alone = self._losses(mapped(self._batch, lambda t: t[picked.to(t.device)]), len(picked), Undropped())
-        self._close("the loss of an example", "in a smaller batch", undropped[picked], alone)
+        few = mapped(self._batch, lambda t: t[picked.to(t.device)])
+        if masked:
+            whole, alone = self._losses(self._batch, watching=Undropped()), self._losses(few, len(picked), Undropped())
+            self._close("the loss of an example", "in a smaller batch", whole[picked], alone)
+            return
+        _, taps, marks = look
+        alone, met, brought = self._look(few, Dependence(len(picked), self._session.constants, Tracked))
+        self._close("the loss of an example", "in a smaller batch", plain[picked], alone)
+        if [t.key for t in taps] == [t.key for t in met]:
+            same_in_part(taps, marks, met, brought, picked, self._rows, self._tolerance)
 
     def _among(self, others: Tensor, number: int, luck: bool = True) -> Look:
         """The pass with `others` exchanged, and their luck; where a model fails on what that gives, with less exchanged."""
@@ -114,13 +123,21 @@ class Repetition:
                     raise
         raise AssertionError("unreachable")
 
+    def _again(self, known: list[Tap]) -> Look:
+        """The pass once more, as it is, with the layouts of `known` uses."""
+        watching = Dependence(self._rows, self._session.constants, Tracked)
+        losses, taps, marks = self._look(mapped(self._batch, torch.clone), watching)
+        for tap, old in zip(taps, known):
+            tap.layout = old.layout
+        return losses, taps, marks
+
     def _look(self, batch: Any, watching: Dependence) -> Look:
         set_states(self._state)
         with self._session.apart(watching) as taps, torch.enable_grad():
             watching.leaves = {id(t) for t in _tensors(batch)}
             with watching:
-                losses = self._forward(batch, self._rows)
-            everyone = torch.ones(self._rows, dtype=torch.bool)
+                losses = self._forward(batch, watching.rows)
+            everyone = torch.ones(watching.rows, dtype=torch.bool)
             return losses.detach(), taps, marks_of(self._session, taps, losses, everyone) if losses.requires_grad else []
 
     def _exchanged(self, others: Tensor, scale: float, masks: bool = False) -> Any:
@@ -134,7 +151,7 @@ class Repetition:
         source[others] = rest[torch.arange(int(others.sum())) % len(rest)]
 
         def exchange(leaf: Tensor) -> Tensor:
-            if leaf.ndim > 1 and not masks and _is_mask(leaf):
+            if not masks and is_mask(leaf):
                 return leaf
             out = leaf[source.to(leaf.device)]
             if leaf.is_floating_point() and scale != 1.0:
@@ -152,7 +169,7 @@ class Repetition:
     def _explain(self, losses: Tensor, among: Tensor, others: Tensor, number: int, drew: bool) -> None:
         """Says why losses differ; a difference that rounding explains where the model itself is not reproducible is none."""
         kept = ~others
-        again = self._look(mapped(self._batch), Dependence(self._rows, self._session.constants, Tracked))[0]
+        again = self._again([])[0]
         noise = _distance(losses, again)
         if 0 < noise <= self._tolerance:
             self._close("the loss of an example", "beside other examples", losses[kept], among[kept])
@@ -192,10 +209,6 @@ def _tensors(batch: Any) -> list[Tensor]:
     found: list[Tensor] = []
     mapped(batch, lambda t: found.append(t) or t)
     return found
-
-
-def _is_mask(leaf: Tensor) -> bool:
-    return leaf.dtype == torch.bool or (not leaf.is_floating_point() and not leaf.is_complex() and bool(((leaf == 0) | (leaf == 1)).all()))
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

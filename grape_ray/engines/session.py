@@ -93,13 +93,13 @@ class Session:
 
     @contextlib.contextmanager
     def apart(self, dependence: Dependence) -> Iterator[list[Tap]]:
-        """Another forward pass beside the one that counts: gives the list of its uses."""
-        before = self.taps, self.dependence
-        self.taps, self.dependence, self._announcing = [], dependence, False
+        """Another forward pass beside the one that counts, of as many examples as `dependence` says: gives the list of its uses."""
+        before = self.taps, self.dependence, self.rows
+        self.taps, self.dependence, self.rows, self._announcing = [], dependence, dependence.rows, False
         try:
             yield self.taps
         finally:
-            self.taps, self.dependence = before
+            self.taps, self.dependence, self.rows = before
             self._announcing = True
 
     def track(self, node: Node) -> Tracked:

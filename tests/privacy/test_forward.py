@@ -313,3 +313,173 @@ def test_complex_parameters_are_refused_by_name():
     model = nn.ParameterDict({"w": nn.Parameter(torch.randn(3, dtype=torch.cfloat))})
     with pytest.raises(UnsupportedLayer, match="view_as_complex"):
         make_engine(model, "dp_adam", 1.0)
+
+
+class Scaled(torch.autograd.Function):
+    """Looks the same going forward; going backward it divides by the largest gradient of the batch."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad / grad.abs().max()
+
+
+def hooked(x, training):
+    x = x.clone()
+    x.register_hook(lambda grad: grad / grad.norm().clamp(min=1e-3))
+    return x
+
+
+def straight_through(x, training):
+    scaled = x / x.detach().abs().mean()
+    return x.detach() + scaled - scaled.detach()
+
+
+BACKWARD_COMPANY = {
+    "a backward that scales by the batch": lambda x, training: Scaled.apply(x),
+    "a hook that normalises": hooked,
+    "a scale of the batch, straight through": straight_through,
+    "a scale by the number of entries": lambda x, training: x.detach() + (x - x.detach()) / x.numel() ** 0.5,
+}
+
+
+@pytest.mark.parametrize("kind", BACKWARD_COMPANY)
+def test_company_on_the_way_back_alone_is_refused(kind):
+    with pytest.raises(UnsupportedLayer, match="of an example"):
+        engine(around(Do(BACKWARD_COMPANY[kind]))).clipped_sum(loss, batch(6))
+
+
+POISONED = {
+    "losses that are dropped together": lambda losses: losses if torch.isfinite(losses).all() else losses * 0,
+    "a little of all": lambda losses: losses + 1e-12 * losses.detach().abs().sum(),
+    "a branch on the largest": lambda losses: losses / 2 if losses.detach().abs().max() > 1e6 else losses,
+}
+
+
+@pytest.mark.parametrize("kind", POISONED)
+def test_company_that_waits_for_one_extreme_record_is_refused(kind):
+    with pytest.raises(UnsupportedLayer, match="beside other examples"):
+        engine(nn.Linear(WIDTH, 1)).clipped_sum(lambda m, b: POISONED[kind](loss(m, b)), batch(6))
+
+
+def test_examples_in_one_row_under_a_mask_are_refused():
+    """Attention multiplies what is masked by zero, which one undefined record makes undefined for all."""
+    model = nn.Linear(WIDTH, WIDTH)
+
+    def packed(m, b):
+        row, rows = m(b["x"]).unsqueeze(0), len(b["x"])
+        return F.scaled_dot_product_attention(row, row, row, attn_mask=torch.eye(rows).bool())[0].sum(1)
+
+    with pytest.raises(UnsupportedLayer, match="beside other examples"):
+        engine(model).clipped_sum(packed, batch(6))
+
+
+def trimmed(m, b):
+    longest = int(b["mask"].sum(1).max())
+    return m(b["text"][:, :longest]).sum(2).mean(1)
+
+
+@pytest.mark.parametrize("equal_first", [False, True])
+def test_a_loss_that_ends_where_the_longest_ends_is_refused(equal_first):
+    g = torch.Generator().manual_seed(0)
+    uneven = torch.arange(9) < torch.tensor([[2], [9], [4], [5]])
+    made = engine(nn.Linear(WIDTH, 2))
+    if equal_first:
+        made.clipped_sum(trimmed, {"text": torch.randn(4, 9, WIDTH, generator=g), "mask": torch.ones(4, 9).long()})
+    with pytest.raises(UnsupportedLayer):
+        made.clipped_sum(trimmed, {"text": torch.randn(4, 9, WIDTH, generator=g), "mask": uneven.long()})
+
+
+@pytest.mark.parametrize("number", [4.0, np.float32(4.0), np.array([1.0, 2.0]), torch.tensor(4.0)])
+def test_numbers_beside_the_examples_are_refused(number):
+    with pytest.raises(ConfigError, match="one entry an example"):
+        engine(nn.Linear(WIDTH, 1)).clipped_sum(lambda m, b: loss(m, b) / b["items"].sum(), {**batch(6), "items": number})
+
+
+def test_what_a_loss_does_to_its_batch_ends_with_the_pass():
+    def stores(m, b):
+        if "z" not in b:
+            b["z"] = b["x"] / b["x"].abs().max()
+        return 3 * m(b.pop("z")).sum(1)
+
+    given = batch(6)
+    with pytest.raises(UnsupportedLayer, match="beside other examples"):
+        engine(nn.Linear(WIDTH, 1)).clipped_sum(stores, given)
+    assert given.keys() == {"x"}
+    popped = engine(nn.Linear(WIDTH, 1))
+    popped.clipped_sum(lambda m, b: loss(m, {"x": b.pop("x")}), given)
+    popped.clipped_sum(lambda m, b: loss(m, {"x": b.pop("x")}), given)
+
+
+class Waits(Keeps):
+    """State that is kept at once and read much later, so that no pass that looks at losses would notice."""
+
+    def forward(self, x):
+        h = self.first(x)
+        if self.how == "a bank":
+            self.listed.append(h.detach().mean(0))
+        elif self.how == "a tensor in place":
+            self.plain.add_(h.detach().mean(0))
+        elif self.how == "an array":
+            self.array += h.detach().mean(0).numpy()
+        return self.last(torch.tanh(h))
+
+
+@pytest.mark.parametrize("how", ["a bank", "a tensor in place", "an array"])
+def test_state_that_is_read_much_later_is_refused_when_it_is_kept(how):
+    model = Waits(how)
+    model.array = np.zeros(8, dtype=np.float32)
+    with pytest.raises(UnsupportedLayer, match="written to"):
+        engine(model).clipped_sum(loss, batch(6))
+
+
+def test_state_that_modules_add_to_what_is_saved_is_refused():
+    class History(nn.Linear):
+        def get_extra_state(self):
+            return torch.zeros(3)
+
+    with pytest.raises(UnsupportedLayer, match="get_extra_state"):
+        engine(History(4, 2))
+
+
+def test_ghost_draws_the_same_on_both_ways_back():
+    class Drawn(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 10 ** torch.randint(-2, 3, (len(grad), 1)).float()
+
+    model = around(Do(lambda x, training: Drawn.apply(x) if torch.is_grad_enabled() else x))
+    made = engine(model, "ghost")
+    for seed in range(20):
+        torch.manual_seed(seed)
+        summed = made.clipped_sum(loss, batch(1, seed))
+        assert sum(float(t.square().sum()) for t in summed.tensors.values()) ** 0.5 <= 1 + 1e-5
+
+
+def test_parameters_may_not_be_unfrozen_between_passes():
+    model = around(nn.Identity())
+    model[0].weight.requires_grad_(False)
+    made = engine(model)
+    model[0].weight.requires_grad_()
+    with pytest.raises(UnsupportedLayer, match="trainable parameters"):
+        made.clipped_sum(loss, batch())
+
+
+def test_a_recurrent_layers_own_dropout_is_trained():
+    class Text(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.last = nn.LSTM(WIDTH, 8, num_layers=2, dropout=0.4), nn.Linear(8, 1)
+
+        def forward(self, x):
+            noise = torch.randn_like(x.transpose(0, 1))
+            return self.last(self.inner(x.transpose(0, 1) + noise)[0][-1])
+
+    engine(Text().train()).clipped_sum(loss, {"x": torch.randn(5, 4, WIDTH)})

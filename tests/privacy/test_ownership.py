@@ -211,3 +211,103 @@ def test_a_layout_takes_apart_what_it_says():
     assert Layout(0, 2, 1).fitted((9,), 3) is None
     assert Layout(0, 2, 1).fitted((6,), 3) == Layout(0, 2, 1)
     assert Layout(0, 2, 4).fitted((21,), 3) is None
+
+
+class Asleep(nn.Module):
+    """LoRA before its first step: through B = 0 no gradient of A comes back."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.base = nn.Linear(WIDTH, 1).requires_grad_(False)
+        self.a, self.b = nn.Linear(WIDTH, 4, bias=False), nn.Linear(4, 1, bias=False)
+        nn.init.zeros_(self.b.weight)
+
+    def forward(self, x):
+        return self.base(x) + self.b(torch.tanh(self.a(x)))
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_layouts_are_not_remembered_of_uses_through_which_no_gradient_came(learns):
+    def pairs(m, b):
+        chosen, rejected = m(torch.cat([b["chosen"], b["rejected"]])).squeeze(1).chunk(2)
+        return b["w"] * (chosen - rejected)
+
+    model, batch = Asleep().double(), {k: v.double() for k, v in batch_of(6).items()}
+    made = engine(model, "dp_adam", 0.5)
+    if learns:
+        made.learn(pairs, batch)
+        assert not model.b.weight.any()
+        made.adopt(made.layouts)
+    made.clipped_sum(pairs, batch)
+    with torch.no_grad():
+        model.b.weight.fill_(0.3)
+    assert worst(made.clipped_sum(pairs, batch).tensors, expected(made, pairs, batch, 6)) < 1e-9
+
+
+def test_one_active_example_of_many_settles_nothing():
+    def hinge(m, b):
+        chosen, rejected = score(m, torch.cat([b["chosen"], b["rejected"]])).chunk(2)
+        return b["w"] * (b["margin"] + chosen - rejected).relu()
+
+    model, batch = network().double(), {k: v.double() for k, v in batch_of(8).items()}
+    made = engine(model, "ghost", 0.5)
+    for active in ((3,), (0,), (1, 5), range(8)):
+        batch["margin"] = torch.full((8,), -1e3).double()
+        batch["margin"][list(active)] = 1e3
+        assert worst(made.clipped_sum(hinge, batch).tensors, expected(made, hinge, batch, 8)) < 1e-9
+
+
+@pytest.mark.parametrize("loss", [views_of_tokens, time_major_flat, time_major])
+def test_a_pass_of_one_token_does_not_say_how_many_tokens_lie(loss):
+    model, made = network().double(), None
+    made = engine(model, "dp_adam", 0.5)
+    for length in (1, 4, 2):
+        batch = {k: v.double() for k, v in batch_of(4).items()}
+        batch["text"] = batch["text"][:, :length]
+
+        def sized(m, b, length=length):
+            if loss is time_major:
+                return time_major(m, b)
+            tokens = b["text"].transpose(0, 1).flatten(0, 1) if loss is time_major_flat else torch.cat([b["text"]] * 2).flatten(0, 1)
+            scores = score(m, tokens)
+            return b["w"] * (scores.view(length, -1).sum(0) if loss is time_major_flat else scores.view(2, -1, length).sum((0, 2)))
+
+        assert worst(made.clipped_sum(sized, batch).tensors, expected(made, sized, batch, 4)) < 1e-9
+
+
+def test_one_swapped_pair_of_many_is_found_at_once():
+    order = torch.arange(64)
+    order[[3, 40]] = order[[40, 3]]
+
+    def swapped(m, b):
+        return score(m, b["chosen"][order[: len(b["w"])]])[order[: len(b["w"])].argsort()]
+
+    with pytest.raises(UnsupportedLayer):
+        engine(network(), "ghost").clipped_sum(swapped, batch_of(64))
+
+
+def by_length(order_of):
+    def loss(m, b):
+        order = order_of(b["size"])
+        scores = [score(m, b["chosen"][i : i + 1]) for i in order] if isinstance(order, range) else score(m, b["chosen"][order])
+        return scores[torch.as_tensor(order).argsort()]
+
+    return loss
+
+
+ORDERS = {
+    "a list": lambda size: size.argsort().tolist(),
+    "an array": lambda size: size.argsort().numpy(),
+    "a tensor of numbers": lambda size: torch.tensor([int(i) for i in size.argsort()]),
+}
+
+
+@pytest.mark.parametrize("kind", ORDERS)
+def test_an_order_that_left_torch_is_followed_all_the_same(kind):
+    made, batch = engine(network(), "ghost"), batch_of(6)
+    batch["size"] = torch.arange(6)
+    with pytest.raises(UnsupportedLayer):  # noqa: PT012
+        made.clipped_sum(by_length(ORDERS[kind]), batch)  # sorted already
+        batch["size"] = torch.tensor([4, 1, 5, 0, 3, 2])
+        made.clipped_sum(by_length(ORDERS[kind]), batch)
