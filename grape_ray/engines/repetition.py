@@ -90,7 +90,7 @@ class Repetition:
         if not _same(losses[kept], among[kept]):
             losses, taps, marks = self._again(taps)  # laid out in memory as exchanged examples are, which decides on some roundings
             if not _same(losses[kept], among[kept]):
-                self._explain(losses, among, others, number, seen.drew)
+                self._explain(look[0], losses, among, others, number, seen.drew)
         if [(t.key, t.lead) for t in taps] == [(t.key, t.lead) for t in met]:
             same_gradients(taps, marks, brought, kept, self._tolerance, "another gradient beside other examples")
 
@@ -166,11 +166,14 @@ class Repetition:
         with torch.no_grad(), context:
             return self._forward(mapped(batch), rows or self._rows).detach()
 
-    def _explain(self, losses: Tensor, among: Tensor, others: Tensor, number: int, drew: bool) -> None:
-        """Says why losses differ; a difference that rounding explains where the model itself is not reproducible is none."""
+    def _explain(self, first: Tensor, losses: Tensor, among: Tensor, others: Tensor, number: int, drew: bool) -> None:
+        """Says why losses differ; a difference that rounding explains where the model itself is not reproducible is none.
+
+        Args:
+            first, losses: of the pass as it was, and of its last repetition. among: with `others` exchanged, after both.
+        """
         kept = ~others
-        again = self._again([])[0]
-        noise = _distance(losses, again)
+        noise = max(_distance(first, losses), _distance(losses, self._again([])[0]))
         if 0 < noise <= self._tolerance:
             self._close("the loss of an example", "beside other examples", losses[kept], among[kept])
             return
