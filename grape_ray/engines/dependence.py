@@ -147,11 +147,12 @@ class Dependence(TorchFunctionMode):
             else:  # a gradient comes from tracked parameters, and with them from the batch
                 if name in _ACROSS or name[-1:] == "_":
                     self._note(func, args, kwargs, (out,))
+        elif name in _EXPORTS:
+            if isinstance(args[0], Tensor) and not self.constant(args[0]):
+                self._left_torch = True
+                self.exported |= not args[0].is_floating_point()
         elif out is None or (isinstance(out, (tuple, list)) and out.__class__ is not torch.Size):
             self._note(func, args, kwargs, [t for t in out if isinstance(t, Tensor)] if out else ())
-        elif name in _EXPORTS and args and isinstance(args[0], Tensor) and not self.constant(args[0]):
-            self._left_torch = True
-            self.exported |= not args[0].is_floating_point()
         return out
 
     def _all_constant(self, args: tuple, kwargs: dict | None) -> bool:
