@@ -16,6 +16,8 @@ from grape_ray.engines.owners import Layout
 from grape_ray.engines.session import Phase, Reroute, Session, Tap
 from grape_ray.errors import UnsupportedLayer
 
+_FEW = 8  # examples that are told apart by exact zeros, in 2 log2 B backward passes; more by weights, in one beside two of halves
+_MOST = 1000  # examples that weights tell apart where rounding is below a thousandth
 Marks = list[Tensor]  # for every tap (2, *lead): sums of its gradient and of its magnitudes over the features
 
 
@@ -23,8 +25,8 @@ def ownership(session: Session, losses: Tensor, tolerance: float, thorough: bool
     """Finds the layout of every tap that has none, and checks those that have one, by exact zeros.
 
     Args:
-        tolerance: of gradients that differ by rounding, relative. thorough: tell every two examples apart, in 2 log2 B backward passes;
-            otherwise a random half from the rest, in two.
+        tolerance: of gradients that differ by rounding, relative. thorough: tell every two examples apart; otherwise a random half
+            from the rest.
 
     Returns:
         What all losses together bring.
@@ -36,21 +38,27 @@ def ownership(session: Session, losses: Tensor, tolerance: float, thorough: bool
     """
     if not losses.requires_grad:
         return []
-    whole = marks_of(session, session.taps, losses, torch.ones(session.rows, dtype=torch.bool))
+    whole = marks_of(session, session.taps, losses, torch.ones(session.rows))
     if session.rows == 1:
         return whole
-    groups = owners.every_pair(session.rows) if thorough else owners.random_halves(session.rows)
+    by_weight = thorough and _FEW < session.rows <= _MOST and tolerance < 1 / _MOST
+    groups = owners.every_pair(session.rows) if thorough and not by_weight else owners.random_halves(session.rows)
     kept = [marks_of(session, session.taps, losses, group) for group in groups]
+    weights = 1 + torch.arange(session.rows) / session.rows
+    weighted = marks_of(session, session.taps, losses, weights) if by_weight else whole
+    weights = weights if by_weight else torch.ones(session.rows)
     wrong: list[Tap] = []
     for number, tap in enumerate(session.taps):
         evidence = torch.stack([marks[number][1] > 0 for marks in kept]).cpu()
         if tap.layout is None:
             found = owners.readings(evidence, groups) if bool(evidence.any()) else []
+            found = [c for c in found if _weighs(tap, c, whole[number][1], weighted[number][1], weights)]
             tap.layout = found[0] if found else None
             tap.settled = len({(c.axis, *c.owners(tap.lead, session.rows).tolist()) for c in found}) <= 1
             fits = tap.layout is not None or not bool(evidence.any())
         else:
             fits = owners.agrees(tap.layout, evidence, groups)
+            fits = fits and _weighs(tap, tap.layout, whole[number][1], weighted[number][1], weights)
         if not fits:
             wrong.append(tap)
     ways = {tap.way for tap in wrong if tap.way is not None and tap.way not in session.inside}
@@ -61,6 +69,14 @@ def ownership(session: Session, losses: Tensor, tolerance: float, thorough: bool
     for group, marks in zip(groups, kept):
         same_gradients(session.taps, whole, marks, group, tolerance, "another gradient where the losses of others go backward with it")
     return whole
+
+
+def _weighs(tap: Tap, layout: Layout, whole: Tensor, weighted: Tensor, weights: Tensor) -> bool:
+    """Whether weights (B,) of the losses have reached the rows of those whose they are, told by the magnitudes of gradients (*lead,)."""
+    own = weights[layout.owners(tap.lead, len(weights))].to(whole)
+    if layout.only is None:
+        own = own.view(*[-1 if d == layout.axis else 1 for d in range(len(tap.lead))])
+    return not bool(((weighted - own * whole).abs() > whole / (4 * len(weights))).any())
 
 
 def marks_of(session: Session, taps: Sequence[Tap], losses: Tensor, group: Tensor) -> Marks:
