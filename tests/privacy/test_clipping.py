@@ -37,8 +37,9 @@ def test_no_example_is_longer_than_the_clip_norm(policy, clip_norm, tensors):
 
 @POLICY
 @CLIP
-def test_a_long_example_fills_the_clip_norm(policy, clip_norm):
-    squared = {name: torch.tensor([1e8, 1e12], dtype=torch.float64) for name in "abc"}
+@pytest.mark.parametrize("names", ["a", "abc"])
+def test_a_long_example_fills_the_clip_norm(policy, clip_norm, names):
+    squared = {name: torch.tensor([1e8, 1e12], dtype=torch.float64) for name in names}
     assert lengths(squared, factors(squared, policy, clip_norm, None)).tolist() == pytest.approx([clip_norm] * 2, rel=1e-5)
 
 
