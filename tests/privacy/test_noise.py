@@ -77,6 +77,8 @@ def test_any_slice_gives_the_same_bits():
 
 def test_a_step_is_drawn_once():
     stream = NoiseStream(KEY)
+    with pytest.raises(NoiseReuse):
+        stream.claim(-1)  # steps are counted from 0
     privatize(zeros(a=(3,)), stream, step=4, noise_multiplier=1.0, expected_batch_size=1)
     for step in (4, 3):
         with pytest.raises(NoiseReuse):
