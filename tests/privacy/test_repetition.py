@@ -165,6 +165,16 @@ def test_the_number_of_examples_changes_no_loss(rows):
         check(lambda b: plain(b) * (1 + 1e-3 * rows_of(b)), make_batch(rows))
 
 
+def test_masks_of_dropout_are_left_out_where_the_number_of_examples_differs():
+    def dropped(batch):
+        return torch.nn.functional.dropout(batch["x"], 0.5).square().sum(1)
+
+    for _ in range(3):
+        check(dropped, masked=True)
+        with pytest.raises(UnsupportedLayer, match="in a smaller batch"):
+            check(lambda b: dropped(b) * (1 + 1e-3 * rows_of(b)), masked=True)
+
+
 def test_a_batch_of_one_is_verified_too():
     check(plain, make_batch(1))
     calls = []

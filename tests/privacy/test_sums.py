@@ -5,7 +5,7 @@ import torch
 
 from grape_ray.errors import GrapeRayError
 from grape_ray.noise import nonprivate_mean
-from grape_ray.types import ClippedSum
+from grape_ray.types import ClippedSum, PrivateGradient
 
 
 def summed(value, sensitivity=2.0, names="ab", **unprotected):
@@ -35,3 +35,9 @@ def test_the_yardstick_divides_by_the_batch_and_by_one_where_it_is_empty():
     assert made.noise_std == 0.0
     assert {n: t.flatten().tolist() for n, t in made.tensors.items()} == dict.fromkeys("ab", [1.5] * 6)
     assert (nonprivate_mean(summed(6), step=3, batch_size=0).tensors["a"] == 6).all()
+
+
+@pytest.mark.parametrize("door", [(), (None,), (object(),), (True,)])
+def test_a_private_gradient_is_not_made_by_hand(door):
+    with pytest.raises(GrapeRayError, match="privatize"):
+        PrivateGradient({}, 0, 1.0, *door)
