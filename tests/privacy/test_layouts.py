@@ -92,6 +92,7 @@ def test_one_gradient_in_a_row_of_another_is_a_contradiction(rows):
     """Law: evidence agrees with a layout where, and only where, no group reaches a row that none of its examples owns."""
     groups = owners.every_pair(rows)
     layouts = [(lead, layout) for lead, layout in regular(rows)] + [((2, 3), Layout(only=i)) for i in range(rows)]
+    layouts += [((rows * 6,), Layout(0, outer, 6 // outer)) for outer in (1, 2, 6)]
     for lead, layout in layouts:
         places = list(itertools.product(*map(range, lead)))
         nothing = torch.zeros(len(groups), *lead, dtype=torch.bool)

@@ -100,10 +100,11 @@ def test_little_company_is_found_each_time(mix, thorough):
             check(lambda b: plain(b) + 1e-3 * mix(b["x"]).expand_as(b["x"]).sum(1), thorough=thorough)
 
 
-def test_a_model_that_fails_beside_extreme_values_is_checked_beside_others():
+@pytest.mark.parametrize("error", [RuntimeError, ValueError, IndexError, AssertionError])
+def test_a_model_that_fails_beside_extreme_values_is_checked_beside_others(error):
     def careful(batch, mixed):
         if (batch["x"] > 30).any():
-            raise ValueError("too large")
+            raise error("too large")
         return plain(batch) + mixed * batch["x"].mean()
 
     check(lambda b: careful(b, 0.0))
@@ -135,6 +136,15 @@ def test_random_numbers_that_several_examples_share_are_told_apart_from_company(
         check(lambda b: plain(b) * (1 + torch.rand([])), drew=True)
     with pytest.raises(UnsupportedLayer, match="beside other examples"):
         check(lambda b: plain(b) + b["x"].mean() + 0 * torch.rand(6), drew=True)
+
+
+@pytest.mark.parametrize("rare", [lambda drawn: drawn < 0.02, lambda drawn: drawn > 0.98], ids=["low", "high"])
+def test_luck_that_is_shared_and_rarely_shows_is_found(rare):
+    for _ in range(4):
+        with pytest.raises(UnsupportedLayer, match="share"):
+            check(lambda b: plain(b) * (1 + rare(torch.rand([]))), drew=True)
+    with pytest.raises(UnsupportedLayer, match="share"):
+        check(lambda b: plain(b) * (1 + torch.rand([])), drew=True, thorough=False)
 
 
 def test_generators_stand_where_they_stood():
@@ -182,6 +192,12 @@ def test_a_batch_of_one_is_verified_too():
         check(lambda b: plain(b) + (calls.append(1) or len(calls)), make_batch(1), losses=plain(make_batch(1)) + 2)
     with pytest.raises(UnsupportedLayer, match="global generator"):
         check(lambda b: plain(b) + 0 * random.random(), make_batch(1))
+
+
+def test_a_model_that_holds_what_it_does_not_write_is_right():
+    model = nn.Module()
+    model.register_buffer("kept", torch.ones(3))
+    check(lambda b: plain(b) * model.kept.sum(), model=model)
 
 
 @pytest.mark.parametrize("past", [True, False])
