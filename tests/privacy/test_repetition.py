@@ -1,6 +1,7 @@
 """A pass made again: what it is given, what it may do, and how near losses must be."""
 
 import random
+from collections import UserDict
 
 import numpy as np
 import pytest
@@ -173,6 +174,19 @@ def test_losses_of_the_rules_are_those_of_torch():
 def test_the_number_of_examples_changes_no_loss(rows):
     with pytest.raises(UnsupportedLayer, match="in a smaller batch"):
         check(lambda b: plain(b) * (1 + 1e-3 * rows_of(b)), make_batch(rows))
+
+
+def test_company_through_labels_of_zeros_and_ones_is_found():
+    batch = {**make_batch(), "label": torch.tensor([0, 1, 1, 0, 1, 0])}
+    weights = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
+    with pytest.raises(UnsupportedLayer, match="beside other examples"):
+        check(lambda b: plain(b) + (b["label"] * weights).sum(), batch)
+
+
+def test_a_batch_that_only_resembles_a_dict_is_exchanged_too():
+    check(plain, UserDict(make_batch()))
+    with pytest.raises(UnsupportedLayer, match="beside other examples"):
+        check(lambda b: plain(b) + b["x"].mean(), UserDict(make_batch()))
 
 
 def test_masks_of_dropout_are_left_out_where_the_number_of_examples_differs():
