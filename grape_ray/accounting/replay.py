@@ -197,8 +197,9 @@ class State:
         check_count("steps", charge.steps)
         if charge.steps > charge.asked:
             raise LedgerError("more steps granted than asked for", charge.steps, f"at most {charge.asked}", _RESTORE)
-        if charge.chunk <= max(attempt.charges, default=-1):
-            expected = f"above {max(attempt.charges)}"
+        last = max(attempt.charges, default=-1)
+        if charge.chunk <= last:
+            expected = f"above {last}"
             raise LedgerError("a chunk's number does not grow", charge.chunk, expected, "number the chunks of an attempt upwards")
         if charge.first_step < attempt.next_step:
             fix = "begin a new attempt, which has a new key"

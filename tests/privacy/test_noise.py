@@ -1,14 +1,17 @@
 """The noise has the law, the independence and the reach that the accountant assumes."""
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
+from grape_ray.comms import Comms
 from grape_ray.errors import ConfigError, GrapeRayError, NoiseReuse
-from grape_ray.noise import NoiseStream, grid_and_std, on_grid, privatize
+from grape_ray.noise import NoiseStream, _pieces, grid_and_std, on_grid, privatize
 from grape_ray.optim import make_optimizer
 from grape_ray.rng import _refine, normals, poisson_batch, public_normals
 from grape_ray.types import ClippedSum, PrivateGradient
@@ -74,6 +77,8 @@ def test_any_slice_gives_the_same_bits():
 
 def test_a_step_is_drawn_once():
     stream = NoiseStream(KEY)
+    with pytest.raises(NoiseReuse):
+        stream.claim(-1)  # steps are counted from 0
     privatize(zeros(a=(3,)), stream, step=4, noise_multiplier=1.0, expected_batch_size=1)
     for step in (4, 3):
         with pytest.raises(NoiseReuse):
@@ -262,3 +267,70 @@ def test_a_sum_beyond_the_grid_stays_at_its_end_and_pieces_of_a_large_tensor_joi
     assert torch.equal(torch.cat(list(alone.tensors.values())), joined.tensors["a"])
     with pytest.raises(ConfigError, match="sensitivity"):
         privatize(ClippedSum({"a": torch.zeros(3)}, 0.0), NoiseStream(KEY), step=0, noise_multiplier=1.0, expected_batch_size=1.0)
+
+
+class Ranks(Comms):
+    """Ranks that are threads of one process."""
+
+    def __init__(self, rank, meeting, posted):
+        super().__init__(rank, len(posted))
+        self.meeting, self.posted = meeting, posted
+
+    def _everyones(self, tensor):
+        self.posted[self.rank] = tensor.clone()
+        self.meeting.wait(30)
+        found = list(self.posted)
+        self.meeting.wait(30)
+        return found
+
+    def reduce_slice(self, flat):
+        low, high = self.slice_of(flat.numel())
+        return torch.stack(self._everyones(flat)).sum(0)[low:high]
+
+    def gather_slices(self, mine, length):
+        whole = torch.cat(self._everyones(mine))
+        assert len(whole) == length
+        return whole
+
+
+def released_by(world, shapes):
+    """What each of `world` ranks holds after the noise, one vector a rank; their sums are whole numbers that add up to 6 everywhere."""
+
+    def on(comms):
+        summed = ClippedSum({n: torch.full(s, 6.0 / world) for n, s in shapes.items()}, 2.0)
+        made = privatize(summed, NoiseStream(KEY), step=5, noise_multiplier=1.5, expected_batch_size=4, comms=comms)
+        assert {n: t.shape for n, t in made.tensors.items()} == shapes
+        assert (made.step, made.noise_std) == (5, pytest.approx(0.75))
+        return torch.cat([t.flatten() for t in made.tensors.values()])
+
+    if world == 1:
+        return [on(Comms.local())]
+    meeting, posted = threading.Barrier(world), [None] * world
+    with ThreadPoolExecutor(world) as pool:
+        return list(pool.map(lambda rank: on(Ranks(rank, meeting, posted)), range(world)))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_every_coordinate_has_noise_of_its_own_however_tensors_and_ranks_cut_the_sum(world):
+    large = (1 << 18) + 7  # so that each is noised apart, with small ones between
+    shapes = {n: torch.Size(s) for n, s in {"a": (large,), "b": (3, 5), "c": (large,), "d": (2, large), "e": (4,)}.items()}
+    count = sum(math.prod(s) for s in shapes.values())
+    grid, std = grid_and_std(2.0, 1.5, count)
+    expected = on_grid(torch.full((count,), 6.0).double(), torch.from_numpy(normals(KEY, 5, 0, count)), std, grid).div(4).float()
+    for released in released_by(world, shapes):
+        assert torch.equal(released, expected)
+
+
+def test_noise_is_that_of_its_place_whatever_was_drawn_ahead():
+    stream = NoiseStream(KEY)
+    stream.draw_ahead(2, 100, 500)
+    for step, start, count in [(2, 100, 500), (2, 150, 200), (2, 599, 1), (2, 100, 1), (2, 99, 3), (2, 598, 5), (2, 0, 50), (3, 150, 200)]:
+        assert (stream.normals(step, start, count).numpy() == normals(KEY, step, start, count)).all()
+
+
+@pytest.mark.parametrize(("start", "count", "size"), [(0, 10, 4), (3, 10, 4), (4, 8, 4), (7, 1, 4), (5, 0, 4), (9, 100, 16)])
+def test_pieces_are_all_places_once_and_end_where_the_noise_does(start, count, size):
+    pieces = list(_pieces(start, count, size))
+    assert [place for low, high in pieces for place in range(low, high)] == list(range(count))
+    assert all((start + high) % size == 0 for _, high in pieces[:-1])
+    assert all(0 < high - low <= size for low, high in pieces)

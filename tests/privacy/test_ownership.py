@@ -138,6 +138,37 @@ def test_rows_that_change_places_later_are_refused_as_well():
         made.clipped_sum(loss, batch)
 
 
+@pytest.mark.parametrize("rows", [2, 3, 8])
+def test_two_examples_that_change_places_are_found_every_time_among_few(rows):
+    """Each loss is right, and no value tells: only gradients show that two rows belong to each other's example."""
+    batch = batch_of(rows)
+    for number in range(15):
+        other = 1 + number % (rows - 1)
+        order = [other if i == 0 else 0 if i == other else i for i in range(rows)]
+        with pytest.raises(UnsupportedLayer, match="gradients of several"):
+            engine(network(), "ghost").clipped_sum(
+                lambda m, b, order=order: score(m, b["chosen"][torch.tensor(order)])[torch.tensor(order)], batch
+            )
+
+
+def test_a_right_pass_stays_right_when_it_is_verified_again(monkeypatch):
+    monkeypatch.setattr("grape_ray.engines.base.VERIFY_EVERY", 2)
+    model, batch = network().double(), {k: v.double() for k, v in batch_of(6).items()}
+    made = engine(model, "ghost", 0.5)
+    for _ in range(5):
+        assert worst(made.clipped_sum(time_major_flat, batch).tensors, expected(made, time_major_flat, batch, 6)) < 1e-9
+
+
+def test_a_result_that_no_loss_needs_has_no_gradient_and_no_owner_to_find():
+    def loss(m, b):
+        m["b"](b["rejected"])
+        return score(m, b["chosen"])
+
+    model, batch = network().double(), {k: v.double() for k, v in batch_of(6).items()}
+    made = engine(model, "ghost", 0.5)
+    assert worst(made.clipped_sum(loss, batch).tensors, expected(made, loss, batch, 6)) < 1e-9
+
+
 class Sorted(nn.Module):
     """Experts that take tokens in the order of their choice, as grouped products do."""
 

@@ -1,0 +1,204 @@
+"""The rules of a chain of entries, each at its edge: what breaks one is refused and changes nothing, its nearest neighbour is taken."""
+
+import copy
+from dataclasses import asdict, replace
+
+import pytest
+
+from grape_ray.accounting import Mechanism, Study
+from grape_ray.accounting.records import FORMAT, GENESIS, Entry
+from grape_ray.accounting.replay import State
+from grape_ray.accounting.selection import Law, Selection
+from grape_ray.errors import BudgetExceeded, GrapeRayError, LedgerError, NoiseReuse
+
+MECHANISM = Mechanism("poisson_gaussian", 1.0, 10.0)
+RUN = {"study": "s", "run": "r", "attempt": 1}
+OPEN = {"format": FORMAT, "ledger_id": "l", "dataset_id": "data", "epsilon": 8.0, "delta": 1e-5}
+
+
+def study(name="s", epsilon=4.0, delta=4e-6, tokens=20):
+    return "study", Study(name, MECHANISM, epsilon, delta, tokens).payload()
+
+
+def selection(name="pick", epsilon=2.0, delta=2e-6):
+    return "selection", Selection(name, MECHANISM, epsilon, delta, 5, Law("poisson", 3.0)).payload()
+
+
+def charge(chunk, first_step, steps, asked=None, **others):
+    return "charge", {**RUN, "chunk": chunk, "first_step": first_step, "asked": steps if asked is None else asked, "steps": steps, **others}
+
+
+def refund(chunk, steps, **others):
+    return "refund", {**RUN, "chunk": chunk, "steps": steps, **others}
+
+
+def attempt(number, run="r", of="s"):
+    return "attempt", {"study": of, "run": run, "attempt": number, "key_id": "k"}
+
+
+def close(number=1):
+    return "close", {**RUN, "attempt": number}
+
+
+def epoch(number, holder="h"):
+    return "epoch", {"epoch": number, "holder": holder}
+
+
+def following(state, kind, payload):
+    """The entry that comes next."""
+    return Entry(state.next_seq, state.head, kind, payload, 0.0, "n")
+
+
+def grown(*entries):
+    state = State()
+    for kind, payload in (("open", OPEN), *entries):
+        state.apply(following(state, kind, payload))
+    return state
+
+
+BEGUN = (study(), epoch(1), attempt(1), charge(2, 10, 5))
+
+# What came before, an entry that breaks a rule, the error, and the nearest entry that breaks none.
+EDGES = {
+    "a share above what is left": ((study(),), study("t", 4.01, 1e-6), BudgetExceeded, study("t", 4.0, 1e-6)),
+    "a share of delta above what is left": ((study(),), study("t", 1.0, 6.1e-6), BudgetExceeded, study("t", 1.0, 6e-6)),
+    "a study beside a selection": ((selection(),), study("t", 6.01, 1e-6), BudgetExceeded, study("t", 6.0, 1e-6)),
+    "a selection beside a study": ((study(),), selection("p", 4.01, 1e-6), BudgetExceeded, selection("p", 4.0, 1e-6)),
+    "a selection beside a selection": ((selection(),), selection("p", 6.01, 1e-6), BudgetExceeded, selection("p", 6.0, 1e-6)),
+    "a share above by little": ((study(),), study("t", 4.0 * (1 + 1e-9), 1e-6), BudgetExceeded, study("t", 4.0 * (1 + 1e-13), 1e-6)),
+    "a study twice": ((study(epsilon=1.0),), study(epsilon=1.0), LedgerError, study("t", 1.0)),
+    "a selection twice": ((selection(),), selection(), LedgerError, selection("p")),
+    "a study named as a selection": ((selection("p"),), study("p"), LedgerError, study("t")),
+    "a selection named as a study": ((study("p"),), selection("p"), LedgerError, selection("t")),
+    "an epoch again": ((epoch(1),), epoch(1), LedgerError, epoch(2)),
+    "an epoch left out": ((epoch(1),), epoch(3), LedgerError, epoch(2)),
+    "an epoch of nobody": ((), epoch(1, ""), LedgerError, epoch(1, "h")),
+    "an attempt left out": ((study(), attempt(1)), attempt(3), NoiseReuse, attempt(2)),
+    "an attempt again": ((study(), attempt(1)), attempt(1), NoiseReuse, attempt(2)),
+    "a first attempt that is not": ((study(),), attempt(0), NoiseReuse, attempt(1)),
+    "a run without a name": ((study(),), attempt(1, ""), LedgerError, attempt(1)),
+    "an attempt of no study": ((study(),), attempt(1, of="t"), LedgerError, attempt(1)),
+    "a charge of no attempt": (BEGUN, charge(3, 15, 1, attempt=0), LedgerError, charge(3, 15, 1)),
+    "a charge of an attempt to come": (BEGUN, charge(3, 15, 1, attempt=2), LedgerError, charge(3, 15, 1)),
+    "a charge of another run": (BEGUN, charge(3, 15, 1, run="q"), LedgerError, charge(3, 15, 1)),
+    "a charge of another study": (BEGUN, charge(3, 15, 1, study="t"), LedgerError, charge(3, 15, 1)),
+    "a charge of nothing": (BEGUN, charge(3, 15, 0, 1), LedgerError, charge(3, 15, 1)),
+    "a charge above what was asked": (BEGUN, charge(3, 15, 3, 2), LedgerError, charge(3, 15, 3, 3)),
+    "a chunk again": (BEGUN, charge(2, 15, 1), LedgerError, charge(3, 15, 1)),
+    "a first chunk below zero": ((study(), attempt(1)), charge(-1, 0, 1), LedgerError, charge(0, 0, 1)),
+    "a step again": (BEGUN, charge(3, 14, 1), NoiseReuse, charge(3, 15, 1)),
+    "a step before the first": (BEGUN, charge(3, 0, 1), NoiseReuse, charge(3, 16, 1)),
+    "a step again, two chunks on": ((*BEGUN, charge(3, 15, 1)), charge(4, 15, 1), NoiseReuse, charge(4, 16, 1)),
+    "a study overdrawn": (BEGUN, charge(3, 15, 16), BudgetExceeded, charge(3, 15, 15)),
+    "a study overdrawn by two runs": (
+        (*BEGUN, attempt(1, "q")),
+        charge(0, 0, 16, run="q"),
+        BudgetExceeded,
+        charge(0, 0, 15, run="q"),
+    ),
+    "a study overdrawn by two attempts": ((*BEGUN, attempt(2)), charge(0, 0, 16, attempt=2), BudgetExceeded, charge(0, 0, 15, attempt=2)),
+    "more than is left after a refund": (
+        (*BEGUN, refund(2, 3), attempt(2)),
+        charge(0, 0, 19, attempt=2),
+        BudgetExceeded,
+        charge(0, 0, 18, attempt=2),
+    ),
+    "a charge of an attempt that was overtaken": (
+        (*BEGUN, attempt(2)),
+        charge(3, 15, 1),
+        NoiseReuse,
+        charge(0, 0, 1, attempt=2),
+    ),
+    "a refund by an attempt that was overtaken": ((*BEGUN, attempt(2)), refund(2, 1), NoiseReuse, attempt(3)),
+    "the end of an attempt that was overtaken": ((*BEGUN, attempt(2)), close(1), NoiseReuse, close(2)),
+    "a charge after the end": ((*BEGUN, close()), charge(3, 15, 1), NoiseReuse, attempt(2)),
+    "a charge after a refund": ((*BEGUN, refund(2, 1)), charge(3, 15, 1), NoiseReuse, attempt(2)),
+    "a refund after a refund": ((*BEGUN, refund(2, 1)), refund(2, 1), NoiseReuse, attempt(2)),
+    "a refund after the end": ((*BEGUN, close()), refund(2, 1), NoiseReuse, attempt(2)),
+    "a refund before any charge": ((study(), attempt(1)), refund(0, 1), LedgerError, charge(0, 0, 1)),
+    "a refund of a chunk before the last": ((*BEGUN, charge(3, 15, 1)), refund(2, 1), LedgerError, refund(3, 1)),
+    "a refund of a chunk that was not charged": (BEGUN, refund(3, 1), LedgerError, refund(2, 1)),
+    "a refund above its charge": (BEGUN, refund(2, 6), LedgerError, refund(2, 5)),
+    "a refund of nothing": (BEGUN, refund(2, 0), LedgerError, refund(2, 1)),
+    "a second opening": ((), ("open", OPEN), LedgerError, study()),
+}
+
+
+def plain(state):
+    return copy.deepcopy(asdict(state))
+
+
+@pytest.mark.parametrize("edge", EDGES)
+def test_a_rule_holds_at_its_edge(edge):
+    before, wrong, error, right = EDGES[edge]
+    state = grown(*before)
+    held = plain(state)
+    with pytest.raises(GrapeRayError) as refused:
+        state.apply(following(state, *wrong))
+    assert type(refused.value) is error
+    assert plain(state) == held
+    entry = following(state, *right)
+    state.check(entry)
+    assert plain(state) == held  # a check alone changes nothing either
+    state.apply(entry)
+    assert (state.next_seq, state.head) == (held["next_seq"] + 1, entry.hash)
+    assert {**plain(state), "next_seq": 0, "head": ""} != {**held, "next_seq": 0, "head": ""}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("format", FORMAT + 1), ("dataset_id", ""), ("epsilon", 0.0), ("epsilon", 1e5), ("delta", 0.0), ("delta", 1.0)],
+)
+def test_no_ledger_opens_on_what_none_may_hold(field, value):
+    state = State()
+    with pytest.raises(LedgerError):
+        state.apply(following(state, "open", {**OPEN, field: value}))
+    assert state == State()
+
+
+def test_an_opening_comes_first_and_says_what_is_protected():
+    with pytest.raises(LedgerError):
+        State().apply(following(State(), *study()))
+    state = grown()
+    assert (state.ledger_id, state.dataset_id, state.epsilon, state.delta) == ("l", "data", 8.0, 1e-5)
+
+
+@pytest.mark.parametrize("change", [{"seq": 1}, {"seq": 3}, {"prev": GENESIS}, {"prev": ""}])
+def test_an_entry_follows_the_one_before_it(change):
+    state = grown(study())
+    held = plain(state)
+    entry = following(state, *epoch(1))
+    with pytest.raises(LedgerError):
+        state.apply(replace(entry, **change))
+    assert plain(state) == held
+    state.apply(entry)
+
+
+def test_every_step_is_counted_where_it_was_charged():
+    state = grown(study(), study("t", 1.0, 1e-6, 9), attempt(1), charge(0, 0, 4), refund(0, 3), attempt(2), attempt(1, "q"))
+    state.apply(following(state, *charge(5, 7, 6, run="q")))
+    assert [a.used for a in state.studies["s"].runs["r"]] == [1, 0]
+    assert [a.next_step for a in (state.attempt("s", "r", 1), state.attempt("s", "r", 2), state.attempt("s", "q", 1))] == [4, 0, 13]
+    assert (state.study("s").used, state.study("s").left, state.study("t").left) == (7, 13, 9)
+    assert state.attempt("s", "r", 1).key_id == "k"
+    assert state.live_attempt("s", "r", 2).number == 2
+    for study_name, run, number in (("s", "r", 0), ("s", "r", 3), ("s", "nope", 1), ("nope", "r", 1)):
+        with pytest.raises(LedgerError):
+            state.attempt(study_name, run, number)
+    with pytest.raises(NoiseReuse, match="attempt 2 has begun"):
+        state.live_attempt("s", "r", 1)
+
+
+def test_the_holder_is_the_one_of_the_last_epoch():
+    state = grown(epoch(1, "first"), epoch(2, "second"))
+    assert (state.epoch, state.holder) == (2, "second")
+
+
+def test_records_of_another_dataset_are_not_paid_for_and_not_quoted():
+    state = grown()
+    state.check_dataset("data")
+    state.check_dataset(None)
+    with pytest.raises(LedgerError) as refused:
+        state.check_dataset("another-fingerprint")
+    assert "another-fingerprint" not in str(refused.value)
+    assert "data'" not in str(refused.value)
