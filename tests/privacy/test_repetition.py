@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+from grape_ray.engines.batches import is_mask
 from grape_ray.engines.dependence import Dependence
+from grape_ray.engines.randomness import random_states
+from grape_ray.engines.repetition import Repetition, _distance, _same
+from grape_ray.engines.session import Session
 from grape_ray.engines.state import Watch
 from grape_ray.engines.tracked import Tracked
-from grape_ray.engines.verify import Repetition, _distance, _is_mask, _same, random_states
 from grape_ray.errors import UnsupportedLayer
 
 CPU = torch.device("cpu")
@@ -43,7 +46,8 @@ def check(loss, batch=None, *, thorough=True, drew=False, masked=False, losses=N
     found = forward(batch, rows) if losses is None else losses
     seen = Dependence(rows, set(), Tracked)
     seen.drew, seen.masked = drew, masked
-    Repetition(forward, batch, rows, state, set(), tolerance).check(found, Watch(model or nn.Module()), seen, thorough)
+    session = Session(rows, None, CPU, set(), set())
+    Repetition(session, forward, batch, state, tolerance).check((found, [], []), Watch(model or nn.Module()), seen, thorough)
 
 
 def plain(batch):
@@ -66,7 +70,9 @@ def seen_by(loss, **options):
 def test_every_example_keeps_its_value_beside_others_that_are_exchanged(thorough):
     batch = make_batch()
     given = seen_by(plain, batch=batch, thorough=thorough)
-    company = [g for g in given if rows_of(g) == 6 and not torch.equal(g["ids"], batch["ids"])]
+    exchanged = [g for g in given if rows_of(g) == 6 and not torch.equal(g["ids"], batch["ids"])]
+    company = [g for g in exchanged if torch.equal(g["mask"], batch["mask"])]
+    assert len(exchanged) == 2 * len(company)  # once more each, with the masks
     kept = [g["ids"] == batch["ids"] for g in company]
     assert len(company) == (2 if thorough else 1)
     assert all(int(k.sum()) == 3 for k in kept)
@@ -80,7 +86,7 @@ def test_every_example_keeps_its_value_beside_others_that_are_exchanged(thorough
         source = (g["ids"][:, None] == batch["ids"]).long().argmax(1)
         assert k[source].all()  # the others are replaced by those that stay
         ratio = g["x"] / batch["x"][source]
-        assert torch.equal(ratio[~k], torch.full_like(ratio[~k], float(ratio[~k][0, 0])))
+        assert torch.allclose(ratio[~k], ratio[~k][0, 0], equal_nan=True)  # all of them as much larger, or undefined
     few = [g for g in given if rows_of(g) < 6]
     assert [rows_of(g) for g in few] == [3]
     assert all(torch.isin(g["ids"], batch["ids"]).all() for g in few)
@@ -104,8 +110,8 @@ def test_little_company_is_found_each_time(mix, thorough):
 @pytest.mark.parametrize("error", [RuntimeError, ValueError, IndexError, AssertionError])
 def test_a_model_that_fails_beside_extreme_values_is_checked_beside_others(error):
     def careful(batch, mixed):
-        if (batch["x"] > 30).any():
-            raise error("too large")
+        if not (batch["x"] <= 30).all():
+            raise error("too large, or undefined")
         return plain(batch) + mixed * batch["x"].mean()
 
     check(lambda b: careful(b, 0.0))
@@ -255,10 +261,11 @@ def test_distances_are_relative_to_the_largest_and_infinite_where_one_side_is_no
 
 
 def test_masks_are_what_holds_nothing_but_zeros_and_ones():
-    assert _is_mask(torch.tensor([True, False]))
-    assert _is_mask(torch.tensor([0, 1, 1]))
-    assert _is_mask(torch.tensor([0, 0]))
-    assert not _is_mask(torch.tensor([0, 1, 2]))
-    assert not _is_mask(torch.tensor([0, -1]))
-    assert not _is_mask(torch.tensor([0.0, 1.0]))  # an image in black and white is data
-    assert not _is_mask(torch.tensor([0j, 1 + 0j]))
+    assert is_mask(torch.tensor([[True, False]]))
+    assert is_mask(torch.tensor([[0, 1, 1]]))
+    assert is_mask(torch.tensor([[0, 0]]))
+    assert not is_mask(torch.tensor([0, 1]))  # labels
+    assert not is_mask(torch.tensor([[0, 1, 2]]))
+    assert not is_mask(torch.tensor([[0, -1]]))
+    assert not is_mask(torch.tensor([[0.0, 1.0]]))  # an image in black and white is data
+    assert not is_mask(torch.tensor([[0j, 1 + 0j]]))
