@@ -35,7 +35,7 @@ WRITES_INTO = {
     "setitem", "index_put", "index_add", "index_copy", "index_fill", "index_reduce", "scatter", "scatter_add", "scatter_reduce",
     "masked_scatter", "masked_fill", "copy", "select_scatter", "slice_scatter", "put",
 }  # fmt: skip
-_DROPOUTS = {
+DROPOUTS = {
     "dropout",
     "alpha_dropout",
     "feature_dropout",
@@ -46,10 +46,10 @@ _DROPOUTS = {
     "native_dropout",
 }
 # Where layers that torch computes in one call are told their dropout.
-_DROPOUT_AT = {"multi_head_attention_forward": 10, "lstm": 5, "gru": 5, "rnn_tanh": 5, "rnn_relu": 5}
-_MASKING = {*_DROPOUTS, *_DROPOUT_AT, "scaled_dot_product_attention"}
+DROPOUT_AT = {"multi_head_attention_forward": 10, "lstm": 5, "gru": 5, "rnn_tanh": 5, "rnn_relu": 5}
+_MASKING = {*DROPOUTS, *DROPOUT_AT, "scaled_dot_product_attention"}
 # Draws and, where they are bounded or usual, a low and a high value of theirs.
-_DRAWS: dict[str, tuple[float, float] | None] = {
+DRAWS: dict[str, tuple[float, float] | None] = {
     "rand": (0.0, 1 - 2**-24), "rand_like": (0.0, 1 - 2**-24), "bernoulli": (0.0, 1.0), "uniform": None, "randn": (-3.0, 3.0),
     "randn_like": (-3.0, 3.0), "normal": None, "randint": None, "randint_like": None, "randperm": None, "random": None,
     "binomial": None, "standard_gamma": None, "sample_dirichlet": None, "gumbel_softmax": None, "rrelu": None,
@@ -77,12 +77,12 @@ def is_in_place(func: Callable) -> bool:
 
 def is_draw(name: str) -> bool:
     """Whether an operation draws at random."""
-    return name in _DRAWS
+    return name in DRAWS
 
 
 def is_dropout(name: str, args: tuple, kwargs: dict) -> bool:
     """Whether a call draws a mask: a dropout in training whose probability is not 0."""
-    if name not in _DROPOUTS:
+    if name not in DROPOUTS:
         return False
     p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
     training = kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
@@ -166,7 +166,7 @@ class Dependence(TorchFunctionMode):
             self._write(into)
         if kwargs and isinstance(kwargs.get("out"), Tensor) and not self._all_constant(args, None):
             self._write(kwargs["out"])
-        if name in _DRAWS or is_dropout(name, args, kwargs or {}):
+        if name in DRAWS or is_dropout(name, args, kwargs or {}):
             self._draw(name, args, kwargs, out)
         elif name in _IMPORTS and self._left_torch:
             pass
@@ -190,7 +190,7 @@ class Dependence(TorchFunctionMode):
 
     def _draw(self, name: str, args: tuple, kwargs: dict | None, out: Any) -> None:
         """A draw is constant as far as the batch is concerned; a mask that is laid over the batch is not."""
-        if name in _DRAWS or self._all_constant(args, kwargs):
+        if name in DRAWS or self._all_constant(args, kwargs):
             self.drew = True
             if name in VALUELESS or self._all_constant(args, kwargs):
                 self._mark(out)
@@ -280,59 +280,3 @@ _ACROSS = {
     "pack_padded_sequence", "take", "repeat_interleave", "where", *_DIM_AT, "__setitem__", *WRITES_INTO,
     *(f"{name}_" for name in WRITES_INTO),
 }  # fmt: skip
-
-
-class Undropped(TorchFunctionMode):
-    """A pass without dropout, in a model that is otherwise in training mode."""
-
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs, name = kwargs or {}, stripped(func)
-        if name in _DROPOUTS and is_dropout(name, args, kwargs):
-            return args[0] if args else kwargs["input"]
-        if name == "scaled_dot_product_attention" and kwargs.get("dropout_p"):
-            kwargs = {**kwargs, "dropout_p": 0.0}
-        if name in _DROPOUT_AT and len(args) > _DROPOUT_AT[name]:
-            args = (*args[: _DROPOUT_AT[name]], 0.0, *args[_DROPOUT_AT[name] + 1 :])
-        return func(*args, **kwargs)
-
-
-class Company(Dependence):
-    """The same watch over a pass whose other examples were exchanged: what they draw at random is exchanged as well.
-
-    Each draw takes as many random numbers as ever; then the rows of `others` are set to extreme values, and so is a draw that has no row
-    for each example. Examples with luck of their own notice nothing.
-
-    Args:
-        others: (B,) bool. high: whether extremes are high ones.
-    """
-
-    def __init__(self, rows: int, constants: set[int], stand_in: type, others: Tensor, high: bool):
-        super().__init__(rows, constants, stand_in)
-        self._others, self._high = others, high
-
-    def _draw(self, name: str, args: tuple, kwargs: dict | None, out: Any) -> None:
-        super()._draw(name, args, kwargs, out)
-        own_mask = name not in _DRAWS and not self._all_constant(args, kwargs)
-        for tensor in () if own_mask else out:
-            self._exchange(name, tensor.detach())
-
-    def _exchange(self, name: str, drawn: Tensor) -> None:
-        if drawn.numel() == 0:
-            return
-        axis = next((d for d in range(drawn.ndim) if drawn.shape[d] == self.rows), 0)
-        per_example = drawn.ndim > 0 and drawn.shape[axis] % self.rows == 0
-        low_high = _DRAWS.get(name)
-        if name in _DROPOUTS:
-            extreme = drawn * 2 if self._high else torch.zeros_like(drawn)
-        elif low_high is not None and drawn.dtype != torch.bool:
-            extreme = torch.full_like(drawn, low_high[self._high])
-        elif drawn.dtype == torch.bool:
-            extreme = torch.full_like(drawn, self._high)
-        elif drawn.numel() == 1:
-            extreme = drawn + 1 if self._high else drawn - 1
-        else:
-            extreme = drawn.reshape(-1).roll(1 if self._high else -1).view_as(drawn)
-        if per_example:
-            others = self._others.to(drawn.device).repeat_interleave(drawn.shape[axis] // self.rows)
-            extreme = torch.where(others.view([-1 if d == axis else 1 for d in range(drawn.ndim)]), extreme, drawn)
-        drawn.copy_(extreme)

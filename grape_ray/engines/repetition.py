@@ -20,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 from grape_ray.engines import owners
 from grape_ray.engines.batches import is_mask, mapped
-from grape_ray.engines.dependence import Company, Dependence, Undropped
+from grape_ray.engines.company import Company, Undropped
+from grape_ray.engines.dependence import Dependence
 from grape_ray.engines.ownership import Marks, marks_of, same_gradients, same_in_part
 from grape_ray.engines.randomness import random_states, same_generators, set_states
 from grape_ray.engines.session import Session, Tap
