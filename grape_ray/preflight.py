@@ -1,6 +1,6 @@
 """The preflight that every run makes: a few examples against one ordinary backward pass each, before anything is paid for.
 
-The engine verifies by value whose rows are whose (engines.verify); here its sums are compared with the definition, under a clip norm
+The engine verifies by value whose rows are whose (engines.ownership); here its sums are compared with the definition, under a clip norm
 that clips, and examples with themselves as they come alone, without the padding that others need.
 """
 

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from grape_ray.clipping import factors
 from grape_ray.config import Method, Privacy
 from grape_ray.engines import owners
-from grape_ray.engines.batches import batch_rows, is_ragged, mapped, plain
+from grape_ray.engines.batches import batch_rows, is_ragged, mapped, tensors_of
 from grape_ray.engines.layouts import Layouts
 from grape_ray.engines.ownership import ownership
 from grape_ray.engines.precision import pinned
@@ -211,7 +210,7 @@ class Engine:
     def _once(session: Session, forward: Callable[[Any, int], Tensor], batch: Any) -> Tensor:
         """One forward pass under the session's watch, on containers of its own."""
         own = mapped(batch)
-        session.dependence.leaves = {id(t) for t in tree_flatten(plain(own))[0]}
+        session.dependence.leaves = {id(t) for t in tensors_of(own)}
         try:
             with session.dependence:
                 return forward(own, session.rows)

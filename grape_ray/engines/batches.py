@@ -25,6 +25,11 @@ def mapped(batch: Any, change: Callable[[Tensor], Tensor] = lambda t: t) -> Any:
     return made if isinstance(batch, (dict, list, tuple, Tensor)) or not hasattr(batch, "keys") else type(batch)(made)
 
 
+def tensors_of(batch: Any) -> list[Tensor]:
+    """The tensors of a batch, in order."""
+    return [leaf for leaf in tree_flatten(plain(batch))[0] if isinstance(leaf, Tensor)]
+
+
 def batch_rows(batch: Any) -> int:
     """Examples in a batch: the length of each of its tensors.
 
@@ -32,9 +37,10 @@ def batch_rows(batch: Any) -> int:
         ConfigError: a tensor has another length, or none, or there are numbers beside them. What is no example's own may be made from
             all of them, and nothing could tell.
     """
-    leaves = tree_flatten(plain(batch))[0]
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    numbers = [leaf for leaf in leaves if isinstance(leaf, (Number, np.ndarray, np.generic)) and not isinstance(leaf, bool)]
+    tensors = tensors_of(batch)
+    numbers = [
+        leaf for leaf in tree_flatten(plain(batch))[0] if isinstance(leaf, (Number, np.ndarray, np.generic)) and not isinstance(leaf, bool)
+    ]
     lengths = {t.shape[0] if t.ndim else None for t in tensors}
     if len(lengths) != 1 or None in lengths or numbers:
         shapes = ", ".join([*(str(tuple(t.shape)) for t in tensors[:4]), *(type(n).__name__ for n in numbers[:2])]) or type(batch).__name__
@@ -52,6 +58,5 @@ def is_mask(leaf: Tensor) -> bool:
 
 def is_ragged(batch: Any) -> bool:
     """Whether the examples of a batch have different numbers of masked entries."""
-    masks = [leaf for leaf in tree_flatten(plain(batch))[0] if isinstance(leaf, Tensor) and is_mask(leaf)]
-    sums = [mask.flatten(1).sum(1) for mask in masks]
+    sums = [mask.flatten(1).sum(1) for mask in tensors_of(batch) if is_mask(mask)]
     return any(bool((counts != counts[0]).any()) for counts in sums)

@@ -196,7 +196,7 @@ class Dependence(TorchFunctionMode):
                 self._mark(out)
 
     def _follow_picks(self, name: str, args: tuple, kwargs: dict | None, out: Any, in_place: bool) -> None:
-        by = self._picks_now(name, args, kwargs or {}, out)
+        by = self._picks_now(name, args, kwargs or {})
         if by is None and self._picks:
             sources = args[:1] if name in WRITES_INTO or in_place else tensors_in(args, kwargs)
             by = next((p for t in sources if isinstance(t, Tensor) and (p := self.picked(t)) is not None), None)
@@ -206,7 +206,7 @@ class Dependence(TorchFunctionMode):
                 if not isinstance(tensor, self._stand_in):
                     tensor._picked_by = by
 
-    def _picks_now(self, name: str, args: tuple, kwargs: dict, out: Any) -> str | None:
+    def _picks_now(self, name: str, args: tuple, kwargs: dict) -> str | None:
         """The name of the operation where this call mixes up whose rows are whose by what they hold."""
         if self.rows == 1 or name not in _ACROSS or not args or not isinstance(args[0], Tensor):
             return None

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from grape_ray.engines import owners
-from grape_ray.engines.batches import is_mask, mapped
+from grape_ray.engines.batches import is_mask, mapped, tensors_of
 from grape_ray.engines.company import Company, Undropped
 from grape_ray.engines.dependence import Dependence
 from grape_ray.engines.ownership import Marks, marks_of, same_gradients, same_in_part
@@ -135,7 +135,7 @@ class Repetition:
     def _look(self, batch: Any, watching: Dependence) -> Look:
         set_states(self._state)
         with self._session.apart(watching) as taps, torch.enable_grad():
-            watching.leaves = {id(t) for t in _tensors(batch)}
+            watching.leaves = {id(t) for t in tensors_of(batch)}
             with watching:
                 losses = self._forward(batch, watching.rows)
             everyone = torch.ones(watching.rows, dtype=torch.bool)
@@ -207,12 +207,6 @@ class Repetition:
                 f"at most {self._tolerance:g}, relative",
                 "let no loss depend on the number of examples or on their padding, and keep examples in the first dimension",
             )
-
-
-def _tensors(batch: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    mapped(batch, lambda t: found.append(t) or t)
-    return found
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -117,8 +117,6 @@ class Session:
         from grape_ray.engines.dispatch import find
 
         name = stripped(func)
-        if name == "get":
-            name = getattr(func.__self__, "__name__", name)  # the attribute read: T, shape, dtype, ...
         if is_in_place(func) and isinstance(args[0], Tracked):
             self._write(name, args, kwargs)
         if not torch.is_grad_enabled():  # of no gradient in torch either

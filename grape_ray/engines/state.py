@@ -34,7 +34,11 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
 def untrained(model: nn.Module) -> dict[str, Tensor]:
     """Buffers and frozen parameters by name."""
-    return {name: tensor for name, tensor in state_of(model).items() if not (isinstance(tensor, nn.Parameter) and tensor.requires_grad)}
+    return {name: tensor for name, tensor in state_of(model).items() if not _trained(tensor)}
+
+
+def _trained(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) and tensor.requires_grad
 
 
 def checksum(tensor: Tensor) -> int:
@@ -126,7 +130,7 @@ class Watch:
     def constants(self) -> set[int]:
         """The ids of tensors that the pass's batch has not touched: untrained ones, and those that modules hold as attributes."""
         held = {id(value) for attributes in self._attributes for value in attributes.values() if isinstance(value, Tensor)}
-        return held | {id(tensor) for tensor in untrained(self._model).values()}
+        return held | {id(tensor) for tensor in self._tensors.values() if not _trained(tensor)}
 
     def contents(self) -> dict[str, int]:
         """A checksum of each parameter and buffer as it is now; of one that a pass replaced, `check` tells."""
