@@ -182,8 +182,8 @@ def test_a_pretrained_encoder_trains_on_real_sentences_and_comes_back(call, tmp_
     assert ENCODER is not None
     model = Path(str(ENCODER.origin)).parent / "model"
     table = pq.read_table(SST2 / "train.parquet").slice(0, 64)
-    pq.write_table(table, tmp_path / "train.parquet")
-    pq.write_table(table.slice(0, 16), tmp_path / "validation.parquet")
+    pq.write_table(table.slice(0, 48), tmp_path / "train.parquet")
+    pq.write_table(table.slice(48), tmp_path / "validation.parquet")
     words = [f"task.model={model}", f"task.train={tmp_path / 'train.parquet'}", f"task.validation={tmp_path / 'validation.parquet'}"]
     words += ["privacy.steps=2", "privacy.spare_steps=0", "privacy.expected_batch_size=8", "task.max_tokens=24"]
     result = call("train", "pipelines.sst2", "--run", "r", "--json", *(w for word in words for w in ("--set", word)))
