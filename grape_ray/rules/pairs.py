@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grape_ray.rules.rounding import BLOCK, chain, gamma, lengths, products, raised, squared, vector_lengths
+from grape_ray.rules.rounding import BLOCK, chain, dots, gamma, matrix_norms, products, raised, squared, total_length, vector_lengths
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ def outer(left: Left, right: Tensor) -> Tensor:
 
 
 Pair = tuple[Left, Tensor]
+Sides = tuple[Tensor, Tensor]  # of a use: total lengths of the left and of the right factors, (B,) each
 _FEW_USES = 4  # of one weight, of which inner products are taken pair by pair
 
 _GRAM_ENTRIES, _GRADIENT_ENTRIES = 1 << 18, 1 << 21  # of inner products, which fit a cache, and of gradients that exist at a time
@@ -81,7 +82,8 @@ def gram_squared_norms(uses: list[Pair]) -> Tensor:
     """||sum_u left_u^T right_u||^2 per example by inner products of positions (ghost norm; Li et al. 2022) -> (B,) float64, from above.
 
     Sums over pairs of uses, so tied and reused weights are exact. Positions that cancel each other leave little but rounding, which
-    could come out as nothing: each inner product may be off by gamma_n |left_s| |left_t|, and what that can do to the sum is added.
+    could come out as nothing: each inner product may be off by gamma_n |left_s| |left_t|, and the most that this can do to the sum,
+    by the Cauchy-Schwarz inequality, is added.
     """
     return torch.cat([_gram(some) for some in _by_rows(uses, positions(uses) ** 2, _GRAM_ENTRIES)])
 
@@ -91,40 +93,34 @@ def _gram(uses: list[Pair]) -> Tensor:
     uses = [wide(*use) for use in uses]
     dtype = uses[0][1].dtype
     own = [(_inner(left, left, dtype), products(right, right)) for left, right in uses]
-    sides = [_lengths_of(use, grams) for use, grams in zip(uses, own)]
+    sides = [_total_lengths(use, grams) for use, grams in zip(uses, own)]
     total = torch.zeros((), dtype=torch.float64)
     for first, (left, right) in enumerate(uses):
-        total = total + _entrywise(*own[first], (sides[first], sides[first]), left, right)
+        total = total + _entrywise(*own[first], sides[first], sides[first], left, right)
         for second in range(first + 1, len(uses)):
             crossed = _inner(left, uses[second][0], dtype), products(right, uses[second][1])
-            total = total + 2 * _entrywise(*crossed, (sides[first], sides[second]), left, right)
-    magnitude = torch.stack([(a.double() * b.double()).sum(1) for a, b in sides]).sum(0)
-    both = gamma(chain(width(uses[0][0])) + 2, dtype) * gamma(chain(uses[0][1].shape[-1]) + 2, dtype)
-    return total.clamp(min=0) + both * magnitude.square() + positions(uses) ** 2 * torch.finfo(dtype).tiny
+            total = total + 2 * _entrywise(*crossed, sides[first], sides[second], left, right)
+    return total.clamp(min=0) + positions(uses) ** 2 * torch.finfo(dtype).tiny
 
 
-def _lengths_of(use: Pair, grams: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Upper bounds (B,T) on the lengths of the left and of the right factors, from their inner products with themselves."""
+def _total_lengths(use: Pair, grams: tuple[Tensor, Tensor]) -> Sides:
+    """Of the left and of the right factors, from their inner products with themselves."""
     left, right = (gram.diagonal(dim1=1, dim2=2) for gram in grams)
-    return lengths(left, chain(width(use[0]))), lengths(right, chain(use[1].shape[-1]))
+    return total_length(left, chain(width(use[0]))), total_length(right, chain(use[1].shape[-1]))
 
 
-def _entrywise(left: Tensor, right: Tensor, sides: tuple[tuple[Tensor, Tensor], ...], one: Left, other: Tensor) -> Tensor:
-    """sum of left * right, two (B,Ta,Tb) of inner products, raised by what errors in one of them can change -> (B,); spoils both.
+def _entrywise(left: Tensor, right: Tensor, rows: Sides, columns: Sides, one: Left, other: Tensor) -> Tensor:
+    """sum of left * right, two (B,Ta,Tb) of inner products, raised by what errors in them can change -> (B,).
 
-    The errors are at most gamma a_s a_t in `left` and gamma b_s b_t in `right`, for lengths (a, b) of rows and of columns in `sides`.
-    One-hot rows are exact; two roundings are those of the product, and the sum of all entries is taken in float64.
+    With total lengths (a, b) of the rows' and (a', b') of the columns' factors, the errors are matrices of a Frobenius norm of at most
+    gamma a a' in `left` and gamma b b' in `right`. One-hot rows are exact.
     """
-    (a_rows, b_rows), (a_columns, b_columns) = sides
-    size, dtype = left.shape[1] * left.shape[2], right.dtype
-    last = gamma(size, torch.float64)
-    off_left = last + gamma(2 if isinstance(one, Index) else 2 + chain(one.shape[-1]), dtype)
-    off_right = last + gamma(2 + chain(other.shape[-1]), dtype)
-    total = (left * right).sum((1, 2), dtype=torch.float64)
-    for off, matrix, rows, columns in ((off_left, right, a_rows, a_columns), (off_right, left, b_rows, b_columns)):
-        weighted = products(rows.unsqueeze(1), matrix.abs_().transpose(1, 2)).squeeze(1) * columns
-        total = total + off * (1 + 2 * gamma(sum(left.shape[1:]) + 8, dtype)) * weighted.sum(1, dtype=torch.float64)
-    return total
+    dtype = right.dtype
+    off_left = gamma(0 if isinstance(one, Index) else chain(one.shape[-1]), dtype) * rows[0] * columns[0]
+    off_right = gamma(chain(other.shape[-1]), dtype) * rows[1] * columns[1]
+    norms = matrix_norms(left), matrix_norms(right)
+    total, last = dots(left, right)
+    return total + off_left * norms[1] + off_right * norms[0] + off_left * off_right + last * norms[0] * norms[1]
 
 
 def outer_squared_norms(uses: list[Pair], small: Tensor | None = None) -> Tensor:

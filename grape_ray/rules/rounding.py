@@ -38,18 +38,39 @@ def products(a: Tensor, b: Tensor) -> Tensor:
     return a.new_zeros(a.shape[0], a.shape[1], b.shape[1]) if total is None else total
 
 
-def lengths(squares: Tensor, terms: int) -> Tensor:
-    """Upper bounds on the lengths of vectors from their squares (...), computed as sums of so many terms.
-
-    The floor stands for what underflowed: gamma_n times the product of two lengths is never below n times the smallest normal number.
-    """
-    limits = torch.finfo(squares.dtype)
-    return squares.mul(1 + 2 * gamma(terms + _SPARE, squares.dtype)).add_(2 * limits.tiny / limits.eps).sqrt_()
-
-
 def vector_lengths(vectors: Tensor) -> Tensor:
     """Upper bounds (...) on the lengths of vectors (..., n)."""
-    return lengths(torch.linalg.vector_norm(vectors, dim=-1).square_(), vectors.shape[-1])
+    squares = torch.linalg.vector_norm(vectors, dim=-1).square_()
+    return squares.mul_(1 + 2 * gamma(vectors.shape[-1] + _SPARE, vectors.dtype)).add_(_underflow(vectors.dtype)).sqrt_()
+
+
+def total_length(squares: Tensor, terms: int) -> Tensor:
+    """Upper bounds (B,) float64 on sqrt(sum_t |x_t|^2), from the squares (B,T) of vectors' lengths, computed as sums of so many terms."""
+    dtype = squares.dtype
+    total = squares.sum(1, dtype=torch.float64)
+    return total.mul_(1 + 2 * gamma(terms + _SPARE, dtype)).add_(squares.shape[1] * _underflow(dtype)).sqrt_()
+
+
+def _underflow(dtype: torch.dtype) -> float:
+    """What is added to a squared length for what underflowed: gamma_n times two lengths is then never below n smallest normal numbers."""
+    limits = torch.finfo(dtype)
+    return 2 * limits.tiny / limits.eps
+
+
+def matrix_norms(matrices: Tensor) -> Tensor:
+    """Upper bounds (B,) float64 on the Frobenius norms of matrices (B,M,N), whose N is at most a few thousand."""
+    rows = torch.linalg.vector_norm(matrices, dim=2).double()
+    size = math.sqrt(matrices.shape[1] * matrices.shape[2])
+    lost = gamma(matrices.shape[2] + _SPARE, matrices.dtype) + gamma(matrices.shape[1] + _SPARE, torch.float64)
+    return torch.linalg.vector_norm(rows, dim=1).mul_(1 + lost).add_(size * math.sqrt(torch.finfo(matrices.dtype).tiny))
+
+
+def dots(a: Tensor, b: Tensor) -> tuple[Tensor, float]:
+    """sum of a * b, two (B,M,N), -> (B,) float64, and how far it may be off, relative to the product of their Frobenius norms."""
+    total = torch.zeros(a.shape[0], dtype=torch.float64, device=a.device)
+    for left, right in zip(a.split(BLOCK, 2), b.split(BLOCK, 2)):
+        total += torch.linalg.vecdot(left, right).sum(1, dtype=torch.float64)
+    return total, gamma(min(a.shape[2], BLOCK) + 1, a.dtype) + gamma(a.shape[1] + _SPARE, torch.float64)
 
 
 def squared(stored: Tensor) -> Tensor:
