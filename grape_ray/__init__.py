@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from grape_ray.config import Config, Method, Performance, Privacy
     from grape_ray.engines import make_engine, register_rule
-    from grape_ray.noise import privatize
+    from grape_ray.noise import NoiseStream, privatize
+    from grape_ray.optim import make_optimizer
 
-__all__ = ["Config", "Method", "Performance", "Privacy", "make_engine", "privatize", "register_rule"]
+__all__ = ["Config", "Method", "NoiseStream", "Performance", "Privacy", "make_engine", "make_optimizer", "privatize", "register_rule"]
 
 _HOMES = {
     "Config": "config", "Method": "config", "Performance": "config", "Privacy": "config",
-    "make_engine": "engines", "privatize": "noise", "register_rule": "engines",
+    "make_engine": "engines", "register_rule": "engines", "NoiseStream": "noise", "privatize": "noise", "make_optimizer": "optim",
 }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from grape_ray import types
 from grape_ray.comms import Comms
 from grape_ray.errors import ConfigError, NoiseReuse
 from grape_ray.rng import normals
-from grape_ray.types import ClippedSum, NonPrivateGradient, PrivateGradient
+from grape_ray.types import ClippedSum, NonPrivateGradient, PrivateGradient, step_of
 
 _BACKGROUND = ThreadPoolExecutor(1, "noise")
 _BELOW_SENSITIVITY = 31  # bits from the sensitivity down to the grid
@@ -52,7 +52,7 @@ class NoiseStream:
         """Marks `step` as drawn. Raises NoiseReuse unless steps only go up."""
         if step <= self._last:
             raise NoiseReuse(
-                "noise of a step that was already drawn", step, f"a step after {self._last}", "begin a new attempt: it has a new key"
+                "noise of a step that was already drawn", step, f"a step after {self._last}", "give clipped_sum each step once"
             )
         self._last = step
 
@@ -76,7 +76,7 @@ def privatize(
     summed: ClippedSum,
     stream: NoiseStream,
     *,
-    step: int,
+    step: int | None = None,
     noise_multiplier: float,
     expected_batch_size: float,
     comms: Comms | None = None,
@@ -91,16 +91,18 @@ def privatize(
     Args:
         summed: this rank's clipped sum, the same tensors on every rank.
         stream: this attempt's secret stream, the same on every rank.
-        step: global step, each used once and ascending.
+        step: the step of `summed`; may be left out where the sum carries it, as an engine's does.
         noise_multiplier: standard deviation in units of the sensitivity.
         expected_batch_size: mean of the Poisson batch's size over all ranks; never the realised one, which is private.
 
     Raises:
-        NoiseReuse: the step's noise was drawn before. ConfigError: a number that is not finite and > 0.
+        NoiseReuse: the step's noise was drawn before: each step is used once, ascending. GrapeRayError: `step` is not that of the sum.
+        ConfigError: a number that is not finite and > 0.
     """
     for name, value in (("noise_multiplier", noise_multiplier), ("expected_batch_size", expected_batch_size)):
         if not (math.isfinite(value) and value > 0):
             raise ConfigError(name, value, "a finite number > 0")
+    step = step_of(summed, step)
     stream.claim(step)
     count = sum(t.numel() for t in summed.tensors.values())
     grid, std = grid_and_std(summed.sensitivity, noise_multiplier, count)
@@ -113,7 +115,7 @@ def privatize(
         return mine
 
     tensors = _by_slices(summed.tensors, comms or Comms.local(), release)
-    return PrivateGradient(tensors, step, std / expected_batch_size, types._DOOR)
+    return PrivateGradient(tensors, step, std / expected_batch_size, summed.period, types._DOOR)
 
 
 def grid_and_std(sensitivity: float, noise_multiplier: float, count: int) -> tuple[float, float]:
@@ -154,10 +156,10 @@ def _pieces(start: int, count: int, size: int) -> Iterator[tuple[int, int]]:
         low = high
 
 
-def nonprivate_mean(summed: ClippedSum, *, step: int, batch_size: float, comms: Comms | None = None) -> NonPrivateGradient:
+def nonprivate_mean(summed: ClippedSum, *, batch_size: float, step: int | None = None, comms: Comms | None = None) -> NonPrivateGradient:
     """The plain mean gradient of the yardstick: the sum over ranks divided by `batch_size`, no noise, no guarantee."""
     tensors = _by_slices(summed.tensors, comms or Comms.local(), lambda mine, _: mine.div_(max(batch_size, 1)))
-    return NonPrivateGradient(tensors, step)
+    return NonPrivateGradient(tensors, step_of(summed, step), period=summed.period)
 
 
 def _by_slices(tensors: Mapping[str, Tensor], comms: Comms, release) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from grape_ray.errors import CheckpointError, GrapeRayError
 from grape_ray.methods import METHODS
 from grape_ray.rng import public_bits
 from grape_ray.subspace import Subspace, Svd, plan_projections
-from grape_ray.types import NonPrivateGradient, PrivateGradient
+from grape_ray.types import NonPrivateGradient, PrivateGradient, step_of
 
 
 def learning_rate(method: Method, step: int, total_steps: int) -> float:
@@ -81,13 +81,25 @@ class Optimizer:
             return held
         return slice(0, plan.rows if sharding.local(param).numel() else 0)  # (1, d0, ...): one rank holds it all
 
-    def step(self, gradient: PrivateGradient | NonPrivateGradient, step: int) -> None:
-        """One update. Raises GrapeRayError for anything that did not come through the noise line (or method `none`)."""
+    def step(self, gradient: PrivateGradient | NonPrivateGradient, step: int | None = None) -> None:
+        """One update, of the step that the gradient carries.
+
+        Args:
+            step: that step, or nothing.
+
+        Raises:
+            GrapeRayError: `gradient` did not come through the noise line (or method `none`), it is of another step than `step`, or its
+                coordinates are of another period of projections than that in which they would be lifted.
+        """
         if not isinstance(gradient, (PrivateGradient, NonPrivateGradient)):
             raise GrapeRayError(
                 "the optimizer's gradient", type(gradient).__name__, "a PrivateGradient", "pass the clipped sum through noise.privatize"
             )
+        step = step_of(gradient, step)
         period, rate = self.subspace.period(step), learning_rate(self.method, step, self.total_steps)
+        if gradient.period not in (None, period):
+            fix = "take subspace and refresh of engine and optimizer from one config"
+            raise GrapeRayError("the projections of a gradient", f"period {gradient.period}", f"period {period} of step {step}", fix)
         self.updates += 1
         if self.recorder:
             self.recorder.begin_step(period, 1 - rate * self.method.weight_decay)

@@ -60,7 +60,7 @@ class Step:
         share = batch[self.comms.rank :: self.comms.world_size]
         largest = -(-len(batch) // self.comms.world_size) if is_sharded(self.model) else len(share)
         self._draw_ahead(step)
-        self.optimizer.step(self._gradient(self._summed(share, largest, step), step, len(batch)), step)
+        self.optimizer.step(self._gradient(self._summed(share, largest, step), len(batch)))
 
     def _draw_ahead(self, step: int) -> None:
         """Where a GPU computes the gradients, idle cores draw the noise meanwhile: it does not depend on them."""
@@ -88,15 +88,14 @@ class Step:
             batch = to_device(self.task.collate(self.records, np.concatenate([own, filler])), self.device)
             part = self.engine.clipped_sum(self.loss, batch, step=step, mask=mask)
             total = part if total is None else total + part
-        return self.engine.empty_sum() if total is None else total
+        return self.engine.empty_sum(step) if total is None else total
 
-    def _gradient(self, summed: ClippedSum, step: int, batch_size: int) -> PrivateGradient | NonPrivateGradient:
+    def _gradient(self, summed: ClippedSum, batch_size: int) -> PrivateGradient | NonPrivateGradient:
         if self.noise is None:
-            return nonprivate_mean(summed, step=step, batch_size=batch_size, comms=self.comms)
+            return nonprivate_mean(summed, batch_size=batch_size, comms=self.comms)
         return privatize(
             summed,
             self.noise,
-            step=step,
             noise_multiplier=self.noise_multiplier,
             expected_batch_size=self.expected_batch_size,
             comms=self.comms,

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from grape_ray import Method, make_engine
-from grape_ray.errors import CheckpointError, ConfigError
+from grape_ray.errors import CheckpointError, ConfigError, GrapeRayError, NoiseReuse
 from grape_ray.noise import NoiseStream, privatize
 from grape_ray.optim import learning_rate, make_optimizer
 from grape_ray.subspace import Gaussian, Projection, Svd, plan_projections
@@ -28,7 +28,7 @@ def trained(method, steps=6, resume_at=None, **options):
                                                           refresh=method.refresh), method, steps)  # fmt: skip
             optimizer.load_state_dict(state)
         summed = engine.clipped_sum(zoo.layer_loss, zoo.layer_batch(seed=step), step=step)
-        optimizer.step(privatize(summed, stream, step=step, noise_multiplier=0.3, expected_batch_size=6), step)
+        optimizer.step(privatize(summed, stream, noise_multiplier=0.3, expected_batch_size=6))
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
@@ -47,6 +47,36 @@ def test_moment_policies_differ_once_the_subspace_changes(method):
     assert not torch.equal(ends["keep"], ends["transfer"])
     never = {m: trained(method, moments=m, refresh=0) for m in ("keep", "reset")}
     assert torch.equal(never["keep"], never["reset"])
+
+
+def test_noise_and_update_are_those_of_the_step_that_was_summed():
+    method = Method(name="grape", rank=3, project_min_numel=100, refresh=2)
+    model = zoo.build_layer("reused module")
+    engine = make_engine(model, "grape", 1.0, rank=3, project_min_numel=100, refresh=2)
+    optimizer, noise = make_optimizer(model, engine, method, 9), {"noise_multiplier": 1.0, "expected_batch_size": 6}
+    before = [p.detach().clone() for p in model.parameters()]
+    summed = engine.clipped_sum(zoo.layer_loss, zoo.layer_batch(), step=5)
+    with pytest.raises(GrapeRayError, match="step 5, for which it was made"):
+        privatize(summed, NoiseStream(KEY), step=0, **noise)
+    with pytest.raises(GrapeRayError, match="clipped sums of different mechanisms"):
+        summed + engine.empty_sum(4)
+    released = privatize(summed, NoiseStream(KEY), **noise)
+    assert (released.step, released.period) == (5, 2)
+    with pytest.raises(GrapeRayError, match="step 5, for which it was made"):
+        optimizer.step(released, 4)
+    slower = make_optimizer(model, make_engine(model, "grape", 1.0, rank=3, project_min_numel=100, refresh=100), method, 9)
+    with pytest.raises(GrapeRayError, match="period 2, expected period 0 of step 5"):
+        slower.step(released)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    optimizer.step(released)
+    assert not all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
+def test_a_loop_that_forgets_to_count_its_steps_ends_at_the_second():
+    engine, stream = make_engine(zoo.build_layer("Linear"), "dp_adam", 1.0), NoiseStream(KEY)
+    privatize(engine.clipped_sum(zoo.layer_loss, zoo.layer_batch()), stream, noise_multiplier=1.0, expected_batch_size=6)
+    with pytest.raises(NoiseReuse, match="give clipped_sum each step once"):
+        privatize(engine.clipped_sum(zoo.layer_loss, zoo.layer_batch()), stream, noise_multiplier=1.0, expected_batch_size=6)
 
 
 def test_a_state_of_another_rank_is_refused():
@@ -127,7 +157,7 @@ def test_sgd_with_momentum_is_torchs():
 
     for step in range(3):
         batch = {"x": torch.randn(4, 3)}
-        optimizer.step(nonprivate_mean(engine.clipped_sum(loss, batch), step=step, batch_size=4), step)
+        optimizer.step(nonprivate_mean(engine.clipped_sum(loss, batch, step=step), batch_size=4))
         reference.zero_grad()
         loss(twin, batch).mean().backward()
         reference.step()

@@ -44,10 +44,7 @@ class PrivateStep:
     def __call__(self) -> None:
         summed = self.engine.clipped_sum(self.loss, self.batch, step=self.count)
         rows = len(self.batch["labels"])
-        released = self.privatize(
-            summed, self.stream, step=self.count, noise_multiplier=NOISE_MULTIPLIER, expected_batch_size=rows
-        )  # fmt: skip
-        self.optimizer.step(released, self.count)
+        self.optimizer.step(self.privatize(summed, self.stream, noise_multiplier=NOISE_MULTIPLIER, expected_batch_size=rows))
         self.count += 1
 
 

@@ -68,8 +68,8 @@ def measure(where: Setting, storage: str, rank: int, every: int, deltas: int, ro
                 asked = time.monotonic()
                 written += saver.save(step, {}, Occasion.DUE)
                 copies.append(time.monotonic() - asked)
-            released = privatize(engine.clipped_sum(loss, batch), noise, step=step, noise_multiplier=1.0, expected_batch_size=where.rows)
-            optimizer.step(released, step)
+            released = privatize(engine.clipped_sum(loss, batch, step=step), noise, noise_multiplier=1.0, expected_batch_size=where.rows)
+            optimizer.step(released)
             step += 1
         if index:  # the first block warms up
             (saving if checkpoints else plain).append((time.monotonic() - began) / block)

@@ -134,7 +134,7 @@ def _one_rank(index: int, where: Setting, method: str, rank: int, ranks: int, fo
     def step(number: int) -> None:
         summed = engine.clipped_sum(loss, batch, step=number)
         size = ranks * where.rows
-        optimizer.step(privatize(summed, stream, step=number, noise_multiplier=1.0, expected_batch_size=size, comms=comms), number)
+        optimizer.step(privatize(summed, stream, noise_multiplier=1.0, expected_batch_size=size, comms=comms))
 
     for number in range(WARM_UP):
         step(number)

@@ -107,7 +107,8 @@ class Engine:
         Args:
             per_example_loss: `(model, batch) -> (B,)`, each entry a function of its own example alone.
             batch: a tensor, or a dict, list or tuple of them; tensors that carry examples have B entries in dimension 0.
-            step: decides the projection's period. mask: (B,) bool; False rows are padding and contribute nothing.
+            step: the step to be taken: its projections are used, and its noise will be.
+            mask: (B,) bool; False rows are padding and contribute nothing.
 
         Guarantees: adding or removing one example moves the sum by at most clip_norm in L2 over all tensors; an example whose
         gradient is not finite contributes zero; an empty batch gives zeros without running the model.
@@ -124,7 +125,7 @@ class Engine:
                 "the set of trainable parameters", "another than the engine was made for", "the same", "make a new engine"
             )
         if rows == 0:
-            return self.empty_sum()
+            return self.empty_sum(step)
         state = random_states(next(iter(self.params.values())).device)
         self._unsettled = False
         for _ in range(_ATTEMPTS):
@@ -159,9 +160,9 @@ class Engine:
         """Uses what was verified elsewhere, and never runs the model to verify more: ranks of a sharded model must run it together."""
         self.layouts, self._may_verify = layouts, False
 
-    def empty_sum(self) -> ClippedSum:
-        """The clipped sum of no example: zeros, to be noised like any other."""
-        return self._complete({}, {})
+    def empty_sum(self, step: int | None = None) -> ClippedSum:
+        """The clipped sum of no example: zeros, to be noised like any other; with a step as `clipped_sum`, or of any."""
+        return self._complete({}, {}, step)
 
     def _pass(self, per_example_loss: PerExampleLoss, batch: Any, rows: int, step: int, mask: Tensor | None) -> ClippedSum:
         watch = Watch(self.model)
@@ -173,7 +174,7 @@ class Engine:
                     losses.sum().backward()
                 session.flush()
         with pinned(session.device.type):
-            return self._clip(session.sink, losses, mask)
+            return self._clip(session.sink, losses, mask, step)
 
     def _forward(self, session: Session, per_example_loss: PerExampleLoss, batch: Any, step: int, watch: Watch) -> Tensor:
         """The losses (B,) of a pass whose taps all know whose rows they have: by an earlier pass of its kind, or verified now."""
@@ -259,12 +260,12 @@ class Engine:
         return _HALF_TOLERANCE if session.half else max(_TOLERANCE.get(p.dtype, _HALF_TOLERANCE) for p in self.params.values())
 
     @torch.no_grad()
-    def _clip(self, sink: Sink, losses: Tensor, mask: Tensor | None) -> ClippedSum:
+    def _clip(self, sink: Sink, losses: Tensor, mask: Tensor | None, step: int) -> ClippedSum:
         """Norms, factors, sum."""
         weights, norms = self._factors(sink, losses, mask)
         bad = (~torch.isfinite(norms)).nonzero().squeeze(1)
         sums = sink.weighted_sum(weights, bad)
-        return self._complete(sums, {"norms": norms, "losses": losses.detach()})
+        return self._complete(sums, {"norms": norms, "losses": losses.detach()}, step)
 
     def _factors(self, sink: Sink, losses: Tensor, mask: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
         found = sink.squared_norms()
@@ -273,14 +274,15 @@ class Engine:
         norms = torch.stack(list(complete.values())).sum(0).sqrt()
         return factors(complete, self.clipping, self.clip_norm, mask), norms
 
-    def _complete(self, sums: dict[str, Tensor], unprotected: dict[str, Tensor]) -> ClippedSum:
+    def _complete(self, sums: dict[str, Tensor], unprotected: dict[str, Tensor], step: int | None) -> ClippedSum:
         """The sum with zeros for every tensor that the batch left unused: it is noised all the same."""
         sink = self.sink_type(self.params, 0, self.subspace, 0)
         tensors = {
             name: sums[name].to(sum_dtype(p)) if name in sums else torch.zeros(sink.shape(name), dtype=sum_dtype(p), device=p.device)
             for name, p in self.params.items()
         }
-        return ClippedSum(tensors, self.clip_norm, unprotected)
+        period = self.subspace.period(step) if self.subspace.plan and step is not None else None
+        return ClippedSum(tensors, self.clip_norm, unprotected, step, period)
 
     def _session(self, rows: int, step: int, watch: Watch) -> Session:
         return Session(rows, self._make_sink(rows, step), next(iter(self.params.values())).device, watch.constants(), self.layouts.inside)

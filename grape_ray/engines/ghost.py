@@ -94,4 +94,4 @@ class Ghost(Engine):
                 if losses.requires_grad:
                     losses.sum().backward()
                 session.flush()
-        return self._complete(sink.sums, {"norms": norms, "losses": losses.detach()})
+        return self._complete(sink.sums, {"norms": norms, "losses": losses.detach()}, step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,14 +21,13 @@ class Plain(Engine):
     def clipped_sum(self, per_example_loss: PerExampleLoss, batch: Any, step: int = 0, mask: Tensor | None = None) -> ClippedSum:
         rows = batch_rows(batch)
         if rows == 0:
-            return self.empty_sum()
+            return self.empty_sum(step)
         with torch.enable_grad():
             losses = check_losses(per_example_loss(self.model, batch), rows)
             total = losses.sum() if mask is None else losses[mask].sum()
             found = torch.autograd.grad(total, list(self.params.values()), allow_unused=True)
         sums = {name: grad for name, grad in zip(self.params, found) if grad is not None}
-        return self._complete(sums, {"losses": losses.detach()})
+        return self._complete(sums, {"losses": losses.detach()}, step)
 
-    def _complete(self, sums: dict[str, Tensor], unprotected: dict[str, Tensor]) -> ClippedSum:
-        done = super()._complete(sums, unprotected)
-        return ClippedSum(done.tensors, float("inf"), done.unprotected)
+    def _complete(self, sums: dict[str, Tensor], unprotected: dict[str, Tensor], step: int | None) -> ClippedSum:
+        return replace(super()._complete(sums, unprotected, step), sensitivity=float("inf"))

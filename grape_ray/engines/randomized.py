@@ -11,6 +11,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -119,7 +120,7 @@ class Randomized(Ghost):
     def _pass(self, per_example_loss: PerExampleLoss, batch: Any, rows: int, step: int, mask: Tensor | None) -> ClippedSum:
         self._stream.at(step)
         done = super()._pass(per_example_loss, batch, rows, step, mask)
-        return ClippedSum(done.tensors, done.sensitivity, {"losses": done.unprotected["losses"]})  # estimates tell of secret probes
+        return replace(done, unprotected={"losses": done.unprotected["losses"]})  # estimates tell of secret probes
 
     def _factors(self, sink: Sink, losses: Tensor, mask: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
         weights, norms = super()._factors(sink, losses, mask)

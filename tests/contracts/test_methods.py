@@ -109,11 +109,10 @@ def test_without_clip_and_noise_every_full_rank_method_is_plain_adamw(method):
     adamw = torch.optim.AdamW(theirs.parameters(), lr=0.01, weight_decay=0.1, eps=1e-3)
     stream = NoiseStream(b"e" * 32)
     for step, batch in enumerate(batches):
-        summed = engine.clipped_sum(zoo.layer_loss, batch)
+        summed = engine.clipped_sum(zoo.layer_loss, batch, step=step)
         assert (summed.unprotected["norms"] < CLIP_NOTHING).all()
-        first.step(privatize(summed, stream, step=step, noise_multiplier=1e-22,
-                             expected_batch_size=6), step)  # fmt: skip
-        third.step(nonprivate_mean(plain.clipped_sum(zoo.layer_loss, batch), step=step, batch_size=6), step)
+        first.step(privatize(summed, stream, noise_multiplier=1e-22, expected_batch_size=6))
+        third.step(nonprivate_mean(plain.clipped_sum(zoo.layer_loss, batch, step=step), batch_size=6))
         adamw.zero_grad()
         zoo.layer_loss(theirs, batch).mean().backward()
         adamw.step()
