@@ -148,7 +148,8 @@ class Performance:
         num_workers: Ray Train workers; 0 runs in this process, without Ray; `2:8` lets their number follow the cluster.
         use_gpu: one GPU a worker.
         charge_chunk: steps reserved in the ledger at a time; a crash loses at most one chunk.
-        checkpoint_every, eval_every: steps; 0 only at the end.
+        checkpoint_every, eval_every: steps; 0 only at the end. checkpoint_every_s: seconds, beside it; 0 counts steps alone.
+        stop_on_nan: whether a metric that is not finite at two evaluations in a row ends the run, before more is paid for.
         keep_checkpoints: committed checkpoints kept.
         delta_checkpoints: of method `grape`: so many checkpoints between two full ones hold only coordinates, a few percent of the bytes;
             weights restored from one differ from those saved by rounding. With `sharded`, or where projected weights are not fp32, all
@@ -169,7 +170,9 @@ class Performance:
     use_gpu: bool = False
     charge_chunk: int = 25
     checkpoint_every: int = 0
+    checkpoint_every_s: float = 300.0
     eval_every: int = 0
+    stop_on_nan: bool = True
     keep_checkpoints: int = 2
     delta_checkpoints: int = 0
     checkpoint_timeout_s: float = 600.0
@@ -190,6 +193,8 @@ class Performance:
         for name in ("start_timeout_s", "resize_every_s", "checkpoint_timeout_s", "storage_timeout_s"):
             value = getattr(self, name)
             _require(_number(value) and value > 0, f"performance.{name}", value, "a number of seconds > 0")
+        every_s = self.checkpoint_every_s
+        _require(_number(every_s) and every_s >= 0, "performance.checkpoint_every_s", every_s, "a number of seconds, 0 for never")
         low, high = self.workers
         expected, fix = "an integer >= 0, or MIN:MAX", "0 trains in this process, 2:8 follows the cluster"
         _require(0 <= low <= high and (low > 0 or high == 0), "performance.num_workers", self.num_workers, expected, fix)

@@ -39,7 +39,7 @@ def execute(
     device: torch.device | None = None,
     on_progress: Callable[[Progress, float | None], None] | None = None,
     on_checkpoint: Callable[[str, Mapping[str, Any]], None] | None = None,
-    on_notice: Callable[[], Notice] = lambda: Notice.NONE,
+    on_notice: Callable[[Notice], Notice] = lambda own: own,
     on_figures: Callable[[Mapping[str, float]], None] = lambda figures: None,
     begin: Callable[[Plan, Comms], Attempt] | None = None,
     around: Around | None = None,
@@ -71,7 +71,7 @@ def _execute(
     device: torch.device,
     on_progress: Callable[[Progress, float | None], None] | None,
     on_checkpoint: Callable[[str, Mapping[str, Any]], None] | None,
-    on_notice: Callable[[], Notice],
+    on_notice: Callable[[Notice], Notice],
     on_figures: Callable[[Mapping[str, float]], None],
     begin: Callable[[Plan, Comms], Attempt] | None,
     around: Around,
@@ -116,6 +116,8 @@ def _execute(
     try:
         outcome = run_loop(take, session, config.performance, start, config.privacy.steps, comms)
         saver.settle()
+        if on_checkpoint and outcome.progress.metrics_step == outcome.progress.step and saver.newest:  # the last is made before its metrics
+            on_checkpoint(saver.newest, {"step": outcome.progress.step, "metrics": outcome.progress.metrics})
         journal.note("ended", step=outcome.progress.step, exhausted=outcome.exhausted, interrupted=outcome.interrupted)
     except Exception as error:
         plain = isinstance(error, (CheckpointError, LedgerError, StorageError)) and is_ours(error)  # another's text may quote a record
@@ -216,12 +218,15 @@ def _conclude(session: Session, outcome: Outcome, seconds: float) -> dict[str, A
             "steps": progress.step,
             "noise_multiplier": plan.noise_multiplier if ledger else None,
             "metrics": dict(progress.metrics),
+            "metrics_step": progress.metrics_step,
+            "problems": session.problems,
             "seconds": round(seconds, 3),
             "peak_bytes": max(peaks),
             "checkpoint": f"{session.folder.url}/{session.saver.newest}",
             "ledger": plan.ledger,
             "exhausted": outcome.exhausted,
             "stopped": outcome.stopped,
+            "diverged": list(progress.diverged),
             "executed_steps": session.earlier_steps + progress.executed,
             "charged_steps": charged,
             "attempts": attempts,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import enum
+import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from grape_ray.comms import Comms
@@ -22,6 +23,7 @@ class Progress:
         executed: steps that this attempt has executed.
         steps_per_s: mean speed since this attempt's first step; larger batches take longer, and timing is not hidden (docs/privacy.md).
         metrics: the newest validation metrics, and the step they belong to.
+        diverged: metrics that were not finite at this evaluation and at the one before.
     """
 
     step: int
@@ -30,14 +32,16 @@ class Progress:
     steps_per_s: float = 0.0
     metrics: Mapping[str, float] = field(default_factory=dict)
     metrics_step: int | None = None
+    diverged: tuple[str, ...] = ()
 
 
 class Notice(enum.IntEnum):
-    """What the world asks of a run: nothing, a checkpoint as soon as may be (a machine will go), or a checkpoint and an end."""
+    """What is asked of a run: nothing, a checkpoint because time has passed, one at once (a machine will go), or one and an end."""
 
     NONE = 0
-    SAVE = 1
-    STOP = 2
+    DUE = 1
+    SAVE = 2
+    STOP = 3
 
 
 class Occasion(enum.Enum):
@@ -53,7 +57,8 @@ class Outcome:
     """How a loop ended.
 
     Attributes:
-        progress: the last. exhausted: whether the budget ended it early; stopped: whether `go_on` did; interrupted: whether a notice did.
+        progress: the last. exhausted: whether the budget ended it early; stopped: whether `go_on` did, or metrics that are not finite;
+            interrupted: whether a notice did.
         paid_until: steps below it are paid for; those from `progress.step` on never started.
     """
 
@@ -76,8 +81,8 @@ class Hooks(Protocol):
         """Whether every rank must evaluate, as a model whose weights are spread over them needs; otherwise rank 0 does it alone."""
         ...
 
-    def evaluate(self) -> dict[str, float]:
-        """Validation metrics of the model as it is."""
+    def evaluate(self) -> dict[str, float] | None:
+        """Validation metrics of the model as it is; None where they could not be had, which ends no run: the hooks keep the reason."""
         ...
 
     def score(self, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -97,7 +102,7 @@ class Hooks(Protocol):
         ...
 
     def go_on(self, progress: Progress) -> bool:
-        """Asked on rank 0 after each evaluation but the last, once all is durable: whether more steps are wanted."""
+        """Asked on rank 0 after each evaluation that succeeded but the last, once all is durable: whether more steps are wanted."""
         ...
 
     def progressed(self, progress: Progress) -> None:
@@ -108,7 +113,8 @@ class Hooks(Protocol):
 def run_loop(take_step: Callable[[int], None], hooks: Hooks, performance: Performance, start: int, total: int, comms: Comms) -> Outcome:
     """Takes steps `start .. total` (0-based, half open), each paid for beforehand.
 
-    A budget that ends before `total`, or `go_on`, ends the loop in good order: what was trained so far is evaluated and checkpointed.
+    A budget that ends before `total`, or `go_on`, ends the loop in good order: what was trained so far is checkpointed and evaluated, in
+    this order, so that no evaluation can lose it. So do metrics that are not finite at two evaluations, if `performance` says so.
 
     Raises:
         What a hook raises on rank 0 is raised on every rank, so that no rank waits for ever.
@@ -127,24 +133,25 @@ def run_loop(take_step: Callable[[int], None], hooks: Hooks, performance: Perfor
         take_step(step)
         executed = progress.executed + 1
         speed = executed / max(time.monotonic() - began, 1e-9)
-        progress = Progress(step + 1, total, executed, speed, progress.metrics, progress.metrics_step)
+        progress = replace(progress, step=step + 1, executed=executed, steps_per_s=speed)
         if progress.step < total:
             if _due(progress.step, performance.eval_every):
                 progress = _evaluated(progress, hooks, comms)
             notice = hooks.notice(progress)
             if notice or _due(progress.step, performance.checkpoint_every):
-                occasion = Occasion.URGENT if notice else Occasion.DUE
+                occasion = Occasion.URGENT if notice > Notice.DUE else Occasion.DUE
                 saved = progress.step if hooks.checkpoint(progress, occasion) else saved
             if comms.rank == 0:
                 hooks.progressed(progress)
             if progress.metrics_step == progress.step:
                 hooks.settle()
                 stopped = not _on_rank_zero(comms, lambda p=progress: hooks.go_on(p))
+                stopped = stopped or (performance.stop_on_nan and bool(progress.diverged))
     interrupted = notice is Notice.STOP and progress.step < total
-    if progress.metrics_step != progress.step and not interrupted:
-        progress = _evaluated(progress, hooks, comms)
     if saved != progress.step:
         hooks.checkpoint(progress, Occasion.LAST)
+    if progress.metrics_step != progress.step and not interrupted:
+        progress = _evaluated(progress, hooks, comms)
     if comms.rank == 0:
         hooks.progressed(progress)
     return Outcome(progress, exhausted, stopped, paid_until, interrupted)
@@ -155,10 +162,19 @@ def _due(step: int, every: int) -> bool:
 
 
 def _evaluated(progress: Progress, hooks: Hooks, comms: Comms) -> Progress:
-    """The progress with fresh metrics, which every rank gets from rank 0."""
-    found = hooks.evaluate() if hooks.evaluates_together else None
-    metrics = _on_rank_zero(comms, lambda: hooks.score(hooks.evaluate() if found is None else found))
-    return Progress(progress.step, progress.total, progress.executed, progress.steps_per_s, metrics, progress.step)
+    """The progress with fresh metrics, which every rank gets from rank 0; as it was where there are none."""
+    together = hooks.evaluates_together
+    found = hooks.evaluate() if together else None
+
+    def scored() -> dict[str, float] | None:
+        mine = found if together else hooks.evaluate()
+        return None if mine is None else hooks.score(mine)
+
+    metrics = _on_rank_zero(comms, scored)
+    if metrics is None:
+        return progress
+    diverged = tuple(n for n, v in metrics.items() if not (math.isfinite(v) or math.isfinite(progress.metrics.get(n, 0.0))))
+    return replace(progress, metrics=metrics, metrics_step=progress.step, diverged=diverged)
 
 
 def _on_rank_zero(comms: Comms, call: Callable):

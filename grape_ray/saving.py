@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from grape_ray.checkpoint import Checkpoint, Coordinates, State, Writer
 from grape_ray.comms import Comms
 from grape_ray.config import Config
 from grape_ray.engines.state import Start
-from grape_ray.errors import CheckpointError, GrapeRayError
+from grape_ray.errors import CheckpointError, GrapeRayError, StorageError
 from grape_ray.loop import Occasion
 from grape_ray.methods import METHODS
 from grape_ray.optim import Optimizer
@@ -33,6 +33,7 @@ class Saver:
     Attributes:
         attempt: the number that names its folders. listeners: told (name, facts) of each committed checkpoint, on every rank.
         newest: name of the newest committed checkpoint, as far as this rank was told. skipped: how many were left out.
+        failure: why the one before could not be written; a second failure in a row is raised.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Saver:
         self._facts: Mapping[str, Any] = {}
         self.listeners: list[Callable[[str, Mapping[str, Any]], None]] = []
         self._told = self.newest = ""
-        self.skipped = 0
+        self.skipped, self.failure = 0, cast(GrapeRayError | None, None)
         self._coordinates = Coordinates(optimizer.subspace) if performance.delta_checkpoints and _lifts_exactly(config, optimizer) else None
         optimizer.recorder = self._coordinates
 
@@ -67,14 +68,10 @@ class Saver:
             self._optimizer.recorder = self._coordinates = coordinates
 
     def save(self, step: int, facts: Mapping[str, Any], occasion: Occasion) -> bool:
-        """Whether a checkpoint of `step` was begun. Raises what an earlier one failed with."""
-        if occasion is Occasion.DUE:
-            if not self._writer.ready():
-                self.skipped += 1
-                return False
-            self._tell()
-        else:
-            self.settle()
+        """Whether a checkpoint of `step` was begun. Raises what the two before failed with, or this one, if it is waited for."""
+        if not self._clear(wait=occasion is not Occasion.DUE):
+            self.skipped += 1
+            return False
         name, moved = checkpoint.folder_of(step, self.attempt), self._coordinates
         limit = self._config.performance.delta_checkpoints
         delta = moved is not None and moved.base is not None and moved.deltas < limit and occasion is not Occasion.LAST
@@ -87,6 +84,25 @@ class Saver:
             moved.restart(name)
         if occasion is not Occasion.DUE:
             self.settle()
+        return True
+
+    def _clear(self, wait: bool) -> bool:
+        """Whether no checkpoint is on its way; one that failed, as on a disk that was full for a time, is given up, on every rank."""
+        try:
+            if wait:
+                self._writer.settle()
+            elif not self._writer.ready():
+                return False
+        except (CheckpointError, StorageError) as error:
+            if self.failure is not None:
+                raise
+            self.failure = error
+            given_up = self._writer.give_up()
+            if self._coordinates is not None and self._coordinates.base == given_up:
+                self._coordinates.forget()
+            return True
+        self.failure = None
+        self._tell()
         return True
 
     def settle(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +18,7 @@ from grape_ray.comms import Comms
 from grape_ray.data.identity import fingerprint_records
 from grape_ray.journal import Journal
 from grape_ray.loop import Notice, Occasion, Progress
+from grape_ray.metrics import plain
 from grape_ray.optim import Optimizer
 from grape_ray.plan import Plan, public_key
 from grape_ray.resolve import describe
@@ -24,6 +26,7 @@ from grape_ray.saving import Saver
 from grape_ray.scores import PrivateScore
 from grape_ray.storage import Storage
 from grape_ray.task import Data, Task
+from grape_ray.withheld import is_ours, where
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,10 @@ class Session:
 
     Attributes:
         earlier_steps: executed before this attempt, as far as is known. tokens_left: of a study that is the run's own.
-        on_progress: told (progress, epsilon spent or None), on rank 0. on_notice: what the world asks for, the same on every rank.
+        on_progress: told (progress, epsilon spent or None), on rank 0.
+        on_notice: given what this rank asks for, what the world and all ranks ask for, the same on every rank.
         on_figures: told the figures of `orchestrate.gauges`, on rank 0.
+        problems: what failed without ending the run, in lines for a person.
     """
 
     plan: Plan
@@ -116,7 +121,7 @@ class Session:
     journal: Journal
     earlier_steps: int
     on_progress: Callable[[Progress, float | None], None]
-    on_notice: Callable[[], Notice]
+    on_notice: Callable[[Notice], Notice]
     on_figures: Callable[[Mapping[str, float]], None]
     around: Around = field(default_factory=Around)
     ledger: Book | None = None
@@ -124,6 +129,8 @@ class Session:
     epsilon: float | None = None
     tokens_left: int | None = None
     private_score: PrivateScore | None = None
+    problems: list[str] = field(default_factory=list)
+    _saved_s: float = field(default_factory=time.monotonic)
 
     def reserve(self, step: int, count: int) -> int:
         if self.plan.ledger is None:
@@ -144,9 +151,22 @@ class Session:
     def evaluates_together(self) -> bool:
         return sharding.is_sharded(self.model)
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float] | None:
         task: Task = self.plan.config.task
-        return task.evaluate(self.model, self.data.validation)
+        try:
+            return plain(task.evaluate(self.model, self.data.validation))
+        except Exception as error:
+            self._survive("an evaluation failed", error)
+            return None
+
+    def _survive(self, what: str, error: Exception) -> None:
+        """Keeps what failed, once each; its text only where it cannot quote a record."""
+        place, plain_text = where(error), self.plan.public or is_ours(error)
+        told = f"{what}: {type(error).__name__}" + (f": {error}" if plain_text else f" at {place[-1] if place else 'an unknown place'}")
+        told = " ".join(told.split())
+        self.journal.note(what, error=type(error).__name__, where=place)
+        if told not in self.problems:
+            self.problems.append(told)
 
     def score(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """What the run's own description lets be known; whoever launched it has no say."""
@@ -164,7 +184,9 @@ class Session:
         return self.around.go_on(progress)
 
     def notice(self, progress: Progress) -> Notice:
-        return self.on_notice()
+        every_s = self.plan.config.performance.checkpoint_every_s
+        due = self.comms.rank == 0 and 0 < every_s <= time.monotonic() - self._saved_s
+        return self.on_notice(Notice.DUE if due else Notice.NONE)
 
     def settle(self) -> None:
         if self.around.go_on is not _always:
@@ -181,6 +203,9 @@ class Session:
             "config": describe(self.plan.config),
         }
         begun = self.saver.save(progress.step, facts, occasion)
+        if self.saver.failure is not None:
+            self._survive("a checkpoint was not written, and a later one was made instead", self.saver.failure)
+        self._saved_s = time.monotonic()
         self.journal.note("checkpoint begun" if begun else "checkpoint left out", step=progress.step, occasion=occasion.value)
         return begun
 
@@ -188,6 +213,13 @@ class Session:
         self.journal.note("checkpoint committed", step=facts["step"], name=name, seconds=round(self.saver.lag_s, 3))
 
     def progressed(self, progress: Progress) -> None:
+        """Shows the progress; who cannot take it ends no run."""
+        try:
+            self._show(progress)
+        except Exception as error:
+            self._survive("progress could not be shown", error)
+
+    def _show(self, progress: Progress) -> None:
         self.on_progress(progress, self.epsilon)
         figures = {"steps": progress.step, "steps_per_second": progress.steps_per_s, "epsilon_spent": self.epsilon,
                    "tokens_left": self.tokens_left, "upload_lag_seconds": self.saver.lag_s,

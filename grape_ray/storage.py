@@ -8,6 +8,7 @@ import errno
 import os
 import posixpath
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -22,6 +23,7 @@ DEADLINE_S = 120.0
 _TEMPORARY = ".tmp-"
 _PART_BYTES = 16 << 20  # of a multipart upload: what it holds in memory beside its source
 _FIRST_CONTACT_S = 15.0
+_ROOM_EVERY_S = 0.5  # between two looks at a full disk
 _RACES = 100  # times that a folder may be removed, by another process's check, before a file is in it
 _Result = TypeVar("_Result")
 
@@ -41,7 +43,7 @@ class Storage:
     """A folder, local or at any fsspec URL; names are relative paths with forward slashes.
 
     Remote storage that throttles, times out, refuses or answers nonsense is asked again, with growing pauses, until the deadline;
-    a local folder is asked once.
+    a local folder is asked once, but where it has no room: others may make some.
 
     Args:
         url: a local path, ``file://...``, ``s3://bucket/folder``, ``memory://folder`` or another protocol that fsspec knows.
@@ -72,7 +74,7 @@ class Storage:
         self._root = root.rstrip("/") or "/"
         self.local = "file" in (self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,))
         self.url = self._root if self.local else self._fs.unstrip_protocol(self._root)
-        self.deadline_s = deadline_s
+        self.deadline_s, self._impatient = deadline_s, False
         self._fix = "when the storage works again, run `grape-ray resume`"
 
     def __repr__(self) -> str:
@@ -85,7 +87,7 @@ class Storage:
     def first_contact(self) -> Storage:
         """The same folder, tried for a short time alone: a mistyped address should not take minutes to be told."""
         found = copy.copy(self)
-        found.deadline_s = min(self.deadline_s, _FIRST_CONTACT_S)
+        found.deadline_s, found._impatient = min(self.deadline_s, _FIRST_CONTACT_S), True
         found._fix = "check the address, or call again when the storage works"
         return found
 
@@ -113,7 +115,7 @@ class Storage:
         """
         with self._translate("create", name):
             if self.local:
-                self._place(name, [data], exclusive=True, private=private)
+                self._place(name, lambda: [data], exclusive=True, private=private)
                 return
             try:
                 self._persist(lambda: self._fs.pipe_file(self._path(name), data, mode="create"))
@@ -125,7 +127,7 @@ class Storage:
         """Make or replace a file; readers see the old content or the new, never a mixture. `private`: as in `create`."""
         with self._translate("write", name):
             if self.local:
-                self._place(name, [data], exclusive=False, private=private)
+                self._place(name, lambda: [data], exclusive=False, private=private)
             else:
                 self._persist(lambda: self._fs.pipe_file(self._path(name), data))
 
@@ -148,7 +150,7 @@ class Storage:
 
         with self._translate("write", name):
             if self.local:
-                self._place(name, blocks(), exclusive=False)
+                self._place(name, blocks, exclusive=False)
             else:
                 self._persist(send)
 
@@ -221,8 +223,18 @@ class Storage:
         )
         return tries(call)
 
-    def _place(self, name: str, blocks: Iterable[Any], *, exclusive: bool, private: bool = False) -> None:
-        """Write beside, fsync, then link (fails when taken) or rename (replaces), and fsync the folder."""
+    def _place(self, name: str, blocks: Callable[[], Iterable[Any]], *, exclusive: bool, private: bool = False) -> None:
+        """Write beside, fsync, then link (fails when taken) or rename (replaces), and fsync the folder; waits for room till the deadline."""
+        until_s = time.monotonic() + self.deadline_s
+        while True:
+            try:
+                return self._place_once(name, blocks(), exclusive, private)
+            except OSError as error:
+                if error.errno not in _NO_ROOM or self._impatient or time.monotonic() > until_s:
+                    raise
+            time.sleep(_ROOM_EVERY_S)
+
+    def _place_once(self, name: str, blocks: Iterable[Any], exclusive: bool, private: bool) -> None:
         path = Path(self._path(name))
         temporary = path.with_name(f"{_TEMPORARY}{os.urandom(8).hex()}")
         try:

@@ -163,7 +163,7 @@ def test_a_run_resumes_from_a_delta_and_exports_one(tmp_path):
     )
     plan = prepare(config, run="r", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
 
-    class Stop(Exception):
+    class Stop(BaseException):
         pass
 
     def stop(progress, epsilon):

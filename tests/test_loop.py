@@ -25,6 +25,7 @@ from tests.tiny import Tiny, tiny
 
 WANTED = ["run", "method", "epsilon", "epsilon_spent", "delta", "steps", "noise_multiplier", "metrics", "seconds", "peak_bytes",
           "checkpoint", "ledger"]  # fmt: skip
+NAN, INF = float("nan"), float("inf")
 FIXED = Attempt(1, b"s" * 32, b"d" * 32, b"n" * 32, b"p" * 32)
 
 
@@ -98,7 +99,7 @@ def test_every_step_is_reserved_before_it_is_taken():
     assert hooks.calls == [
         ("reserve", 2, 3), ("step", 2), ("step", 3), ("checkpoint", 4), ("step", 4), "evaluate",
         ("reserve", 5, 3), ("step", 5), ("step", 6), ("step", 7), ("checkpoint", 8),
-        ("reserve", 8, 1), ("step", 8), "evaluate", ("checkpoint", 9),
+        ("reserve", 8, 1), ("step", 8), ("checkpoint", 9), "evaluate",
     ]  # fmt: skip
     assert (outcome.exhausted, outcome.progress.step, outcome.progress.executed) == (False, 9, 7)
 
@@ -108,7 +109,7 @@ def test_the_end_of_the_budget_is_a_clean_end():
     outcome = run_loop(hooks.take, hooks, Performance(charge_chunk=3), 0, 9, Comms.local())
     assert outcome.exhausted
     assert outcome.progress.step == 4
-    assert hooks.calls[-2:] == ["evaluate", ("checkpoint", 4)]
+    assert hooks.calls[-2:] == [("checkpoint", 4), "evaluate"]  # no evaluation can lose what was trained
     again = Recorder(budget=0)
     run_loop(again.take, again, Performance(), 4, 9, Comms.local())
     assert again.calls == [("reserve", 4, 5), "evaluate"]  # the checkpoint it began from is not written again
@@ -158,6 +159,34 @@ def test_a_run_that_is_told_to_stop_takes_no_further_step():
     assert (outcome.stopped, outcome.exhausted, outcome.progress.step, outcome.paid_until) == (True, False, 4, 6)
     assert hooks.calls[-2:] == ["evaluate", ("checkpoint", 4)]  # once each, though the loop ends here
     assert ("step", 4) not in hooks.calls
+
+
+def test_an_evaluation_that_fails_ends_nothing_and_asks_nobody():
+    hooks = Recorder(stop_at=2)
+    hooks.evaluate = lambda: None
+    outcome = run_loop(hooks.take, hooks, Performance(eval_every=2), 0, 6, Comms.local())
+    assert (outcome.progress.step, outcome.stopped, outcome.progress.metrics_step) == (6, False, None)
+    assert hooks.calls[-1] == ("checkpoint", 6)
+
+
+@pytest.mark.parametrize(("values", "end"), [((0, 1, NAN, NAN), 8), ((0, NAN, 1, NAN, 1), 12), ((1, INF, NAN), 6)])
+def test_a_metric_that_is_twice_not_finite_ends_the_run_before_more_is_paid(values, end):
+    hooks, found = Recorder(), iter(values)
+    hooks.score = lambda metrics: {"loss": float(next(found, 0)), "other": 1.0}
+    outcome = run_loop(hooks.take, hooks, Performance(eval_every=2, charge_chunk=1), 0, 12, Comms.local())
+    assert outcome.progress.step == end
+    assert outcome.stopped == (end < 12)
+    assert outcome.progress.diverged == (("loss",) if end < 12 else ())
+    assert ("checkpoint", end) in hooks.calls
+    assert max(call[1] for call in hooks.calls if call[0] == "reserve") == end - 1
+    hooks.score = lambda metrics: {"loss": float("nan")}
+    assert run_loop(hooks.take, hooks, Performance(eval_every=2, stop_on_nan=False), 0, 12, Comms.local()).progress.step == 12
+
+
+def test_a_checkpoint_that_time_asks_for_is_made_in_the_background():
+    hooks = Recorder(notices={3: Notice.DUE, 5: Notice.SAVE}, busy_at=(3,))
+    run_loop(hooks.take, hooks, Performance(), 0, 9, Comms.local())
+    assert [c for c in hooks.calls if c[0] in ("urgent", "checkpoint")] == [("urgent", 5), ("checkpoint", 9)]
 
 
 def test_a_stopped_run_gets_back_what_never_started(tmp_path):
@@ -224,7 +253,7 @@ def test_two_attempts_share_no_key(run, tmp_path):
 def test_resumed_weights_are_bitwise_those_of_an_uninterrupted_run(tmp_path, method):
     config = dataclasses.replace(tiny(dropout=0.1, slow_s=0.02), method=dataclasses.replace(tiny().method, name=method))
 
-    class Stop(Exception):
+    class Stop(BaseException):
         pass
 
     def interrupt(progress: Progress, epsilon):

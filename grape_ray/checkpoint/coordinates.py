@@ -42,6 +42,10 @@ class Coordinates:
         """From now on changes are counted from this full checkpoint."""
         self._clear(base)
 
+    def forget(self) -> None:
+        """Nothing is counted until the next full checkpoint."""
+        self._clear(None)
+
     def begin_step(self, period: int, decay: float) -> None:
         """Before the records of a step: every weight is multiplied by `decay`, then moves in the subspace of `period`."""
         if self.base is None:

@@ -95,6 +95,11 @@ class Writer:
             if self._current:
                 self._current.done.wait(_LOOK_EVERY_S)
 
+    def give_up(self) -> str | None:
+        """Forgets a checkpoint that has failed, so that another can be begun; returns its name."""
+        upload, self._current = self._current, None
+        return upload.name if upload else None
+
     def linger(self) -> None:
         """Gives the checkpoint on its way a little time, when this rank ends by an error; speaks to no other rank."""
         if self._current:

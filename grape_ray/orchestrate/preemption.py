@@ -47,12 +47,12 @@ class Notices:
         self._comms, self._asked_s = comms, time.monotonic()
         self._known: Any = None
 
-    def __call__(self) -> Notice:
+    def __call__(self, own: Notice) -> Notice:
         import ray.train
 
         now = time.monotonic()
         wish = _ASK if self._comms.rank == 0 and now - self._asked_s >= _ASK_EVERY_S else 0
-        agreed = self._comms.largest(2 * notices.told() + wish)
+        agreed = self._comms.largest(2 * max(own, notices.told()) + wish)
         if agreed > _ASK:
             return Notice(agreed // 2)
         if agreed == _ASK:

@@ -45,7 +45,7 @@ def run_plan(plan: Plan, on_progress: Callable[[Progress, float | None], None] |
     """Runs or resumes what `prepare` checked; the result is that of `train`."""
     if plan.config.performance.num_workers == 0:
         with notices.listening():
-            return execute(plan, Comms.local(), on_progress=on_progress, on_notice=notices.told)
+            return execute(plan, Comms.local(), on_progress=on_progress, on_notice=lambda own: max(own, notices.told()))
     from grape_ray.orchestrate.ray_train import fit  # Ray takes seconds to import, and a run in this process does without it
 
     return fit(plan, on_progress)

@@ -140,7 +140,7 @@ def run_rank(rank, world, path, plan, stop_after):
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
     notices = iter([Notice.NONE] * (stop_after - 1) + [Notice.STOP]) if stop_after else None
     try:
-        execute(plan, Comms.distributed(), begin=begin, on_notice=lambda: next(notices) if notices else Notice.NONE)
+        execute(plan, Comms.distributed(), begin=begin, on_notice=lambda own: next(notices) if notices else Notice.NONE)
     except Interrupted:
         assert stop_after
     dist.barrier()
