@@ -13,6 +13,7 @@ import torch
 
 from grape_ray import checkpoint, sharding
 from grape_ray.accounting.verify import verify
+from grape_ray.build import build_engine, public_key
 from grape_ray.checkpoint import Coordinates
 from grape_ray.comms import Comms
 from grape_ray.engines import Engine
@@ -22,7 +23,7 @@ from grape_ray.journal import Journal
 from grape_ray.loop import Notice, Occasion, Outcome, Progress, run_loop
 from grape_ray.noise import NoiseStream
 from grape_ray.optim import Optimizer, make_optimizer
-from grape_ray.plan import RESULT_FILE, Plan, build_engine, public_key
+from grape_ray.plan import RESULT_FILE, Plan
 from grape_ray.saving import Saver, resume
 from grape_ray.session import Around, Attempt, Session, begin_attempt
 from grape_ray.step import Step

@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from grape_ray import checkpoint
+from grape_ray.build import build_engine
 from grape_ray.errors import CheckpointError, StorageError
-from grape_ray.plan import build_engine, read_run
+from grape_ray.plan import read_run
 from grape_ray.resolve import rebuild_config
 from grape_ray.storage import Storage
 

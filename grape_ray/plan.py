@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
+import torch
 
 from grape_ray import registry
 from grape_ray import scores as validation
@@ -19,11 +19,10 @@ from grape_ray.accounting.events import GAUSSIAN, RANDOMIZED, Mechanism
 from grape_ray.accounting.ledger import Ledger
 from grape_ray.accounting.records import Study
 from grape_ray.config import Config
-from grape_ray.engines import Engine, from_config
+from grape_ray.dryrun import DryRun, dry_run, try_out
 from grape_ray.errors import BudgetExceeded, CheckpointError, ConfigError, DataError
 from grape_ray.methods import METHODS
 from grape_ray.places import absolute, ledger_place
-from grape_ray.preflight import preflight
 from grape_ray.resolve import describe
 from grape_ray.scores import Terms
 from grape_ray.splits import check_splits
@@ -32,7 +31,6 @@ from grape_ray.task import Data, Task
 from grape_ray.withheld import told
 
 RUN_FILE, RESULT_FILE, PROGRESS_FILE = "run.json", "result.json", "progress.json"
-_PUBLIC = bytes(32)  # the root of every key that is no secret
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,7 @@ class Plan:
         origin: (URL of a run's folder, name of its checkpoint) that a new run begins from; None begins from the task's own model.
         scores: what may be said of private validation records; None where they are public.
         public: whether all records are public, so that errors may quote them.
+        records: N. rehearsal: what the dry run has seen; None where there was none.
     """
 
     config: Config
@@ -66,6 +65,8 @@ class Plan:
     origin: tuple[str, str] | None = None
     scores: Terms | None = None
     public: bool = False
+    records: int = 0
+    rehearsal: DryRun | None = None
 
     @property
     def private(self) -> bool:
@@ -86,16 +87,6 @@ class Plan:
         return Mechanism(**mechanism_kind(self.config), sampling_prob=self.sampling_prob, noise_multiplier=self.noise_multiplier)
 
 
-def public_key(config: Config, stream: str) -> bytes:
-    """The key of a public stream (`projection`, `rounding`, the yardstick's `sampling` and `dropout`), a function of the public seed."""
-    return keys.derive(_PUBLIC, "public", config.seed, stream)
-
-
-def build_engine(config: Config, model: Any) -> Engine:
-    """The engine that the config names, with its public projections."""
-    return from_config(model, config.privacy, config.method, public_key(config, "projection"))
-
-
 def prepare(
     config: Config,
     *,
@@ -107,8 +98,10 @@ def prepare(
     origin: tuple[str, str] | None = None,
     scores: Terms | None = None,
     second_ledger: bool = False,
+    rehearse: bool = True,
+    reach: Callable[[], None] = lambda: None,
 ) -> Plan:
-    """Checks a run whole: data, model, method, price, ledger, storage; then registers it.
+    """Checks a run whole: data, price, ledger, storage, cluster, and by a dry run all that it will do; then registers it.
 
     Args:
         run: name of the run; an existing one with the same config is resumed. None makes a new name.
@@ -118,6 +111,7 @@ def prepare(
         study: one that the ledger holds already, whose tokens the run shares with others; None registers a study of the run's own.
         origin, scores: see Plan.
         second_ledger: whether a dataset that is known to have a ledger may get another one, with a budget of its own.
+        rehearse: whether the dry run is made; without it the preflight alone. reach: raises where the workers cannot be had.
 
     Raises:
         GrapeRayError: one of its kinds for whatever is wrong; nothing was written then.
@@ -125,34 +119,53 @@ def prepare(
     task: Task = config.task
     run, root = run or _new_name(config), absolute(storage)
     check_run_name(run)
-    _check_sharding(config)
+    _check_machine(config)
     if scores is not None:
         validation.check_metric(task, scores.metric)
     data = told(task.load, public=False)
-    public, sampling_prob = data.public and scores is None, sampling_prob_of(config, data)
-    told(partial(try_out, config, data), public)
-    own = study is None and METHODS[config.method.name].private  # who shares a study was checked when that began
-    check_splits(data, scores is None, own and not data.public)
+    private, sampling_prob = METHODS[config.method.name].private, sampling_prob_of(config, data)
+    check_splits(data, scores is None, private and study is None and not data.public)  # who shares a study was checked when that began
     place = Storage(root, config.performance.storage_timeout_s)
     place.check_writable()
-    if not METHODS[config.method.name].private:
-        if study is not None:
-            raise ConfigError("method.name", config.method.name, "a private method", "what a study releases is paid for, without exception")
-        plan = Plan(config, run, root, None, None, run, data.dataset_id, None, sampling_prob, 0.0, 0, None, scores, public)
-        _register(plan, place)
-        return plan
-    noise, tokens = (study.mechanism.noise_multiplier, study.tokens) if study else _price(config, sampling_prob)
+    if study is not None and not private:
+        raise ConfigError("method.name", config.method.name, "a private method", "what a study releases is paid for, without exception")
+    noise, tokens, where, promise = 0.0, 0, None, None
     settle = partial(ledger_place, ledger, data.dataset_id, data.public, root, run)
-    where, name = settle(), study.name if study else run
-    if study is None:  # who shares one charges the ledger that holds it
-        registry.check_only(where, data.identity, second_ledger)
-    keys.check_outside(key_path or keys.default_path(), root, where)
-    promise = (study.epsilon, study.delta) if study else (config.privacy.epsilon, config.privacy.delta)
-    plan = Plan(config, run, root, where, key_path, name, data.dataset_id, promise, sampling_prob, noise, tokens, origin, scores, public)
+    if private:
+        noise, tokens = (study.mechanism.noise_multiplier, study.tokens) if study else _price(config, sampling_prob)
+        where, promise = settle(), (study.epsilon, study.delta) if study else (config.privacy.epsilon, config.privacy.delta)
+        if study is None:  # who shares one charges the ledger that holds it
+            registry.check_only(where, data.identity, second_ledger)
+        keys.check_outside(key_path or keys.default_path(), root, where)
+    name, public = study.name if study else run, data.public and scores is None
+    plan = Plan(
+        config,
+        run,
+        root,
+        where,
+        key_path,
+        name,
+        data.dataset_id,
+        promise,
+        sampling_prob,
+        noise,
+        tokens,
+        origin,
+        scores,
+        public,
+        len(data.train),
+    )
     if study is not None:
         check_mechanism(plan.mechanism(), study)
+    existing = _foresee(plan) if private and study is None else False
+    _check_same_run(plan, place)
+    reach()
+    if study is not None or not rehearse:  # the runs of a study were rehearsed when that began
+        told(partial(try_out, config, data), public)
     else:
-        plan = _open_budget(plan, place, lambda: settle(make=True), () if data.public else data.identity)
+        plan = replace(plan, rehearsal=dry_run(config, data, place, noise, public, scores.metric if scores else None))
+    if private and study is None:
+        plan = _open_budget(plan, existing, lambda: settle(make=True), () if data.public else data.identity)
     _register(plan, place)
     return plan
 
@@ -166,22 +179,31 @@ def check_mechanism(mechanism: Mechanism, study: Study) -> None:
             raise ConfigError(f"the run has another {field} than study {study.name!r}", value, f"{frozen[field]!r}", fix)
 
 
-def _open_budget(plan: Plan, place: Storage, settle: Callable[[], str], identity: Iterable[str]) -> Plan:
+def _study(plan: Plan) -> Study:
+    """The run's own study."""
+    assert plan.promise is not None
+    return Study(plan.study, plan.mechanism(), *plan.promise, plan.tokens)
+
+
+def _foresee(plan: Plan) -> bool:
+    """Whether there is a ledger already. Raises what it, or a new one, would refuse."""
+    assert plan.promise is not None
+    return Ledger.foresee(plan.ledger_storage().first_contact(), plan.dataset_id, plan.promise, _study(plan))
+
+
+def _open_budget(plan: Plan, existing: bool, settle: Callable[[], str], identity: Iterable[str]) -> Plan:
     """Registers the run's own study in the dataset's ledger, which is made if need be at the place that `settle` gives.
 
     Once a study is registered its budget is gone, so all that can be refused is refused before.
     """
-    assert plan.promise is not None
-    study = Study(plan.study, plan.mechanism(), *plan.promise, plan.tokens)
-    existing = Ledger.foresee(plan.ledger_storage().first_contact(), plan.dataset_id, plan.promise, study)
     budget = (None, None) if existing else plan.promise
-    _check_same_run(plan, place)
+    assert budget is not None
     keys.master_key(plan.key_path)
     plan = replace(plan, ledger=settle())
     book = Ledger.open(plan.ledger_storage(), plan.dataset_id, *budget)
     if identity:
         registry.register(identity, plan.ledger_storage().url, book.ledger_id)
-    book.ensure_study(study)
+    book.ensure_study(_study(plan))
     return plan
 
 
@@ -192,6 +214,15 @@ def _new_name(config: Config) -> str:
 def check_run_name(run: str) -> None:
     if not run or run in (".", "..") or not all(c.isalnum() or c in "._-" for c in run) or not run.isascii():
         raise ConfigError("run", run, "letters, digits, dots, dashes and underscores", "choose another name")
+
+
+def _check_machine(config: Config) -> None:
+    """Refuses what this machine, or the method, cannot do. Raises ConfigError."""
+    if config.performance.use_gpu and config.performance.workers[1] == 0 and not torch.cuda.is_available():
+        raise ConfigError(
+            "performance.use_gpu", "no GPU in this process", "a machine with one", "unset it, or ask for --workers on a cluster"
+        )
+    _check_sharding(config)
 
 
 def _check_sharding(config: Config) -> None:
@@ -218,20 +249,6 @@ def sampling_prob_of(config: Config, data: Data) -> float:
         got = f"{size} of {records} records, a sampling_prob of {size / records:g}"
         raise ConfigError("privacy.expected_batch_size", got, "a sampling_prob of at most 1", f"choose at most {records}")
     return size / records
-
-
-def try_out(config: Config, data: Data) -> None:
-    """The preflight on the shortest, the longest and a random one of all records, in the mode that trains, so that what cannot be trained
-    is told now; nothing is kept."""
-    task: Task = config.task
-    model = task.build_model(config.seed)
-    order = data.train.by_length(np.arange(len(data.train)))
-    picked = np.unique([order[0], order[-1], np.random.default_rng().choice(order)])
-    alone = [task.collate(data.train, picked[i : i + 1]) for i in range(len(picked))]
-    preflight(
-        model, task.per_example_loss, task.collate(data.train, picked), config.privacy, config.method,
-        public_key(config, "projection"), len(picked), alone,
-    )  # fmt: skip
 
 
 def mechanism_kind(config: Config) -> dict[str, Any]:

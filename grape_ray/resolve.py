@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import json
 import os
 import pkgutil
 import sys
+import typing
 from collections.abc import Iterable, Mapping
 from types import ModuleType
 from typing import Any
@@ -76,6 +78,37 @@ def describe_task(task: Any) -> dict[str, Any]:
     return {"class": f"{kind.__module__}:{kind.__qualname__}", "fields": dataclasses.asdict(task)}
 
 
+def check_description(config: Config) -> None:
+    """Writes the description of a config and reads it back, as a resumed run will.
+
+    Raises:
+        ConfigError: a field of the task is no plain value, or comes back as another one, or the task's class cannot be found again.
+    """
+    task = config.task
+    if not dataclasses.is_dataclass(task):
+        raise ConfigError("the task", type(task).__name__, "a dataclass of plain values", "decorate its class with @dataclass(frozen=True)")
+    for field in dataclasses.fields(task):
+        if field.init:
+            _check_kept(f"task.{field.name}", getattr(task, field.name))
+    again = rebuild_config(json.loads(json.dumps(describe(config))), (type(task).__module__,))
+    for field in dataclasses.fields(task):
+        mine, theirs = getattr(task, field.name), getattr(again.task, field.name)
+        if type(mine) is not type(theirs) or mine != theirs:
+            _check_kept(f"task.{field.name}", mine, strict=True)
+
+
+def _check_kept(what: str, value: Any, strict: bool = False) -> None:
+    """Refuses what JSON does not keep. Raises ConfigError."""
+    expected = "text, a number, true or false, None, or lists and dicts (with texts as keys) of them"
+    fix = "keep a path as text and a number as float(...); make anything else in load or build_model"
+    try:
+        kept = not strict and json.dumps(value) and True
+    except (TypeError, ValueError):
+        kept = False
+    if not kept:
+        raise ConfigError(f"{what} cannot be kept in run.json", type(value).__name__, expected, fix)
+
+
 def rebuild_task(description: Mapping[str, Any], trust: Iterable[str] = ()) -> Any:
     """The task that `describe_task` described.
 
@@ -102,8 +135,10 @@ def rebuild_task(description: Mapping[str, Any], trust: Iterable[str] = ()) -> A
     known = {field.name for field in dataclasses.fields(kind) if field.init}
     if not isinstance(fields, dict) or not set(fields) <= known:
         raise ConfigError("the task of the run cannot be rebuilt", reference, "a class with the saved fields", fix)
+    hints = typing.get_type_hints(kind)
+    kept = {k: tuple(v) if isinstance(v, list) and typing.get_origin(hints.get(k)) is tuple else v for k, v in fields.items()}
     try:
-        return kind(**fields)
+        return kind(**kept)
     except TypeError as error:
         raise ConfigError("the task of the run cannot be rebuilt", reference, "a class with the saved fields", fix) from error
 

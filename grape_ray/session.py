@@ -14,13 +14,14 @@ from grape_ray import sharding
 from grape_ray.accounting import keys
 from grape_ray.accounting.book import Book
 from grape_ray.accounting.ledger import Ledger
+from grape_ray.build import public_key
 from grape_ray.comms import Comms
 from grape_ray.data.identity import fingerprint_records
 from grape_ray.journal import Journal
 from grape_ray.loop import Notice, Occasion, Progress
 from grape_ray.metrics import plain
 from grape_ray.optim import Optimizer
-from grape_ray.plan import Plan, public_key
+from grape_ray.plan import Plan
 from grape_ray.resolve import describe
 from grape_ray.saving import Saver
 from grape_ray.scores import PrivateScore

@@ -184,8 +184,7 @@ class Storage:
             StorageError: nothing can be written there, or an existing file can be created a second time (a ledger needs it to fail).
         """
         probe, place = f"probe-{os.urandom(8).hex()}", self.first_contact()
-        missing = [folder for folder in (self._root, *map(str, Path(self._root).parents)) if self.local and not os.path.exists(folder)]
-        try:
+        with self._leaving_nothing():
             place.create(probe, b"1")
             try:
                 place.create(probe, b"2")
@@ -193,12 +192,29 @@ class Storage:
                 return
             finally:
                 place.remove(probe)
+        fix = "use a local folder or an S3 store with conditional writes"
+        raise StorageError(f"{self.url} overwrites where it should refuse", None, "exclusive creation of files", fix)
+
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Storage]:
+        """A folder under this one for the time of a block; nothing stays."""
+        name = f"scratch-{os.urandom(8).hex()}"
+        with self._leaving_nothing():
+            try:
+                yield self.child(name)
+            finally:
+                self.remove(name)
+
+    @contextlib.contextmanager
+    def _leaving_nothing(self) -> Iterator[None]:
+        """Removes the folders down to this one that a block has made, where nothing else is in them."""
+        missing = [folder for folder in (self._root, *map(str, Path(self._root).parents)) if self.local and not os.path.exists(folder)]
+        try:
+            yield
         finally:
             for folder in missing:
                 with contextlib.suppress(OSError):  # another run may be using it by now
                     os.rmdir(folder)
-        fix = "use a local folder or an S3 store with conditional writes"
-        raise StorageError(f"{self.url} overwrites where it should refuse", None, "exclusive creation of files", fix)
 
     def _path(self, name: str) -> str:
         """The driver's path of a name."""
@@ -224,7 +240,7 @@ class Storage:
         return tries(call)
 
     def _place(self, name: str, blocks: Callable[[], Iterable[Any]], *, exclusive: bool, private: bool = False) -> None:
-        """Write beside, fsync, then link (fails when taken) or rename (replaces), and fsync the folder; waits for room till the deadline."""
+        """Write beside, fsync, then link (fails when taken) or rename (replaces), fsync the folder; waits for room till the deadline."""
         until_s = time.monotonic() + self.deadline_s
         while True:
             try:

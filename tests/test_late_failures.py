@@ -72,9 +72,10 @@ def test_an_evaluation_that_raises_is_told_and_costs_nothing(tmp_path):
     assert "secret" not in problem
     assert result["metrics"] == {}
     assert json.loads((tmp_path / "runs" / "a" / "result.json").read_text()) == result
-    shown = train(moody(good=3, public=True), run="b", **options)
+    MOODS.clear()
+    shown = train(moody(good=3, public=True, records=190), run="b", **options)
     assert shown["problems"] == ["an evaluation failed: KeyError: 'row 17: a secret'"]
-    assert shown["metrics"] == {"accuracy": 0.5, "loss": 1.5, "n": 50.0}
+    assert shown["metrics"] == {"accuracy": 0.5, "loss": 1.5, "n": 50.0}  # of the second evaluation
     assert shown["metrics_step"] < 12
 
 
@@ -134,7 +135,18 @@ def test_a_disk_that_stays_full_is_told_after_the_deadline_and_the_first_look_at
 
 
 def test_metrics_of_any_librarys_scalars_are_floats():
-    values = [1, True, 0.5, np.float16(0.5), np.int64(3), np.array([2.0]), torch.tensor(0.25), torch.tensor([7]), Decimal("0.5"), Fraction(1, 4)]
+    values = [
+        1,
+        True,
+        0.5,
+        np.float16(0.5),
+        np.int64(3),
+        np.array([2.0]),
+        torch.tensor(0.25),
+        torch.tensor([7]),
+        Decimal("0.5"),
+        Fraction(1, 4),
+    ]
     found = plain({str(i): v for i, v in enumerate(values)} | {"nan": float("nan")})
     assert list(found.values())[:-1] == [1, 1, 0.5, 0.5, 3, 2, 0.25, 7, 0.5, 0.25]
     assert {type(v) for v in found.values()} == {float}

@@ -22,7 +22,7 @@ class Ragged:
     offsets: np.ndarray
 
     @classmethod
-    def of(cls, sequences: Sequence[Sequence[int]]) -> Ragged:
+    def of(cls, sequences: Sequence[Sequence[int]] | Sequence[np.ndarray]) -> Ragged:
         """The sequences, packed."""
         lengths = np.fromiter((len(s) for s in sequences), dtype=np.int64, count=len(sequences))
         offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
@@ -33,6 +33,10 @@ class Ragged:
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    def take(self, indices: np.ndarray) -> Ragged:
+        """The sequences at `indices`, copied."""
+        return Ragged.of([self.values[self.offsets[i] : self.offsets[i + 1]] for i in indices])
 
     def padded(self, indices: np.ndarray, fill: int, multiple: int = 1) -> tuple[Tensor, Tensor]:
         """The sequences at `indices`, padded to the longest of them (rounded up to `multiple`).
@@ -67,6 +71,12 @@ class Records:
         """The same indices, those of short sequences first, so that batches cut from them need little padding."""
         lengths = [np.diff(column.offsets)[indices] for column in self.columns.values() if isinstance(column, Ragged)]
         return indices[np.argsort(sum(lengths), kind="stable")] if lengths else indices
+
+    def take(self, indices: np.ndarray) -> Records:
+        """The records at `indices`, copied, in that order."""
+        return Records(
+            {name: column.take(indices) if isinstance(column, Ragged) else column[indices] for name, column in self.columns.items()}
+        )
 
     def array(self, name: str) -> np.ndarray:
         """A fixed-size column."""

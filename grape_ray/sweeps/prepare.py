@@ -15,9 +15,10 @@ from grape_ray.accounting.ledger import Ledger
 from grape_ray.accounting.records import Study, entry_name
 from grape_ray.accounting.selection import Selection
 from grape_ray.data.identity import column_fingerprints, fingerprint_records
+from grape_ray.dryrun import dry_run
 from grape_ray.errors import ConfigError
 from grape_ray.places import absolute, home, ledger_place
-from grape_ray.plan import check_run_name, sampling_prob_of, try_out
+from grape_ray.plan import check_run_name, sampling_prob_of
 from grape_ray.resolve import describe
 from grape_ray.scores import Terms
 from grape_ray.splits import check_splits
@@ -132,7 +133,6 @@ def prepare(options: Options, space: dict[str, Any], study: SweepStudy, name: st
     data = told(study.config.task.load, public=False)
     sampling_prob = sampling_prob_of(study.config, data)
     check_splits(data, study.score_source != PRIVATE, not data.public)
-    told(lambda: try_out(study.config, data), data.public and study.score_source != PRIVATE)
     storage = absolute(options.storage)
     _check_place(Storage(storage).child(name), name)
     steps = _steps(options, study, name, data, storage, sampling_prob)
@@ -143,6 +143,8 @@ def prepare(options: Options, space: dict[str, Any], study: SweepStudy, name: st
         if isinstance(share.paid, Selection):
             price.trial_epsilon(share.paid)  # before it is paid for
     sealed = _sealed(options, storage, name) if options.mode == SELECT else None
+    public, noise = data.public and study.score_source != PRIVATE, steps.paid.mechanism.noise_multiplier
+    dry_run(study.config, data, Storage(storage), noise, public, study.metric)
     keys.master_key(options.key_path)
     steps = replace(steps, ledger=ledger_place(options.ledger, steps.dataset_id, data.public, storage, name, make=True))
     if scores is not None:

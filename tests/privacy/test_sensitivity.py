@@ -9,10 +9,11 @@ from torch import nn
 
 from grape_ray import make_engine
 from grape_ray.comms import Comms
+from grape_ray.dryrun import try_out
 from grape_ray.engines.routing import norm_route
 from grape_ray.errors import UnsupportedLayer
 from grape_ray.methods import METHODS
-from grape_ray.plan import prepare, try_out
+from grape_ray.plan import prepare
 from grape_ray.rules.rounding import squared
 from grape_ray.session import begin_attempt
 from grape_ray.task import classification_metrics, evaluating

@@ -1,0 +1,167 @@
+"""Everything that a run will do, done once and thrown away before anything is paid for: so that nothing can fail late.
+
+The description is written and read back, a step is taken on the shortest and the longest records of all, their validation is evaluated, a
+checkpoint goes to the run's own storage and comes back, and the model is exported. No noise of a run is drawn: the key is thrown away, too.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from grape_ray import checkpoint
+from grape_ray.build import build_engine, public_key
+from grape_ray.comms import Comms
+from grape_ray.config import Config
+from grape_ray.data.arrays import Records
+from grape_ray.engines.state import awake
+from grape_ray.errors import CheckpointError, ConfigError, StorageError, nearest
+from grape_ray.loop import Occasion
+from grape_ray.metrics import plain
+from grape_ray.noise import NoiseStream, nonprivate_mean, privatize
+from grape_ray.optim import Optimizer, make_optimizer
+from grape_ray.preflight import preflight
+from grape_ray.resolve import check_description, describe
+from grape_ray.saving import Saver
+from grape_ray.storage import Storage
+from grape_ray.task import Data, Task, under_autocast
+from grape_ray.withheld import told
+
+_VALIDATION_RECORDS = 8  # that a dry run evaluates
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a dry run has seen.
+
+    Attributes:
+        seconds: it took. coordinates: numbers noised a step. checkpoint_bytes: of a full checkpoint. metrics: their names.
+    """
+
+    seconds: float
+    coordinates: int
+    checkpoint_bytes: int
+    metrics: tuple[str, ...]
+
+
+def dry_run(config: Config, data: Data, place: Storage, noise_multiplier: float, public: bool, metric: str | None = None) -> DryRun:
+    """Does once what a run will do; nothing is kept, and nothing is left in `place`.
+
+    Args:
+        place: the folder of runs. noise_multiplier: of the steps; unused by method `none`.
+        public: whether all records are public, so that errors of the task may quote them.
+        metric: one that `evaluate` must give, as a sweep's score; None asks for no special one.
+
+    Raises:
+        GrapeRayError: one of its kinds for whatever would fail later.
+    """
+    began, task = time.monotonic(), config.task
+    check_description(config)
+    model = told(partial(try_out, config, data), public)
+    engine = build_engine(config, model)
+    optimizer = make_optimizer(model, engine, config.method, config.privacy.steps, public_key(config, "rounding"))
+    if not config.performance.sharded:
+        told(partial(_step, config, data, model, engine, optimizer, noise_multiplier), public)
+    names = told(partial(_evaluate, task, model, data.validation), public)
+    if metric is not None and metric not in names:
+        raise ConfigError("task.evaluate gives no such metric", metric, "one of " + ", ".join(names), nearest(metric, names))
+    with place.scratch() as folder:
+        size = _save_and_load(config, folder, model, optimizer)
+    _check_room(place, size, config.performance.keep_checkpoints + 1)
+    told(partial(_export, task, model), public)
+    return DryRun(time.monotonic() - began, engine.coordinates, size, tuple(names))
+
+
+def try_out(config: Config, data: Data) -> nn.Module:
+    """The preflight on the shortest, the longest and a random one of all records, in the mode that trains; returns the model it built."""
+    task: Task = config.task
+    model = task.build_model(config.seed)
+    order = data.train.by_length(np.arange(len(data.train)))
+    picked = np.unique([order[0], order[-1], np.random.default_rng().choice(order)])
+    alone = [task.collate(data.train, picked[i : i + 1]) for i in range(len(picked))]
+    preflight(
+        model, task.per_example_loss, task.collate(data.train, picked), config.privacy, config.method,
+        public_key(config, "projection"), len(picked), alone,
+    )  # fmt: skip
+    return model
+
+
+def _step(config: Config, data: Data, model: nn.Module, engine: Any, optimizer: Optimizer, noise_multiplier: float) -> None:
+    """One step on the shortest and the longest records, in the run's own precision, with noise of a key that nobody keeps."""
+    task: Task = config.task
+    order = data.train.by_length(np.arange(len(data.train)))
+    loss = under_autocast(task.per_example_loss, "cpu") if config.performance.precision == "bf16" else task.per_example_loss
+    with awake(model):
+        summed = engine.clipped_sum(loss, task.collate(data.train, np.unique(order[[0, -1]])))
+    if not engine.private:
+        optimizer.step(nonprivate_mean(summed, batch_size=2))
+        return
+    noise, size = NoiseStream(secrets.token_bytes(32)), config.privacy.expected_batch_size
+    optimizer.step(privatize(summed, noise, noise_multiplier=noise_multiplier, expected_batch_size=size))
+
+
+def _evaluate(task: Task, model: nn.Module, records: Records) -> list[str]:
+    """Names of the metrics of a few records, the shortest and the longest among them; of all, where a few have none."""
+    order = records.by_length(np.arange(len(records)))
+    spread = np.linspace(0, len(order) - 1, min(_VALIDATION_RECORDS, len(order))).round().astype(np.int64)
+    try:
+        return list(plain(task.evaluate(model, records.take(np.unique(order[spread])))))
+    except Exception:
+        return list(plain(task.evaluate(model, records)))
+
+
+def _save_and_load(config: Config, folder: Storage, model: nn.Module, optimizer: Optimizer) -> int:
+    """Bytes of a checkpoint that was written and came back as it was."""
+    saver = Saver(config, Comms.local(), folder, model, optimizer, 1)
+    saver.save(1, {"step": 1, "config": describe(config)}, Occasion.LAST)
+    found = checkpoint.load(folder, saver.newest)
+    state = {**model.state_dict(), **{name: p for name, p in model.named_parameters()}}
+    changed = [name for name, tensor in found.model.items() if not _same(tensor, state[name])]
+    if changed:
+        raise CheckpointError("a checkpoint of this model does not come back as it was", min(changed), "the same bits", "see its type")
+    checkpoint.restore(model, found, optimizer.subspace)
+    optimizer.load_state_dict(found.optimizer)
+    return sum(checkpoint.read_manifest(folder, saver.newest).files.values())
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b.detach().cpu()))
+
+
+def _check_room(place: Storage, size: int, count: int) -> None:
+    """Refuses a local disk that has no room for the checkpoints of a run. Raises StorageError."""
+    if not place.local:
+        return
+    folder = Path(place.url)
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < size * count:
+        got, expected = f"{free / 2**20:.0f} MiB free", f"{size * count / 2**20:.0f} MiB, for {count} checkpoints"
+        raise StorageError(f"{place.url} has no room for a run", got, expected, "free space, or choose another --storage")
+
+
+def _export(task: Task, model: nn.Module) -> None:
+    """The model in a folder, as `grape-ray export` would write it; thrown away."""
+    with tempfile.TemporaryDirectory(prefix="grape-ray-") as scratch:
+        target = Path(scratch, "model")
+        task.save(model, target)
+        if not target.is_dir() or not os.listdir(target):
+            raise ConfigError("task.save wrote nothing", None, "a folder with the model's files", "write to the folder that it is given")
+
+
+def described(found: Mapping[str, Any]) -> str:
+    """A line for a person."""
+    return f"dry run: {found['seconds']:.1f} s, checkpoints of {found['checkpoint_bytes'] / 2**20:.1f} MiB"
