@@ -11,8 +11,9 @@ from grape_ray.accounting import calibration
 from grape_ray.accounting.chain import Chain, Wanted
 from grape_ray.accounting.events import check_count, check_delta, check_epsilon
 from grape_ray.accounting.records import FORMAT, Study, check_name, entry_name
-from grape_ray.accounting.replay import Attempt, State, StudyState
+from grape_ray.accounting.replay import State
 from grape_ray.accounting.selection import Selection
+from grape_ray.accounting.tokens import Attempt, StudyState
 from grape_ray.errors import BudgetExceeded, LedgerError
 from grape_ray.storage import Storage
 
