@@ -5,33 +5,35 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from grape_ray import registry
+from grape_ray import cautions, registry
 from grape_ray import scores as validation
 from grape_ray.accounting import calibration, keys
+from grape_ray.accounting.budget import foresee, made_for
 from grape_ray.accounting.events import GAUSSIAN, RANDOMIZED, Mechanism
 from grape_ray.accounting.ledger import Ledger
 from grape_ray.accounting.records import Study
+from grape_ray.cautions import Consent
 from grape_ray.config import Config
 from grape_ray.engines import Engine, from_config
 from grape_ray.errors import BudgetExceeded, CheckpointError, ConfigError, DataError
 from grape_ray.methods import METHODS
-from grape_ray.places import absolute, ledger_place
+from grape_ray.places import RUN_FILE, absolute, ledger_place
 from grape_ray.preflight import preflight
 from grape_ray.resolve import describe
 from grape_ray.scores import Terms
 from grape_ray.splits import check_splits
 from grape_ray.storage import Storage
-from grape_ray.task import Data, Task
+from grape_ray.task import Data, Task, label
 from grape_ray.withheld import told
 
-RUN_FILE, RESULT_FILE, PROGRESS_FILE = "run.json", "result.json", "progress.json"
+RESULT_FILE, PROGRESS_FILE = "result.json", "progress.json"
 _PUBLIC = bytes(32)  # the root of every key that is no secret
 
 
@@ -107,6 +109,8 @@ def prepare(
     origin: tuple[str, str] | None = None,
     scores: Terms | None = None,
     second_ledger: bool = False,
+    ledger_budget: tuple[float | None, float | None] = (None, None),
+    consent: Consent = Consent(),  # noqa: B008  (frozen)
 ) -> Plan:
     """Checks a run whole: data, model, method, price, ledger, storage; then registers it.
 
@@ -118,6 +122,9 @@ def prepare(
         study: one that the ledger holds already, whose tokens the run shares with others; None registers a study of the run's own.
         origin, scores: see Plan.
         second_ledger: whether a dataset that is known to have a ledger may get another one, with a budget of its own.
+        ledger_budget: (epsilon, delta) of the dataset over all runs, where its ledger is made by this one; None is the run's own (of delta,
+            in proportion to epsilon). A ledger that exists must have it.
+        consent: what is done only where the user has said so.
 
     Raises:
         GrapeRayError: one of its kinds for whatever is wrong; nothing was written then.
@@ -130,6 +137,8 @@ def prepare(
         validation.check_metric(task, scores.metric)
     data = told(task.load, public=False)
     public, sampling_prob = data.public and scores is None, sampling_prob_of(config, data)
+    if study is None:  # who shares one agreed when that began
+        cautions.check(config, len(data.train), data.public, consent)
     told(partial(try_out, config, data), public)
     own = study is None and METHODS[config.method.name].private  # who shares a study was checked when that began
     check_splits(data, scores is None, own and not data.public)
@@ -152,7 +161,9 @@ def prepare(
     if study is not None:
         check_mechanism(plan.mechanism(), study)
     else:
-        plan = _open_budget(plan, place, lambda: settle(make=True), () if data.public else data.identity)
+        budget = _Budget(ledger_budget, made_for(promise, *ledger_budget), () if data.public else data.identity)
+        cautions.check_delta("the delta of the dataset's ledger", budget.made[1], len(data.train), consent)
+        plan = _open_budget(plan, place, lambda: settle(make=True), budget)
     _register(plan, place)
     return plan
 
@@ -166,21 +177,29 @@ def check_mechanism(mechanism: Mechanism, study: Study) -> None:
             raise ConfigError(f"the run has another {field} than study {study.name!r}", value, f"{frozen[field]!r}", fix)
 
 
-def _open_budget(plan: Plan, place: Storage, settle: Callable[[], str], identity: Iterable[str]) -> Plan:
+@dataclass(frozen=True)
+class _Budget:
+    """The dataset's: as it was asked for, as its ledger is made with, and the fingerprints of private records (none of public ones)."""
+
+    asked: tuple[float | None, float | None]
+    made: tuple[float, float]
+    identity: tuple[str, ...]
+
+
+def _open_budget(plan: Plan, place: Storage, settle: Callable[[], str], budget: _Budget) -> Plan:
     """Registers the run's own study in the dataset's ledger, which is made if need be at the place that `settle` gives.
 
     Once a study is registered its budget is gone, so all that can be refused is refused before.
     """
     assert plan.promise is not None
     study = Study(plan.study, plan.mechanism(), *plan.promise, plan.tokens)
-    existing = Ledger.foresee(plan.ledger_storage().first_contact(), plan.dataset_id, plan.promise, study)
-    budget = (None, None) if existing else plan.promise
+    existing = foresee(plan.ledger_storage().first_contact(), plan.dataset_id, budget.made, study, budget.asked)
     _check_same_run(plan, place)
     keys.master_key(plan.key_path)
     plan = replace(plan, ledger=settle())
-    book = Ledger.open(plan.ledger_storage(), plan.dataset_id, *budget)
-    if identity:
-        registry.register(identity, plan.ledger_storage().url, book.ledger_id)
+    book = Ledger.open(plan.ledger_storage(), plan.dataset_id, *((None, None) if existing else budget.made))
+    if budget.identity:
+        registry.register(budget.identity, plan.ledger_storage().url, book.ledger_id, label(plan.config.task))
     book.ensure_study(study)
     return plan
 

@@ -16,6 +16,7 @@ FORMAT = 1
 GENESIS = "0" * 64
 MAX_ENTRY_BYTES = 65536
 MAX_NAME = 200
+MAX_REASON = 1000
 
 # Fields of each kind of entry, with their JSON types; further fields, and missing ones, are errors.
 # fmt: off
@@ -24,6 +25,7 @@ SCHEMA: dict[str, dict[str, type]] = {
     "study": {"name": str, "mechanism": dict, "epsilon": float, "delta": float, "tokens": int},
     "selection": {"name": str, "mechanism": dict, "epsilon": float, "delta": float, "trial_tokens": int,
                   "law": str, "mean": float, "shape": float},
+    "extend": {"epsilon": float, "delta": float, "reason": str},
     "epoch": {"epoch": int, "holder": str},
     "attempt": {"study": str, "run": str, "attempt": int, "key_id": str},
     "charge": {"study": str, "run": str, "attempt": int, "chunk": int, "first_step": int, "asked": int, "steps": int},
@@ -39,6 +41,14 @@ def check_name(field: str, value: object) -> str:
     """A printable name of 1 to 200 characters, or ConfigError."""
     if not isinstance(value, str) or not 0 < len(value) <= MAX_NAME or not value.isprintable():
         raise ConfigError(f"{field} is not a usable name", value, f"1 to {MAX_NAME} printable characters", f"rename the {field}")
+    return value
+
+
+def check_reason(value: object) -> str:
+    """A reason in words, of up to 1000 printable characters, or ConfigError."""
+    if not isinstance(value, str) or not value.strip() or len(value) > MAX_REASON or not value.isprintable():
+        expected, fix = f"1 to {MAX_REASON} printable characters", "say who wanted it and why, in one line: it stays in the ledger"
+        raise ConfigError("a budget is raised for a stated reason alone", value, expected, fix)
     return value
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from grape_ray.accounting.events import check_count, check_delta, check_epsilon
-from grape_ray.accounting.records import FORMAT, GENESIS, Entry, Study, check_name
+from grape_ray.accounting.records import FORMAT, GENESIS, Entry, Study, check_name, check_reason
 from grape_ray.accounting.selection import Selection
 from grape_ray.accounting.tokens import Attempt, Charge, StudyState
 from grape_ray.errors import BudgetExceeded, ConfigError, LedgerError, NoiseReuse
@@ -16,11 +16,22 @@ _RESTORE = "restore the ledger from a copy"
 _ROUNDING = 1 + 1e-12  # a sum of decimal shares, 0.1 + 0.2 of 0.3, may exceed the whole by a rounding
 
 
+@dataclass(frozen=True)
+class Extension:
+    """A raise of the dataset's budget to (epsilon, delta), by the entry of that number, for a stated reason."""
+
+    seq: int
+    epsilon: float
+    delta: float
+    reason: str
+
+
 @dataclass
 class State:
     """Everything a chain of entries says; grows by ``apply`` alone, at a cost that does not depend on how many entries came before.
 
-    ``taken`` is the sum of all shares: exact, so that it does not matter in which order, and when, they were added.
+    ``epsilon`` and ``delta`` are the dataset's budget as it is now, after all ``extensions``. ``taken`` is the sum of all shares:
+    exact, so that it does not matter in which order, and when, they were added.
     """
 
     ledger_id: str = ""
@@ -30,6 +41,7 @@ class State:
     studies: dict[str, StudyState] = field(default_factory=dict)
     selections: dict[str, Selection] = field(default_factory=dict)
     taken: dict[str, Fraction] = field(default_factory=lambda: {"epsilon": Fraction(), "delta": Fraction()})
+    extensions: list[Extension] = field(default_factory=list)
     epoch: int = 0
     holder: str = ""
     next_seq: int = 0
@@ -68,6 +80,10 @@ class State:
             fix = "charge the ledger of the records that are used: a field of the task may have changed them"
             raise LedgerError("the ledger is of another dataset", None, "the ledger of the records that are used", fix)
 
+    def left(self, unit: str) -> float:
+        """What of the budget's ``epsilon`` or ``delta`` no study or selection has taken."""
+        return max(0.0, getattr(self, unit) - float(self.taken[unit]))
+
     def study(self, name: str) -> StudyState:
         """The study of that name, or LedgerError."""
         if name not in self.studies:
@@ -103,6 +119,19 @@ class State:
         def commit() -> None:
             self.epsilon, self.delta = epsilon, delta
             self.ledger_id, self.dataset_id = payload["ledger_id"], payload["dataset_id"]
+
+        return commit
+
+    def _extend(self, payload: Mapping) -> Callable[[], None]:
+        """Holds from here on: what was registered before had to fit into the budget of its time."""
+        raised = Extension(self.next_seq, check_epsilon(payload["epsilon"]), check_delta(payload["delta"]), check_reason(payload["reason"]))
+        if raised.epsilon < self.epsilon or raised.delta < self.delta or (raised.epsilon, raised.delta) == (self.epsilon, self.delta):
+            got, now = (f"epsilon {e:g}, delta {d:g}" for e, d in ((raised.epsilon, raised.delta), (self.epsilon, self.delta)))
+            raise LedgerError("a budget can only be raised", got, f"more than {now}", "name a higher one: what was promised is not undone")
+
+        def commit() -> None:
+            self.epsilon, self.delta = raised.epsilon, raised.delta
+            self.extensions.append(raised)
 
         return commit
 

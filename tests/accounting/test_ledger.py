@@ -276,6 +276,25 @@ def test_studies_share_the_budget_of_the_dataset(url):
     ledger.ensure_study(Study("t", MECHANISM, 4.0, 9e-6, TOKENS))
 
 
+def test_a_raised_budget_pays_for_further_studies(url):
+    ledger, other = fresh(url), Ledger.open(url)
+    study = Study("t", MECHANISM, 5.0, 1e-6, 1)
+    with pytest.raises(BudgetExceeded):
+        other.ensure_study(study)
+    for _ in range(2):
+        ledger.extend(9.0, None, "the board said so")
+    assert ledger.state.next_seq == 3
+    for arguments, error in (((8.5, None, "x"), LedgerError), ((None, 9e-6, "x"), LedgerError), ((9.0, None, "x"), LedgerError),
+                             ((10.0, None, ""), ConfigError), ((float("nan"), None, "x"), ConfigError)):  # fmt: skip
+        with pytest.raises(error):
+            ledger.extend(*arguments)
+    other.ensure_study(study)
+    assert Ledger.open(url, "data", 9.0, 1e-5).state.extensions[0].reason == "the board said so"
+    with pytest.raises(LedgerError, match=r"has another epsilon, got 8.0, expected 9.*0 of it.*ledger extend"):
+        Ledger.open(url, "data", 8.0, 1e-5)
+    assert verify(url).ok
+
+
 def test_shares_in_decimals_add_up_to_the_whole(tmp_path):
     ledger = Ledger.open(str(tmp_path / "l"), "data", 0.3, 3e-6)
     quiet = Mechanism("poisson_gaussian", 1.0, 1000.0)
