@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import warnings
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import click
 
-from grape_ray.errors import GrapeRayError, nearest
+from grape_ray.errors import Caution, GrapeRayError, nearest
 
 # A command lives in grape_ray/commands/<name>.py as `command`; its line here is what --help shows, so that --help imports none.
 COMMANDS = {
     "account": "Noise, epsilon or number of steps, each from the others.",
-    "ledger": "Show or verify the ledger of a dataset.",
+    "ledger": "List, show, verify or extend the ledgers of datasets.",
     "check": "See whether a model or pipeline can be trained, before anything is paid for.",
     "train": "Run a pipeline, privately and paid for.",
     "resume": "Go on with a run that was cut off.",
@@ -48,9 +51,27 @@ class LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _cautions_told():
+                return super().invoke(ctx)
         except GrapeRayError as error:
             _fail(ctx, error)
+
+
+@contextlib.contextmanager
+def _cautions_told() -> Iterator[None]:
+    """For the time of a block, cautions are lines of the program's own, and other warnings are shown as ever."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", Caution)
+        before = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *where: Any) -> None:
+            if issubclass(category, Caution):
+                click.echo("warning: " + " ".join(str(message).split()), err=True)
+            else:
+                before(message, category, *where)
+
+        warnings.showwarning = show
+        yield
 
 
 def _fail(ctx: click.Context, error: GrapeRayError) -> NoReturn:

@@ -32,6 +32,10 @@ class GrapeRayError(Exception):
         return type(self), (self.what, self.got, self.expected, self.fix)
 
 
+class Caution(UserWarning):
+    """A setting that is allowed and rarely meant; the program tells it in a line."""
+
+
 class ConfigError(GrapeRayError):
     """A configuration value that cannot be used."""
 

@@ -213,6 +213,7 @@ def _conclude(session: Session, outcome: Outcome, seconds: float) -> dict[str, A
         result = {
             "run": plan.run,
             "method": plan.config.method.name,
+            "private": plan.private,
             "epsilon": plan.promise[0] if plan.promise else None,
             "epsilon_spent": ledger.epsilon_spent(plan.study) if ledger else None,
             "delta": plan.promise[1] if plan.promise else None,

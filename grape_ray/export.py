@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from grape_ray import checkpoint
 from grape_ray.build import build_engine
+from grape_ray.config import Config
 from grape_ray.errors import CheckpointError, StorageError
+from grape_ray.methods import METHODS
 from grape_ray.plan import read_run
 from grape_ray.resolve import rebuild_config
 from grape_ray.storage import Storage
 
+PRIVACY_FILE = "privacy.json"
+
 
 def export(run: str, folder: str | os.PathLike[str], trust: Iterable[str] = ()) -> int:
     """Writes the model of a run's newest whole checkpoint for `AutoModel....from_pretrained`; returns the checkpoint's step.
+
+    A file `privacy.json` in the folder says what is promised to the training records, or that nothing is.
 
     Args:
         run: path or URL of the run's folder. folder: local folder to make; it appears whole or not at all.
@@ -30,7 +38,8 @@ def export(run: str, folder: str | os.PathLike[str], trust: Iterable[str] = ()) 
     place, target = Storage(run), Path(folder).expanduser().absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise StorageError("the folder to export to is taken", str(target), "a new or an empty folder", "choose another")
-    config = rebuild_config(read_run(place), trust)
+    known = read_run(place)
+    config = rebuild_config(known, trust)
     newest = checkpoint.latest(place)
     if newest is None:
         raise CheckpointError("the run has no checkpoint", run, "a committed checkpoint", "train it first")
@@ -41,9 +50,21 @@ def export(run: str, folder: str | os.PathLike[str], trust: Iterable[str] = ()) 
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as scratch:
             task.save(model, Path(scratch, "model"))
+            Path(scratch, "model", PRIVACY_FILE).write_text(json.dumps(_promise(config, known["study"], newest.step), indent=1) + "\n")
             if target.exists():
                 target.rmdir()
             shutil.move(Path(scratch, "model"), target)
     except OSError as error:
         raise StorageError("the export cannot be written", str(target), "a folder that you may make", str(error)) from error
     return newest.step
+
+
+def _promise(config: Config, study: str, step: int) -> dict[str, Any]:
+    """What may be said of the exported model's privacy."""
+    facts = {"method": config.method.name, "steps": step}
+    if not METHODS[config.method.name].private:
+        statement = "NOT PRIVATE: trained without any guarantee; whoever has this model may learn what is in its training records"
+        return {"private": False, "statement": statement, **facts}
+    privacy = config.privacy  # a trial's holds what its whole sweep promises
+    statement = "(epsilon, delta)-differentially private with respect to adding or removing one training record"
+    return {"private": True, "statement": statement, "epsilon": privacy.epsilon, "delta": privacy.delta, "study": study, **facts}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import json
 import os
 from pathlib import Path
 
-from grape_ray.errors import StorageError
+from grape_ray.errors import LedgerError, StorageError
 from grape_ray.storage import Storage
 
-SALT_FILE = "salt"
+SALT_FILE, RUN_FILE = "salt", "run.json"
 _SALT_BYTES = 32
 
 
@@ -56,6 +57,24 @@ def ledger_place(asked: str | None, dataset_id: str, public: bool, storage: str,
         return f"{storage}/{run}/ledger"
     folder = str(home() / "ledgers") if Storage(storage).local else f"{storage}/ledgers"
     return f"{folder}/{hmac.new(salt(folder, make), dataset_id.encode(), hashlib.sha256).hexdigest()[:32]}"
+
+
+def ledger_of(place: str) -> tuple[str, str | None]:
+    """(The ledger, the run's name) where a place is a run's folder; otherwise the place itself, and None.
+
+    Raises:
+        LedgerError: the run has no ledger, as one of method `none`. StorageError: its description is damaged, or out of reach.
+    """
+    try:
+        known = json.loads(Storage(place).first_contact().read(RUN_FILE))
+        ledger, run = known["ledger"], known["run"]
+    except FileNotFoundError:
+        return place, None
+    except (ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"{RUN_FILE} of the run is damaged", place, "its own JSON", "restore it from a copy") from error
+    if ledger is None:
+        raise LedgerError("the run has no ledger", run, "a run with a private method", "method none pays for nothing, and promises nothing")
+    return ledger, run
 
 
 def salt(folder: str, make: bool) -> bytes:

@@ -5,32 +5,34 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 
-from grape_ray import registry
+from grape_ray import cautions, registry
 from grape_ray import scores as validation
 from grape_ray.accounting import calibration, keys
+from grape_ray.accounting.budget import foresee, made_for
 from grape_ray.accounting.events import GAUSSIAN, RANDOMIZED, Mechanism
 from grape_ray.accounting.ledger import Ledger
 from grape_ray.accounting.records import Study
+from grape_ray.cautions import Consent
 from grape_ray.config import Config
 from grape_ray.dryrun import DryRun, dry_run, try_out
 from grape_ray.errors import BudgetExceeded, CheckpointError, ConfigError, DataError
 from grape_ray.methods import METHODS
-from grape_ray.places import absolute, ledger_place
+from grape_ray.places import RUN_FILE, absolute, ledger_place
 from grape_ray.resolve import describe
 from grape_ray.scores import Terms
 from grape_ray.splits import check_splits
 from grape_ray.storage import Storage
-from grape_ray.task import Data, Task
+from grape_ray.task import Data, Task, label
 from grape_ray.withheld import told
 
-RUN_FILE, RESULT_FILE, PROGRESS_FILE = "run.json", "result.json", "progress.json"
+RESULT_FILE, PROGRESS_FILE = "result.json", "progress.json"
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,8 @@ def prepare(
     second_ledger: bool = False,
     rehearse: bool = True,
     reach: Callable[[], None] = lambda: None,
+    ledger_budget: tuple[float | None, float | None] = (None, None),
+    consent: Consent = Consent(),  # noqa: B008  (frozen)
 ) -> Plan:
     """Checks a run whole: data, price, ledger, storage, cluster, and by a dry run all that it will do; then registers it.
 
@@ -112,6 +116,9 @@ def prepare(
         origin, scores: see Plan.
         second_ledger: whether a dataset that is known to have a ledger may get another one, with a budget of its own.
         rehearse: whether the dry run is made; without it the preflight alone. reach: raises where the workers cannot be had.
+        ledger_budget: (epsilon, delta) of the dataset over all runs, where its ledger is made by this one; None is the run's own (of delta,
+            in proportion to epsilon). A ledger that exists must have it.
+        consent: what is done only where the user has said so.
 
     Raises:
         GrapeRayError: one of its kinds for whatever is wrong; nothing was written then.
@@ -124,6 +131,8 @@ def prepare(
         validation.check_metric(task, scores.metric)
     data = told(task.load, public=False)
     private, sampling_prob = METHODS[config.method.name].private, sampling_prob_of(config, data)
+    if study is None:  # who shares one agreed when that began
+        cautions.check(config, len(data.train), data.public, consent)
     check_splits(data, scores is None, private and study is None and not data.public)  # who shares a study was checked when that began
     place = Storage(root, config.performance.storage_timeout_s)
     place.check_writable()
@@ -139,33 +148,20 @@ def prepare(
         keys.check_outside(key_path or keys.default_path(), root, where)
     name, public = study.name if study else run, data.public and scores is None
     plan = Plan(
-        config,
-        run,
-        root,
-        where,
-        key_path,
-        name,
-        data.dataset_id,
-        promise,
-        sampling_prob,
-        noise,
-        tokens,
-        origin,
-        scores,
-        public,
+        config, run, root, where, key_path, name, data.dataset_id, promise, sampling_prob, noise, tokens, origin, scores, public,
         len(data.train),
-    )
+    )  # fmt: skip
     if study is not None:
         check_mechanism(plan.mechanism(), study)
-    existing = _foresee(plan) if private and study is None else False
+    budget = _foresee(plan, data, ledger_budget, consent) if private and study is None else None
     _check_same_run(plan, place)
     reach()
     if study is not None or not rehearse:  # the runs of a study were rehearsed when that began
         told(partial(try_out, config, data), public)
     else:
         plan = replace(plan, rehearsal=dry_run(config, data, place, noise, public, scores.metric if scores else None))
-    if private and study is None:
-        plan = _open_budget(plan, existing, lambda: settle(make=True), () if data.public else data.identity)
+    if budget is not None:
+        plan = _open_budget(plan, budget, lambda: settle(make=True))
     _register(plan, place)
     return plan
 
@@ -179,30 +175,40 @@ def check_mechanism(mechanism: Mechanism, study: Study) -> None:
             raise ConfigError(f"the run has another {field} than study {study.name!r}", value, f"{frozen[field]!r}", fix)
 
 
+@dataclass(frozen=True)
+class _Budget:
+    """The dataset's: as its ledger is made with (nothing, where there is one), and the fingerprints of private records (none of public
+    ones)."""
+
+    made: tuple[float | None, float | None]
+    identity: tuple[str, ...]
+
+
 def _study(plan: Plan) -> Study:
     """The run's own study."""
     assert plan.promise is not None
     return Study(plan.study, plan.mechanism(), *plan.promise, plan.tokens)
 
 
-def _foresee(plan: Plan) -> bool:
-    """Whether there is a ledger already. Raises what it, or a new one, would refuse."""
+def _foresee(plan: Plan, data: Data, asked: tuple[float | None, float | None], consent: Consent) -> _Budget:
+    """The budget that pays for the run's own study. Raises what its ledger, there or to be made, would refuse."""
     assert plan.promise is not None
-    return Ledger.foresee(plan.ledger_storage().first_contact(), plan.dataset_id, plan.promise, _study(plan))
+    made = made_for(plan.promise, *asked)
+    cautions.check_delta("the delta of the dataset's ledger", made[1], len(data.train), consent)
+    existing = foresee(plan.ledger_storage().first_contact(), plan.dataset_id, made, _study(plan), asked)
+    return _Budget((None, None) if existing else made, () if data.public else data.identity)
 
 
-def _open_budget(plan: Plan, existing: bool, settle: Callable[[], str], identity: Iterable[str]) -> Plan:
+def _open_budget(plan: Plan, budget: _Budget, settle: Callable[[], str]) -> Plan:
     """Registers the run's own study in the dataset's ledger, which is made if need be at the place that `settle` gives.
 
     Once a study is registered its budget is gone, so all that can be refused is refused before.
     """
-    budget = (None, None) if existing else plan.promise
-    assert budget is not None
     keys.master_key(plan.key_path)
     plan = replace(plan, ledger=settle())
-    book = Ledger.open(plan.ledger_storage(), plan.dataset_id, *budget)
-    if identity:
-        registry.register(identity, plan.ledger_storage().url, book.ledger_id)
+    book = Ledger.open(plan.ledger_storage(), plan.dataset_id, *budget.made)
+    if budget.identity:
+        registry.register(budget.identity, plan.ledger_storage().url, book.ledger_id, label(plan.config.task))
     book.ensure_study(_study(plan))
     return plan
 

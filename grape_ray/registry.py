@@ -19,10 +19,11 @@ _FOLDER = "datasets"
 
 @dataclass(frozen=True)
 class Known:
-    """A ledger that was opened before. `place`: where it really was. `ledger_id`: its random name."""
+    """A ledger that was opened before. `place`: where it really was. `ledger_id`: its random name. `dataset`: in the user's words."""
 
     place: str
     ledger_id: str
+    dataset: str = ""
 
 
 def known(identity: Iterable[str]) -> list[Known]:
@@ -31,20 +32,42 @@ def known(identity: Iterable[str]) -> list[Known]:
     Raises:
         StorageError: the user's registry cannot be read.
     """
-    folder, names = _folder(), set(_names(identity))
+    names = set(_names(identity))
+    return [known for known, theirs in _entries() if names & theirs]
+
+
+def ledgers() -> list[Known]:
+    """All ledgers, each once, in the order of their places.
+
+    Raises:
+        StorageError: the user's registry cannot be read.
+    """
+    found: dict[tuple[str, str], Known] = {}
+    for entry, _ in _entries():
+        key = (entry.place, entry.ledger_id)
+        found[key] = max(found.get(key, entry), entry, key=lambda one: one.dataset)
+    return [found[key] for key in sorted(found)]
+
+
+def _entries() -> list[tuple[Known, set[str]]]:
+    """The ledgers, and the salted names of the records that each pays for."""
+    folder = _folder()
     files = folder.list()
     fix = "restore it from a copy: without it a second budget is not noticed"
     if files and SALT_FILE not in files:
         raise StorageError("the registry of ledgers is damaged", folder.url, f"the file {SALT_FILE} beside its entries", fix)
     try:
         entries = [json.loads(folder.read(name)) for name in files if name.endswith(".json")]
-        return [Known(entry["ledger"], entry["ledger_id"]) for entry in entries if names & set(entry["names"])]
+        return [(Known(entry["ledger"], entry["ledger_id"], entry.get("dataset", "")), set(entry["names"])) for entry in entries]
     except (ValueError, KeyError, TypeError) as error:
         raise StorageError("the registry of ledgers is damaged", folder.url, "its own JSON files", fix) from error
 
 
-def register(identity: Iterable[str], ledger: str, ledger_id: str) -> None:
-    """Notes that a ledger pays for a dataset, with salted names alone, in a file that only the user may read.
+def register(identity: Iterable[str], ledger: str, ledger_id: str, dataset: str = "") -> None:
+    """Notes that a ledger pays for a dataset, by salted names, in a file that only the user may read.
+
+    Args:
+        dataset: what the user calls the records, such as a task's name and the path of a table, for lists.
 
     Raises:
         StorageError: the user's registry cannot be written.
@@ -52,7 +75,7 @@ def register(identity: Iterable[str], ledger: str, ledger_id: str) -> None:
     place = really(ledger)
     entry = {"ledger": place, "ledger_id": ledger_id, "names": sorted(set(_names(identity, make=True)))}
     name = f"{hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()[:32]}.json"
-    _folder().write(name, json.dumps(entry).encode(), private=True)
+    _folder().write(name, json.dumps({**entry, "dataset": dataset}).encode(), private=True)
 
 
 def check_only(place: str, identity: Iterable[str], second: bool) -> None:

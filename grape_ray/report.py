@@ -66,7 +66,7 @@ def describe(progress: Any, epsilon: float | None) -> str:
 def summary(result: Mapping[str, Any]) -> list[str]:
     """The result in lines for a person."""
     if result["ledger"] is None:
-        promise = "no privacy guarantee"
+        promise = "NOT PRIVATE: no guarantee for any training record"
     else:
         promise = f"epsilon {result['epsilon']:g} at delta {result['delta']:g}, noise multiplier {result['noise_multiplier']:.4g}"
     metrics = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items())

@@ -9,8 +9,10 @@ from typing import Any
 from grape_ray import checkpoint
 from grape_ray.accounting.ledger import Ledger
 from grape_ray.accounting.verify import verify
+from grape_ray.cautions import Consent
 from grape_ray.errors import CheckpointError, LedgerError
-from grape_ray.plan import RUN_FILE, Plan, prepare, read_run
+from grape_ray.places import RUN_FILE
+from grape_ray.plan import Plan, prepare, read_run
 from grape_ray.resolve import rebuild_config
 from grape_ray.scores import Terms, rebuilt
 from grape_ray.storage import Storage
@@ -60,6 +62,7 @@ def plan_resume(
     return prepare(
         config, run=name, storage=root, ledger=where, key_path=key_path, study=study,
         origin=(origin[0], origin[1]) if origin else None, scores=scores, second_ledger=second_ledger,
+        consent=Consent(True, True),  # given when the run was begun
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import warnings
 
 from grape_ray import registry
 from grape_ray.data.identity import column_fingerprints, fingerprint_records, rows_in_common
-from grape_ray.errors import DataError
+from grape_ray.errors import Caution, DataError
 from grape_ray.task import Data
 
 
@@ -38,4 +38,4 @@ def _check_disjoint(data: Data, columns: tuple[str, ...]) -> None:
         raise DataError(what, f"{common} of {total} rows", "records that are not trained on", "hold other records out")
     if common:
         text = f"{common} of {total} validation records are training records, too: what is said of them is not protected by the guarantee"
-        warnings.warn(text, stacklevel=4)
+        warnings.warn(text, Caution, stacklevel=4)

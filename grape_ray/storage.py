@@ -10,6 +10,7 @@ import posixpath
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -24,6 +25,7 @@ _TEMPORARY = ".tmp-"
 _PART_BYTES = 16 << 20  # of a multipart upload: what it holds in memory beside its source
 _FIRST_CONTACT_S = 15.0
 _ROOM_EVERY_S = 0.5  # between two looks at a full disk
+_AT_ONCE = 16  # small files of remote storage
 _RACES = 100  # times that a folder may be removed, by another process's check, before a file is in it
 _Result = TypeVar("_Result")
 
@@ -95,6 +97,20 @@ class Storage:
         """The content of a file, or its bytes ``start`` to ``end`` (half open)."""
         with self._translate("read", name):
             return self._persist(lambda: self._fs.cat_file(self._path(name), start=start, end=end))
+
+    def read_many(self, names: Iterable[str]) -> list[bytes | None]:
+        """The contents of files, None for those that are missing; of remote storage many at once, since each answer is waited for."""
+
+        def content(name: str) -> bytes | None:
+            try:
+                return self.read(name)
+            except FileNotFoundError:
+                return None
+
+        if self.local:
+            return [content(name) for name in names]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            return list(pool.map(content, names))
 
     def size(self, name: str) -> int:
         """Bytes of a file."""

@@ -83,6 +83,14 @@ class Task(Protocol):
         ...
 
 
+def label(task: Any) -> str:
+    """What a user would call the records of a task: its name, and the table that it trains on where a field `train` says it."""
+    table = getattr(task, "train", None)
+    if not isinstance(table, str) or not table:
+        return str(task.name)
+    return f"{task.name} ({Path(table).absolute() if Path(table).exists() else table})"
+
+
 def classification_metrics(task: Task, model: nn.Module, records: Records, batch_size: int = 64) -> dict[str, float]:
     """Accuracy and mean cross-entropy of a Hugging Face classifier whose batches carry `labels` (B,)."""
     correct, loss = 0, 0.0

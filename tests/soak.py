@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from grape_ray.accounting.ledger import Ledger
-from grape_ray.accounting.replay import Attempt, Charge
+from grape_ray.accounting.tokens import Attempt, Charge
 from grape_ray.accounting.verify import verify
 from tests.faulty_s3 import FaultyS3
 

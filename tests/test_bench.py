@@ -134,3 +134,14 @@ def test_the_documented_table_of_scaling_is_the_model_s():
         page.write_text(head + modelled())
     assert page.read_text().endswith(modelled())
     assert exchange_s(10**9, 2, H100) == pytest.approx(10**9 * 4 / H100.inside, rel=0.01)  # half there, half back
+
+
+def test_ledger_reports_costs_for_each_number_of_entries():
+    done = CliRunner().invoke(main, ["bench", "ledger", "--entries", "40,80", "--json"])
+    assert done.exit_code == 0, done.output
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert [row["entries"] for row in rows] == [40, 80]
+    assert all(row[name] >= 0 for row in rows for name in ("open_s", "verify_s", "epsilon_spent_s"))
+    refused = CliRunner().invoke(main, ["bench", "ledger", "--entries", "many"])
+    assert refused.exit_code == 2
+    assert "comma list of integers" in refused.stderr

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from grape_ray.accounting.ledger import Grant
-from grape_ray.accounting.replay import Attempt
+from grape_ray.accounting.tokens import Attempt
 
 
 class Book(Protocol):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from grape_ray.accounting import cache
+from grape_ray.accounting.boundary import boundary
 from grape_ray.accounting.events import (
     GAUSSIAN,
     MAX_NOISE_MULTIPLIER,
@@ -30,6 +30,7 @@ _FINEST, _COARSEST = 1e-5, 1e-2  # spacing of privacy losses: needless work belo
 _MAX_CELLS = 1_000_000
 _ENOUGH = 5e-4  # relative change of epsilon under a halved spacing that ends the refinement
 _PRECISION = 1e-4  # relative width of the bracket that ends the search for a noise multiplier
+_LOOSE = 1e-3  # a remembered noise multiplier that is so much above what would do is not used
 
 
 def epsilon(mechanism: Mechanism, steps: int, delta: float) -> float:
@@ -80,7 +81,8 @@ def noise_multiplier(
 ) -> float:
     """The least noise multiplier, to 0.01 % from above, with which ``steps`` steps cost at most (epsilon, delta).
 
-    Answers are remembered on disk (``accounting.cache``), and proved again by ``affords`` when they are recalled.
+    Answers are remembered on disk (``accounting.cache``). One that is recalled is proved again by ``affords``, and searched anew where
+    0.1 % less would do, as where an older version found it.
 
     Raises:
         ConfigError: a number is out of range.
@@ -90,12 +92,25 @@ def noise_multiplier(
     most = Mechanism(method, sampling_prob, MAX_NOISE_MULTIPLIER, probes, probes_shared)
     question = {**asdict(most), "epsilon": epsilon, "delta": delta, "steps": steps}
     known = cache.recall(question)
-    in_range = known is not None and MIN_NOISE_MULTIPLIER <= known <= MAX_NOISE_MULTIPLIER
-    if known is not None and in_range and affords(replace(most, noise_multiplier=known), steps, epsilon, delta):
-        return known
+    if known is not None and MIN_NOISE_MULTIPLIER <= known <= MAX_NOISE_MULTIPLIER:
+        at = replace(most, noise_multiplier=known)
+        if affords(at, steps, epsilon, delta) and not _loose(at, steps, epsilon, delta):
+            return known
     found = _least_noise(most, epsilon, delta, steps)
     cache.remember(question, found)
     return found
+
+
+def _loose(mechanism: Mechanism, steps: int, epsilon: float, delta: float) -> bool:
+    """Whether clearly less noise than the mechanism's is enough, as far as one look at a fine spacing tells."""
+    less = mechanism.noise_multiplier * (1 - _LOOSE)
+    if less < MIN_NOISE_MULTIPLIER:
+        return False
+    quieter, spacing = replace(mechanism, noise_multiplier=less), _first_spacing(mechanism)
+    for _ in range(3):  # an eighth of the first spacing costs 0.02 % of epsilon
+        if spacing / 2 >= _FINEST and _cells(quieter, steps, spacing / 2) <= _MAX_CELLS:
+            spacing /= 2
+    return _excess(quieter, steps, epsilon, delta, spacing) <= 0
 
 
 def _least_noise(most: Mechanism, epsilon: float, delta: float, steps: int) -> float:
@@ -107,7 +122,7 @@ def _least_noise(most: Mechanism, epsilon: float, delta: float, steps: int) -> f
             return _excess(at, steps, epsilon, delta, spacing or _first_spacing(at))
 
         bounds = -math.log(MAX_NOISE_MULTIPLIER), -math.log(MIN_NOISE_MULTIPLIER)
-        found = _boundary(excess, -math.log(start), bounds, width, reach)
+        found = boundary(excess, -math.log(start), bounds, width, reach)
         if found is None:
             fix = "raise epsilon or delta, or lower sampling_prob or steps"
             raise BudgetExceeded("no noise multiplier is large enough", None, f"one up to {MAX_NOISE_MULTIPLIER:g}", fix)
@@ -133,7 +148,7 @@ def steps_within(mechanism: Mechanism, epsilon: float, delta: float) -> int:
         def excess(log_steps: float) -> float:
             return _excess(mechanism, int(math.exp(log_steps) + 1e-6), epsilon, delta, spacing)
 
-        found = _boundary(excess, math.log(start), (0.0, math.log(MAX_STEPS)), width, reach)
+        found = boundary(excess, math.log(start), (0.0, math.log(MAX_STEPS)), width, reach)
         return 0 if found is None else int(math.exp(found) + 1e-6)
 
     spacing = _first_spacing(mechanism)
@@ -229,33 +244,3 @@ def _gaussian_epsilon(mu: float, delta: float) -> float:
         middle = (low + high) / 2
         low, high = (low, middle) if _gaussian_delta(mu, middle) <= delta else (middle, high)
     return high
-
-
-def _boundary(excess: Callable[[float], float], start: float, bounds: tuple[float, float], width: float, reach: float) -> float | None:
-    """The largest x within bounds with excess(x) <= 0, to the width and from below, for an increasing excess; None where there is none.
-
-    Gallops from the start, then halves by false position (Illinois), kept off both ends so that the bracket closes from both sides.
-    """
-    x, fx = start, excess(start)
-    sign = 1.0 if fx <= 0 else -1.0
-    while True:
-        y = min(bounds[1], max(bounds[0], x + sign * reach))
-        if y == x:
-            return x if sign > 0 else None
-        fy = excess(y)
-        if (fy <= 0) != (fx <= 0):
-            break
-        x, fx, reach = y, fy, 2 * reach
-    (good, f_good), (bad, f_bad) = ((x, fx), (y, fy)) if sign > 0 else ((y, fy), (x, fx))
-    last = 0
-    while bad - good > width:
-        middle = good + (bad - good) * f_good / (f_good - f_bad)
-        middle = min(bad - width / 2, max(good + width / 2, middle))
-        value = excess(middle)
-        if value <= 0:
-            good, f_good, f_bad = middle, value, f_bad / 2 if last == 1 else f_bad
-            last = 1
-        else:
-            bad, f_bad, f_good = middle, value, f_good / 2 if last == -1 else f_good
-            last = -1
-    return good

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from grape_ray.accounting.records import Entry, decode, entry_name
@@ -14,6 +14,7 @@ from grape_ray.errors import GrapeRayError, LedgerError, StorageError
 from grape_ray.storage import Storage
 
 _MAX_RACES = 1000
+_MOST_AHEAD = 256  # entries asked for at once
 _Result = TypeVar("_Result")
 Wanted = tuple[str, dict[str, Any]] | None  # the kind and payload of an entry to be written, or nothing
 
@@ -72,42 +73,62 @@ class Chain:
     def _refresh(self, thorough: bool = False) -> None:
         if self.state.next_seq > 0:
             self._check_head()
-        while (data := self._read(entry_name(self.state.next_seq))) is not None:
-            entry = decode(entry_name(self.state.next_seq), data)
+        self._extend()
+        while thorough and (beyond := self._beyond()):
+            if not self._extend():  # not even now: another writer may have gone on between the two looks
+                what = f"ledger entry {entry_name(self.state.next_seq)} is missing"
+                raise LedgerError(what, None, f"every entry up to {beyond}", "restore the ledger from a copy")
+
+    def _extend(self) -> bool:
+        """Take in the entries that follow; returns whether there were any."""
+        before = self.state.next_seq
+        for entry in entries(self.storage, before):
             try:
                 self.state.apply(entry)
             except GrapeRayError as error:
                 fix = "restore the ledger from a copy, and spend nothing from it until then"
                 raise LedgerError(f"ledger entry {entry.name} breaks a rule: {error}", None, "", fix) from error
-        if thorough:
-            self._check_gap()
-
-    def _read(self, name: str) -> bytes | None:
-        """An entry's file, or None where it is missing."""
-        try:
-            return self.storage.read(name)
-        except FileNotFoundError:
-            return None
-        except (StorageError, OSError) as error:
-            raise _unreachable(self.storage, error) from error
+        return self.state.next_seq > before
 
     def _check_head(self) -> None:
         """Refuse to go on with a ledger that was removed or rolled back under a living process."""
         name = entry_name(self.state.next_seq - 1)
-        data = self._read(name)
+        (data,) = _read(self.storage, [name])
         if data is None or decode(name, data).hash != self.state.head:
             what = f"ledger entry {name} was {'removed' if data is None else 'replaced'} under this process"
             raise LedgerError(what, None, "an append-only ledger", "restore the ledger from a copy")
 
-    def _check_gap(self) -> None:
-        """Refuse a folder with entries beyond a missing one: an entry was removed."""
+    def _beyond(self) -> str | None:
+        """The last entry beyond the first missing one, if there is any: then an entry was removed."""
         try:
-            beyond = [n for n in self.storage.list() if n[:8].isdigit() and n[8:] == ".json" and n > entry_name(self.state.next_seq)]
+            found = [n for n in self.storage.list() if n[:8].isdigit() and n[8:] == ".json" and n > entry_name(self.state.next_seq)]
         except (StorageError, OSError) as error:
             raise _unreachable(self.storage, error) from error
-        if beyond:
-            what = f"ledger entry {entry_name(self.state.next_seq)} is missing"
-            raise LedgerError(what, None, f"every entry up to {beyond[-1]}", "restore the ledger from a copy")
+        return found[-1] if found else None
+
+
+def entries(storage: Storage, first: int = 0) -> Iterator[Entry]:
+    """The entries from a number on, up to the first missing name; asked for by ones, twos, fours, as long as there are more.
+
+    Raises:
+        LedgerError: out of reach, or an entry is damaged.
+    """
+    ahead = 1
+    while True:
+        names = [entry_name(seq) for seq in range(first, first + ahead)]
+        for name, data in zip(names, _read(storage, names)):
+            if data is None:
+                return
+            yield decode(name, data)
+        first, ahead = first + ahead, min(2 * ahead, _MOST_AHEAD)
+
+
+def _read(storage: Storage, names: Sequence[str]) -> list[bytes | None]:
+    """Entries' files, None where one is missing."""
+    try:
+        return storage.read_many(names)
+    except (StorageError, OSError) as error:
+        raise _unreachable(storage, error) from error
 
 
 def _unreachable(storage: Storage, error: Exception) -> LedgerError:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import fft
 
+from grape_ray.accounting.boundary import boundary
 from grape_ray.accounting.losses import Losses
 
 _UNIT = np.finfo(np.float64).eps / 2
@@ -81,13 +82,17 @@ class Composition:
         if self._bound(tilted, 0.0) <= delta:
             return 0.0
         # Chernoff's bound, at which all of the tilted sum would do.
-        low, high = 0.0, 1.01 * ((tilted.log_scale - math.log(delta - self._infinite)) / tilted.theta + self._slip)
+        high = 1.01 * ((tilted.log_scale - math.log(delta - self._infinite)) / tilted.theta + self._slip)
         if self._bound(tilted, high) > delta:
             return math.inf
-        while high - low > 1e-9 * high + 1e-12:
-            middle = (low + high) / 2
-            low, high = (low, middle) if self._bound(tilted, middle) <= delta else (middle, high)
-        return float(high)
+
+        # A logarithm, since that is nearly straight: each value is a sum over the window, and a few of them lead to the end.
+        def excess(negated: float) -> float:
+            return math.log(max(self._bound(tilted, -negated), 1e-300) / delta)
+
+        found = boundary(excess, -high, (-high, 0.0), 1e-9 * high + 1e-12, high / 8)
+        assert found is not None  # the bound at `high` will do
+        return -found
 
     @functools.cached_property
     def _log_moments(self) -> np.ndarray:

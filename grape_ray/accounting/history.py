@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from grape_ray.accounting.records import decode, entry_name
+from grape_ray.accounting.chain import entries
 from grape_ray.storage import Storage
 
 
@@ -19,14 +19,10 @@ class Spending:
 
 
 def history(url: str, study: str) -> list[Spending]:
-    """The charges and refunds of a study, in the ledger's order. Raises LedgerError for a damaged entry."""
-    storage, found, seq = Storage(url), [], 0
-    while True:
-        try:
-            entry = decode(entry_name(seq), storage.read(entry_name(seq)))
-        except FileNotFoundError:
-            return found
-        seq += 1
+    """The charges and refunds of a study, in the ledger's order. Raises LedgerError for a damaged entry, or storage out of reach."""
+    found = []
+    for entry in entries(Storage(url)):
         if entry.kind in ("charge", "refund") and entry.payload["study"] == study:
             steps = entry.payload["steps"] * (1 if entry.kind == "charge" else -1)
             found.append(Spending(entry.time, entry.payload["run"], entry.payload["attempt"], steps))
+    return found

@@ -10,9 +10,10 @@ from typing import TypeVar
 from grape_ray.accounting import calibration
 from grape_ray.accounting.chain import Chain, Wanted
 from grape_ray.accounting.events import check_count, check_delta, check_epsilon
-from grape_ray.accounting.records import FORMAT, Study, check_name, entry_name
-from grape_ray.accounting.replay import Attempt, State, StudyState
+from grape_ray.accounting.records import FORMAT, Study, check_name, check_reason
+from grape_ray.accounting.replay import State
 from grape_ray.accounting.selection import Selection
+from grape_ray.accounting.tokens import Attempt, StudyState
 from grape_ray.errors import BudgetExceeded, LedgerError
 from grape_ray.storage import Storage
 
@@ -73,31 +74,14 @@ class Ledger:
         for name, wanted in (("dataset_id", dataset_id), ("epsilon", epsilon), ("delta", delta)):
             found = getattr(ledger._chain.state, name)
             if wanted is not None and wanted != found:
-                fix = "one ledger serves one dataset with one budget: use another folder, or what it was opened with"
                 # A run's journal keeps the error: no hash of the data may stand in it.
-                got, expected = (None, "that of these records") if name == "dataset_id" else (wanted, repr(found))
+                got, expected, fix = None, "that of these records", "one ledger serves one dataset: use another folder"
+                if name != "dataset_id":
+                    left = ledger._chain.state.left(name)
+                    got, expected = wanted, f"{found:g}, which it was made with or raised to, {left:g} of it not taken by a study"
+                    fix = "leave the budget out to take the ledger as it is, or raise it with `grape-ray ledger extend`"
                 raise LedgerError(f"the ledger {storage.url} has another {name}", got, expected, fix)
         return ledger
-
-    @classmethod
-    def foresee(cls, storage: Storage, dataset_id: str, budget: tuple[float, float], share: Study | Selection) -> bool:
-        """Refuses, and writes nothing, what the dataset's ledger, or one made with `budget`, would refuse.
-
-        Returns:
-            Whether there is a ledger already.
-
-        Raises:
-            StorageError, LedgerError, BudgetExceeded: no ledger can be made there, it is another's, or the share exceeds what is left.
-        """
-        existing = storage.exists(entry_name(0))
-        if existing:
-            state = cls.open(storage, dataset_id, create=False).state
-        else:
-            storage.check_writable()
-            state = State(epsilon=budget[0], delta=budget[1])
-        if share.name not in state.studies and share.name not in state.selections:
-            state.check_share(share)
-        return existing
 
     @property
     def ledger_id(self) -> str:
@@ -158,6 +142,25 @@ class Ledger:
                 what = f"epsilon {selection.epsilon:g} does not buy the selection"
                 raise BudgetExceeded(what, f"{cost:.6g}", f"at most {selection.epsilon:g}", "raise epsilon or noise")
             return (None if known else ("selection", selection.payload())), None
+
+        self._append(decide)
+
+    def extend(self, epsilon: float | None, delta: float | None, reason: str) -> None:
+        """Raise the dataset's budget to (epsilon, delta) for what is registered from now on; None leaves one as it is.
+
+        The reason stays in the chain. The same call again does nothing.
+
+        Raises:
+            LedgerError: not more than the budget now is, or out of reach. ConfigError: a number is out of range, or no reason is stated.
+        """
+        reason = check_reason(reason)
+
+        def decide(state: State):
+            raised = check_epsilon(state.epsilon if epsilon is None else epsilon), check_delta(state.delta if delta is None else delta)
+            last = state.extensions[-1] if state.extensions else None
+            if last is not None and (last.epsilon, last.delta, last.reason) == (*raised, reason):
+                return None, None
+            return ("extend", {"epsilon": raised[0], "delta": raised[1], "reason": reason}), None
 
         self._append(decide)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ FORMAT = 1
 GENESIS = "0" * 64
 MAX_ENTRY_BYTES = 65536
 MAX_NAME = 200
+MAX_REASON = 1000
 
 # Fields of each kind of entry, with their JSON types; further fields, and missing ones, are errors.
 # fmt: off
@@ -23,6 +25,7 @@ SCHEMA: dict[str, dict[str, type]] = {
     "study": {"name": str, "mechanism": dict, "epsilon": float, "delta": float, "tokens": int},
     "selection": {"name": str, "mechanism": dict, "epsilon": float, "delta": float, "trial_tokens": int,
                   "law": str, "mean": float, "shape": float},
+    "extend": {"epsilon": float, "delta": float, "reason": str},
     "epoch": {"epoch": int, "holder": str},
     "attempt": {"study": str, "run": str, "attempt": int, "key_id": str},
     "charge": {"study": str, "run": str, "attempt": int, "chunk": int, "first_step": int, "asked": int, "steps": int},
@@ -30,6 +33,7 @@ SCHEMA: dict[str, dict[str, type]] = {
     "close": {"study": str, "run": str, "attempt": int},
 }
 # fmt: on
+_ENTRY: dict[str, type] = {"seq": int, "prev": str, "kind": str, "payload": dict, "time": float, "nonce": str, "hash": str}
 _MECHANISM: dict[str, type] = {"name": str, "sampling_prob": float, "noise_multiplier": float, "probes": int, "probes_shared": bool}
 
 
@@ -37,6 +41,14 @@ def check_name(field: str, value: object) -> str:
     """A printable name of 1 to 200 characters, or ConfigError."""
     if not isinstance(value, str) or not 0 < len(value) <= MAX_NAME or not value.isprintable():
         raise ConfigError(f"{field} is not a usable name", value, f"1 to {MAX_NAME} printable characters", f"rename the {field}")
+    return value
+
+
+def check_reason(value: object) -> str:
+    """A reason in words, of up to 1000 printable characters, or ConfigError."""
+    if not isinstance(value, str) or not value.strip() or len(value) > MAX_REASON or not value.isprintable():
+        expected, fix = f"1 to {MAX_REASON} printable characters", "say who wanted it and why, in one line: it stays in the ledger"
+        raise ConfigError("a budget is raised for a stated reason alone", value, expected, fix)
     return value
 
 
@@ -104,14 +116,17 @@ class Entry:
         """The entry's file."""
         return entry_name(self.seq)
 
-    @property
+    @functools.cached_property
     def hash(self) -> str:
         """SHA-256 of the canonical JSON of everything else."""
-        return hashlib.sha256(_canonical(asdict(self))).hexdigest()
+        return hashlib.sha256(_canonical(self._fields())).hexdigest()
 
     def encode(self) -> bytes:
         """The file's content."""
-        return _canonical({**asdict(self), "hash": self.hash})
+        return _canonical({**self._fields(), "hash": self.hash})
+
+    def _fields(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _ENTRY if name != "hash"}
 
 
 def entry_name(seq: int) -> str:
@@ -128,9 +143,7 @@ def decode(name: str, data: bytes) -> Entry:
     try:
         if len(data) > MAX_ENTRY_BYTES:
             raise LedgerError("entry is too long", f"{len(data)} bytes", f"at most {MAX_ENTRY_BYTES}")
-        fields = json.loads(data, parse_constant=_refuse_constant)
-        top = {"seq": int, "prev": str, "kind": str, "payload": dict, "time": float, "nonce": str, "hash": str}
-        fields = _shaped("entry", fields, top)
+        fields = _shaped("entry", _DECODER.decode(data.decode()), _ENTRY)
         if fields["kind"] not in SCHEMA:
             raise LedgerError("unknown kind", fields["kind"], ", ".join(SCHEMA))
         _shaped(fields["kind"], fields["payload"], SCHEMA[fields["kind"]])
@@ -146,12 +159,16 @@ def decode(name: str, data: bytes) -> Entry:
 
 def _canonical(value: Mapping[str, Any]) -> bytes:
     """The one JSON text of a value."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    return _ENCODER.encode(value).encode()
 
 
 def _refuse_constant(text: str) -> float:
     """NaN and Infinity are no JSON."""
     raise ValueError(f"{text} is not a number")
+
+
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def _shaped(what: str, value: object, schema: Mapping[str, type]) -> dict[str, Any]:

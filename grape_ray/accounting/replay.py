@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 from grape_ray.accounting.events import check_count, check_delta, check_epsilon
-from grape_ray.accounting.records import FORMAT, GENESIS, Entry, Study, check_name
+from grape_ray.accounting.records import FORMAT, GENESIS, Entry, Study, check_name, check_reason
 from grape_ray.accounting.selection import Selection
+from grape_ray.accounting.tokens import Attempt, Charge, StudyState
 from grape_ray.errors import BudgetExceeded, ConfigError, LedgerError, NoiseReuse
 
 _RESTORE = "restore the ledger from a copy"
@@ -16,57 +17,22 @@ _ROUNDING = 1 + 1e-12  # a sum of decimal shares, 0.1 + 0.2 of 0.3, may exceed t
 
 
 @dataclass(frozen=True)
-class Charge:
-    """A chunk of steps that was paid for: ``steps`` of the ``asked``, from ``first_step`` on."""
+class Extension:
+    """A raise of the dataset's budget to (epsilon, delta), by the entry of that number, for a stated reason."""
 
-    chunk: int
-    first_step: int
-    asked: int
-    steps: int
-
-
-@dataclass
-class Attempt:
-    """What one attempt of a run has been charged."""
-
-    number: int
-    key_id: str
-    charges: dict[int, Charge] = field(default_factory=dict)
-    refunds: dict[int, int] = field(default_factory=dict)
-    closed: bool = False
-
-    @property
-    def used(self) -> int:
-        """Steps charged less steps refunded."""
-        return sum(c.steps for c in self.charges.values()) - sum(self.refunds.values())
-
-    @property
-    def next_step(self) -> int:
-        """The first step whose noise this attempt has not paid for yet."""
-        return max((c.first_step + c.steps for c in self.charges.values()), default=0)
-
-
-@dataclass
-class StudyState:
-    """A study and the attempts of its runs, by run name, in order."""
-
-    study: Study
-    runs: dict[str, list[Attempt]] = field(default_factory=dict)
-
-    @property
-    def used(self) -> int:
-        """Tokens gone."""
-        return sum(attempt.used for attempts in self.runs.values() for attempt in attempts)
-
-    @property
-    def left(self) -> int:
-        """Tokens that can still be charged."""
-        return self.study.tokens - self.used
+    seq: int
+    epsilon: float
+    delta: float
+    reason: str
 
 
 @dataclass
 class State:
-    """Everything a chain of entries says; grows by ``apply`` alone."""
+    """Everything a chain of entries says; grows by ``apply`` alone, at a cost that does not depend on how many entries came before.
+
+    ``epsilon`` and ``delta`` are the dataset's budget as it is now, after all ``extensions``. ``taken`` is the sum of all shares:
+    exact, so that it does not matter in which order, and when, they were added.
+    """
 
     ledger_id: str = ""
     dataset_id: str = ""
@@ -74,6 +40,8 @@ class State:
     delta: float = 0.0
     studies: dict[str, StudyState] = field(default_factory=dict)
     selections: dict[str, Selection] = field(default_factory=dict)
+    taken: dict[str, Fraction] = field(default_factory=lambda: {"epsilon": Fraction(), "delta": Fraction()})
+    extensions: list[Extension] = field(default_factory=list)
     epoch: int = 0
     holder: str = ""
     next_seq: int = 0
@@ -111,6 +79,10 @@ class State:
         if dataset_id is not None and dataset_id != self.dataset_id:
             fix = "charge the ledger of the records that are used: a field of the task may have changed them"
             raise LedgerError("the ledger is of another dataset", None, "the ledger of the records that are used", fix)
+
+    def left(self, unit: str) -> float:
+        """What of the budget's ``epsilon`` or ``delta`` no study or selection has taken."""
+        return max(0.0, getattr(self, unit) - float(self.taken[unit]))
 
     def study(self, name: str) -> StudyState:
         """The study of that name, or LedgerError."""
@@ -150,23 +122,48 @@ class State:
 
         return commit
 
+    def _extend(self, payload: Mapping) -> Callable[[], None]:
+        """Holds from here on: what was registered before had to fit into the budget of its time."""
+        raised = Extension(self.next_seq, check_epsilon(payload["epsilon"]), check_delta(payload["delta"]), check_reason(payload["reason"]))
+        if raised.epsilon < self.epsilon or raised.delta < self.delta or (raised.epsilon, raised.delta) == (self.epsilon, self.delta):
+            got, now = (f"epsilon {e:g}, delta {d:g}" for e, d in ((raised.epsilon, raised.delta), (self.epsilon, self.delta)))
+            raise LedgerError("a budget can only be raised", got, f"more than {now}", "name a higher one: what was promised is not undone")
+
+        def commit() -> None:
+            self.epsilon, self.delta = raised.epsilon, raised.delta
+            self.extensions.append(raised)
+
+        return commit
+
     def _study(self, payload: Mapping) -> Callable[[], None]:
         study = Study.from_payload(payload)
         self.check_share(study)
-        return lambda: self.studies.update({study.name: StudyState(study)})
+
+        def commit() -> None:
+            self.studies[study.name] = StudyState(study)
+            self._take(study)
+
+        return commit
 
     def _selection(self, payload: Mapping) -> Callable[[], None]:
         selection = Selection.from_payload(payload)
         self.check_share(selection)
-        return lambda: self.selections.update({selection.name: selection})
+
+        def commit() -> None:
+            self.selections[selection.name] = selection
+            self._take(selection)
+
+        return commit
+
+    def _take(self, share: Study | Selection) -> None:
+        self.taken = {"epsilon": self.taken["epsilon"] + Fraction(share.epsilon), "delta": self.taken["delta"] + Fraction(share.delta)}
 
     def check_share(self, share: Study | Selection) -> None:
         """Refuse a name that is taken, and a share above what is left of the dataset's budget. Raises LedgerError, BudgetExceeded."""
         if share.name in self.studies or share.name in self.selections:
             raise LedgerError("a study is registered twice", share.name, "one entry a study", _RESTORE)
-        shares = [*(known.study for known in self.studies.values()), *self.selections.values()]
         for unit, budget in (("epsilon", self.epsilon), ("delta", self.delta)):
-            taken = math.fsum(getattr(known, unit) for known in shares)
+            taken = float(self.taken[unit])
             if taken + getattr(share, unit) > budget * _ROUNDING:
                 expected = f"{unit} <= {max(0.0, budget - taken):.6g}, what other studies leave of the dataset's {budget:g}"
                 what = f"study {share.name!r} costs too much"
@@ -197,34 +194,29 @@ class State:
         check_count("steps", charge.steps)
         if charge.steps > charge.asked:
             raise LedgerError("more steps granted than asked for", charge.steps, f"at most {charge.asked}", _RESTORE)
-        last = max(attempt.charges, default=-1)
+        last = attempt.last.chunk if attempt.last else -1
         if charge.chunk <= last:
             expected = f"above {last}"
             raise LedgerError("a chunk's number does not grow", charge.chunk, expected, "number the chunks of an attempt upwards")
         if charge.first_step < attempt.next_step:
             fix = "begin a new attempt, which has a new key"
             raise NoiseReuse("a step is asked for twice under one key", charge.first_step, f"{attempt.next_step} or later", fix)
-        left = self.study(payload["study"]).left
-        if charge.steps > left:
-            raise BudgetExceeded(f"study {payload['study']!r} is overdrawn", f"{charge.steps} steps", f"at most {left}", "stop training")
-        return lambda: attempt.charges.update({charge.chunk: charge})
+        study = self.study(payload["study"])
+        if charge.steps > study.left:
+            what = f"study {payload['study']!r} is overdrawn"
+            raise BudgetExceeded(what, f"{charge.steps} steps", f"at most {study.left}", "stop training")
+        return lambda: study.charge(attempt, charge)
 
     def _refund(self, payload: Mapping) -> Callable[[], None]:
         attempt = self.live_attempt(payload["study"], payload["run"], payload["attempt"])
-        last = max(attempt.charges, default=None)
-        if last is None or payload["chunk"] != last or last in attempt.refunds:
+        last, steps = attempt.last, payload["steps"]
+        if last is None or payload["chunk"] != last.chunk or last.chunk in attempt.refunds:
             what = f"chunk {payload['chunk']} cannot be refunded"
             raise LedgerError(what, None, "the attempt's last chunk, once", "refund nothing that may have started")
-        charged = attempt.charges[last].steps
-        check_count("steps", payload["steps"])
-        if payload["steps"] > charged:
-            raise LedgerError("a refund above its charge", payload["steps"], f"at most {charged}", "refund only steps that never started")
-
-        def commit() -> None:
-            attempt.refunds[last] = payload["steps"]
-            attempt.closed = True  # what was refunded can never start any more
-
-        return commit
+        check_count("steps", steps)
+        if steps > last.steps:
+            raise LedgerError("a refund above its charge", steps, f"at most {last.steps}", "refund only steps that never started")
+        return lambda: self.study(payload["study"]).refund(attempt, last.chunk, steps)
 
     def _close(self, payload: Mapping) -> Callable[[], None]:
         attempt = self.live_attempt(payload["study"], payload["run"], payload["attempt"])

@@ -57,16 +57,17 @@ def _load(storage: Storage) -> tuple[dict[int, Entry], list[str]]:
         names = [name for name in storage.list() if _ENTRY.fullmatch(name)]
         if not names:
             raise LedgerError("there is no ledger", storage.url, "a folder with 00000000.json", "check the location")
-        content = {name: storage.read(name) for name in names}
+        content = dict(zip(names, storage.read_many(names)))
     except (StorageError, OSError) as error:
         raise LedgerError(f"the ledger {storage.url} cannot be reached", str(error), "storage that can be read", "try again") from error
     entries, problems = {}, []
     for name in (entry_name(seq) for seq in range(int(names[-1][:8]) + 1)):
-        if name not in content:
+        data = content.get(name)
+        if data is None:
             problems.append(f"{name}: missing")
             continue
         try:
-            entries[int(name[:8])] = decode(name, content[name])
+            entries[int(name[:8])] = decode(name, data)
         except LedgerError as error:
             problems.append(f"{name}: {error}")
     return entries, problems

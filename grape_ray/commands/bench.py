@@ -113,13 +113,9 @@ def length(methods: str, lengths: str, steps: int, **options: Any) -> None:
     from grape_ray.bench.candidates import chosen, label
     from grape_ray.bench.processes import Process
     from grape_ray.bench.report import surroundings
-    from grape_ray.errors import ConfigError
 
     facts: list[dict[str, Any]] = []
-    known = [n.strip() for n in lengths.split(",")]
-    if not all(n.isdecimal() for n in known):
-        raise ConfigError("--lengths", lengths, "a comma list of integers", "such as --lengths 256,512")
-    for tokens in (int(n) for n in known):
+    for tokens in _counts("--lengths", lengths):
         where, base = _setting({**options, "tokens": tokens}), None
         for method, rank in chosen(methods.split(",")):
             with Process(where, method, rank, for_memory=True) as process:
@@ -222,3 +218,28 @@ def shell(steps: int, rounds: int, **options: Any) -> None:
         *([f"start to first step and end, {w} workers", f"{s:.1f} s"] for w, s in found["start_s"].items()),
     ]
     _finish("Shell", ("what", "figure"), rows, {"model": "digits_vit", **surroundings(), **found}, options)
+
+
+@command.command("ledger")
+@click.option("--entries", default="25000,50000,100000", show_default=True, help="Comma list of numbers of entries.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the section into this results file.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
+def ledger(entries: str, **options: Any) -> None:
+    """CPU-seconds of opening and verifying a ledger in a local folder, against the number of its entries."""
+    from grape_ray.bench.ledger import costs
+    from grape_ray.bench.report import surroundings
+
+    rows = [costs(count) for count in _counts("--entries", entries)]
+    shown = [[f"{r['entries']:,}", *(f"{r[k]:.2f}" for k in ("open_s", "verify_s", "epsilon_spent_s"))] for r in rows]
+    columns = ("entries", "open, CPU-s", "verify, CPU-s", "epsilon spent, CPU-s")
+    _finish("Ledger: entries of one study, in a local folder", columns, shown, {**surroundings(), "rows": rows}, options)
+
+
+def _counts(option: str, text: str) -> list[int]:
+    """A comma list of whole numbers."""
+    from grape_ray.errors import ConfigError
+
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words):
+        raise ConfigError(option, text, "a comma list of integers", f"such as {option} 256,512")
+    return [int(word) for word in words]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import click
 
 
@@ -12,7 +15,8 @@ import click
               help="A module of yours that the run's task may be imported from; repeatable.")  # fmt: skip
 def command(run, folder, trust) -> None:
     """Write the model of RUN (a run's folder or URL) to FOLDER, for AutoModel....from_pretrained."""
-    from grape_ray.export import export
+    from grape_ray.export import PRIVACY_FILE, export
 
     step = export(run, folder, trust)
-    click.echo(f"{folder}: the model after step {step}")
+    promise = json.loads(Path(folder, PRIVACY_FILE).read_text())
+    click.echo(f"{folder}: the model after step {step}" + ("" if promise["private"] else f"; {promise['statement']}"))

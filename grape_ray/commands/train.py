@@ -16,10 +16,17 @@ import click
 @click.option("--storage", default="runs", show_default=True, help="Folder or URL (s3://...) of runs and their checkpoints.")
 @click.option("--ledger", help="Folder or URL of the dataset's ledger; left out, your own ledger of this dataset.")
 @click.option("--second-ledger", is_flag=True, help="Let a dataset that has a ledger get another, with a budget of its own.")
+@click.option("--ledger-epsilon", type=float, help="Whole budget of the dataset, where its ledger is made; left out, the run's.")
+@click.option("--ledger-delta", type=float, help="Its delta; left out, the run's, in proportion to --ledger-epsilon.")
+@click.option("--allow-large-delta", is_flag=True, help="Let delta be one over the number of records, or more.")
+@click.option("--not-private", is_flag=True, help="Let method none train on private data, without any guarantee.")
 @click.option("--run", "name", help="Name of the run; an existing one with the same config is resumed.")
 @click.option("--key-file", help="Master key, made if missing; left out, ~/.config/grape-ray/master.key.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
-def command(pipeline, assignments, workers, storage, ledger, second_ledger, name, key_file, as_json) -> None:
+def command(
+    pipeline, assignments, workers, storage, ledger, second_ledger, ledger_epsilon, ledger_delta, allow_large_delta, not_private, name,
+    key_file, as_json,
+) -> None:  # fmt: skip
     """Train PIPELINE, a module such as pipelines.digits_vit, or module:function.
 
     Every step is charged to the ledger before its noise is drawn. Validation metrics are computed on data that counts as public.
@@ -28,10 +35,25 @@ def command(pipeline, assignments, workers, storage, ledger, second_ledger, name
 
     config = resolve(pipeline).override([*assignments, *worker_assignments(workers)])
     # From here on torch is needed, and its import takes seconds; what could be wrong with the words above was told before.
+    from grape_ray.cautions import Consent
     from grape_ray.plan import prepare
 
-    plan = prepare(config, run=name, storage=storage, ledger=ledger, key_path=key_file, second_ledger=second_ledger)
+    budget = ledger_budget(ledger_epsilon, ledger_delta)
+    plan = prepare(
+        config, run=name, storage=storage, ledger=ledger, key_path=key_file, second_ledger=second_ledger, ledger_budget=budget,
+        consent=Consent(allow_large_delta, not_private),
+    )  # fmt: skip
     run_and_report(plan, as_json)
+
+
+def ledger_budget(epsilon: float | None, delta: float | None) -> tuple[float | None, float | None]:
+    """What --ledger-epsilon and --ledger-delta say, checked. Raises ConfigError."""
+    from grape_ray.accounting.events import check_delta, check_epsilon
+
+    return (
+        None if epsilon is None else check_epsilon(epsilon, "--ledger-epsilon"),
+        None if delta is None else check_delta(delta, "--ledger-delta"),
+    )
 
 
 def worker_assignments(workers: str | None) -> list[str]:

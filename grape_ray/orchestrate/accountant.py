@@ -19,8 +19,8 @@ from grape_ray.accounting import calibration
 from grape_ray.accounting.claim import BEAT_S, Claim
 from grape_ray.accounting.ledger import Grant, Ledger
 from grape_ray.accounting.records import Study
-from grape_ray.accounting.replay import Attempt
 from grape_ray.accounting.selection import Selection
+from grape_ray.accounting.tokens import Attempt
 from grape_ray.errors import GrapeRayError, LedgerError
 from grape_ray.storage import Storage
 from grape_ray.withheld import text_of

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from grape_ray import notices
+from grape_ray.cautions import Consent
 from grape_ray.comms import Comms
 from grape_ray.config import Config
 from grape_ray.execute import execute
@@ -21,6 +22,8 @@ def train(
     ledger: str | None = None,
     key_path: str | None = None,
     second_ledger: bool = False,
+    ledger_budget: tuple[float | None, float | None] = (None, None),
+    consent: Consent = Consent(),  # noqa: B008  (frozen)
     on_progress: Callable[[Progress, float | None], None] | None = None,
 ) -> dict[str, Any]:
     """Checks, prices and runs a config; the arguments are those of `grape_ray.plan.prepare`.
@@ -29,16 +32,20 @@ def train(
         on_progress: told (progress, epsilon spent) as the run goes on.
 
     Returns:
-        run, method, epsilon and delta (the promise: of the whole study, because its tokens can still be spent), epsilon_spent (by the
-        study's steps so far, for display), steps (that the model has taken), noise_multiplier, metrics (validation), seconds,
-        peak_bytes (largest over processes), checkpoint and ledger (URLs); also exhausted, executed_steps (known to have been executed,
-        repeats included), charged_steps, attempts, steps_per_s and workers. epsilon, epsilon_spent, delta, noise_multiplier and ledger
-        are None for method `none`.
+        run, method, private (whether the method has a guarantee), epsilon and delta (the promise: of the whole study, because its tokens
+        can still be spent), epsilon_spent (by the study's steps so far, for display), steps (that the model has taken),
+        noise_multiplier, metrics (validation), seconds, peak_bytes (largest over processes), checkpoint and ledger (URLs); also exhausted,
+        executed_steps (known to have been executed, repeats included), charged_steps, attempts, steps_per_s and workers. epsilon,
+        epsilon_spent, delta, noise_multiplier and ledger are None for method `none`.
 
     Raises:
         GrapeRayError: one of its kinds for whatever is wrong.
     """
-    return run_plan(prepare(config, run=run, storage=storage, ledger=ledger, key_path=key_path, second_ledger=second_ledger), on_progress)
+    plan = prepare(
+        config, run=run, storage=storage, ledger=ledger, key_path=key_path, second_ledger=second_ledger, ledger_budget=ledger_budget,
+        consent=consent,
+    )  # fmt: skip
+    return run_plan(plan, on_progress)
 
 
 def run_plan(plan: Plan, on_progress: Callable[[Progress, float | None], None] | None = None) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from grape_ray.accounting.ledger import Ledger
-from grape_ray.accounting.replay import Attempt
+from grape_ray.accounting.tokens import Attempt
 from grape_ray.errors import ConfigError
-from grape_ray.plan import RUN_FILE
+from grape_ray.places import RUN_FILE
 from grape_ray.storage import Storage
 from grape_ray.trace import lines
 

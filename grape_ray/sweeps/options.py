@@ -32,6 +32,7 @@ class Options:
         ledger_epsilon, ledger_delta: the dataset's whole budget, where its ledger is made; None makes it the sweep's.
         key_path: file of the master key. concurrent: trials at a time; None is as many as fit.
         second_ledger: whether records that are known to have a ledger may get another one.
+        allow_large_delta: whether delta may be one over the number of records or more.
         sealed: folder for what must stay secret in mode select; None is one of the user's own, where storage is local.
     """
 
@@ -55,6 +56,7 @@ class Options:
     concurrent: int | None = None
     sealed: str | None = field(default=None)
     second_ledger: bool = False
+    allow_large_delta: bool = False
 
     def __post_init__(self) -> None:
         for name, known in (("mode", (COMPOSE, SELECT)), ("scheduler", SCHEDULERS), ("search", SEARCHES), ("law", tuple(LAWS))):

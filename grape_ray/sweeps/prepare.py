@@ -9,11 +9,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from grape_ray import registry
+from grape_ray import cautions, registry
 from grape_ray.accounting import keys
+from grape_ray.accounting.budget import foresee, made_for
 from grape_ray.accounting.ledger import Ledger
 from grape_ray.accounting.records import Study, entry_name
 from grape_ray.accounting.selection import Selection
+from grape_ray.cautions import Consent
 from grape_ray.data.identity import column_fingerprints, fingerprint_records
 from grape_ray.dryrun import dry_run
 from grape_ray.errors import ConfigError
@@ -26,7 +28,7 @@ from grape_ray.storage import Storage
 from grape_ray.sweeps import folder, price
 from grape_ray.sweeps.options import SELECT, Options, check_select_config
 from grape_ray.sweeps.space import PRIVATE, SweepStudy
-from grape_ray.task import Data
+from grape_ray.task import Data, label
 from grape_ray.trust import remember_sweep
 from grape_ray.withheld import told
 
@@ -37,7 +39,8 @@ class Share:
 
     Attributes:
         paid: what is registered there. ledger: URL. dataset_id: of the records. budget: (epsilon, delta) of the records, where the
-            ledger is made. identity: all fingerprints of the records. public: whether they are, so that there may be many ledgers.
+            ledger is made; asked: as the user named it, with which an existing ledger is compared. identity: all fingerprints of the
+            records. public: whether they are, so that there may be many ledgers. dataset: what the user calls them.
     """
 
     paid: Study | Selection
@@ -46,18 +49,20 @@ class Share:
     budget: tuple[float, float]
     identity: tuple[str, ...] = field(default=(), compare=False)
     public: bool = field(default=False, compare=False)
+    asked: tuple[float | None, float | None] = field(default=(None, None), compare=False)
+    dataset: str = field(default="", compare=False)
 
     def check(self, second: bool) -> None:
         """Refuses, before any work, what the ledger would refuse, and a second one. Raises StorageError, BudgetExceeded, LedgerError."""
         registry.check_only(self.ledger, self.identity, second)
-        Ledger.foresee(Storage(self.ledger).first_contact(), self.dataset_id, self.budget, self.paid)
+        foresee(Storage(self.ledger).first_contact(), self.dataset_id, self.budget, self.paid, self.asked)
 
     def open(self) -> None:
         """Makes the ledger where there is none."""
         existing = Storage(self.ledger).exists(entry_name(0))
         book = Ledger.open(self.ledger, self.dataset_id, *((None, None) if existing else self.budget))
         if not self.public and self.identity:
-            registry.register(self.identity, self.ledger, book.ledger_id)
+            registry.register(self.identity, self.ledger, book.ledger_id, self.dataset)
 
     def described(self) -> dict[str, Any]:
         """The share as the sweep's description keeps it: without the fingerprint of the records, which the ledger knows."""
@@ -132,6 +137,8 @@ def prepare(options: Options, space: dict[str, Any], study: SweepStudy, name: st
         check_select_config(study.config)
     data = told(study.config.task.load, public=False)
     sampling_prob = sampling_prob_of(study.config, data)
+    cautions.check_delta("the sweep's delta", study.config.privacy.delta, len(data.train), Consent(large_delta=options.allow_large_delta))
+    cautions.warn(study.config.privacy)
     check_splits(data, study.score_source != PRIVATE, not data.public)
     storage = absolute(options.storage)
     _check_place(Storage(storage).child(name), name)
@@ -224,9 +231,10 @@ def _steps(options: Options, study: SweepStudy, name: str, data: Data, storage: 
     else:
         tokens = options.tokens or price.planned_tokens(study, options.trials, options.scheduler)
         paid = price.compose(study, name, sampling_prob, privacy.epsilon, privacy.delta, tokens)
-    budget = (_given(options.ledger_epsilon, privacy.epsilon), _given(options.ledger_delta, privacy.delta))
+    asked = options.ledger_epsilon, options.ledger_delta
+    budget = made_for((privacy.epsilon, privacy.delta), *asked)
     place = ledger_place(options.ledger, data.dataset_id, data.public, storage, name)
-    return Share(paid, place, data.dataset_id, budget, data.identity, data.public)
+    return Share(paid, place, data.dataset_id, budget, data.identity, data.public, asked, label(study.config.task))
 
 
 def _scores(options: Options, study: SweepStudy, name: str, data: Data, storage: str, paid: Study | Selection) -> Share:
@@ -238,7 +246,7 @@ def _scores(options: Options, study: SweepStudy, name: str, data: Data, storage:
         price_of = price.select_scores(study, name, options.the_law())
     budget = (study.score_epsilon, study.score_delta)
     place = ledger_place(options.score_ledger, records[0], False, storage, name)
-    return Share(price_of, place, records[0], budget, records)
+    return Share(price_of, place, records[0], budget, records, dataset=f"{label(study.config.task)}, validation records")
 
 
 def _sealed(options: Options, storage: str, name: str) -> str:

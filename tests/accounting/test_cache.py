@@ -36,6 +36,14 @@ def test_an_edited_answer_is_searched_anew(folder, forged):
     assert affords(Mechanism("poisson_gaussian", 0.02, first), 50, 3.0, 1e-5)
 
 
+@pytest.mark.parametrize("question", [QUESTION, (3.0, 1e-5, 1.0, 40)])
+def test_an_answer_that_is_safe_but_wasteful_is_searched_anew(folder, question):
+    first = noise_multiplier(*question)
+    (path,) = folder.iterdir()
+    path.write_text(json.dumps({**json.loads(path.read_text()), "answer": first * 1.013}))
+    assert noise_multiplier(*question) == first
+
+
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

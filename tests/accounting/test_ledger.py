@@ -4,10 +4,12 @@ import json
 import multiprocessing
 import queue
 import threading
+import time
 
 import pytest
 
 from grape_ray.accounting import Grant, Ledger, Mechanism, Study, verify
+from grape_ray.accounting.replay import State
 from grape_ray.errors import BudgetExceeded, ConfigError, GrapeRayError, LedgerError, NoiseReuse, StorageError
 from grape_ray.storage import Storage
 
@@ -96,6 +98,67 @@ def test_a_process_that_dies_at_a_write_is_followed_by_another(url, nth):
     attempt = successor.begin_attempt("s", "r", "id")
     assert successor.charge("s", "r", attempt, 0, TOKENS).steps == TOKENS - before
     assert verify(url).ok
+
+
+class Remote(Storage):
+    """An object store that answers after a while; counts how many it is asked for at once."""
+
+    def __init__(self, url):
+        super().__init__(url)
+        self.asked, self.busy, self.most, self.lock = 0, 0, 0, threading.Lock()
+
+    def read(self, name, start=None, end=None):
+        with self.lock:
+            self.asked, self.busy = self.asked + 1, self.busy + 1
+            self.most = max(self.most, self.busy)
+        time.sleep(0.002)
+        try:
+            return super().read(name, start, end)
+        finally:
+            with self.lock:
+                self.busy -= 1
+
+
+def test_entries_of_an_object_store_are_read_several_at_once(tmp_path):
+    place = f"memory://{tmp_path.name}"
+    ledger = fresh(place, Study("s", Mechanism("poisson_gaussian", 1.0, 100.0), 4.0, 1e-6, 200))
+    attempt = ledger.begin_attempt("s", "r", "id")
+    for chunk in range(60):
+        ledger.charge("s", "r", attempt, chunk, 1)
+    for call in (lambda storage: Ledger.open(storage).state, lambda storage: verify(storage, ledger.head)):
+        storage = Remote(place)
+        found = call(storage)
+        assert 4 < storage.most <= 16
+        assert storage.asked < 3 * 63
+        assert found == ledger.state if isinstance(found, State) else found.ok
+    storage, known = Remote(place), Ledger.open(place)
+    known._chain.storage = storage
+    known.charge("s", "r", attempt, 60, 1)
+    assert storage.asked == 2  # the last entry, and the one that may follow it
+
+
+class Busy(Storage):
+    """A folder in which another process writes between two looks at it."""
+
+    def __init__(self, url, work):
+        super().__init__(url)
+        self.work = work
+
+    def list(self, prefix=""):
+        work, self.work = self.work, lambda: None
+        work()
+        return super().list(prefix)
+
+
+def test_entries_that_come_while_a_ledger_is_opened_are_no_gap(url):
+    ledger = fresh(url)
+    attempt = ledger.begin_attempt("s", "r", "id")
+
+    def work():
+        for chunk in range(3):
+            ledger.charge("s", "r", attempt, chunk, 1)
+
+    assert Ledger.open(Busy(url, work)).state.study("s").used == 3
 
 
 def test_nothing_is_granted_when_storage_is_gone(url, tmp_path):
@@ -211,6 +274,25 @@ def test_studies_share_the_budget_of_the_dataset(url):
         ledger.ensure_study(Study("s", MECHANISM, 4.0, 1e-6, TOKENS - 1))
     assert ledger.state.next_seq == entries
     ledger.ensure_study(Study("t", MECHANISM, 4.0, 9e-6, TOKENS))
+
+
+def test_a_raised_budget_pays_for_further_studies(url):
+    ledger, other = fresh(url), Ledger.open(url)
+    study = Study("t", MECHANISM, 5.0, 1e-6, 1)
+    with pytest.raises(BudgetExceeded):
+        other.ensure_study(study)
+    for _ in range(2):
+        ledger.extend(9.0, None, "the board said so")
+    assert ledger.state.next_seq == 3
+    for arguments, error in (((8.5, None, "x"), LedgerError), ((None, 9e-6, "x"), LedgerError), ((9.0, None, "x"), LedgerError),
+                             ((10.0, None, ""), ConfigError), ((float("nan"), None, "x"), ConfigError)):  # fmt: skip
+        with pytest.raises(error):
+            ledger.extend(*arguments)
+    other.ensure_study(study)
+    assert Ledger.open(url, "data", 9.0, 1e-5).state.extensions[0].reason == "the board said so"
+    with pytest.raises(LedgerError, match=r"has another epsilon, got 8.0, expected 9.*0 of it.*ledger extend"):
+        Ledger.open(url, "data", 8.0, 1e-5)
+    assert verify(url).ok
 
 
 def test_shares_in_decimals_add_up_to_the_whole(tmp_path):

@@ -1,6 +1,8 @@
 """The rules of a chain of entries, each at its edge: what breaks one is refused and changes nothing, its nearest neighbour is taken."""
 
 import copy
+import math
+import random
 from dataclasses import asdict, replace
 
 import pytest
@@ -14,6 +16,10 @@ from grape_ray.errors import BudgetExceeded, GrapeRayError, LedgerError, NoiseRe
 MECHANISM = Mechanism("poisson_gaussian", 1.0, 10.0)
 RUN = {"study": "s", "run": "r", "attempt": 1}
 OPEN = {"format": FORMAT, "ledger_id": "l", "dataset_id": "data", "epsilon": 8.0, "delta": 1e-5}
+
+
+def extend(epsilon=9.0, delta=1e-5, reason="asked for by the board"):
+    return "extend", {"epsilon": epsilon, "delta": delta, "reason": reason}
 
 
 def study(name="s", epsilon=4.0, delta=4e-6, tokens=20):
@@ -70,6 +76,19 @@ EDGES = {
     "a selection twice": ((selection(),), selection(), LedgerError, selection("p")),
     "a study named as a selection": ((selection("p"),), study("p"), LedgerError, study("t")),
     "a selection named as a study": ((study("p"),), selection("p"), LedgerError, selection("t")),
+    "a share above a raised budget": ((study(), extend()), study("t", 5.01, 1e-6), BudgetExceeded, study("t", 5.0, 1e-6)),
+    "a share of a raised delta": ((study(), extend(8.0, 2e-5)), study("t", 1.0, 1.7e-5), BudgetExceeded, study("t", 1.0, 1.6e-5)),
+    "a selection above a raised budget": ((study(), extend()), selection("p", 5.01, 1e-6), BudgetExceeded, selection("p", 5.0, 1e-6)),
+    "a share before the raise that pays for it": ((study(),), study("t", 5.0, 1e-6), BudgetExceeded, extend()),
+    "a lower epsilon": ((), extend(7.9, 2e-5), LedgerError, extend(8.0, 2e-5)),
+    "a lower delta": ((), extend(9.0, 9e-6), LedgerError, extend(9.0, 1e-5)),
+    "a raise by nothing": ((), extend(8.0, 1e-5), LedgerError, extend(8.0 + 1e-9, 1e-5)),
+    "a raise below an earlier one": ((extend(),), extend(8.5, 1e-5), LedgerError, extend(9.5, 1e-5)),
+    "a raise beyond all budgets": ((), extend(1e5), LedgerError, extend(1e4)),
+    "a raise to every delta": ((), extend(9.0, 1.0), LedgerError, extend(9.0, 0.9)),
+    "a raise without a reason": ((), extend(reason=" "), LedgerError, extend(reason="x")),
+    "a raise for a reason in two lines": ((), extend(reason="a\nb"), LedgerError, extend(reason="a b")),
+    "an endless reason": ((), extend(reason="a" * 1001), LedgerError, extend(reason="a" * 1000)),
     "an epoch again": ((epoch(1),), epoch(1), LedgerError, epoch(2)),
     "an epoch left out": ((epoch(1),), epoch(3), LedgerError, epoch(2)),
     "an epoch of nobody": ((), epoch(1, ""), LedgerError, epoch(1, "h")),
@@ -187,6 +206,98 @@ def test_every_step_is_counted_where_it_was_charged():
             state.attempt(study_name, run, number)
     with pytest.raises(NoiseReuse, match="attempt 2 has begun"):
         state.live_attempt("s", "r", 1)
+
+
+def resummed(state):
+    """What each study has used and each attempt goes on from, added up from the charges; and the shares that are taken."""
+    used, following_steps = {}, {}
+    for name, known in state.studies.items():
+        tries = [(run, a) for run, attempts in known.runs.items() for a in attempts]
+        each = [sum(c.steps for c in a.charges.values()) - sum(a.refunds.values()) for _, a in tries]
+        used[name] = (sum(each), each)
+        following_steps[name] = [max((c.first_step + c.steps for c in a.charges.values()), default=0) for _, a in tries]
+        assert all((a.last.chunk if a.last else -1) == max(a.charges, default=-1) for _, a in tries)
+    shares = [*(known.study for known in state.studies.values()), *state.selections.values()]
+    return used, following_steps, {unit: math.fsum(getattr(share, unit) for share in shares) for unit in ("epsilon", "delta")}
+
+
+def kept(state):
+    """The same from the sums that are kept with each entry."""
+    tries = {name: [a for attempts in known.runs.values() for a in attempts] for name, known in state.studies.items()}
+    used = {name: (known.used, [a.used for a in tries[name]]) for name, known in state.studies.items()}
+    return used, {name: [a.next_step for a in tries[name]] for name in tries}, {u: float(n) for u, n in state.taken.items()}
+
+
+def some_entry(draw, state):
+    """An entry that may or may not be allowed: what would follow, or a little beside it."""
+    name, run = draw.choice("stu"), draw.choice("qr")
+    known = state.studies[name].runs.get(run, []) if name in state.studies else []
+    number = max(1, len(known) - (draw.random() < 0.1))
+    where = {"study": name, "run": run, "attempt": number}
+    last, step = (max(known[-1].charges, default=-1), known[-1].next_step) if known else (-1, 0)
+    likely = {"attempt": 2, "charge": 9, "refund": 1, "close": 1, "study": 1, "selection": 1, "extend": 0.3}
+    return {
+        "study": lambda: study(name, draw.choice((0.1, 0.7, 3.3)), draw.choice((1e-7, 3e-6)), draw.choice((40, 400))),
+        "selection": lambda: selection(draw.choice(("pick", "s")), draw.choice((0.2, 2.0)), 1e-7),
+        "attempt": lambda: attempt(len(known) + 1, run, name),
+        "charge": lambda: charge(last + draw.choice((0, 1, 1, 1, 3)), step + draw.choice((-1, 0, 0, 0, 5)), draw.randint(0, 9), 8, **where),
+        "refund": lambda: refund(last, draw.randint(0, 5), **where),
+        "close": lambda: ("close", where),
+        "extend": lambda: extend(state.epsilon + draw.choice((-1, 1)), state.delta),
+    }[draw.choices([*likely], [*likely.values()])[0]]()
+
+
+def test_sums_that_grow_with_each_entry_are_those_over_all_entries():
+    taken_in = refused = 0
+    for seed in range(30):
+        draw, state = random.Random(seed), grown()
+        for _ in range(150):
+            before = plain(state)
+            try:
+                state.apply(following(state, *some_entry(draw, state)))
+                taken_in += 1
+            except GrapeRayError:
+                refused += 1
+                assert plain(state) == before
+            assert kept(state) == resummed(state)
+    assert taken_in > 800
+    assert refused > 800
+
+
+class NoWalk(dict):
+    """A dict that can be asked for single items, and for its newest, alone."""
+
+    def __iter__(self):
+        raise AssertionError("an entry's cost grows with the entries before it")
+
+    keys = values = items = __iter__
+
+
+def test_an_entry_costs_the_same_whatever_came_before():
+    state = grown(study(tokens=30), study("t", 1.0, 1e-6), *[attempt(n) for n in (1, 2)], attempt(1, "q"))
+    known = state.studies["s"]
+    known.runs = NoWalk(known.runs)
+    for tries in (known.runs["r"], known.runs["q"]):
+        for one in tries:
+            one.charges, one.refunds = NoWalk(), NoWalk()
+    state.studies, state.selections = NoWalk(state.studies), NoWalk(state.selections)
+    for entry in (
+        charge(0, 0, 4, attempt=2),
+        charge(1, 4, 6, attempt=2),
+        charge(7, 0, 9, run="q"),
+        refund(1, 5, attempt=2),
+        study("u", 1.0, 1e-6),
+    ):
+        state.apply(following(state, *entry))
+    with pytest.raises(BudgetExceeded):
+        state.apply(following(state, *charge(8, 9, 17, run="q")))
+    assert (known.used, known.left, state.attempt("s", "r", 2).next_step) == (14, 16, 10)
+
+
+def test_a_budget_is_what_the_last_raise_made_it_and_each_is_kept():
+    state = grown(epoch(1), extend(9.0, 1e-5, "one"), extend(9.0, 3e-5, "two"))
+    assert (state.epsilon, state.delta, state.left("epsilon")) == (9.0, 3e-5, 9.0)
+    assert [(e.seq, e.epsilon, e.delta, e.reason) for e in state.extensions] == [(2, 9.0, 1e-5, "one"), (3, 9.0, 3e-5, "two")]
 
 
 def test_the_holder_is_the_one_of_the_last_epoch():

@@ -88,6 +88,7 @@ def test_a_ledger_cut_off_at_the_end_shows_against_a_noted_head(folder):
 
 
 CHARGE = {"study": "s", "run": "r", "attempt": 2, "chunk": 0, "first_step": 0, "asked": 30, "steps": 30}
+EXTEND = {"epsilon": 9.0, "delta": 1e-5, "reason": "the board"}
 ATTEMPT = {"study": "s", "run": "r", "attempt": 2, "key_id": "id"}
 
 
@@ -105,6 +106,12 @@ ATTEMPT = {"study": "s", "run": "r", "attempt": 2, "key_id": "id"}
         ({7: ("attempt", ATTEMPT)}, "wrong number"),
         ({7: ("attempt", {**ATTEMPT, "attempt": 4})}, "wrong number"),
         ({7: ("study", STUDY.payload())}, "registered twice"),
+        (
+            {7: ("study", {**STUDY.payload(), "name": "t", "epsilon": 5.0}), 8: ("extend", EXTEND)},
+            "00000007.json: study 't' costs too much",
+        ),
+        ({7: ("extend", {**EXTEND, "epsilon": 7.0})}, "can only be raised"),
+        ({7: ("extend", {**EXTEND, "reason": ""})}, "stated reason"),
         ({7: ("study", {**STUDY.payload(), "name": "t", "epsilon": 5.0})}, "costs too much"),
         ({0: ("open", {"epsilon": 3.0})}, "costs too much"),
         ({0: ("open", {"format": 2})}, "another format"),
