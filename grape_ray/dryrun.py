@@ -11,7 +11,6 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -85,17 +84,20 @@ def dry_run(config: Config, data: Data, place: Storage, noise_multiplier: float,
 
 
 def try_out(config: Config, data: Data) -> nn.Module:
-    """The preflight on the shortest, the longest and a random one of all records, in the mode that trains; returns the model it built."""
+    """The preflight on the extremes of all records, in the mode that trains; returns the model it built."""
+    model, batch, alone = extremes(config, data)
+    key, loss = public_key(config, "projection"), config.task.per_example_loss
+    preflight(model, loss, batch, config.privacy, config.method, key, len(alone), alone)
+    return model
+
+
+def extremes(config: Config, data: Data) -> tuple[nn.Module, Any, list[Any]]:
+    """The task's model, a batch of the shortest, the longest and a random one of all records, and each of these as a batch of its own."""
     task: Task = config.task
     model = task.build_model(config.seed)
     order = data.train.by_length(np.arange(len(data.train)))
     picked = np.unique([order[0], order[-1], np.random.default_rng().choice(order)])
-    alone = [task.collate(data.train, picked[i : i + 1]) for i in range(len(picked))]
-    preflight(
-        model, task.per_example_loss, task.collate(data.train, picked), config.privacy, config.method,
-        public_key(config, "projection"), len(picked), alone,
-    )  # fmt: skip
-    return model
+    return model, task.collate(data.train, picked), [task.collate(data.train, picked[i : i + 1]) for i in range(len(picked))]
 
 
 def _step(config: Config, data: Data, model: nn.Module, engine: Any, optimizer: Optimizer, noise_multiplier: float) -> None:
@@ -160,8 +162,3 @@ def _export(task: Task, model: nn.Module) -> None:
         task.save(model, target)
         if not target.is_dir() or not os.listdir(target):
             raise ConfigError("task.save wrote nothing", None, "a folder with the model's files", "write to the folder that it is given")
-
-
-def described(found: Mapping[str, Any]) -> str:
-    """A line for a person."""
-    return f"dry run: {found['seconds']:.1f} s, checkpoints of {found['checkpoint_bytes'] / 2**20:.1f} MiB"

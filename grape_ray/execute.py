@@ -131,9 +131,14 @@ def _execute(
     if outcome.interrupted:
         if comms.rank == 0:
             _settle(session, outcome.paid_until - outcome.progress.step)
-        fix = f"run `grape-ray resume {folder.url}{words_for(type(config.task).__module__)}` to go on"
-        raise Interrupted(f"run {plan.run} was told to end, and is kept at step {outcome.progress.step}", None, "", fix)
+        raise interrupted(plan, outcome.progress.step)
     return _conclude(session, outcome, time.monotonic() - began)
+
+
+def interrupted(plan: Plan, step: int) -> Interrupted:
+    """The end of a run that was told to end, with the words that go on with it."""
+    fix = f"run `grape-ray resume {plan.folder().url}{words_for(type(plan.config.task).__module__)}` to go on"
+    return Interrupted(f"run {plan.run} was told to end, and is kept at step {step}", None, "", fix)
 
 
 def _model_and_engine(plan: Plan, data: Data, device: torch.device) -> tuple[torch.nn.Module, Engine, PerExampleLoss]:

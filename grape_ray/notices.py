@@ -11,24 +11,31 @@ from typing import Any
 
 from grape_ray.loop import Notice
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)  # what ends a machine, and ^C: the run does the same for both
 _told = threading.Event()
 
 
-def listen() -> Any:
-    """From now on the first SIGTERM is a notice to end in good order; a second does what one did before. Main thread only.
+def listen() -> dict[signal.Signals, Any]:
+    """From now on the first SIGTERM or SIGINT is a notice to end in good order; a second does what it did before. Main thread only.
 
     Returns:
-        What handled the signal before.
+        What handled the signals before.
     """
     _told.clear()
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
 
     def handle(number: int, frame: FrameType | None) -> None:
         _told.set()
-        signal.signal(signal.SIGTERM, before)
+        _restore(before)
 
-    signal.signal(signal.SIGTERM, handle)
+    for number in _SIGNALS:
+        signal.signal(number, handle)
     return before
+
+
+def _restore(handlers: dict[signal.Signals, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -41,7 +48,7 @@ def listening() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        _restore(before)
 
 
 def told() -> Notice:

@@ -69,7 +69,9 @@ def summary(result: Mapping[str, Any]) -> list[str]:
         promise = "NOT PRIVATE: no guarantee for any training record"
     else:
         promise = f"epsilon {result['epsilon']:g} at delta {result['delta']:g}, noise multiplier {result['noise_multiplier']:.4g}"
-    metrics = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items())
+    metrics = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items()) or "no metrics"
+    if result["metrics_step"] not in (None, result["steps"]):
+        metrics += f" (of step {result['metrics_step']})"
     lines = [
         f"{result['run']}: {result['steps']} steps of {result['method']}, {promise}",
         f"validation: {metrics}; {result['seconds']:.1f} s, peak {result['peak_bytes'] / 2**20:.0f} MiB a process",
@@ -78,6 +80,12 @@ def summary(result: Mapping[str, Any]) -> list[str]:
     if result["ledger"]:
         spent = f"epsilon {result['epsilon_spent']:.3f} spent so far"
         lines.append(f"ledger {result['ledger']}: {result['charged_steps']} steps charged in {result['attempts']} attempt(s), {spent}")
+    lines += [f"problem: {problem}" for problem in result["problems"]]
+    if result["diverged"]:
+        names = ", ".join(result["diverged"])
+        lines.append(f"ended early, before more was paid: {names} was not finite twice (performance.stop_on_nan=false goes on)")
+    if any(problem.startswith("an evaluation failed") for problem in result["problems"]):
+        lines.append("evaluate again, free of privacy cost: grape-ray evaluate RUN")
     if result["exhausted"]:
         lines.append("the privacy budget ended the run before its last planned step")
     return lines

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from grape_ray import checkpoint
 from grape_ray.accounting.ledger import Ledger
 from grape_ray.accounting.verify import verify
 from grape_ray.cautions import Consent
+from grape_ray.config import Config
 from grape_ray.errors import CheckpointError, LedgerError
 from grape_ray.places import RUN_FILE
 from grape_ray.plan import Plan, prepare, read_run
@@ -26,6 +28,8 @@ def plan_resume(
     assignments: Iterable[str] = (),
     trust: Iterable[str] = (),
     second_ledger: bool = False,
+    rehearse: bool = True,
+    reach: Callable[[Config], None] = lambda config: None,
 ) -> Plan:
     """The plan of a run that was begun before, checked like a new one; it goes on from the newest whole checkpoint.
 
@@ -34,7 +38,7 @@ def plan_resume(
         ledger: where the dataset's ledger lies now, if it was moved since.
         key_path: file of the master key; None is the usual place. Another key than before is no harm: each attempt has its own.
         assignments: `performance.*=value`, what may change without changing the run.
-        second_ledger: see `prepare`.
+        second_ledger, rehearse, reach: see `prepare`; `reach` is given the config.
         trust: modules that the run's description may have imported, beside this project's own: a run is a folder that anyone may have made.
 
     Raises:
@@ -63,6 +67,7 @@ def plan_resume(
         config, run=name, storage=root, ledger=where, key_path=key_path, study=study,
         origin=(origin[0], origin[1]) if origin else None, scores=scores, second_ledger=second_ledger,
         consent=Consent(True, True),  # given when the run was begun
+        rehearse=rehearse, reach=partial(reach, config),
     )  # fmt: skip
 
 

@@ -23,12 +23,12 @@ def command(model_or_pipeline: str, methods: tuple[str, ...], assignments: tuple
     from grape_ray.preflight import preflight
     from grape_ray.withheld import told
 
-    model, loss, batch, config, public = _target(model_or_pipeline, assignments)
+    model, loss, batch, alone, config, public = _target(model_or_pipeline, assignments)
     reports = []
     for name in methods or (config.method.name,):
         began = time.perf_counter()
         method = config.override([f"method.name={name}"]).method
-        report = told(partial(preflight, model, loss, batch, config.privacy, method), public)
+        report = told(partial(preflight, model, loss, batch, config.privacy, method, alone=alone), public)
         reports.append({**dataclasses.asdict(report), "seconds": round(time.perf_counter() - began, 3)})
         if not as_json:
             click.echo(
@@ -41,10 +41,10 @@ def command(model_or_pipeline: str, methods: tuple[str, ...], assignments: tuple
 
 
 def _target(reference: str, assignments: tuple[str, ...]):
-    """(model, per-example loss, batch, config, whether the records are public) of a pipeline, or of a model with a made-up batch."""
-    import numpy as np
-
+    """(model, per-example loss, batch, its examples alone, config, whether the records are public) of a pipeline, or of a model with a made-up
+    batch."""
     from grape_ray.config import Config, Method
+    from grape_ray.dryrun import extremes
     from grape_ray.errors import ConfigError
     from grape_ray.models.sample import sample
     from grape_ray.resolve import pipeline
@@ -59,10 +59,9 @@ def _target(reference: str, assignments: tuple[str, ...]):
             model, loss, batch = sample(reference)
         except ConfigError as error:
             raise ConfigError("neither a pipeline nor a model", reference, str(missing), str(error)) from error
-        return model, loss, batch, Config(task=None, method=Method(project_min_numel=4096)).override(assignments), True
+        return model, loss, batch, [], Config(task=None, method=Method(project_min_numel=4096)).override(assignments), True
     config = config.override(assignments)
     task = config.task
     data = told(task.load, public=False)
-    order = data.train.by_length(np.arange(len(data.train)))
-    batch = told(lambda: task.collate(data.train, np.unique(order[[0, len(order) // 2, -1]])), data.public)
-    return task.build_model(config.seed), task.per_example_loss, batch, config, data.public
+    model, batch, alone = told(partial(extremes, config, data), data.public)
+    return model, task.per_example_loss, batch, alone, config, data.public

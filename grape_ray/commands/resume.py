@@ -14,19 +14,25 @@ import click
 @click.option("--key-file", help="Master key; left out, ~/.config/grape-ray/master.key.")
 @click.option("--trust-module", "trust", multiple=True, metavar="MODULE",
               help="A module of yours that the run's task may be imported from; repeatable.")  # fmt: skip
+@click.option("--no-dry-run", is_flag=True, help="Skip the dry run of everything that can fail late.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
-def command(run, ledger, second_ledger, workers, assignments, key_file, trust, as_json) -> None:
+def command(run, ledger, second_ledger, workers, assignments, key_file, trust, no_dry_run, as_json) -> None:
     """Go on with RUN (a run's folder or URL) from its newest whole checkpoint, as a new attempt with keys of its own.
 
-    Steps after that checkpoint are taken again, and paid for again: plan privacy.spare_steps for them.
+    Steps after that checkpoint are taken again, and paid for again: plan privacy.spare_steps for them. How many they are, what they cost
+    and where the budget will end is said before the first of them.
     """
     from grape_ray.commands.train import run_and_report, worker_assignments
     from grape_ray.errors import ConfigError
+    from grape_ray.orchestrate.reach import reach
     from grape_ray.resume import plan_resume
 
     for text in assignments:
         if not text.strip().startswith("performance."):
             raise ConfigError("--set of a resumed run", text, "performance.KEY=VALUE", "give a run with other settings a name of its own")
     changes = [*assignments, *worker_assignments(workers)]
-    plan = plan_resume(run, ledger=ledger, key_path=key_file, second_ledger=second_ledger, assignments=changes, trust=trust)
+    plan = plan_resume(
+        run, ledger=ledger, key_path=key_file, second_ledger=second_ledger, assignments=changes, trust=trust, rehearse=not no_dry_run,
+        reach=reach,
+    )  # fmt: skip
     run_and_report(plan, as_json)

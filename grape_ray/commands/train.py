@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from typing import Any
 
 import click
@@ -22,26 +23,29 @@ import click
 @click.option("--not-private", is_flag=True, help="Let method none train on private data, without any guarantee.")
 @click.option("--run", "name", help="Name of the run; an existing one with the same config is resumed.")
 @click.option("--key-file", help="Master key, made if missing; left out, ~/.config/grape-ray/master.key.")
+@click.option("--no-dry-run", is_flag=True, help="Skip the dry run of everything that can fail late.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
 def command(
     pipeline, assignments, workers, storage, ledger, second_ledger, ledger_epsilon, ledger_delta, allow_large_delta, not_private, name,
-    key_file, as_json,
+    key_file, no_dry_run, as_json,
 ) -> None:  # fmt: skip
     """Train PIPELINE, a module such as pipelines.digits_vit, or module:function.
 
-    Every step is charged to the ledger before its noise is drawn. Validation metrics are computed on data that counts as public.
+    A dry run comes first: what could fail late fails before anything is paid for. Every step is charged to the ledger before its noise is
+    drawn. Validation metrics are computed on data that counts as public.
     """
     from grape_ray.resolve import pipeline as resolve
 
     config = resolve(pipeline).override([*assignments, *worker_assignments(workers)])
     # From here on torch is needed, and its import takes seconds; what could be wrong with the words above was told before.
     from grape_ray.cautions import Consent
+    from grape_ray.orchestrate.reach import reach
     from grape_ray.plan import prepare
 
     budget = ledger_budget(ledger_epsilon, ledger_delta)
     plan = prepare(
         config, run=name, storage=storage, ledger=ledger, key_path=key_file, second_ledger=second_ledger, ledger_budget=budget,
-        consent=Consent(allow_large_delta, not_private),
+        consent=Consent(allow_large_delta, not_private), rehearse=not no_dry_run, reach=partial(reach, config),
     )  # fmt: skip
     run_and_report(plan, as_json)
 
@@ -63,13 +67,16 @@ def worker_assignments(workers: str | None) -> list[str]:
 
 def run_and_report(plan: Any, as_json: bool) -> None:
     """Runs a plan, shows its progress on stderr and its result on stdout."""
+    from grape_ray.briefing import brief, lines
     from grape_ray.orchestrate.train import run_plan
     from grape_ray.report import Reporter, summary
 
+    facts = brief(plan)
     with Reporter(sys.stderr, plan.config.privacy.steps) as reporter:
-        reporter.say(f"run {plan.run} in {plan.storage}, {plan.config.performance.num_workers} workers")
+        for line in lines(facts):
+            reporter.say(line)
         result = run_plan(plan, reporter)
     for line in summary(result):
         click.echo(line)
     if as_json:
-        click.echo(json.dumps(result))
+        click.echo(json.dumps({**result, "plan": facts}))

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from grape_ray.errors import ConfigError
 from grape_ray.storage import Storage
 
 OBJECT_STORE_BYTES = 200_000_000  # batches never travel through Ray, and its default takes a third of the memory
@@ -18,8 +19,8 @@ _DEFAULTS = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # also how long a report waits
 }
-_BEFORE_IMPORT = {"RAY_AUTH_MODE": "token"}  # half of Ray reads it when it is imported, half when it starts
 _LOCAL_DEFAULTS = {
+    "RAY_AUTH_MODE": "token",  # half of Ray reads it when it is imported, half when it starts; another's cluster has its own mode
     # The one switch that makes every Ray process listen on the loopback interface alone; macOS and Windows have it so.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody drains the one machine
@@ -32,9 +33,8 @@ def set_defaults(start_timeout_s: float) -> None:
 
     What the user has set stays as it is, but for the deadline after which a group of workers that cannot be started is given up.
     """
-    early = {} if "ray" in sys.modules else _BEFORE_IMPORT
     local = {} if os.environ.get("RAY_ADDRESS") or "ray" in sys.modules else _LOCAL_DEFAULTS
-    for name, value in {**_DEFAULTS, **early, **local}.items():
+    for name, value in {**_DEFAULTS, **local}.items():
         os.environ.setdefault(name, value)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = f"{start_timeout_s:g}"
 
@@ -52,13 +52,22 @@ def cluster(workers: int, dashboard: bool = False) -> Iterator[None]:
         yield
         return
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False)
+        try:
+            ray.init(log_to_driver=False)
+        except Exception as error:  # it may be gone since it was looked for
+            raise not_reached(os.environ["RAY_ADDRESS"], f"{type(error).__name__}: {error}") from error
     else:
         start_local(max(workers, os.cpu_count() or 1), dashboard)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def not_reached(address: str, reason: str) -> ConfigError:
+    """The error for a cluster that is not there, or does not take this process."""
+    got, fix = f"{address!r}: {' '.join(reason.split())[:300]}", "start it (ray start --head), correct the address, or unset RAY_ADDRESS"
+    return ConfigError("no Ray cluster can be used at RAY_ADDRESS", got, "a running cluster of this Ray version", fix)
 
 
 def start_local(cpus: int, dashboard: bool = False) -> None:

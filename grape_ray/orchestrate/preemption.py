@@ -10,6 +10,7 @@ from ray.train.torch import TorchConfig
 from grape_ray import notices
 from grape_ray.comms import Comms
 from grape_ray.loop import Notice
+from grape_ray.orchestrate.bell import is_rung
 
 _ASK_EVERY_S = 1.0
 _ASK = 1  # below every shifted Notice, so that the largest over ranks is the gravest notice, and only then the wish to ask Ray
@@ -39,18 +40,22 @@ def _listen() -> None:
 class Notices:
     """Called after each step by every rank; the answer is the same on all.
 
-    A worker that is told to end by SIGTERM ends the attempt after a checkpoint. A node that Ray drains brings a checkpoint, once a
+    A worker that is told to end by SIGTERM ends the attempt after a checkpoint, and so does each when whoever launched the run rings the
+    bell; then `stopped` says on rank 0 that no other attempt is wanted. A node that Ray drains brings a checkpoint, once a
     drain: Ray itself takes the workers away at the deadline and starts the next attempt without that node.
     """
 
-    def __init__(self, comms: Comms):
-        self._comms, self._asked_s = comms, time.monotonic()
+    def __init__(self, comms: Comms, bell: Any):
+        self._comms, self._asked_s, self._bell = comms, time.monotonic(), bell
         self._known: Any = None
+        self.stopped = False
 
     def __call__(self, own: Notice) -> Notice:
         import ray.train
 
         now = time.monotonic()
+        if self._comms.rank == 0 and now - self._asked_s >= _ASK_EVERY_S and is_rung(self._bell):
+            self.stopped, own = True, Notice.STOP
         wish = _ASK if self._comms.rank == 0 and now - self._asked_s >= _ASK_EVERY_S else 0
         agreed = self._comms.largest(2 * max(own, notices.told()) + wish)
         if agreed > _ASK:

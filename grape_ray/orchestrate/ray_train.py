@@ -7,13 +7,15 @@ import logging
 import secrets
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
+from grape_ray import checkpoint
 from grape_ray.comms import Comms
-from grape_ray.errors import GrapeRayError, TaskFailed
-from grape_ray.execute import execute
+from grape_ray.errors import GrapeRayError, Interrupted, TaskFailed
+from grape_ray.execute import execute, interrupted
 from grape_ray.loop import Progress
 from grape_ray.orchestrate.cluster import cluster, set_defaults
 from grape_ray.plan import PROGRESS_FILE, RESULT_FILE, Plan
@@ -46,15 +48,16 @@ def fit(
     import ray.train
     from ray.train.torch import TorchTrainer
 
+    from grape_ray.orchestrate.bell import hang, until_told
     from grape_ray.orchestrate.preemption import Listening
-    from grape_ray.orchestrate.room import while_there_is_room
 
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     plan.folder().remove(RESULT_FILE)
     fewest, most = performance.workers
     with cluster(most), _watching(plan, on_progress):
+        bell = hang()
         trainer = TorchTrainer(
-            lambda: worker(plan, around),
+            lambda: worker(plan, bell, around),
             torch_config=Listening(backend="nccl" if performance.use_gpu else "gloo"),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=most if fewest == most else (fewest, most),
@@ -74,21 +77,32 @@ def fit(
             ),
         )
         try:
-            if fewest == most:
-                trainer.fit()
-            elif not while_there_is_room(trainer.fit, fewest, performance.use_gpu, performance.start_timeout_s):
-                raise _too_small(plan, "fewer for too long")
+            launch = partial(_launch, plan, trainer.fit)
+            if until_told(launch, bell) and not plan.folder().exists(RESULT_FILE):
+                raise interrupted(plan, max((checkpoint.step_of(name) for name in checkpoint.names(plan.folder())), default=0))
         except ray.train.TrainingFailedError as error:
             raise _translated(error, plan) from error
     return json.loads(plan.folder().read(RESULT_FILE))
 
 
-def worker(plan: Plan, around: Callable[[Plan], Around] | None = None) -> None:
+def _launch(plan: Plan, fit: Callable[[], Any]) -> None:
+    """Runs the workers to their end; a range of them for as long as there is room for the fewest."""
+    from grape_ray.orchestrate.room import while_there_is_room
+
+    performance = plan.config.performance
+    fewest, most = performance.workers
+    if fewest == most:
+        fit()
+    elif not while_there_is_room(fit, fewest, performance.use_gpu, performance.start_timeout_s):
+        raise _too_small(plan, "fewer for too long")
+
+
+def worker(plan: Plan, bell: Any, around: Callable[[Plan], Around] | None = None) -> None:
     """One rank, inside a Ray Train worker. What it raises, Ray writes into logs."""
-    told(lambda: _work(plan, around), plan.public)
+    told(lambda: _work(plan, bell, around), plan.public)
 
 
-def _work(plan: Plan, around: Callable[[Plan], Around] | None) -> None:
+def _work(plan: Plan, bell: Any, around: Callable[[Plan], Around] | None) -> None:
     import ray.train
     from ray.train.torch import get_device
 
@@ -101,15 +115,12 @@ def _work(plan: Plan, around: Callable[[Plan], Around] | None) -> None:
 
     device = get_device() if plan.config.performance.use_gpu else torch.device("cpu")
     comms = Comms.distributed()
-    execute(
-        plan,
-        comms,
-        device=device,
-        on_checkpoint=report,
-        on_notice=Notices(comms),
-        on_figures=Gauges(plan.run),
-        around=around(plan) if around else None,
-    )
+    listening, own = Notices(comms, bell), around(plan) if around else None
+    try:
+        execute(plan, comms, device=device, on_checkpoint=report, on_notice=listening, on_figures=Gauges(plan.run), around=own)
+    except Interrupted:
+        if not comms.broadcast_object(listening.stopped):  # by a machine's end: another attempt goes on elsewhere
+            raise
 
 
 def _translated(error: Exception, plan: Plan) -> GrapeRayError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from grape_ray import notices
@@ -11,6 +12,7 @@ from grape_ray.comms import Comms
 from grape_ray.config import Config
 from grape_ray.execute import execute
 from grape_ray.loop import Progress
+from grape_ray.orchestrate.reach import reach
 from grape_ray.plan import Plan, prepare
 
 
@@ -24,6 +26,7 @@ def train(
     second_ledger: bool = False,
     ledger_budget: tuple[float | None, float | None] = (None, None),
     consent: Consent = Consent(),  # noqa: B008  (frozen)
+    rehearse: bool = True,
     on_progress: Callable[[Progress, float | None], None] | None = None,
 ) -> dict[str, Any]:
     """Checks, prices and runs a config; the arguments are those of `grape_ray.plan.prepare`.
@@ -34,16 +37,17 @@ def train(
     Returns:
         run, method, private (whether the method has a guarantee), epsilon and delta (the promise: of the whole study, because its tokens
         can still be spent), epsilon_spent (by the study's steps so far, for display), steps (that the model has taken),
-        noise_multiplier, metrics (validation), seconds, peak_bytes (largest over processes), checkpoint and ledger (URLs); also exhausted,
-        executed_steps (known to have been executed, repeats included), charged_steps, attempts, steps_per_s and workers. epsilon,
-        epsilon_spent, delta, noise_multiplier and ledger are None for method `none`.
+        noise_multiplier, metrics (validation), seconds, peak_bytes (largest over processes), checkpoint and ledger (URLs); also
+        metrics_step, problems (what failed without ending the run), diverged (metrics that ended it), exhausted, executed_steps (known to
+        have been executed, repeats included), charged_steps, attempts, steps_per_s and workers. epsilon, epsilon_spent, delta,
+        noise_multiplier and ledger are None for method `none`.
 
     Raises:
         GrapeRayError: one of its kinds for whatever is wrong.
     """
     plan = prepare(
         config, run=run, storage=storage, ledger=ledger, key_path=key_path, second_ledger=second_ledger, ledger_budget=ledger_budget,
-        consent=consent,
+        consent=consent, rehearse=rehearse, reach=partial(reach, config),
     )  # fmt: skip
     return run_plan(plan, on_progress)
 

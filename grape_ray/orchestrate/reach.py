@@ -1,0 +1,75 @@
+"""Whether the workers of a run can be had, asked before anything is paid for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from grape_ray.config import Config
+from grape_ray.errors import ConfigError
+from grape_ray.orchestrate.cluster import not_reached
+
+_PROBE = "import ray; ray.init(log_to_driver=False, logging_level='CRITICAL'); print('GPUs', ray.cluster_resources().get('GPU', 0))"
+_OF_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # with it a probe would pass for the job's own driver
+_MOST_S = 60.0
+
+
+def reach(config: Config) -> None:
+    """Looks for the cluster at RAY_ADDRESS in a process of its own, and takes over the mode of authentication that it has.
+
+    Ray reads RAY_AUTH_MODE when it is imported, and a cluster may have been started in either mode, before or after this machine had a
+    token; what the user has set stays.
+
+    Raises:
+        ConfigError: no cluster is there, it is another version's or wants another token, or this machine has too few GPUs.
+    """
+    performance, address = config.performance, os.environ.get("RAY_ADDRESS")
+    if performance.workers[1] == 0 or _connected():
+        return
+    if not address:
+        wanted = performance.workers[0] if performance.use_gpu else 0
+        if wanted > torch.cuda.device_count():
+            got, fix = f"{wanted} workers with a GPU each", "lower performance.num_workers, unset performance.use_gpu, or name a cluster"
+            raise ConfigError("performance.num_workers", got, f"at most this machine's {torch.cuda.device_count()} GPUs", fix)
+        return
+    reason = ""
+    for mode in [os.environ["RAY_AUTH_MODE"]] if os.environ.get("RAY_AUTH_MODE") else ["", *_modes()]:
+        found = _probe(mode, min(performance.start_timeout_s, _MOST_S))
+        if found is None:
+            if mode:
+                os.environ["RAY_AUTH_MODE"] = mode
+            return
+        reason = reason or found
+        if "uthentication" not in found:
+            break
+    raise not_reached(address, reason)
+
+
+def _connected() -> bool:
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
+
+
+def _modes() -> list[str]:
+    """Modes beside Ray's own choice; a token is needed for one of them."""
+    known = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    return ["disabled", *(["token"] if known or (Path.home() / ".ray" / "auth_token").exists() else [])]
+
+
+def _probe(mode: str, deadline_s: float) -> str | None:
+    """Why no connection was made in this mode; None where one was."""
+    env = {name: value for name, value in os.environ.items() if name != _OF_A_JOB}
+    if mode:
+        env["RAY_AUTH_MODE"] = mode
+    try:
+        done = subprocess.run([sys.executable, "-c", _PROBE], env=env, capture_output=True, text=True, timeout=deadline_s, check=False)
+    except subprocess.TimeoutExpired:
+        return f"no answer within {deadline_s:g} s"
+    if done.returncode == 0 and "GPUs" in done.stdout:
+        return None
+    said = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith(" ")]
+    return next((line for line in reversed(said) if "Error" in line), said[-1] if said else f"exit status {done.returncode}")
