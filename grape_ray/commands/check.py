@@ -41,8 +41,7 @@ def command(model_or_pipeline: str, methods: tuple[str, ...], assignments: tuple
 
 
 def _target(reference: str, assignments: tuple[str, ...]):
-    """(model, per-example loss, batch, its examples alone, config, whether the records are public) of a pipeline, or of a model with a made-up
-    batch."""
+    """(model, loss, batch, its examples alone, config, whether the records are public) of a pipeline, or of a model and a made-up batch."""
     from grape_ray.config import Config, Method
     from grape_ray.dryrun import extremes
     from grape_ray.errors import ConfigError
