@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.overrides import _get_current_function_mode
 
 from grape_ray.engines.batches import is_mask
 from grape_ray.engines.dependence import Dependence
@@ -117,6 +118,29 @@ def test_a_model_that_fails_beside_extreme_values_is_checked_beside_others(error
     check(lambda b: careful(b, 0.0))
     with pytest.raises(UnsupportedLayer, match="beside other examples"):
         check(lambda b: careful(b, 1.0))
+
+
+def test_a_model_that_fails_beside_any_others_fails_with_its_own_error():
+    def unique(batch):
+        if len(batch["ids"].unique()) < len(batch["ids"]):
+            raise LookupError("twice the same")
+        return plain(batch)
+
+    with pytest.raises(LookupError, match="twice"):
+        check(unique)
+
+
+def test_a_repetition_knows_which_tensors_are_the_batchs_own():
+    known = []
+
+    def loss(batch):
+        watching = _get_current_function_mode()
+        if isinstance(watching, Dependence):
+            known.append([watching.certain(batch[name]) for name in ("x", "ids", "mask")])
+        return plain(batch)
+
+    check(loss)
+    assert known == [[True] * 3] * 3  # beside others, twice, and in a smaller batch
 
 
 def jitter(size):
