@@ -222,7 +222,7 @@ def test_squared_norms_have_room_for_every_rounding():
         assert ((terms <= above) & (above <= terms + 16)).all()
         (extra,) = squared(torch.ones(1, numel, dtype=torch.float64)).tolist()
         above = (extra / numel - 1) / (torch.finfo(torch.float64).eps / 2)
-        assert terms + numel // 64 <= above <= terms + numel // 64 + 32
+        assert terms + numel // 64 + 8 <= above <= terms + numel // 64 + 32
         least = squared(torch.zeros(1, numel)).item() / torch.finfo(torch.float32).tiny
         assert least == pytest.approx(numel)
 
