@@ -213,6 +213,12 @@ def test_company_through_labels_of_zeros_and_ones_is_found():
         check(lambda b: plain(b) + (b["label"] * weights).sum(), batch)
 
 
+@pytest.mark.parametrize("thorough", [True, False])
+def test_company_through_masks_is_found(thorough):
+    with pytest.raises(UnsupportedLayer, match="beside other masks"):
+        check(lambda b: plain(b) + b["mask"][:, 1].float().mean(), thorough=thorough)
+
+
 def test_a_batch_that_only_resembles_a_dict_is_exchanged_too():
     check(plain, UserDict(make_batch()))
     with pytest.raises(UnsupportedLayer, match="beside other examples"):
