@@ -373,6 +373,13 @@ def test_company_on_the_way_back_is_found_where_values_repeat_only_in_the_same_p
         engine(model).clipped_sum(lambda m, b: loss(m, b) * (1 + 1e-6 * b["x"].is_contiguous()), {"x": wide[:, :WIDTH]})
 
 
+def test_company_of_gradients_that_no_value_changes_is_refused():
+    """Linear losses: what goes back is the same whatever the others are, and yet each example's share depends on their number."""
+    model = nn.Sequential(nn.Linear(WIDTH, 1), Do(lambda x, training: hooked(x + 0 * torch.rand_like(x), training)))
+    with pytest.raises(UnsupportedLayer, match="where the losses of others go backward with it"):
+        engine(model).clipped_sum(loss, batch(6))
+
+
 POISONED = {
     "losses that are dropped together": lambda losses: losses if torch.isfinite(losses).all() else losses * 0,
     "a little of all": lambda losses: losses + 1e-12 * losses.detach().abs().sum(),

@@ -156,6 +156,11 @@ def test_a_model_that_repeats_up_to_rounding_is_trained_and_its_company_is_still
         check(jitter(0.5), losses=plain(make_batch()), tolerance=1e-4)
 
 
+def test_company_that_waits_for_an_extreme_is_found_in_a_model_that_repeats_up_to_rounding():
+    with pytest.raises(UnsupportedLayer, match="beside other examples"):
+        check(lambda b: jitter(1e-6)(b) * (0.5 if (b["x"] > 1e6).any() else 1.0))
+
+
 @pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: np.random.randint(5)], ids=["python", "numpy", "numpy's integers"])
 def test_random_numbers_that_are_not_torchs_are_refused_even_where_they_change_nothing(draw):
     with pytest.raises(UnsupportedLayer, match="global generator"):
@@ -179,7 +184,10 @@ def test_luck_that_is_shared_and_rarely_shows_is_found(rare):
 
 
 def test_generators_stand_where_they_stood():
-    for loss in (plain, lambda b: plain(b) + 0 * torch.rand(rows_of(b))):
+    def dropped(batch):
+        return torch.nn.functional.dropout(batch["x"], 0.5).square().sum(1)
+
+    for loss in (plain, lambda b: plain(b) + 0 * torch.rand(rows_of(b)), dropped):
         torch.manual_seed(1)
         random.seed(1)
         np.random.seed(1)
@@ -188,7 +196,7 @@ def test_generators_stand_where_they_stood():
         torch.manual_seed(1)
         random.seed(1)
         np.random.seed(1)
-        check(loss, drew=True)
+        check(loss, drew=loss is not dropped, masked=loss is dropped)
         assert (torch.rand(2).tolist(), random.random(), np.random.rand()) == after
 
 
