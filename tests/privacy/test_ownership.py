@@ -238,6 +238,9 @@ def test_a_layout_takes_apart_what_it_says():
     assert torch.equal(layout.by_example(tensor, 1, 3), by_hand)
     assert torch.equal(layout.summed(tensor, 1, 3), by_hand.sum(1))
     assert Layout(0, 1, 4).fitted((21, 9), 3) == Layout(0, 1, 7)
+    longer = Layout(0, 1, 2).fitted((9,), 3)
+    assert longer == Layout(0, 1, 3)
+    assert longer.summed(torch.arange(9.0), 1, 3).tolist() == [3.0, 12.0, 21.0]
     assert Layout(0, 1, 1).fitted((6,), 3) is None  # of one entry each it is not known which factor would grow
     assert Layout(0, 2, 1).fitted((9,), 3) is None
     assert Layout(0, 2, 1).fitted((6,), 3) == Layout(0, 2, 1)
