@@ -140,8 +140,6 @@ class Watch:
         """Puts back every attribute that the pass has rebound, added or deleted."""
         for module, before in zip(self._modules, self._attributes):
             now = module.__dict__
-            if len(now) == len(before) and all(now.get(key, self) is value for key, value in before.items()):
-                continue
             for key in set(now) - set(before):
                 del now[key]
             now.update({key: value for key, value in before.items() if key not in _REGISTRIES})

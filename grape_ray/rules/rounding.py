@@ -30,12 +30,12 @@ def chain(terms: int) -> int:
 
 def products(a: Tensor, b: Tensor) -> Tensor:
     """a b^T per example, (B,Ta,n) and (B,Tb,n) -> (B,Ta,Tb), by blocks of n and in their own precision even under autocast."""
-    total = None
     with torch.autocast(a.device.type, enabled=False):
-        for left, right in zip(a.split(BLOCK, 2), b.split(BLOCK, 2)):
-            part = torch.bmm(left, right.transpose(1, 2))
-            total = part if total is None else total.add_(part)
-    return a.new_zeros(a.shape[0], a.shape[1], b.shape[1]) if total is None else total
+        parts = (torch.bmm(left, right.transpose(1, 2)) for left, right in zip(a.split(BLOCK, 2), b.split(BLOCK, 2)))
+        total = next(parts)
+        for part in parts:
+            total.add_(part)
+    return total
 
 
 def vector_lengths(vectors: Tensor) -> Tensor:

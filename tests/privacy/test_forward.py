@@ -352,6 +352,34 @@ def test_company_on_the_way_back_alone_is_refused(kind):
         engine(around(Do(BACKWARD_COMPANY[kind]))).clipped_sum(loss, batch(6))
 
 
+class ByTheBatch(torch.autograd.Function):
+    """Exactly the same going forward; going backward it multiplies by what the whole batch has said."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.scale = x.abs().mean()
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.scale
+
+
+def test_company_on_the_way_back_is_found_where_values_repeat_only_in_the_same_place_in_memory():
+    """A part of a wider tensor: exchanged examples lie together, and losses may round otherwise there."""
+    wide = torch.randn(6, 2 * WIDTH, generator=torch.Generator().manual_seed(0))
+    model = around(Do(lambda x, training: ByTheBatch.apply(x) + 0 * torch.rand_like(x)))  # luck, so that no smaller batch is compared
+    with pytest.raises(UnsupportedLayer, match="another gradient beside other examples"):
+        engine(model).clipped_sum(lambda m, b: loss(m, b) * (1 + 1e-6 * b["x"].is_contiguous()), {"x": wide[:, :WIDTH]})
+
+
+def test_company_of_gradients_that_no_value_changes_is_refused():
+    """Linear losses: what goes back is the same whatever the others are, and yet each example's share depends on their number."""
+    model = nn.Sequential(nn.Linear(WIDTH, 1), Do(lambda x, training: hooked(x + 0 * torch.rand_like(x), training)))
+    with pytest.raises(UnsupportedLayer, match="where the losses of others go backward with it"):
+        engine(model).clipped_sum(loss, batch(6))
+
+
 POISONED = {
     "losses that are dropped together": lambda losses: losses if torch.isfinite(losses).all() else losses * 0,
     "a little of all": lambda losses: losses + 1e-12 * losses.detach().abs().sum(),

@@ -238,6 +238,9 @@ def test_a_layout_takes_apart_what_it_says():
     assert torch.equal(layout.by_example(tensor, 1, 3), by_hand)
     assert torch.equal(layout.summed(tensor, 1, 3), by_hand.sum(1))
     assert Layout(0, 1, 4).fitted((21, 9), 3) == Layout(0, 1, 7)
+    longer = Layout(0, 1, 2).fitted((9,), 3)
+    assert longer == Layout(0, 1, 3)
+    assert longer.summed(torch.arange(9.0), 1, 3).tolist() == [3.0, 12.0, 21.0]
     assert Layout(0, 1, 1).fitted((6,), 3) is None  # of one entry each it is not known which factor would grow
     assert Layout(0, 2, 1).fitted((9,), 3) is None
     assert Layout(0, 2, 1).fitted((6,), 3) == Layout(0, 2, 1)
@@ -276,6 +279,23 @@ def test_layouts_are_not_remembered_of_uses_through_which_no_gradient_came(learn
     assert worst(made.clipped_sum(pairs, batch).tensors, expected(made, pairs, batch, 6)) < 1e-9
 
 
+def test_an_order_in_which_no_gradient_came_is_checked_when_one_comes():
+    """One layout alone fits the sizes, and it is wrong: while nothing comes back it must not be taken for granted."""
+
+    def inside(m, b):
+        order = torch.tensor([i for i in (2, 0, 3, 1, 5, 4) if i < len(b["w"])])
+        hidden = torch.tanh(m.a(b["chosen"][order]))[order.argsort()]
+        return b["w"] * m.b(hidden).squeeze(1)
+
+    model = Asleep()
+    made = engine(model, "dp_adam", 0.5)
+    made.clipped_sum(inside, batch_of(6))
+    with torch.no_grad():
+        model.b.weight.fill_(0.3)
+    with pytest.raises(UnsupportedLayer, match="gradients of several"):
+        made.clipped_sum(inside, batch_of(6))
+
+
 def test_one_active_example_of_many_settles_nothing():
     def hinge(m, b):
         chosen, rejected = score(m, torch.cat([b["chosen"], b["rejected"]])).chunk(2)
@@ -287,6 +307,21 @@ def test_one_active_example_of_many_settles_nothing():
         batch["margin"] = torch.full((8,), -1e3).double()
         batch["margin"][list(active)] = 1e3
         assert worst(made.clipped_sum(hinge, batch).tensors, expected(made, hinge, batch, 8)) < 1e-9
+
+
+def test_one_active_row_of_several_views_settles_nothing():
+    """The first row of two views is the first example's in every order; the rest of them is not."""
+
+    def switched(m, b):
+        chosen, rejected = score(m, torch.cat([b["chosen"], b["rejected"]])).chunk(2)
+        return b["on"][:, 0] * chosen + b["on"][:, 1] * rejected
+
+    model, batch = network().double(), {k: v.double() for k, v in batch_of(4).items()}
+    made = engine(model, "ghost", 0.5)
+    for on in (torch.zeros(4, 2).long(), torch.ones(4, 2).long()):
+        on[0] = torch.tensor([1, 0])
+        batch["on"] = on  # a mask, and uneven in both
+        assert worst(made.clipped_sum(switched, batch).tensors, expected(made, switched, batch, 4)) < 1e-9
 
 
 @pytest.mark.parametrize("loss", [views_of_tokens, time_major_flat, time_major])
@@ -307,15 +342,23 @@ def test_a_pass_of_one_token_does_not_say_how_many_tokens_lie(loss):
         assert worst(made.clipped_sum(sized, batch).tensors, expected(made, sized, batch, 4)) < 1e-9
 
 
-def test_one_swapped_pair_of_many_is_found_at_once():
-    order = torch.arange(64)
-    order[[3, 40]] = order[[40, 3]]
+@pytest.mark.parametrize("rows", [9, 64])
+def test_one_swapped_pair_of_many_is_found_at_once(rows):
+    """Where halves tell two examples apart only every other time, weights do always."""
+    for number in range(10):
+        first = number % (rows - 1)  # and its neighbour, whose weight is nearest
+        order = [*range(first), first + 1, first, *range(first + 2, rows)]
+        with pytest.raises(UnsupportedLayer, match="gradients of several"):
+            engine(network(), "ghost").clipped_sum(
+                lambda m, b, order=order: score(m, b["chosen"][torch.tensor(order)])[torch.tensor(order)], batch_of(rows)
+            )
 
-    def swapped(m, b):
-        return score(m, b["chosen"][order[: len(b["w"])]])[order[: len(b["w"])].argsort()]
 
-    with pytest.raises(UnsupportedLayer):
-        engine(network(), "ghost").clipped_sum(swapped, batch_of(64))
+def test_many_examples_in_half_precision_are_right():
+    """Weights would be rounded by more than they differ."""
+    torch.manual_seed(0)
+    model, batch = nn.Linear(WIDTH, 1).bfloat16(), {"x": batch_of(200)["chosen"].bfloat16()}
+    engine(model, "dp_adam").clipped_sum(lambda m, b: m(b["x"]).squeeze(1), batch)
 
 
 def by_length(order_of):

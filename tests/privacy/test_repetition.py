@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.overrides import _get_current_function_mode
 
 from grape_ray.engines.batches import is_mask
 from grape_ray.engines.dependence import Dependence
@@ -119,6 +120,29 @@ def test_a_model_that_fails_beside_extreme_values_is_checked_beside_others(error
         check(lambda b: careful(b, 1.0))
 
 
+def test_a_model_that_fails_beside_any_others_fails_with_its_own_error():
+    def unique(batch):
+        if len(batch["ids"].unique()) < len(batch["ids"]):
+            raise LookupError("twice the same")
+        return plain(batch)
+
+    with pytest.raises(LookupError, match="twice"):
+        check(unique)
+
+
+def test_a_repetition_knows_which_tensors_are_the_batchs_own():
+    known = []
+
+    def loss(batch):
+        watching = _get_current_function_mode()
+        if isinstance(watching, Dependence):
+            known.append([watching.certain(batch[name]) for name in ("x", "ids", "mask")])
+        return plain(batch)
+
+    check(loss)
+    assert known == [[True] * 3] * 3  # beside others, twice, and in a smaller batch
+
+
 def jitter(size):
     return lambda b: plain(b) * (1 + size * torch.tensor([LUCK.random() for _ in b["x"]]))
 
@@ -130,6 +154,11 @@ def test_a_model_that_repeats_up_to_rounding_is_trained_and_its_company_is_still
             check(lambda b: jitter(1e-6)(b) + 0.1 * b["x"].mean())
     with pytest.raises(UnsupportedLayer, match="come again"):
         check(jitter(0.5), losses=plain(make_batch()), tolerance=1e-4)
+
+
+def test_company_that_waits_for_an_extreme_is_found_in_a_model_that_repeats_up_to_rounding():
+    with pytest.raises(UnsupportedLayer, match="beside other examples"):
+        check(lambda b: jitter(1e-6)(b) * (0.5 if (b["x"] > 1e6).any() else 1.0))
 
 
 @pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: np.random.randint(5)], ids=["python", "numpy", "numpy's integers"])
@@ -155,7 +184,10 @@ def test_luck_that_is_shared_and_rarely_shows_is_found(rare):
 
 
 def test_generators_stand_where_they_stood():
-    for loss in (plain, lambda b: plain(b) + 0 * torch.rand(rows_of(b))):
+    def dropped(batch):
+        return torch.nn.functional.dropout(batch["x"], 0.5).square().sum(1)
+
+    for loss in (plain, lambda b: plain(b) + 0 * torch.rand(rows_of(b)), dropped):
         torch.manual_seed(1)
         random.seed(1)
         np.random.seed(1)
@@ -164,7 +196,7 @@ def test_generators_stand_where_they_stood():
         torch.manual_seed(1)
         random.seed(1)
         np.random.seed(1)
-        check(loss, drew=True)
+        check(loss, drew=loss is not dropped, masked=loss is dropped)
         assert (torch.rand(2).tolist(), random.random(), np.random.rand()) == after
 
 
@@ -187,6 +219,12 @@ def test_company_through_labels_of_zeros_and_ones_is_found():
     weights = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
     with pytest.raises(UnsupportedLayer, match="beside other examples"):
         check(lambda b: plain(b) + (b["label"] * weights).sum(), batch)
+
+
+@pytest.mark.parametrize("thorough", [True, False])
+def test_company_through_masks_is_found(thorough):
+    with pytest.raises(UnsupportedLayer, match="beside other masks"):
+        check(lambda b: plain(b) + b["mask"][:, 1].float().mean(), thorough=thorough)
 
 
 def test_a_batch_that_only_resembles_a_dict_is_exchanged_too():

@@ -14,7 +14,7 @@ from grape_ray.errors import ConfigError
 from grape_ray.methods import METHODS
 from grape_ray.rules import pairs, sketch
 from grape_ray.rules.pairs import Index
-from grape_ray.rules.rounding import BLOCK, chain, gamma, products, squared
+from grape_ray.rules.rounding import BLOCK, chain, gamma, lengths, products, raised, squared, vector_lengths
 
 EXACT = [name for name, info in METHODS.items() if info.private and info.exact]
 ROUTES = {"gram": pairs.gram_squared_norms, "instantiate": pairs.outer_squared_norms}
@@ -178,3 +178,55 @@ def test_products_keep_their_precision_under_autocast_and_their_bound():
     bound = gamma(chain(a.shape[2]), torch.float32) * (a.abs().double() @ b.abs().double().transpose(1, 2))
     assert ((found.double() - exact).abs() <= bound).all()
     assert gamma(1 << 24, torch.float32) == math.inf
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_error_bounds_are_those_of_the_book(dtype):
+    half = torch.finfo(dtype).eps / 2
+    for terms in (0, 1, 3, 100):
+        assert gamma(terms, dtype) == pytest.approx(terms * half / (1 - terms * half), rel=1e-12)
+    assert gamma(round(0.5 / half), dtype) == math.inf
+    assert gamma(round(0.5 / half) - 1, dtype) == pytest.approx(1, abs=5 * half)
+    assert [chain(n) for n in (0, 1, BLOCK, BLOCK + 1, 3 * BLOCK)] == [0, 2, BLOCK + 1, BLOCK + 2, BLOCK + 3]
+
+
+def test_lengths_have_room_for_every_rounding_and_for_what_underflowed():
+    limits = torch.finfo(torch.float64)
+    for terms in (1, 50, 5000):
+        (found,) = lengths(torch.tensor([4.0], dtype=torch.float64), terms).tolist()
+        relative = ((found / 2) ** 2 - 1) / (limits.eps / 2)
+        assert 2 * terms + 8 <= relative <= 2 * terms + 32
+        (floor,) = lengths(torch.zeros(1, dtype=torch.float64), terms).tolist()
+        assert gamma(terms, torch.float64) * floor**2 >= terms * limits.tiny * (1 - 1e-9)
+        assert floor**2 <= 4 * limits.tiny / limits.eps
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 64), (2, 3, 1000)])
+def test_lengths_of_vectors_are_tight_from_above(shape):
+    vectors = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    exact = vectors.double().square().sum(-1).sqrt()
+    assert (exact <= vector_lengths(vectors)).all()
+    assert (vector_lengths(vectors) <= exact * (1 + 4 * gamma(shape[-1] + 8, torch.float32))).all()
+
+
+def test_a_norm_that_is_off_by_an_error_is_raised_by_it():
+    assert raised(torch.tensor([9.0, 0.0]), 2.0).tolist() == [25.0, 4.0]
+    assert raised(torch.tensor([9.0, 0.0]), torch.tensor([0.0, 1.0])).tolist() == [9.0, 1.0]
+
+
+def test_squared_norms_have_room_for_every_rounding():
+    """Of ones nothing is rounded: what is added to the truth is the bound, of a short block and of the sum over blocks."""
+    for numel, terms in ((1, 1), (64, 64), (64 * 500, 64)):
+        ones = torch.ones(2, numel)
+        above = (squared(ones) / numel - 1) / (torch.finfo(torch.float32).eps / 2)
+        assert ((terms <= above) & (above <= terms + 16)).all()
+        (extra,) = squared(torch.ones(1, numel, dtype=torch.float64)).tolist()
+        above = (extra / numel - 1) / (torch.finfo(torch.float64).eps / 2)
+        assert terms + numel // 64 + 8 <= above <= terms + numel // 64 + 32
+        least = squared(torch.zeros(1, numel)).item() / torch.finfo(torch.float32).tiny
+        assert least == pytest.approx(numel)
+
+
+def test_products_of_no_columns_are_zeros():
+    found = products(torch.ones(2, 3, 0), torch.ones(2, 4, 0))
+    assert torch.equal(found, torch.zeros(2, 3, 4))
