@@ -14,7 +14,7 @@ from grape_ray.errors import ConfigError
 from grape_ray.methods import METHODS
 from grape_ray.rules import pairs, sketch
 from grape_ray.rules.pairs import Index
-from grape_ray.rules.rounding import BLOCK, chain, gamma, lengths, products, raised, squared, vector_lengths
+from grape_ray.rules.rounding import BLOCK, chain, dots, gamma, matrix_norms, products, raised, squared, total_length, vector_lengths
 
 EXACT = [name for name, info in METHODS.items() if info.private and info.exact]
 ROUTES = {"gram": pairs.gram_squared_norms, "instantiate": pairs.outer_squared_norms}
@@ -193,12 +193,12 @@ def test_error_bounds_are_those_of_the_book(dtype):
 def test_lengths_have_room_for_every_rounding_and_for_what_underflowed():
     limits = torch.finfo(torch.float64)
     for terms in (1, 50, 5000):
-        (found,) = lengths(torch.tensor([4.0], dtype=torch.float64), terms).tolist()
+        (found,) = total_length(torch.tensor([[1.0, 3.0]], dtype=torch.float64), terms).tolist()
         relative = ((found / 2) ** 2 - 1) / (limits.eps / 2)
         assert 2 * terms + 8 <= relative <= 2 * terms + 32
-        (floor,) = lengths(torch.zeros(1, dtype=torch.float64), terms).tolist()
-        assert gamma(terms, torch.float64) * floor**2 >= terms * limits.tiny * (1 - 1e-9)
-        assert floor**2 <= 4 * limits.tiny / limits.eps
+        (floor,) = total_length(torch.zeros(1, 5, dtype=torch.float64), terms).tolist()
+        assert gamma(terms, torch.float64) * floor**2 >= 5 * terms * limits.tiny * (1 - 1e-9)
+        assert floor**2 <= 5 * 4 * limits.tiny / limits.eps
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 64), (2, 3, 1000)])
@@ -230,3 +230,30 @@ def test_squared_norms_have_room_for_every_rounding():
 def test_products_of_no_columns_are_zeros():
     found = products(torch.ones(2, 3, 0), torch.ones(2, 4, 0))
     assert torch.equal(found, torch.zeros(2, 3, 4))
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 1), (2, 7, 200), (2, 40, BLOCK + 3)])
+def test_sums_of_products_and_norms_of_matrices_keep_their_bounds(shape):
+    generator = torch.Generator().manual_seed(0)
+    for scale in (1.0, 1e-22):  # the squares of the second underflow
+        a, b = (scale * torch.randn(shape, generator=generator) for _ in range(2))
+        exact = torch.linalg.matrix_norm(a.double()), torch.linalg.matrix_norm(b.double())
+        for norms, true in zip((matrix_norms(a), matrix_norms(b)), exact):
+            assert (true <= norms).all()
+        total, off = dots(a, b)
+        underflow = shape[1] * shape[2] * torch.finfo(torch.float32).tiny
+        assert ((total - (a.double() * b.double()).sum((1, 2))).abs() <= off * exact[0] * exact[1] + underflow).all()
+        assert off <= gamma(min(shape[2], BLOCK) + 2, torch.float32)
+    rounded = matrix_norms(torch.ones(shape)) / math.sqrt(shape[1] * shape[2]) - 1
+    assert ((shape[2] + 6) * torch.finfo(torch.float32).eps / 2 <= rounded).all()  # the roots round, too
+    assert (rounded <= (shape[2] + 20) * torch.finfo(torch.float32).eps / 2).all()
+
+
+def test_inner_products_that_cancel_are_covered_by_what_is_added():
+    """Two positions that cancel: what is left is rounding alone, and the bound on it is that of the book, for every pair of widths."""
+    for width in (64, BLOCK, 2048):
+        left, right = constants(width, 2, torch.Generator().manual_seed(width))
+        found = pairs.gram_squared_norms([(left, right)])
+        magnitude = pairs.magnitudes([(left, right)])
+        lost = gamma(chain(64), torch.float32) + gamma(chain(width), torch.float32)
+        assert (found >= 0.99 * lost * magnitude**2).all()
