@@ -94,13 +94,16 @@ def _gram(uses: list[Pair]) -> Tensor:
     dtype = uses[0][1].dtype
     own = [(_inner(left, left, dtype), products(right, right)) for left, right in uses]
     sides = [_total_lengths(use, grams) for use, grams in zip(uses, own)]
-    total = torch.zeros((), dtype=torch.float64)
+    parts = []
     for first, (left, right) in enumerate(uses):
-        total = total + _entrywise(*own[first], sides[first], sides[first], left, right)
+        parts.append(_entrywise(*own[first], sides[first], sides[first], left, right))
         for second in range(first + 1, len(uses)):
             crossed = _inner(left, uses[second][0], dtype), products(right, uses[second][1])
-            total = total + 2 * _entrywise(*crossed, sides[first], sides[second], left, right)
-    return total.clamp(min=0) + positions(uses) ** 2 * torch.finfo(dtype).tiny
+            parts.append(2 * _entrywise(*crossed, sides[first], sides[second], left, right))
+    total, off = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+    squares = total.clamp(min=0) + off + positions(uses) ** 2 * torch.finfo(dtype).tiny
+    # What is summed in the end is rounded by as much as this of the magnitudes, which a length times b length bounds.
+    return raised(squares, torch.finfo(dtype).eps * sum(a * b for a, b in sides))
 
 
 def _total_lengths(use: Pair, grams: tuple[Tensor, Tensor]) -> Sides:
@@ -110,7 +113,7 @@ def _total_lengths(use: Pair, grams: tuple[Tensor, Tensor]) -> Sides:
 
 
 def _entrywise(left: Tensor, right: Tensor, rows: Sides, columns: Sides, one: Left, other: Tensor) -> Tensor:
-    """sum of left * right, two (B,Ta,Tb) of inner products, raised by what errors in them can change -> (B,).
+    """sum of left * right, two (B,Ta,Tb) of inner products, and what errors in them can change of it -> (2,B).
 
     With total lengths (a, b) of the rows' and (a', b') of the columns' factors, the errors are matrices of a Frobenius norm of at most
     gamma a a' in `left` and gamma b b' in `right`. One-hot rows are exact.
@@ -120,7 +123,7 @@ def _entrywise(left: Tensor, right: Tensor, rows: Sides, columns: Sides, one: Le
     off_right = gamma(chain(other.shape[-1]), dtype) * rows[1] * columns[1]
     norms = matrix_norms(left), matrix_norms(right)
     total, last = dots(left, right)
-    return total + off_left * norms[1] + off_right * norms[0] + off_left * off_right + last * norms[0] * norms[1]
+    return torch.stack([total, off_left * norms[1] + off_right * norms[0] + off_left * off_right + last * norms[0] * norms[1]])
 
 
 def outer_squared_norms(uses: list[Pair], small: Tensor | None = None) -> Tensor:
