@@ -11,10 +11,11 @@ import secrets
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from grape_ray.comms import Comms
 from grape_ray.config import Config
 from grape_ray.data.arrays import Records
 from grape_ray.engines.state import awake
-from grape_ray.errors import CheckpointError, ConfigError, StorageError, nearest
+from grape_ray.errors import CheckpointError, ConfigError, GrapeRayError, StorageError, TaskFailed, nearest
 from grape_ray.loop import Occasion
 from grape_ray.metrics import plain
 from grape_ray.noise import NoiseStream, nonprivate_mean, privatize
@@ -39,6 +40,7 @@ from grape_ray.task import Data, Task, under_autocast
 from grape_ray.withheld import told
 
 _VALIDATION_RECORDS = 8  # that a dry run evaluates
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -68,19 +70,35 @@ def dry_run(config: Config, data: Data, place: Storage, noise_multiplier: float,
     """
     began, task = time.monotonic(), config.task
     check_description(config)
-    model = told(partial(try_out, config, data), public)
+    stage = partial(_stage, public)
+    fix = "a text that is longer than the model's positions needs a smaller task.max_tokens; otherwise correct the task"
+    model = stage("a step on the shortest and the longest training records", partial(try_out, config, data), fix)
     engine = build_engine(config, model)
     optimizer = make_optimizer(model, engine, config.method, config.privacy.steps, public_key(config, "rounding"))
     if not config.performance.sharded:
-        told(partial(_step, config, data, model, engine, optimizer, noise_multiplier), public)
-    names = told(partial(_evaluate, task, model, data.validation), public)
+        stage("a private step", partial(_step, config, data, model, engine, optimizer, noise_multiplier), fix)
+    names = stage(
+        "the evaluation of validation records", partial(_evaluate, task, model, data.validation), "correct task.evaluate, or the records"
+    )
     if metric is not None and metric not in names:
         raise ConfigError("task.evaluate gives no such metric", metric, "one of " + ", ".join(names), nearest(metric, names))
-    with place.scratch() as folder:
+    with place.first_contact().scratch() as folder:
         size = _save_and_load(config, folder, model, optimizer)
     _check_room(place, size, config.performance.keep_checkpoints + 1)
-    told(partial(_export, task, model), public)
+    stage("the export of the model", partial(_export, task, model), "correct task.save")
     return DryRun(time.monotonic() - began, engine.coordinates, size, tuple(names))
+
+
+def _stage(public: bool, what: str, call: Callable[[], _Result], fix: str) -> _Result:
+    """The result of `call`, which runs code of the task; what it raises becomes a TaskFailed that says where the dry run was."""
+    try:
+        return told(call, public)
+    except TaskFailed as error:
+        raise TaskFailed(f"dry run, {what}: {error.what}", error.got, "no error", f"{fix} ({error.fix})") from None
+    except GrapeRayError:
+        raise
+    except Exception as error:
+        raise TaskFailed(f"dry run, {what}", f"{type(error).__name__}: {error}", "no error", fix) from error
 
 
 def try_out(config: Config, data: Data) -> nn.Module:
@@ -126,6 +144,10 @@ def _evaluate(task: Task, model: nn.Module, records: Records) -> list[str]:
 
 def _save_and_load(config: Config, folder: Storage, model: nn.Module, optimizer: Optimizer) -> int:
     """Bytes of a checkpoint that was written and came back as it was."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_complex():
+            fix = "keep its real and imaginary parts as a last dimension of 2"
+            raise CheckpointError(f"tensor '{name}' cannot be kept in a checkpoint", str(tensor.dtype), "real numbers", fix)
     saver = Saver(config, Comms.local(), folder, model, optimizer, 1)
     saver.save(1, {"step": 1, "config": describe(config)}, Occasion.LAST)
     found = checkpoint.load(folder, saver.newest)

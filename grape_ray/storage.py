@@ -84,7 +84,9 @@ class Storage:
 
     def child(self, name: str) -> Storage:
         """The folder of that name under this one."""
-        return Storage(f"{self.url.rstrip('/')}/{self._checked(name)}", self.deadline_s)
+        found = Storage(f"{self.url.rstrip('/')}/{self._checked(name)}", self.deadline_s)
+        found._impatient, found._fix = self._impatient, self._fix
+        return found
 
     def first_contact(self) -> Storage:
         """The same folder, tried for a short time alone: a mistyped address should not take minutes to be told."""

@@ -80,11 +80,11 @@ def test_an_evaluation_that_raises_is_told_and_costs_nothing(tmp_path):
 
 
 @contextlib.contextmanager
-def no_room():
-    """No file may grow, as on a full disk: what the kernel says is EFBIG."""
+def no_room(size=0):
+    """No file may grow beyond `size`, as on a full disk: what the kernel says is EFBIG."""
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
         yield
     finally:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from grape_ray import checkpoint
+from grape_ray.accounting.ledger import Ledger
 from grape_ray.accounting.verify import verify
 from grape_ray.storage import Storage
 
@@ -34,7 +35,8 @@ def wait_for_lines(trace: Path, count: int, process: subprocess.Popen[str]) -> N
     raise AssertionError(process.communicate()[1])
 
 
-def test_sigterm_brings_a_checkpoint_and_resume_goes_on(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+def test_a_signal_brings_a_checkpoint_and_resume_goes_on(tmp_path, number):
     keys = ["--key-file", str(tmp_path / "key")]
     words = [
         "--set",
@@ -50,7 +52,7 @@ def test_sigterm_brings_a_checkpoint_and_resume_goes_on(tmp_path):
     ]
     cut = program("train", "tests.tiny:tiny", *words, "--storage", str(tmp_path / "runs"), *keys)
     wait_for_lines(tmp_path / "trace", 10, cut)
-    cut.send_signal(signal.SIGTERM)
+    cut.send_signal(number)
     _, error = cut.communicate(timeout=60)
     assert cut.returncode == 2
     assert "told to end" in error.splitlines()[-1]
@@ -62,6 +64,7 @@ def test_sigterm_brings_a_checkpoint_and_resume_goes_on(tmp_path):
     )
     output, error = resumed.communicate(timeout=120)
     assert resumed.returncode == 0, error
+    assert f"goes on from step {kept.step}: 0 steps that were paid for are taken and paid for again" in error
     result = json.loads(output.splitlines()[-1])
     assert (result["steps"], result["executed_steps"], result["charged_steps"], result["attempts"]) == (60, 60, 60, 2)
     assert verify(result["ledger"]).ok
@@ -115,3 +118,31 @@ def test_a_ledger_that_was_moved_is_found_and_an_old_copy_is_refused(tmp_path):
     assert result["ledger"] == str(tmp_path / "moved")
     assert result["charged_steps"] == 12  # it was done already
     assert run_plan(plan_resume(run, key_path=key))["ledger"] == str(tmp_path / "moved")
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    words = ["--set", "task.slow_s=1.5", "--set", f"task.trace={tmp_path / 'trace'}", "--run", "r", "--no-dry-run"]
+    cut = program("train", "tests.tiny:tiny", *words, "--storage", str(tmp_path / "runs"), "--key-file", str(tmp_path / "key"))
+    wait_for_lines(tmp_path / "trace", 6, cut)
+    for _ in range(2):
+        cut.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    cut.communicate(timeout=20)
+    assert cut.returncode == 1
+    assert checkpoint.latest(Storage(tmp_path / "runs" / "r")) is None
+
+
+@pytest.mark.ray
+def test_one_interrupt_ends_two_workers_in_good_order(tmp_path):
+    folder, key = tmp_path / "runs" / "r", str(tmp_path / "key")
+    words = ["--set", "task.slow_s=0.05", "--set", f"task.trace={tmp_path / 'trace'}", "--set", "privacy.steps=300", "--workers", "2"]
+    words += ["--set", "performance.checkpoint_every=0", "--run", "r", "--storage", str(tmp_path / "runs"), "--key-file", key]
+    cut = program("train", "tests.tiny:tiny", *words)
+    wait_for_lines(tmp_path / "trace", 40, cut)
+    cut.send_signal(signal.SIGINT)
+    _, error = cut.communicate(timeout=60)
+    assert cut.returncode == 2, error
+    kept = checkpoint.latest(Storage(folder))
+    assert f"run r was told to end, and is kept at step {kept.step}; run `grape-ray resume {folder}" in error.splitlines()[-1]
+    assert 1 <= kept.step < 300
+    assert sum(t.used for t in Ledger.open(str(folder / "ledger")).attempts("r", "r")) == kept.step
