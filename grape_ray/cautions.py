@@ -25,7 +25,7 @@ def check(config: Config, records: int, public: bool, consent: Consent) -> None:
     """Refuses what nobody agreed to, and warns of what promises or learns little.
 
     Args:
-        records: how many train. public: whether they hold nobody's secrets.
+        records: how many train. public: whether they hold nobody's secrets, and no ledger of the user's says otherwise.
 
     Raises:
         ConfigError: method `none` on private records, or a delta of at least one over the number of records, without consent.

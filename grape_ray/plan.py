@@ -137,10 +137,10 @@ def prepare(
         validation.check_metric(task, scores.metric)
     data = told(task.load, public=False)
     public, sampling_prob = data.public and scores is None, sampling_prob_of(config, data)
-    if study is None:  # who shares one agreed when that began
-        cautions.check(config, len(data.train), data.public, consent)
+    if study is None:  # who shares one was checked when that began, here and below
+        cautions.check(config, len(data.train), data.public and not registry.known(data.identity), consent)
     told(partial(try_out, config, data), public)
-    own = study is None and METHODS[config.method.name].private  # who shares a study was checked when that began
+    own = study is None and METHODS[config.method.name].private
     check_splits(data, scores is None, own and not data.public)
     place = Storage(root, config.performance.storage_timeout_s)
     place.check_writable()

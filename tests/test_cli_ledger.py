@@ -146,6 +146,11 @@ def test_training_without_a_guarantee_is_said_outright_and_marked(call, tmp_path
     assert answer(public)["private"] is False
 
 
+def test_records_that_a_ledger_protects_are_not_public_by_a_word(call):
+    answer(call("train", "--run", "r"))
+    refused(call("train", "--run", "p", "--set", "method.name=none", "--set", "task.public=true"), "--not-private")
+
+
 def test_an_export_says_what_was_promised(call, tmp_path):
     assert answer(call("train", "--run", "r", *epsilon(2)))["private"] is True
     assert "NOT" not in call("export", "runs/r", "out", "--trust-module", "tests.tiny").stdout
@@ -166,6 +171,8 @@ def test_a_delta_that_gives_records_away_is_said_outright(call, tmp_path):
 def test_a_sweep_with_such_a_delta_is_refused_as_well(call, tmp_path):
     words = ["tune", "tests.tiny_space", "--budget-delta", 0.5, "--trials", 2, "--storage", "sweeps", "--key-file", tmp_path / "key"]
     refused(call(*words), "the sweep's delta", "--allow-large-delta")
+    words[3] = 1e-5
+    refused(call(*words, "--ledger-delta", 0.5), "the delta of the dataset's ledger", "--allow-large-delta")
     assert list(tmp_path.iterdir()) == []
 
 
