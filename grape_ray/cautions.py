@@ -56,5 +56,13 @@ def warn(privacy: Privacy) -> None:
         _say(f"privacy.expected_batch_size {size} is small: a step's noise is the same for any size, so larger batches learn more")
 
 
+def warn_of_rest(budget: tuple[float, float], share: tuple[float, float]) -> None:
+    """Warns of a new ledger's (epsilon, delta) of which a first share takes all of the one and not of the other: no second share fits."""
+    left = [whole - part > 1e-9 * whole for whole, part in zip(budget, share)]
+    if any(left) and not all(left):
+        have, lack = ("epsilon", "delta") if left[0] else ("delta", "epsilon")
+        _say(f"this run takes all {lack} of the new ledger, so the {have} that is left pays for no other run: raise --ledger-{lack}")
+
+
 def _say(text: str) -> None:
     warnings.warn(text, Caution, stacklevel=2)

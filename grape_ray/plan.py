@@ -195,6 +195,8 @@ def _open_budget(plan: Plan, place: Storage, settle: Callable[[], str], budget: 
     study = Study(plan.study, plan.mechanism(), *plan.promise, plan.tokens)
     existing = foresee(plan.ledger_storage().first_contact(), plan.dataset_id, budget.made, study, budget.asked)
     _check_same_run(plan, place)
+    if not existing:
+        cautions.warn_of_rest(budget.made, plan.promise)
     keys.master_key(plan.key_path)
     plan = replace(plan, ledger=settle())
     book = Ledger.open(plan.ledger_storage(), plan.dataset_id, *((None, None) if existing else budget.made))

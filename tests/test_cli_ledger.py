@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 
 from grape_ray.accounting.verify import verify
 from grape_ray.cli import main
+from grape_ray.task import label
 
 
 @pytest.fixture
@@ -55,6 +57,15 @@ def test_a_pilot_leaves_room_for_the_final_run(call, delta):
     listed = call("ledger", "list").stdout
     assert f"tiny: {pilot['ledger']}" in listed
     assert "epsilon 3, 3 taken by 2 studies" in listed
+
+
+@pytest.mark.parametrize(
+    ("words", "lack"), [(["--ledger-epsilon", 3, "--ledger-delta", 1e-5], "delta"), (["--ledger-delta", 2e-5], "epsilon")]
+)
+def test_a_budget_of_which_nothing_can_follow_is_warned_of(call, words, lack):
+    result = call("train", "--run", "pilot", *epsilon(1), *words)
+    assert result.exit_code == 0
+    assert f"raise --ledger-{lack}" in result.stderr
 
 
 def test_a_budget_without_words_is_the_runs_own(call):
@@ -186,3 +197,11 @@ def test_what_promises_or_learns_little_is_warned_of(call, assignment, part):
     assert result.exit_code == 0
     warned = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
     assert [part in line for line in warned] == ([True] if part else [])
+
+
+def test_a_list_names_the_table_of_a_task_that_has_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.parquet").touch()
+    assert label(SimpleNamespace(name="t", train="train.parquet")) == f"t ({tmp_path}/train.parquet)"
+    assert label(SimpleNamespace(name="t", train="hf://a/b")) == "t (hf://a/b)"
+    assert label(SimpleNamespace(name="t")) == label(SimpleNamespace(name="t", train=3)) == "t"
