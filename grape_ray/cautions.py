@@ -25,7 +25,7 @@ def check(config: Config, records: int, public: bool, consent: Consent) -> None:
     """Refuses what nobody agreed to, and warns of what promises or learns little.
 
     Args:
-        records: how many train. public: whether they hold nobody's secrets.
+        records: how many train. public: whether they hold nobody's secrets, and no ledger of the user's says otherwise.
 
     Raises:
         ConfigError: method `none` on private records, or a delta of at least one over the number of records, without consent.
@@ -54,6 +54,14 @@ def warn(privacy: Privacy) -> None:
     if privacy.expected_batch_size < _SMALL_BATCH:
         size = privacy.expected_batch_size
         _say(f"privacy.expected_batch_size {size} is small: a step's noise is the same for any size, so larger batches learn more")
+
+
+def warn_of_rest(budget: tuple[float, float], share: tuple[float, float]) -> None:
+    """Warns of a new ledger's (epsilon, delta) of which a first share takes all of the one and not of the other: no second share fits."""
+    left = [whole - part > 1e-9 * whole for whole, part in zip(budget, share)]
+    if any(left) and not all(left):
+        have, lack = ("epsilon", "delta") if left[0] else ("delta", "epsilon")
+        _say(f"this run takes all {lack} of the new ledger, so the {have} that is left pays for no other run: raise --ledger-{lack}")
 
 
 def _say(text: str) -> None:

@@ -131,9 +131,9 @@ def prepare(
         validation.check_metric(task, scores.metric)
     data = told(task.load, public=False)
     private, sampling_prob = METHODS[config.method.name].private, sampling_prob_of(config, data)
-    if study is None:  # who shares one agreed when that began
-        cautions.check(config, len(data.train), data.public, consent)
-    check_splits(data, scores is None, private and study is None and not data.public)  # who shares a study was checked when that began
+    if study is None:  # who shares one was checked when that began, here and below
+        cautions.check(config, len(data.train), data.public and not registry.known(data.identity), consent)
+    check_splits(data, scores is None, private and study is None and not data.public)
     place = Storage(root, config.performance.storage_timeout_s)
     place.check_writable()
     if study is not None and not private:
@@ -196,6 +196,8 @@ def _foresee(plan: Plan, data: Data, asked: tuple[float | None, float | None], c
     made = made_for(plan.promise, *asked)
     cautions.check_delta("the delta of the dataset's ledger", made[1], len(data.train), consent)
     existing = foresee(plan.ledger_storage().first_contact(), plan.dataset_id, made, _study(plan), asked)
+    if not existing:
+        cautions.warn_of_rest(made, plan.promise)
     return _Budget((None, None) if existing else made, () if data.public else data.identity)
 
 

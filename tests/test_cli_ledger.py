@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 
 from grape_ray.accounting.verify import verify
 from grape_ray.cli import main
+from grape_ray.task import label
 
 
 @pytest.fixture
@@ -55,6 +57,15 @@ def test_a_pilot_leaves_room_for_the_final_run(call, delta):
     listed = call("ledger", "list").stdout
     assert f"tiny: {pilot['ledger']}" in listed
     assert "epsilon 3, 3 taken by 2 studies" in listed
+
+
+@pytest.mark.parametrize(
+    ("words", "lack"), [(["--ledger-epsilon", 3, "--ledger-delta", 1e-5], "delta"), (["--ledger-delta", 2e-5], "epsilon")]
+)
+def test_a_budget_of_which_nothing_can_follow_is_warned_of(call, words, lack):
+    result = call("train", "--run", "pilot", *epsilon(1), *words)
+    assert result.exit_code == 0
+    assert f"raise --ledger-{lack}" in result.stderr
 
 
 def test_a_budget_without_words_is_the_runs_own(call):
@@ -146,6 +157,11 @@ def test_training_without_a_guarantee_is_said_outright_and_marked(call, tmp_path
     assert answer(public)["private"] is False
 
 
+def test_records_that_a_ledger_protects_are_not_public_by_a_word(call):
+    answer(call("train", "--run", "r"))
+    refused(call("train", "--run", "p", "--set", "method.name=none", "--set", "task.public=true"), "--not-private")
+
+
 def test_an_export_says_what_was_promised(call, tmp_path):
     assert answer(call("train", "--run", "r", *epsilon(2)))["private"] is True
     assert "NOT" not in call("export", "runs/r", "out", "--trust-module", "tests.tiny").stdout
@@ -166,6 +182,8 @@ def test_a_delta_that_gives_records_away_is_said_outright(call, tmp_path):
 def test_a_sweep_with_such_a_delta_is_refused_as_well(call, tmp_path):
     words = ["tune", "tests.tiny_space", "--budget-delta", 0.5, "--trials", 2, "--storage", "sweeps", "--key-file", tmp_path / "key"]
     refused(call(*words), "the sweep's delta", "--allow-large-delta")
+    words[3] = 1e-5
+    refused(call(*words, "--ledger-delta", 0.5), "the delta of the dataset's ledger", "--allow-large-delta")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -179,3 +197,11 @@ def test_what_promises_or_learns_little_is_warned_of(call, assignment, part):
     assert result.exit_code == 0
     warned = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
     assert [part in line for line in warned] == ([True] if part else [])
+
+
+def test_a_list_names_the_table_of_a_task_that_has_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.parquet").touch()
+    assert label(SimpleNamespace(name="t", train="train.parquet")) == f"t ({tmp_path}/train.parquet)"
+    assert label(SimpleNamespace(name="t", train="hf://a/b")) == "t (hf://a/b)"
+    assert label(SimpleNamespace(name="t")) == label(SimpleNamespace(name="t", train=3)) == "t"

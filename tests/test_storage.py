@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import threading
+import time
 import uuid
 
 import pytest
@@ -201,3 +202,25 @@ def test_of_two_processes_one_wins(tmp_path):
     assert sum(wins.get(timeout=60) for _ in processes) == 1
     for process in processes:
         process.join()
+
+
+@pytest.mark.parametrize("url", ["memory://many/files", None])
+def test_many_files_are_read_in_order_and_missing_ones_told(tmp_path, url):
+    storage = Storage(url or tmp_path)
+    for number in range(0, 40, 2):
+        storage.create(f"f{number}", b"%d" % number)
+    assert storage.read_many(f"f{n}" for n in range(40)) == [b"%d" % n if n % 2 == 0 else None for n in range(40)]
+
+
+def test_storage_that_fails_is_not_asked_for_all_the_rest(monkeypatch):
+    asked = []
+
+    def fails(self, name, start=None, end=None):
+        asked.append(name)
+        time.sleep(0.01)
+        raise StorageError("away")
+
+    monkeypatch.setattr(Storage, "read", fails)
+    with pytest.raises(StorageError, match="away"):
+        Storage("memory://many/away").read_many(map(str, range(500)))
+    assert len(asked) < 100

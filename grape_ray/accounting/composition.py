@@ -162,10 +162,13 @@ class Composition:
     def _inside(self, tilted: _Tilted, epsilon: float) -> tuple[float, float]:
         """The tilted sum over losses above epsilon as it was computed, and how far the convolution may have been off."""
         level = epsilon - self._slip
-        above = slice(int(np.searchsorted(tilted.losses, level, side="right")), None)
-        over = tilted.losses[above] - level
+        first, count = int(np.searchsorted(tilted.losses, level, side="right")), len(tilted.losses)
+        reach = tilted.theta * self._one.spacing
+        last = min(count, first + math.ceil(-math.log(_OUTSIDE) / reach)) if reach > 0 else count
+        over = tilted.losses[first:last] - level
         weights = np.exp(-tilted.theta * over) * -np.expm1(-over)
-        return float(tilted.cells[above] @ weights), tilted.off * float(np.linalg.norm(weights)) + 2 * _OUTSIDE
+        # Beyond the last, all of the probability together weighs less than _OUTSIDE; and so does what lies beyond either end of the window.
+        return float(tilted.cells[first:last] @ weights), tilted.off * float(np.linalg.norm(weights)) + 3 * _OUTSIDE
 
     def _blurred(self, tilted: _Tilted, epsilon: float) -> bool:
         """Whether the convolution's error bound is a good part of delta here, and a longer float, where there is one, would help."""

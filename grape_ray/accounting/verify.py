@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ def _load(storage: Storage) -> tuple[dict[int, Entry], list[str]]:
 
 def _replay(entries: dict[int, Entry]) -> list[str]:
     """Apply the entries in order; after a break, go on from the next entry, so that each fault is named."""
-    state, problems = State(), []
+    state, problems, affords = State(), [], functools.cache(calibration.affords)  # many studies are alike
     for seq, entry in sorted(entries.items()):
         if state.next_seq != seq:  # the missing entry was named before; its successor's link cannot be checked
             state.next_seq, state.head = seq, entry.prev
@@ -87,7 +88,7 @@ def _replay(entries: dict[int, Entry]) -> list[str]:
             continue
         if entry.kind == "study":
             study = state.studies[entry.payload["name"]].study
-            if not calibration.affords(study.mechanism, study.tokens, study.epsilon, study.delta):
+            if not affords(study.mechanism, study.tokens, study.epsilon, study.delta):
                 problems.append(f"{entry.name}: epsilon {study.epsilon:g} does not buy the {study.tokens} steps of study {study.name!r}")
         if entry.kind == "selection":
             selection = state.selections[entry.payload["name"]]

@@ -12,6 +12,7 @@ from grape_ray.accounting.summary import summary
 from grape_ray.accounting.verify import verify
 from grape_ray.errors import ConfigError, GrapeRayError, LedgerError
 from grape_ray.places import ledger_of
+from grape_ray.storage import Storage
 
 
 @click.group("ledger")
@@ -111,7 +112,7 @@ def _row(known: Any) -> dict[str, Any]:
     """A line of the list; a ledger that cannot be read is listed with its problem."""
     row: dict[str, Any] = {"dataset": known.dataset, "ledger": known.place, "ledger_id": known.ledger_id, "problem": None}
     try:
-        found = summary(Ledger.open(known.place, create=False))
+        found = summary(Ledger.open(Storage(known.place).first_contact(), create=False))
     except GrapeRayError as error:
         return {**row, "problem": str(error)}
     if found["ledger_id"] != known.ledger_id:

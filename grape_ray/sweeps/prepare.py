@@ -137,12 +137,14 @@ def prepare(options: Options, space: dict[str, Any], study: SweepStudy, name: st
         check_select_config(study.config)
     data = told(study.config.task.load, public=False)
     sampling_prob = sampling_prob_of(study.config, data)
-    cautions.check_delta("the sweep's delta", study.config.privacy.delta, len(data.train), Consent(large_delta=options.allow_large_delta))
+    consent = Consent(large_delta=options.allow_large_delta)
+    cautions.check_delta("the sweep's delta", study.config.privacy.delta, len(data.train), consent)
     cautions.warn(study.config.privacy)
     check_splits(data, study.score_source != PRIVATE, not data.public)
     storage = absolute(options.storage)
     _check_place(Storage(storage).child(name), name)
     steps = _steps(options, study, name, data, storage, sampling_prob)
+    cautions.check_delta("the delta of the dataset's ledger", steps.budget[1], len(data.train), consent)
     scores = _scores(options, study, name, data, storage, steps.paid) if study.score_source == PRIVATE else None
     keys.check_outside(options.key_path or keys.default_path(), storage, steps.ledger)
     for share in filter(None, (steps, scores)):
