@@ -19,7 +19,7 @@ def brief(plan: Plan) -> dict[str, Any]:
     """
     config, performance, seen = plan.config, plan.config.performance, plan.rehearsal
     noise = plan.noise_multiplier if plan.private else None
-    signal = config.privacy.expected_batch_size / (noise * math.sqrt(seen.coordinates)) if noise and seen else None
+    signal = config.privacy.expected_batch_size / (noise * math.sqrt(seen.report.coordinates)) if noise and seen else None
     return {
         "run": plan.run,
         "method": config.method.name,
@@ -32,7 +32,7 @@ def brief(plan: Plan) -> dict[str, Any]:
         "epsilon": plan.promise[0] if plan.promise else None,
         "delta": plan.promise[1] if plan.promise else None,
         "delta_times_records": plan.promise[1] * plan.records if plan.promise else None,
-        "coordinates": seen.coordinates if seen else None,
+        "coordinates": seen.report.coordinates if seen else None,
         "signal_to_noise": signal,
         "workers": performance.num_workers,
         "device": "cuda" if performance.use_gpu else "cpu",

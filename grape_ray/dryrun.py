@@ -32,7 +32,7 @@ from grape_ray.loop import Occasion
 from grape_ray.metrics import plain
 from grape_ray.noise import NoiseStream, nonprivate_mean, privatize
 from grape_ray.optim import Optimizer, make_optimizer
-from grape_ray.preflight import preflight
+from grape_ray.preflight import Report, preflight
 from grape_ray.resolve import check_description, describe
 from grape_ray.saving import Saver
 from grape_ray.storage import Storage
@@ -48,11 +48,11 @@ class DryRun:
     """What a dry run has seen.
 
     Attributes:
-        seconds: it took. coordinates: numbers noised a step. checkpoint_bytes: of a full checkpoint. metrics: their names.
+        seconds: it took. report: the preflight's. checkpoint_bytes: of a full checkpoint. metrics: their names.
     """
 
     seconds: float
-    coordinates: int
+    report: Report
     checkpoint_bytes: int
     metrics: tuple[str, ...]
 
@@ -72,7 +72,7 @@ def dry_run(config: Config, data: Data, place: Storage, noise_multiplier: float,
     check_description(config)
     stage = partial(_stage, public)
     fix = "a text that is longer than the model's positions needs a smaller task.max_tokens; otherwise correct the task"
-    model = stage("a step on the shortest and the longest training records", partial(try_out, config, data), fix)
+    model, report = stage("a step on the shortest and the longest training records", partial(try_out, config, data), fix)
     engine = build_engine(config, model)
     optimizer = make_optimizer(model, engine, config.method, config.privacy.steps, public_key(config, "rounding"))
     if not config.performance.sharded:
@@ -86,7 +86,7 @@ def dry_run(config: Config, data: Data, place: Storage, noise_multiplier: float,
         size = _save_and_load(config, folder, model, optimizer)
     _check_room(place, size, config.performance.keep_checkpoints + 1)
     stage("the export of the model", partial(_export, task, model), "correct task.save")
-    return DryRun(time.monotonic() - began, engine.coordinates, size, tuple(names))
+    return DryRun(time.monotonic() - began, report, size, tuple(names))
 
 
 def _stage(public: bool, what: str, call: Callable[[], _Result], fix: str) -> _Result:
@@ -101,15 +101,14 @@ def _stage(public: bool, what: str, call: Callable[[], _Result], fix: str) -> _R
         raise TaskFailed(f"dry run, {what}", f"{type(error).__name__}: {error}", "no error", fix) from error
 
 
-def try_out(config: Config, data: Data) -> nn.Module:
-    """The preflight on the extremes of all records, in the mode that trains; returns the model it built."""
-    model, batch, alone = extremes(config, data)
+def try_out(config: Config, data: Data) -> tuple[nn.Module, Report]:
+    """The preflight on the extremes of all records, in the mode that trains; the model it built, and what it found."""
+    model, batch, alone = _extremes(config, data)
     key, loss = public_key(config, "projection"), config.task.per_example_loss
-    preflight(model, loss, batch, config.privacy, config.method, key, len(alone), alone)
-    return model
+    return model, preflight(model, loss, batch, config.privacy, config.method, key, len(alone), alone)
 
 
-def extremes(config: Config, data: Data) -> tuple[nn.Module, Any, list[Any]]:
+def _extremes(config: Config, data: Data) -> tuple[nn.Module, Any, list[Any]]:
     """The task's model, a batch of the shortest, the longest and a random one of all records, and each of these as a batch of its own."""
     task: Task = config.task
     model = task.build_model(config.seed)

@@ -216,7 +216,7 @@ def test_a_dry_run_sees_what_a_run_will_have(tmp_path):
     found = dry_run(tiny(), task.load(), Storage(tmp_path), 1.0, True)
     assert found.metrics == ("accuracy",)
     assert found.checkpoint_bytes > 4 * 2410
-    assert found.coordinates < 2410
+    assert found.report.coordinates < found.report.parameters == 2410
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ConfigError, match="did you mean 'accuracy'"):
         dry_run(tiny(), task.load(), Storage(tmp_path), 1.0, True, "acuracy")

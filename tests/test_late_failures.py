@@ -12,11 +12,14 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from grape_ray import checkpoint
 from grape_ray.accounting.verify import verify
+from grape_ray.cli import main
 from grape_ray.comms import Comms
 from grape_ray.errors import ConfigError, StorageError
+from grape_ray.evaluate import evaluate
 from grape_ray.execute import execute
 from grape_ray.export import export
 from grape_ray.metrics import plain
@@ -96,7 +99,7 @@ def make_room():
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 20))])
 def test_chaos_of_evaluations_trackers_and_a_full_disk_leaves_a_whole_run(tmp_path, seed):
     chance = np.random.default_rng(seed)
     full_at, dead_from = int(chance.integers(1, 12)), int(chance.integers(1, 12))
@@ -171,3 +174,24 @@ def test_what_is_no_metric_is_told_by_name_without_its_value(found, part):
     assert part in str(told.value)
     assert "secret" not in str(told.value)
     assert told.value.__cause__ is None
+
+
+def test_a_failed_evaluation_is_made_up_for_later_free_of_privacy_cost(tmp_path):
+    folder = tmp_path / "runs" / "a"
+    result = train(moody(), run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+    assert (result["metrics"], len(result["problems"])) == ({}, 1)
+    head = verify(result["ledger"]).head
+    call = CliRunner().invoke(main, ["evaluate", str(folder), "--trust-module", "tests.test_late_failures"])
+    assert call.exit_code != 0
+    MOODS.clear()
+    words = ["evaluate", str(folder), "--trust-module", "tests.test_late_failures", "--json"]
+    found = json.loads(CliRunner().invoke(main, words).stdout.splitlines()[-1])
+    assert found == {"run": "a", "step": 12, "metrics": {"accuracy": 0.5, "loss": 1.5, "n": 50.0}}
+    kept = json.loads((folder / "result.json").read_text())
+    assert (kept["metrics"], kept["metrics_step"]) == (found["metrics"], 12)
+    assert verify(result["ledger"]).head == head
+    description = json.loads((folder / "run.json").read_text())
+    description["validation"] = {"metric": "accuracy", "noise_multiplier": 1.0, "ledger": str(tmp_path), "study": "s"}
+    (folder / "run.json").write_text(json.dumps(description))
+    with pytest.raises(ConfigError, match="validation records are private"):
+        evaluate(str(folder), trust=("tests.test_late_failures",))

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 import time
-from functools import partial
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from grape_ray.config import Config
 
 
 @click.command("check")
@@ -18,17 +23,14 @@ import click
 def command(model_or_pipeline: str, methods: tuple[str, ...], assignments: tuple[str, ...], as_json: bool) -> None:
     """Compare a few examples with separate backward passes, bound their norms, and see that every trainable tensor is noised.
 
-    MODEL_OR_PIPELINE is a pipeline (pipelines.sst2, module:function), or a Hugging Face hub name or folder.
+    MODEL_OR_PIPELINE is a pipeline (pipelines.sst2, module:function), of which everything is done once that `train` will do, or a Hugging
+    Face hub name or folder.
     """
-    from grape_ray.preflight import preflight
-    from grape_ray.withheld import told
-
-    model, loss, batch, alone, config, public = _target(model_or_pipeline, assignments)
+    config, look = _target(model_or_pipeline, assignments)
     reports = []
     for name in methods or (config.method.name,):
         began = time.perf_counter()
-        method = config.override([f"method.name={name}"]).method
-        report = told(partial(preflight, model, loss, batch, config.privacy, method, alone=alone), public)
+        report = look(config.override([f"method.name={name}"]))
         reports.append({**dataclasses.asdict(report), "seconds": round(time.perf_counter() - began, 3)})
         if not as_json:
             click.echo(
@@ -40,27 +42,37 @@ def command(model_or_pipeline: str, methods: tuple[str, ...], assignments: tuple
         click.echo(json.dumps({"target": model_or_pipeline, "ok": True, "reports": reports}))
 
 
-def _target(reference: str, assignments: tuple[str, ...]):
-    """(model, loss, batch, its examples alone, config, whether the records are public) of a pipeline, or of a model and a made-up batch."""
+def _target(reference: str, assignments: tuple[str, ...]) -> tuple[Config, Callable[[Config], Any]]:
+    """The config, and what gives a preflight's report for it: of a pipeline by a dry run, of a model with a made-up batch."""
     from grape_ray.config import Config, Method
-    from grape_ray.dryrun import extremes
     from grape_ray.errors import ConfigError
     from grape_ray.models.sample import sample
+    from grape_ray.preflight import preflight
     from grape_ray.resolve import pipeline
-    from grape_ray.withheld import told
 
     try:
-        config = pipeline(reference)
+        return pipeline(reference).override(assignments), _rehearsed
     except ConfigError as missing:
-        if ":" in reference or reference.startswith("pipelines."):
+        if ":" in reference or reference.startswith("pipelines.") or "not found" not in missing.what:
             raise
         try:
             model, loss, batch = sample(reference)
         except ConfigError as error:
             raise ConfigError("neither a pipeline nor a model", reference, str(missing), str(error)) from error
-        return model, loss, batch, [], Config(task=None, method=Method(project_min_numel=4096)).override(assignments), True
-    config = config.override(assignments)
-    task = config.task
-    data = told(task.load, public=False)
-    model, batch, alone = told(partial(extremes, config, data), data.public)
-    return model, task.per_example_loss, batch, alone, config, data.public
+    config = Config(task=None, method=Method(project_min_numel=4096)).override(assignments)
+    return config, lambda config: preflight(model, loss, batch, config.privacy, config.method)
+
+
+def _rehearsed(config: Config) -> Any:
+    """The report of a dry run, in a folder that is thrown away."""
+    from grape_ray.dryrun import dry_run
+    from grape_ray.plan import sampling_prob_of
+    from grape_ray.splits import check_splits
+    from grape_ray.storage import Storage
+    from grape_ray.withheld import told
+
+    data = told(config.task.load, public=False)
+    sampling_prob_of(config, data)
+    check_splits(data, True, not data.public)
+    with tempfile.TemporaryDirectory(prefix="grape-ray-") as scratch:
+        return dry_run(config, data, Storage(scratch), 1.0, data.public).report

@@ -19,39 +19,45 @@ _MOST_S = 60.0
 
 
 def reach(config: Config) -> None:
-    """Looks for the cluster at RAY_ADDRESS in a process of its own, and takes over the mode of authentication that it has.
-
-    Ray reads RAY_AUTH_MODE when it is imported, and a cluster may have been started in either mode, before or after this machine had a
-    token; what the user has set stays.
+    """Looks for the workers of a run.
 
     Raises:
-        ConfigError: no cluster is there, it is another version's or wants another token, or this machine has too few GPUs.
+        ConfigError: see `find_cluster`, or this machine has too few GPUs.
     """
-    performance, address = config.performance, os.environ.get("RAY_ADDRESS")
-    if performance.workers[1] == 0 or _connected():
+    performance = config.performance
+    if performance.workers[1] == 0 or find_cluster(performance.start_timeout_s) or not performance.use_gpu:
         return
+    wanted, found = performance.workers[0], torch.cuda.device_count()
+    if wanted > found:
+        got, fix = f"{wanted} workers with a GPU each", "lower performance.num_workers, unset performance.use_gpu, or name a cluster"
+        raise ConfigError("performance.num_workers", got, f"at most this machine's {found} GPUs", fix)
+
+
+def find_cluster(deadline_s: float) -> bool:
+    """Whether another's cluster will be used; looks for it in a process of its own, and takes over its mode of authentication.
+
+    Ray reads RAY_AUTH_MODE when it is imported, and a cluster may have been started in either mode, before or after this machine had a
+    token; what the user has set stays. Call it before Ray is imported.
+
+    Raises:
+        ConfigError: no cluster is at RAY_ADDRESS, or it is another version's, or wants another token.
+    """
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        return True
+    address, reason = os.environ.get("RAY_ADDRESS"), ""
     if not address:
-        wanted = performance.workers[0] if performance.use_gpu else 0
-        if wanted > torch.cuda.device_count():
-            got, fix = f"{wanted} workers with a GPU each", "lower performance.num_workers, unset performance.use_gpu, or name a cluster"
-            raise ConfigError("performance.num_workers", got, f"at most this machine's {torch.cuda.device_count()} GPUs", fix)
-        return
-    reason = ""
+        return False
     for mode in [os.environ["RAY_AUTH_MODE"]] if os.environ.get("RAY_AUTH_MODE") else ["", *_modes()]:
-        found = _probe(mode, min(performance.start_timeout_s, _MOST_S))
+        found = _probe(mode, min(deadline_s, _MOST_S))
         if found is None:
             if mode:
                 os.environ["RAY_AUTH_MODE"] = mode
-            return
+            return True
         reason = reason or found
         if "uthentication" not in found:
             break
     raise not_reached(address, reason)
-
-
-def _connected() -> bool:
-    ray = sys.modules.get("ray")
-    return ray is not None and ray.is_initialized()
 
 
 def _modes() -> list[str]:

@@ -9,11 +9,14 @@ from typing import Any
 
 from grape_ray.errors import ConfigError
 from grape_ray.orchestrate.cluster import cluster, set_defaults
+from grape_ray.orchestrate.reach import find_cluster
 from grape_ray.places import absolute
 from grape_ray.storage import Storage
 from grape_ray.sweeps import folder
 from grape_ray.sweeps.options import SELECT, Options
 from grape_ray.trust import check_module, check_sweep
+
+_START_S = 300.0  # how long a group of workers may take to start
 
 
 def run(options: Options, say: Callable[[str], None], name: str | None = None) -> dict[str, Any]:
@@ -49,7 +52,8 @@ def resume(
 
 
 def _run(options: Options, say: Callable[[str], None], name: str | None, described: dict[str, Any] | None) -> dict[str, Any]:
-    set_defaults(300.0)  # before anything imports Ray, as a tune space does
+    set_defaults(_START_S)  # before anything imports Ray, as a tune space does
+    find_cluster(_START_S)
     from grape_ray.sweeps import prepare, space
 
     domains, study = space.load(options.space, options.assignments)
