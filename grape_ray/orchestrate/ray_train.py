@@ -46,6 +46,7 @@ def fit(
     performance = plan.config.performance
     set_defaults(performance.start_timeout_s)
     import ray.train
+    from ray.exceptions import RayError
     from ray.train.torch import TorchTrainer
 
     from grape_ray.orchestrate.bell import hang, until_told
@@ -82,6 +83,9 @@ def fit(
                 raise interrupted(plan, max((checkpoint.step_of(name) for name in checkpoint.names(plan.folder())), default=0))
         except ray.train.TrainingFailedError as error:
             raise _translated(error, plan) from error
+        except RayError as error:  # of Ray itself, as of a cluster that goes away
+            fix = f"see the cluster's logs; then run `grape-ray resume {plan.folder().url}`"
+            raise WorkersFailed("Ray could not run the workers", _last_line(error), "a cluster that stays", fix) from error
     return json.loads(plan.folder().read(RESULT_FILE))
 
 

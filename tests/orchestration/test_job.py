@@ -35,9 +35,13 @@ def free_port() -> int:
 
 
 class Head:
-    """`ray start --head` in a process group of its own, ended with it; `run` calls programs that speak to it."""
+    """`ray start --head` in a process group of its own, ended with it; `run` calls programs that speak to it.
 
-    def __init__(self, environment: dict[str, str], *options: str, cpus: int = 2):
+    Args:
+        plain: as a person types it, in the mode of authentication that Ray takes by itself.
+    """
+
+    def __init__(self, environment: dict[str, str], *options: str, cpus: int = 2, plain: bool = False):
         self.port, dashboard = free_port(), free_port()
         self._folder = tempfile.TemporaryDirectory(prefix="gr")
         self.environment = {
@@ -46,6 +50,10 @@ class Head:
             "PYTHONPATH": str(ROOT), "RAY_DEDUP_LOGS": "0",
         }  # fmt: skip
         self.environment.pop("RAY_ADDRESS", None)
+        if plain:
+            self.environment.pop("RAY_AUTH_MODE")
+            self.environment["GRAPE_RAY_TEST_HEAD"] = self.environment.pop("RAY_AUTH_TOKEN")
+        self._mark = self.environment.get("GRAPE_RAY_TEST_HEAD") or self.environment["RAY_AUTH_TOKEN"]
         command = [
             sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={self.port}", "--node-ip-address=127.0.0.1",
             "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--num-cpus={cpus}", "--object-store-memory=200000000",
@@ -64,7 +72,7 @@ class Head:
         finally:
             for folder in Path("/proc").glob("[0-9]*"):  # what the group has left, by its token alone
                 try:
-                    if self.environment["RAY_AUTH_TOKEN"].encode() in (folder / "environ").read_bytes():
+                    if self._mark.encode() in (folder / "environ").read_bytes():
                         os.kill(int(folder.name), signal.SIGKILL)
                 except OSError:
                     continue
@@ -201,3 +209,40 @@ def test_a_job_waits_for_nodes_that_come_and_go(tmp_path, monkeypatch):
         while (alive := nodes_of(head)) and time.monotonic() < deadline_s:
             time.sleep(3)
         assert alive == 0, head.run("status")
+
+
+@pytest.mark.parametrize("token", [False, True], ids=["no token at home", "a token that the cluster does not ask for"])
+def test_a_cluster_that_was_plainly_started_is_used_by_address_and_by_job(tmp_path, token):
+    home, away = tmp_path / "home", tmp_path / "away"
+    for folder in (home / "cluster", home / "own" / ".ray", away):
+        folder.mkdir(parents=True)
+    if token:
+        (home / "own" / ".ray" / "auth_token").write_text(secrets.token_hex(32))
+    options = ["--storage", str(tmp_path / "runs"), "--key-file", str(tmp_path / "key"), "--workers", "1"]
+    with Head({"HOME": str(home / "cluster"), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}, plain=True) as head:
+        head.submit("job", "grape-ray", "train", "tests.tiny:tiny", "--run", "job", *options)
+        deadline_s = time.monotonic() + 200
+        while head.status("job") not in ("succeeded", "failed"):
+            assert time.monotonic() < deadline_s
+            time.sleep(1)
+        assert head.status("job") == "succeeded", head.run("job", "logs", "job", check=False)[-3000:]
+        own = {**head.environment, "HOME": str(home / "own"), "RAY_ADDRESS": f"127.0.0.1:{head.port}"}
+        program = [sys.executable, "-c", "from grape_ray.cli import main; main()", "train", "tests.tiny:tiny", "--run", "own", *options]
+        done = subprocess.run(program, env=own, cwd=away, capture_output=True, text=True, timeout=200, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("job", "own"):
+        assert json.loads((tmp_path / "runs" / name / "result.json").read_text())["charged_steps"] == 12
+
+
+def test_a_wrong_token_and_a_dead_cluster_are_told_before_anything_is_registered(tmp_path):
+    program = [sys.executable, "-c", "from grape_ray.cli import main; main()", "train", "tests.tiny:tiny", "--workers", "1", "--run", "a"]
+    program += ["--storage", str(tmp_path / "runs"), "--key-file", str(tmp_path / "key"), "--set", "performance.start_timeout_s=20"]
+    with Head({}) as head:
+        head.submit("up", "true")  # by now it answers
+        for address in (f"127.0.0.1:{head.port}", f"127.0.0.1:{free_port()}"):
+            own = {**head.environment, "RAY_ADDRESS": address, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+            done = subprocess.run(program, env=own, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+            assert done.returncode == 2, done.stderr[-3000:]
+            (line,) = done.stderr.strip().splitlines()
+            assert f"no Ray cluster can be used at RAY_ADDRESS, got \"'{address}'" in line
+    assert list(tmp_path.iterdir()) == []
