@@ -53,7 +53,7 @@ def ownership(session: Session, losses: Tensor, tolerance: float, thorough: bool
         if tap.layout is None:
             found = owners.readings(evidence, groups) if bool(evidence.any()) else []
             found = [c for c in found if _weighs(tap, c, whole[number][1], weighted[number][1], weights)]
-            tap.layout = found[0] if found else None
+            tap.layout, tap.readings = found[0] if found else None, found
             tap.settled = len({(c.axis, *c.owners(tap.lead, session.rows).tolist()) for c in found}) <= 1
             fits = tap.layout is not None or not bool(evidence.any())
         else:
@@ -106,9 +106,11 @@ def same_gradients(taps: Sequence[Tap], one: Marks, other: Marks, group: Tensor,
     for tap, a, b in zip(taps, one, other):
         if tap.layout is None:
             continue
-        own = group[tap.layout.owners(tap.lead, len(group))].to(a.device)
-        if tap.layout.only is None:
-            own = own.view(*[-1 if d == tap.layout.axis else 1 for d in range(len(tap.lead))])
+        own = torch.ones((), dtype=torch.bool)
+        for layout in tap.readings or [tap.layout]:  # what only one reading gives to the group may be another's
+            mine = group[layout.owners(tap.lead, len(group))]
+            own = own & (mine if layout.only is not None else mine.view(*[-1 if d == layout.axis else 1 for d in range(len(tap.lead))]))
+        own = own.to(a.device)
         apart = (a[0] - b[0]).abs() - tolerance * torch.maximum(a[1], b[1])
         if bool(((apart > 0) & own).any()):
             raise UnsupportedLayer(

@@ -129,7 +129,7 @@ class Repetition:
         watching = Dependence(self._rows, self._session.constants, Tracked)
         losses, taps, marks = self._look(mapped(self._batch, torch.clone), watching)
         for tap, old in zip(taps, known):
-            tap.layout = old.layout
+            tap.layout, tap.readings = old.layout, old.readings
         return losses, taps, marks
 
     def _look(self, batch: Any, watching: Dependence) -> Look:

@@ -48,16 +48,18 @@ class Tap:
         key: (parameters, operation, number of leading dimensions). lead: the leading dimensions of what is used.
         layout: whose row is whose, once it is known. evidence: what came for each group whose losses went backward alone.
             Of each group: sums (2, *lead) of the gradient and of its magnitudes over the features.
-        settled: whether that left no two readings. recorded: whether the forward pass has met this use.
+        readings: all layouts that the evidence allows, where it was gathered. settled: whether they are one.
+        recorded: whether the forward pass has met this use.
         way: where a shared value meets the batch: its place in `Session.inside`; None for all other uses.
     """
 
-    __slots__ = ("evidence", "key", "layout", "lead", "recorded", "settled", "way")
+    __slots__ = ("evidence", "key", "layout", "lead", "readings", "recorded", "settled", "way")
 
     def __init__(self, key: tuple[str, str, int], lead: tuple[int, ...]):
         self.key, self.lead = key, lead
         self.layout: Layout | None = None
         self.evidence: list[Tensor] = []
+        self.readings: list[Layout] = []
         self.settled, self.recorded = True, False
         self.way: Way | None = None
 

@@ -385,3 +385,27 @@ def test_an_order_that_left_torch_is_followed_all_the_same(kind):
         made.clipped_sum(by_length(ORDERS[kind]), batch)  # sorted already
         batch["size"] = torch.tensor([4, 1, 5, 0, 3, 2])
         made.clipped_sum(by_length(ORDERS[kind]), batch)
+
+
+def test_a_reading_that_is_still_open_refuses_no_right_training():
+    """Preferences of which one pair alone is active: views could follow one another in two ways, and both give the same sums."""
+
+    class Preferences(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.score = nn.Linear(5, 1)
+
+        def forward(self, batch):
+            chosen, rejected = self.score(torch.cat([batch["chosen"], batch["rejected"]])).squeeze(1).chunk(2)
+            return torch.relu(batch["m"][:, 0] + chosen) + torch.relu(batch["m"][:, 1] + rejected)
+
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        batch = {name: torch.randn(4, 5, generator=generator, dtype=torch.float64) for name in ("chosen", "rejected")}
+        batch["m"] = torch.full((4, 2), -100.0, dtype=torch.float64)
+        batch["m"][0] = 100.0
+        model = Preferences().double()
+        engine = make_engine(model, "dp_adam", 1e9)
+        summed = engine.clipped_sum(lambda model, batch: model(batch), batch).tensors
+        wanted = torch.autograd.grad(model(batch).sum(), list(model.parameters()))
+        assert all(torch.allclose(mine, theirs, atol=1e-12) for mine, theirs in zip(summed.values(), wanted))
