@@ -388,7 +388,7 @@ def test_an_order_that_left_torch_is_followed_all_the_same(kind):
 
 
 def test_a_reading_that_is_still_open_refuses_no_right_training():
-    """Preferences of which one pair alone is active: views could follow one another in two ways, and both give the same sums."""
+    """Preferences of which one side of one pair alone is active: views could follow one another in two ways, of equal sums."""
 
     class Preferences(nn.Module):
         def __init__(self):
@@ -397,15 +397,13 @@ def test_a_reading_that_is_still_open_refuses_no_right_training():
 
         def forward(self, batch):
             chosen, rejected = self.score(torch.cat([batch["chosen"], batch["rejected"]])).squeeze(1).chunk(2)
-            return torch.relu(batch["m"][:, 0] + chosen) + torch.relu(batch["m"][:, 1] + rejected)
+            return torch.relu(batch["m0"] + chosen) + torch.relu(batch["m1"] + rejected)
 
     for seed in range(10):
         generator = torch.Generator().manual_seed(seed)
-        batch = {name: torch.randn(4, 5, generator=generator, dtype=torch.float64) for name in ("chosen", "rejected")}
-        batch["m"] = torch.full((4, 2), -100.0, dtype=torch.float64)
-        batch["m"][0] = 100.0
-        model = Preferences().double()
-        engine = make_engine(model, "dp_adam", 1e9)
-        summed = engine.clipped_sum(lambda model, batch: model(batch), batch).tensors
+        batch = {name: torch.randn(4, 5, generator=generator) for name in ("chosen", "rejected")}
+        batch |= {"m0": torch.tensor([100.0, -100, -100, -100]), "m1": torch.full((4,), -100.0)}
+        model = Preferences()
+        summed = make_engine(model, "dp_adam", 1e9).clipped_sum(lambda model, batch: model(batch), batch).tensors
         wanted = torch.autograd.grad(model(batch).sum(), list(model.parameters()))
-        assert all(torch.allclose(mine, theirs, atol=1e-12) for mine, theirs in zip(summed.values(), wanted))
+        assert all(torch.allclose(mine, theirs, atol=1e-5) for mine, theirs in zip(summed.values(), wanted))
