@@ -199,7 +199,9 @@ class Engine:
             thorough = not fitted or self._unsettled
             for tap in session.taps if thorough and session.rows > 1 else ():
                 tap.layout = None
-            losses = self._verified(session, forward, batch, losses, state, watch, thorough, step)
+            held = [losses]
+            del losses  # what holds them holds the graph, and the pass is made again
+            losses = self._verified(session, forward, batch, held, state, watch, thorough, step)
             self.layouts.remember(signature, session)
         elif self._may_verify and session.dependence.exported and session.rows > 1:
             ownership(session, losses, self._tolerance(session), thorough=True)  # what it did next may follow what they said
@@ -227,7 +229,7 @@ class Engine:
         session: Session,
         forward: Callable[[Any, int], Tensor],
         batch: Any,
-        losses: Tensor,
+        held: list[Tensor],
         state: list,
         watch: Watch,
         thorough: bool,
@@ -235,10 +237,14 @@ class Engine:
     ) -> Tensor:
         """Verifies a pass (engines.ownership, engines.repetition) and makes it again, so that no two graphs are held at once.
 
+        Args:
+            held: the losses of the pass, which are taken out of it.
+
         Raises:
             UnsupportedLayer: it mixes examples, remembers, or shares luck.
         """
         tolerance, seen, taps = self._tolerance(session), session.dependence, session.taps
+        losses = held.pop()
         look = losses.detach(), taps, ownership(session, losses, tolerance, thorough)
         del losses
         Repetition(session, forward, batch, state, tolerance).check(look, watch, seen, thorough)

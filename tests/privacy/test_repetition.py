@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import _get_current_function_mode
 
+from grape_ray import make_engine
 from grape_ray.engines.batches import is_mask
 from grape_ray.engines.dependence import Dependence
 from grape_ray.engines.randomness import random_states
@@ -307,3 +309,25 @@ def test_masks_are_what_holds_nothing_but_zeros_and_ones():
     assert not is_mask(torch.tensor([[0, -1]]))
     assert not is_mask(torch.tensor([[0.0, 1.0]]))  # an image in black and white is data
     assert not is_mask(torch.tensor([[0j, 1 + 0j]]))
+
+
+@pytest.mark.parametrize("method", ["grape", "dp_adam", "ghost", "bookkeeping"])
+def test_no_two_graphs_are_held_at_once(method):
+    """Peak memory is one pass's: whatever an earlier pass has saved for its way back is gone when the next one begins."""
+
+    saved, begun = [], []
+
+    def loss(model, batch):
+        if torch.is_grad_enabled():
+            begun.append(sum(not storage.expired() for storage in saved))
+        hidden = torch.tanh(model[0](batch))  # which the way back through tanh needs
+        saved.append(StorageWeakRef(hidden.untyped_storage()))
+        return model[1](hidden).square().sum(1)
+
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 8))
+    options = {"rank": 2, "project_min_numel": 1} if method == "grape" else {}
+    engine = make_engine(model, method, 1.0, **options)
+    for _ in range(2):
+        engine.clipped_sum(loss, torch.randn(6, 8))
+    assert len(begun) >= 6
+    assert begun == [0] * len(begun)
