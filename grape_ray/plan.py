@@ -33,6 +33,7 @@ from grape_ray.task import Data, Task, label
 from grape_ray.withheld import told
 
 RESULT_FILE, PROGRESS_FILE = "result.json", "progress.json"
+_DESCRIBED = ("run", "ledger", "study", "task", "privacy", "method", "seed")  # what a run's description holds at least
 
 
 @dataclass(frozen=True)
@@ -309,9 +310,14 @@ def _description(plan: Plan) -> bytes:
 def read_run(folder: Storage) -> dict[str, Any]:
     """The description of a run. Raises CheckpointError where the folder holds none."""
     try:
-        return json.loads(folder.read(RUN_FILE))
+        known = json.loads(folder.read(RUN_FILE))
+        if isinstance(known, dict) and set(_DESCRIBED) <= set(known):
+            return known
+        problem = "fields missing" if isinstance(known, dict) else f"a {type(known).__name__}"
     except FileNotFoundError as error:
         fix = "name the folder below --storage"
         raise CheckpointError("no run there", folder.url, f"a run's folder, with {RUN_FILE}", fix) from error
     except ValueError as error:
-        raise CheckpointError(f"{RUN_FILE} of the run is damaged", str(error), "JSON", "restore it from a copy") from error
+        problem = str(error)
+    expected = "a JSON object with " + ", ".join(_DESCRIBED)
+    raise CheckpointError(f"{RUN_FILE} of the run is damaged", problem, expected, "restore it from a copy")

@@ -18,7 +18,7 @@ import click
 def command(model_or_pipeline: str, methods: tuple[str, ...], assignments: tuple[str, ...], as_json: bool) -> None:
     """Compare a few examples with separate backward passes, bound their norms, and see that every trainable tensor is noised.
 
-    MODEL_OR_PIPELINE is a pipeline (pipelines.sst2, module:function), or a Hugging Face hub name or folder.
+    MODEL_OR_PIPELINE is a pipeline (pipelines.sst2, module:function, FILE.py), or a Hugging Face hub name or folder.
     """
     from grape_ray.preflight import preflight
     from grape_ray.withheld import told
@@ -52,7 +52,7 @@ def _target(reference: str, assignments: tuple[str, ...]):
     try:
         config = pipeline(reference)
     except ConfigError as missing:
-        if ":" in reference or reference.startswith("pipelines."):
+        if ":" in reference or reference.startswith("pipelines.") or reference.endswith(".py"):
             raise
         try:
             model, loss, batch = sample(reference)

@@ -10,6 +10,7 @@ import click
 from click.core import ParameterSource
 
 from grape_ray.errors import ConfigError
+from grape_ray.modules import located
 from grape_ray.sweeps.options import COMPOSE, LAWS, SCHEDULERS, SEARCHES, SELECT, Options
 
 
@@ -45,12 +46,13 @@ from grape_ray.sweeps.options import COMPOSE, LAWS, SCHEDULERS, SEARCHES, SELECT
 def command(
     context: click.Context, workers: int | None, name: str | None, resume: str | None, trust_state: bool, as_json: bool, **words: Any
 ) -> None:
-    """Tune SPACE, a module such as tune_spaces.digits with space() and study().
+    """Tune SPACE, a module such as tune_spaces.digits, or a FILE.py, with space() and study().
 
     Every step of every trial is charged to one study before its noise is drawn, so the epsilon of the winner is that of the sweep.
     """
     words["assignments"] = (*words["assignments"], *([] if workers is None else [f"performance.num_workers={workers}"]))
     words["scheduler"] = words["scheduler"] or ("none" if words["mode"] == SELECT else "asha")
+    words["space"] = located(words["space"], "tune space")
     from grape_ray.report import Reporter
 
     with Reporter(sys.stderr, 0) as reporter:

@@ -16,6 +16,7 @@ from grape_ray.trace import lines
 
 SWEEP_FILE, RESULT_FILE = "sweep.json", "result.json"
 RUNS, TUNE = "runs", "tune"
+_DESCRIBED = ("sweep", "study", "mode", "options", "fields", "metric", "config", "ledger")  # what a description holds at least
 EXECUTED, REPORTS = "executed", "reports"  # traces below a run's folder
 
 
@@ -45,9 +46,15 @@ class TrialRow:
 def read(folder: Storage) -> dict[str, Any]:
     """How a sweep was begun. Raises ConfigError where the folder holds no sweep."""
     try:
-        return json.loads(folder.read(SWEEP_FILE))
+        found = json.loads(folder.read(SWEEP_FILE))
     except FileNotFoundError as error:
         raise ConfigError("there is no sweep", folder.url, f"a folder with {SWEEP_FILE}", "check name and storage") from error
+    except ValueError as error:
+        raise ConfigError(f"{SWEEP_FILE} of the sweep is damaged", str(error), "a JSON object", "restore it from a copy") from error
+    if not isinstance(found, dict) or not set(_DESCRIBED) <= set(found):
+        expected = "a JSON object with " + ", ".join(_DESCRIBED)
+        raise ConfigError(f"{SWEEP_FILE} of the sweep is damaged", type(found).__name__, expected, "restore it from a copy")
+    return found
 
 
 def trials(folder: Storage, sweep: Mapping[str, Any]) -> list[TrialRow]:

@@ -10,7 +10,7 @@ from typing import Any
 from grape_ray.config import Config
 from grape_ray.errors import ConfigError, nearest
 from grape_ray.methods import METHODS
-from grape_ray.resolve import load_module
+from grape_ray.modules import load_module
 from grape_ray.scores import check_metric
 
 PUBLIC, PRIVATE = "public", "private"
