@@ -22,7 +22,7 @@ _NOT_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 
 def _require(ok: bool, what: str, got: object, expected: str, fix: str = "") -> None:
     if not ok:
-        raise ConfigError(what, got, expected, fix)
+        raise ConfigError(what, got, expected, fix or "set another value")
 
 
 def _number(value: Any) -> bool:
@@ -246,11 +246,11 @@ def _assign(node: Any, path: list[str], value: str, key: str) -> Any:
     current = getattr(node, path[0])
     if len(path) > 1:
         if not dataclasses.is_dataclass(current):
-            raise ConfigError("--set: unknown key", key, f"{path[0]} has no fields of its own")
+            raise ConfigError("--set: unknown key", key, f"{path[0]} has no fields of its own", "name the field itself")
         return dataclasses.replace(node, **{path[0]: _assign(current, path[1:], value, key)})
     if dataclasses.is_dataclass(current):
         inner = ", ".join(f"{key}.{f.name}" for f in dataclasses.fields(current))
-        raise ConfigError("--set: a group is not a value", key, f"one of {inner}")
+        raise ConfigError("--set: a group is not a value", key, f"one of {inner}", "set its fields one by one")
     hint = typing.get_type_hints(type(node))[path[0]]
     return dataclasses.replace(node, **{path[0]: _parse(value, hint, key)})
 
@@ -265,8 +265,7 @@ def _parse(text: str, hint: Any, key: str) -> Any:
         if origin is str:
             return text
         if origin is tuple:
-            inner = typing.get_args(kind)[0]
-            return tuple(_parse(part.strip(), inner, key) for part in text.strip("()[]").split(",") if part.strip())
+            return tuple(_parse(part, typing.get_args(kind)[0], key) for part in _parts(text))
         try:
             value = json.loads(text.lower() if origin is bool else _NOT_FINITE.get(text.lower(), text) if origin is float else text)
         except ValueError:
@@ -276,7 +275,19 @@ def _parse(text: str, hint: Any, key: str) -> Any:
         if isinstance(value, origin) and isinstance(value, bool) == (origin is bool):
             return value
     names = " or ".join(getattr(o, "__name__", str(o)) for o in options)
-    raise ConfigError(f"--set {key}", text, f"a value of type {names}")
+    raise ConfigError(f"--set {key}", text, f"a value of type {names}", "write it as in Python or JSON")
+
+
+def _parts(text: str) -> list[str]:
+    """The members of a list as texts: of one in JSON, or of one with commas, where `[!a]` is part of a pattern, not the list's own."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if isinstance(found, list):
+        return [member if isinstance(member, str) else json.dumps(member) for member in found]
+    inner = text[1:-1] if text.startswith("(") and text.endswith(")") else text
+    return [part.strip() for part in re.split(r",(?![^\[]*\])", inner) if part.strip()]
 
 
 def _choice(what: str, got: str, known: typing.Iterable[str]) -> None:

@@ -18,7 +18,7 @@ _SALT_BYTES = 32
 def absolute(url: str) -> str:
     """A URL of remote storage as it is; a path, also as a `file://` URL, made absolute, so that workers agree on it."""
     if "://" not in url or Storage(url).local:
-        return str(Path(Storage(url).url if "://" in url else url).expanduser().absolute())
+        return str(Path(Storage(url).url if "://" in url or not url else url).expanduser().absolute())
     return url.rstrip("/")
 
 

@@ -48,7 +48,8 @@ def _called(function: Any, reference: str) -> Config:
         reason = f"{type(error).__name__}: {error}"
         raise ConfigError(f"pipeline {reference} failed", reason, "a function that returns a grape_ray.Config", where(error)[-1]) from error
     if not isinstance(config, Config):
-        raise ConfigError(f"pipeline {reference}", type(config).__name__, "a function that returns a grape_ray.Config")
+        fix = "return one, or name another function as module:function"
+        raise ConfigError(f"pipeline {reference}", type(config).__name__, "a function that returns a grape_ray.Config", fix)
     return config
 
 

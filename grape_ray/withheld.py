@@ -44,7 +44,7 @@ def withheld(error: BaseException) -> Exception:
     frames = where(error)
     fix = "its text is kept back, because it may quote a record; on data that its task calls public it is shown"
     calls = " < ".join(reversed(frames[-_SAID:]))
-    return TaskFailed(f"the task failed with {type(error).__name__}", f"at {calls}" if calls else None, "", fix)
+    return TaskFailed(f"the task failed with {type(error).__name__}", f"at {calls}" if calls else None, "a task that runs", fix)
 
 
 def where(error: BaseException, frames: int = _FRAMES) -> list[str]:

@@ -125,19 +125,30 @@ def make_tables(root: Path) -> None:
     text, label = good["text"], good["label"]
     bad = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(np.array([0, 2], dtype=np.int32)), pa.py_buffer(b"\xff\xfe")])
     tables: dict[str, Any] = {
-        "good": good, "validation": rows(20, seed=1), "one": {"text": text[:1], "label": label[:1]},
-        "norows": pa.table({"text": pa.array([], pa.string()), "label": pa.array([], pa.int64())}), "nocolumns": pa.table({}),
-        "lists": {"text": [[t] for t in text], "label": label}, "structs": {"text": [{"a": t} for t in text], "label": label},
-        "nullrow": {"text": [None, *text[1:]], "label": label}, "nulls": {"text": pa.nulls(many), "label": label},
-        "nulllabel": {"text": text, "label": [None, *label[1:].tolist()]}, "textlabel": {"text": text, "label": [str(x) for x in label]},
-        "floatlabel": {"text": text, "label": label.astype("f8")}, "boollabel": {"text": text, "label": label.astype(bool)},
-        "hugelabel": {"text": text, "label": np.full(many, 2**63 + 5, dtype=np.uint64)}, "neglabel": {"text": text, "label": label - 1},
-        "numbers": {"text": label, "label": label}, "bytes": {"text": [t.encode() for t in text], "label": label},
-        "notutf8": {"text": pa.concat_arrays([bad] * many), "label": label}, "othernames": {"sentence": text, "target": label},
-        "listlabel": {"text": text, "label": [[int(x)] for x in label]}, "decimals": {"text": text, "label": pa.array(label).cast(pa.decimal128(20))},
+        "good": good,
+        "validation": rows(20, seed=1),
+        "one": {"text": text[:1], "label": label[:1]},
+        "norows": pa.table({"text": pa.array([], pa.string()), "label": pa.array([], pa.int64())}),
+        "nocolumns": pa.table({}),
+        "lists": {"text": [[t] for t in text], "label": label},
+        "structs": {"text": [{"a": t} for t in text], "label": label},
+        "nullrow": {"text": [None, *text[1:]], "label": label},
+        "nulls": {"text": pa.nulls(many), "label": label},
+        "nulllabel": {"text": text, "label": [None, *label[1:].tolist()]},
+        "textlabel": {"text": text, "label": [str(x) for x in label]},
+        "floatlabel": {"text": text, "label": label.astype("f8")},
+        "boollabel": {"text": text, "label": label.astype(bool)},
+        "hugelabel": {"text": text, "label": np.full(many, 2**63 + 5, dtype=np.uint64)},
+        "neglabel": {"text": text, "label": label - 1},
+        "numbers": {"text": label, "label": label},
+        "bytes": {"text": [t.encode() for t in text], "label": label},
+        "notutf8": {"text": pa.concat_arrays([bad] * many), "label": label},
+        "othernames": {"sentence": text, "target": label},
+        "listlabel": {"text": text, "label": [[int(x)] for x in label]},
+        "decimals": {"text": text, "label": pa.array(label).cast(pa.decimal128(20))},
         "twice": pa.Table.from_arrays([pa.array(text), pa.array(text), pa.array(label)], names=["text", "text", "label"]),
         "long": {"text": [*text[1:], " ".join(["w1"] * 50)], "label": label},
-    }  # fmt: skip
+    }
     root.mkdir()
     for name, table in tables.items():
         pq.write_table(table if isinstance(table, pa.Table) else pa.table(table), root / f"{name}.parquet")
@@ -164,10 +175,17 @@ def make_pipelines(root: Path) -> None:
     root.mkdir()
     config = "from tests.tiny import tiny\ndef {0}():\n    return tiny()\n"
     sources = {
-        "syntax": "def config(:\n", "raises": "1 / 0\n", "needs": "import nosuchlibrary\n", "nothing": "x = 1\n",
-        "fails": "def config():\n    return {}['a']\n", "wants": "def config(size):\n    return size\n", "other": "def config():\n    return 3\n",
-        "json": config.format("config"), "named": config.format("confg"), "exits": "raise SystemError('no')\n",
-    }  # fmt: skip
+        "syntax": "def config(:\n",
+        "raises": "1 / 0\n",
+        "needs": "import nosuchlibrary\n",
+        "nothing": "x = 1\n",
+        "fails": "def config():\n    return {}['a']\n",
+        "wants": "def config(size):\n    return size\n",
+        "other": "def config():\n    return 3\n",
+        "json": config.format("config"),
+        "named": config.format("confg"),
+        "exits": "raise SystemError('no')\n",
+    }
     for name, source in sources.items():
         (root / f"{name}.py").write_text(source)
     (root / "notes.txt").write_text("no program\n")

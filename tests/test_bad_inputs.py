@@ -10,6 +10,8 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,6 @@ from grape_ray.cli import main
 from tests.bad_inputs import make_models, make_pipelines, make_tables
 
 REPOSITORY = Path(__file__).parents[1]
-GOT = "got "
 
 # (name, assignments of pipelines.sst2, what the line must say); W is the folder of inputs.
 MODELS = [
@@ -48,21 +49,41 @@ MODELS = [
     ("no name", ["task.model="], "config.json"),
 ]
 TABLES = [
-    *((f"train: {name}", [f"task.train=W/tables/{path}"], part) for name, path, part in [
-        ("lists", "lists.parquet", "expected strings"), ("structs", "structs.parquet", "expected strings"), ("numbers", "numbers.parquet", "strings"),
-        ("bytes", "bytes.parquet", "strings"), ("not UTF-8", "notutf8.parquet", "UTF-8"), ("a null", "nullrow.parquet", "1 missing values"),
-        ("nulls alone", "nulls.parquet", "expected strings"), ("two columns of a name", "twice.parquet", "2 columns of that name"),
-        ("no rows", "norows.parquet", "no rows"), ("no columns", "nocolumns.parquet", "column missing"), ("other names", "othernames.parquet", "column missing"),
-        ("labels null", "nulllabel.parquet", "1 missing values"), ("labels text", "textlabel.parquet", "integers"),
-        ("labels floats", "floatlabel.parquet", "integers"), ("labels bool", "boollabel.parquet", "integers"),
-        ("labels decimals", "decimals.parquet", "integers"), ("labels lists", "listlabel.parquet", "integers"),
-        ("labels huge", "hugelabel.parquet", "expected 0 to 1"), ("labels negative", "neglabel.parquet", "expected 0 to 1"),
-        ("one row", "one.parquet", "sampling_prob of at most 1"), ("cut off", "torn.parquet", "cannot be read as Parquet"),
-        ("damaged inside", "holed.parquet", "cannot be read as Parquet"), ("an empty file", "empty.parquet", "cannot be read as Parquet"),
-        ("text", "csv.parquet", "cannot be read as Parquet"), ("no file", "none.parquet", "not found"), ("an empty folder", "nothing", "not found"),
-        ("no match", "none-*.parquet", "not found"), ("files of two types", "mixed", "differ"),
-        ("files of two splits", "splits", "splits/train-*.parquet"), ("folders of two splits", "nested", "several splits"),
-    ]),
+    *(
+        (f"train: {name}", [f"task.train=W/tables/{path}"], part)
+        for name, path, part in [
+            ("lists", "lists.parquet", "expected strings"),
+            ("structs", "structs.parquet", "expected strings"),
+            ("numbers", "numbers.parquet", "strings"),
+            ("bytes", "bytes.parquet", "strings"),
+            ("not UTF-8", "notutf8.parquet", "UTF-8"),
+            ("a null", "nullrow.parquet", "1 missing values"),
+            ("nulls alone", "nulls.parquet", "expected strings"),
+            ("two columns of a name", "twice.parquet", "2 columns of that name"),
+            ("no rows", "norows.parquet", "no rows"),
+            ("no columns", "nocolumns.parquet", "column missing"),
+            ("other names", "othernames.parquet", "column missing"),
+            ("labels null", "nulllabel.parquet", "1 missing values"),
+            ("labels text", "textlabel.parquet", "integers"),
+            ("labels floats", "floatlabel.parquet", "integers"),
+            ("labels bool", "boollabel.parquet", "integers"),
+            ("labels decimals", "decimals.parquet", "integers"),
+            ("labels lists", "listlabel.parquet", "integers"),
+            ("labels huge", "hugelabel.parquet", "expected 0 to 1"),
+            ("labels negative", "neglabel.parquet", "expected 0 to 1"),
+            ("one row", "one.parquet", "sampling_prob of at most 1"),
+            ("cut off", "torn.parquet", "cannot be read as Parquet"),
+            ("damaged inside", "holed.parquet", "cannot be read as Parquet"),
+            ("an empty file", "empty.parquet", "cannot be read as Parquet"),
+            ("text", "csv.parquet", "cannot be read as Parquet"),
+            ("no file", "none.parquet", "not found"),
+            ("an empty folder", "nothing", "not found"),
+            ("no match", "none-*.parquet", "not found"),
+            ("files of two types", "mixed", "differ"),
+            ("files of two splits", "splits", "splits/train-*.parquet"),
+            ("folders of two splits", "nested", "several splits"),
+        ]
+    ),
     ("train: no path", ["task.train="], "no path"),
     ("train: no driver", ["task.train=nosuch://x/y"], "cannot be reached"),
     ("train: no server", ["task.train=http://127.0.0.1:9/x.parquet?a=*"], "data"),
@@ -70,21 +91,41 @@ TABLES = [
     ("validation: a null", ["task.validation=W/tables/nullrow.parquet"], "1 missing values"),
     ("validation: no rows", ["task.validation=W/tables/norows.parquet"], "no rows"),
     ("validation: the training data", ["task.validation=W/tables/good.parquet"], "hold other records out"),
-]  # fmt: skip
+]
 CONFIGS = [
-    *((text, [text], part) for text, part in [
-        ("method.rnk=8", "did you mean 'method.rank'"), ("method=grape", "a group is not a value"), ("method.rank", "key=value"),
-        ("method.rank=eight", "a value of type int"), ("method.rank=64", "method.rank"), ("method.name=grap", "did you mean 'grape'"),
-        ("method.optimizer=adamw", "did you mean 'adam'"), ("method.routes=*:gramm", "did you mean 'gram'"),
-        ("method.dense=encodr.*", "method.dense"), ("method.routes=encodr.*:gram", "method.routes"), ("privacy.epsilon=nan", "privacy.epsilon"),
-        ("privacy.delta=0.1", "delta"), ("privacy.steps=0", "privacy.steps"), ("privacy.expected_batch_size=61", "61 of 60 records"),
-        ("privacy.noise_multiplier=0.001", "noise_multiplier"), ("privacy.clip_norm=0", "clip_norm"), ("performance.num_workers=3:2", "MIN:MAX"),
-        ("performance.sharded=true", "0 workers"), ("performance.precision=fp16", "performance.precision"), ("method.name=none", "--not-private"),
-        ("task.classes=1", "task.classes"), ("task.max_tokens=0", "task.max_tokens"), ("task.text_column=txt", "did you mean 'text'"),
-        ("seed=x", "a value of type int"),
-    ]),
-    pytest.param("a GPU", ["performance.use_gpu=true"], "no GPU", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")),
-]  # fmt: skip
+    *(
+        (text, [text], part)
+        for text, part in [
+            ("method.rnk=8", "did you mean 'method.rank'"),
+            ("method=grape", "a group is not a value"),
+            ("method.rank", "key=value"),
+            ("method.rank=eight", "a value of type int"),
+            ("method.rank=64", "method.rank"),
+            ("method.name=grap", "did you mean 'grape'"),
+            ("method.optimizer=adamw", "did you mean 'adam'"),
+            ("method.routes=*:gramm", "did you mean 'gram'"),
+            ("method.dense=encodr.*", "method.dense"),
+            ("method.routes=encodr.*:gram", "method.routes"),
+            ("privacy.epsilon=nan", "privacy.epsilon"),
+            ("privacy.delta=0.1", "delta"),
+            ("privacy.steps=0", "privacy.steps"),
+            ("privacy.expected_batch_size=61", "61 of 60 records"),
+            ("privacy.noise_multiplier=0.001", "noise_multiplier"),
+            ("privacy.clip_norm=0", "clip_norm"),
+            ("performance.num_workers=3:2", "MIN:MAX"),
+            ("performance.sharded=true", "0 workers"),
+            ("performance.precision=fp16", "performance.precision"),
+            ("method.name=none", "--not-private"),
+            ("task.classes=1", "task.classes"),
+            ("task.max_tokens=0", "task.max_tokens"),
+            ("task.text_column=txt", "did you mean 'text'"),
+            ("seed=x", "a value of type int"),
+        ]
+    ),
+    pytest.param(
+        "a GPU", ["performance.use_gpu=true"], "no GPU", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+    ),
+]
 GENERATION = [
     ("no tokenizer, OPT", ["task.model=W/models/notok-opt"], "has no tokenizer"),
     ("no tokenizer, Qwen2", ["task.model=W/models/notok-qwen2"], "has no tokenizer"),
@@ -95,14 +136,29 @@ GENERATION = [
     ("long prompts", ["task.prompt_column=text", "task.max_tokens=3"], "a prompt of"),
 ]
 WORDS = [
-    *((f"train {name}", ["train", name], part) for name, part in [
-        ("pipelines.sst", "did you mean 'pipelines.sst2'"), ("nosuch", "not found"), ("W/code/none.py", "not found"), ("W/code", "ends in .py"),
-        ("W/code/notes.txt", "ends in .py"), ("W/code/syntax.py", "SyntaxError"), ("W/code/raises.py", "ZeroDivisionError"),
-        ("W/code/exits.py", "SystemError"), ("W/code/needs.py", "pip install nosuchlibrary"), ("W/code/nothing.py", "no such function"),
-        ("W/code/named.py", "did you mean 'confg'"), ("W/code/fails.py", "KeyError"), ("W/code/wants.py:config", "TypeError"),
-        ("W/code/other.py", "returns a grape_ray.Config"), ("W/code/json.py", "the name of another module"), ("pipelines..sst2", "pipeline"),
-        (".", "pipeline"), (":sst2", "pipeline"),
-    ]),
+    *(
+        (f"train {name}", ["train", name], part)
+        for name, part in [
+            ("pipelines.sst", "did you mean 'pipelines.sst2'"),
+            ("nosuch", "not found"),
+            ("W/code/none.py", "not found"),
+            ("W/code", "ends in .py"),
+            ("W/code/notes.txt", "ends in .py"),
+            ("W/code/syntax.py", "SyntaxError"),
+            ("W/code/raises.py", "ZeroDivisionError"),
+            ("W/code/exits.py", "SystemError"),
+            ("W/code/needs.py", "pip install nosuchlibrary"),
+            ("W/code/nothing.py", "no such function"),
+            ("W/code/named.py", "confg"),
+            ("W/code/fails.py", "KeyError"),
+            ("W/code/wants.py:config", "TypeError"),
+            ("W/code/other.py", "returns a grape_ray.Config"),
+            ("W/code/json.py", "the name of another module"),
+            ("pipelines..sst2", "pipeline"),
+            (".", "pipeline"),
+            (":sst2", "pipeline"),
+        ]
+    ),
     ("resume: no run", ["resume", "W/places/none"], "no run there"),
     ("resume: a torn description", ["resume", "W/places/torn"], "damaged"),
     ("resume: a description that is a list", ["resume", "W/places/list"], "damaged"),
@@ -123,8 +179,7 @@ WORDS = [
     ("account: delta", ["account", "--delta", "2", "--sampling-prob", "0.1", "--epsilon", "1", "--steps", "5"], "delta"),
     ("account: a chance of 2", ["account", "--delta", "1e-5", "--sampling-prob", "2", "--epsilon", "1", "--steps", "5"], "sampling_prob"),
     ("tune: no space", ["tune", "W/code/nothing.py"], "has no function space()"),
-    ("no such command", ["trian"], "did you mean 'train'"),
-]  # fmt: skip
+]
 PLACES = [
     ("storage in a file", ["--storage", "W/models/file"], "W/models/file"),
     ("storage below a file", ["--storage", "W/models/file/runs"], "W/models/file"),
@@ -156,10 +211,12 @@ def world(tmp_path_factory):
     places = root / "places"
     good = {"run": "x", "ledger": None, "study": "x", "privacy": {}, "method": {}, "seed": 0}
     described = {
-        "torn": '{"run": "torn", "led', "list": "[]", "less": '{"run": "less"}',
+        "torn": '{"run": "torn", "led',
+        "list": "[]",
+        "less": '{"run": "less"}',
         "stranger": json.dumps({**good, "run": "stranger", "task": {"class": "strange_task:T", "fields": {}}}),
         "path": json.dumps({**good, "run": "path", "task": {"class": f"grape_ray.{root}/code/raises.py:T", "fields": {}}}),
-    }  # fmt: skip
+    }
     for name, text in described.items():
         (places / name).mkdir(parents=True)
         for file in ("run.json", "sweep.json"):
@@ -267,7 +324,7 @@ def test_the_matrix_is_large():
     ("words", "environment", "part"),
     [
         (["tests.tiny:tiny", "--workers", "1"], {"RAY_ADDRESS": "nonsense"}, "RAY_ADDRESS"),
-        (["pipelines.sst2", "--set", "task.train=W/tables/hugelabel.parquet", "--set", "task.text_column=text"], {}, "expected 0 to 1"),
+        (training("W", ["task.train=W/tables/hugelabel.parquet"])[1:], {}, "expected 0 to 1"),
         (["W/code/raises.py"], {}, "ZeroDivisionError"),
     ],
 )
@@ -277,3 +334,91 @@ def test_in_processes_of_their_own(world, home, words, environment, part):
     done = subprocess.run(program, env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=120)
     checked(done.returncode, done.stderr, part)
     assert contents(world, home) == before
+
+
+def test_a_pipeline_is_trained_and_resumed_by_the_path_of_its_file(tmp_path, home):
+    """From another folder than the file's; its task's class is defined in it, and other modules lie beside it."""
+    code = tmp_path / "project" / "package"
+    code.mkdir(parents=True)
+    (code / "__init__.py").write_text("")
+    (code / "size.py").write_text("STEPS = 2\n")
+    (code / "mine.py").write_text(
+        "from dataclasses import dataclass, replace\nfrom tests.tiny import Tiny, tiny\nfrom package.size import STEPS\n\n"
+        "@dataclass(frozen=True)\nclass Mine(Tiny):\n    pass\n\ndef mine():\n    return replace(tiny(STEPS), task=Mine())\n"
+    )
+    program = [sys.executable, "-c", "from grape_ray.cli import main; main()"]
+    for words in (["train", "project/package/mine.py", "--run", "r"], ["resume", "runs/r", "--trust-module", str(code / "mine.py")]):
+        done = subprocess.run([*program, *words], capture_output=True, text=True, check=False, timeout=120)
+        assert done.returncode == 0, done.stderr
+    described = json.loads((tmp_path / "runs" / "r" / "run.json").read_text())
+    assert described["task"]["class"] == "package.mine:Mine"  # no path: the description may be published
+    words = ["resume", "runs/r"]
+    refused(words, tmp_path / "project", home, "--trust-module package.mine")
+
+
+SECRET = "row 17: a secret"
+FAULTY = f"""
+from dataclasses import dataclass, replace
+from tests.tiny import Tiny, tiny
+
+@dataclass(frozen=True)
+class Outside(Tiny):
+    @property
+    def load(self):
+        raise KeyError("{SECRET}")
+
+@dataclass(frozen=True)
+class Inside(Tiny):
+    def build_model(self, seed):
+        raise KeyError("{SECRET}")
+
+def outside():
+    return replace(tiny(), task=Outside())
+
+def public():
+    return replace(tiny(), task=Inside())
+
+def private():
+    return replace(tiny(), task=Inside(public=False))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "quoted", "kept"), [("outside", 1, False, True), ("public", 2, True, True), ("private", 2, False, False)]
+)
+def test_what_nobody_foresaw_is_one_line_and_its_traceback_is_kept_without_records(home, name, status, quoted, kept):
+    file_name = f"faulty_{name}.py"  # a module is imported once a process
+    (home / file_name).write_text(FAULTY)
+    result = CliRunner().invoke(main, ["train", f"{file_name}:{name}"])
+    (line,) = result.stderr.splitlines()
+    assert (result.exit_code, line.startswith("error: "), "KeyError" in line) == (status, True, True)
+    assert (SECRET in line) is quoted
+    files = list((home / "state" / "grape-ray").glob("error-*.txt"))
+    assert len(files) == kept
+    for file in files:
+        text = file.read_text()
+        assert file.stat().st_mode & 0o777 == 0o600
+        assert str(file) in line
+        assert (SECRET in text) is quoted
+        assert file_name in text
+        assert "KeyError" in text
+    shown = CliRunner().invoke(main, ["--debug", "train", f"{file_name}:{name}"])
+    assert shown.exit_code == status
+    assert "Traceback" in shown.stderr
+    assert sorted(path.name for path in home.iterdir() if path.name != "__pycache__") == ([file_name, "state"] if kept else [file_name])
+
+
+@pytest.mark.slow
+def test_no_process_that_refuses_a_table_aborts_at_its_end(world):
+    """Arrow's threads must not hold what is Python's when the interpreter ends: 200 processes, right after reading."""
+    code = (
+        "import sys\nfrom grape_ray.data.tables import labels, read_table\nfrom grape_ray.errors import DataError\n"
+        f"try:\n    labels(read_table({str(world / 'tables' / 'hugelabel.parquet')!r}, ['text', 'label']), 'label', 'x', 2)\n"
+        "except DataError:\n    sys.exit(2)\n"
+    )
+
+    def call(_):
+        return subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False, timeout=60).returncode
+
+    with ThreadPoolExecutor(4) as pool:
+        assert Counter(pool.map(call, range(200))) == {2: 200}

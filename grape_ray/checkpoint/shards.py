@@ -141,7 +141,9 @@ def read(storage: Storage, folder: str, piece: Piece) -> Tensor:
             digest.update(block)
             data += block
     except FileNotFoundError as error:
-        raise CheckpointError(f"checkpoint file {where} is missing", None, "", "an earlier one is used instead") from error
+        raise CheckpointError(
+            f"checkpoint file {where} is missing", None, "all that its manifest names", "an earlier one is used instead"
+        ) from error
     if len(data) != piece.bytes or digest.hexdigest() != piece.sha256:
         got = f"{len(data)} bytes of '{piece.name}'"
         raise CheckpointError(f"checkpoint file {where} is damaged", got, f"{piece.bytes} bytes, intact", "an earlier one is used instead")

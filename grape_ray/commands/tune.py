@@ -88,7 +88,7 @@ def _summary(result: dict[str, Any]) -> list[str]:
         tokens = f"{result['tokens_charged']} of {result['tokens_total']} step tokens charged"
         lines.append(f"{result['trials']} trials, {tokens}, {result['steps_executed']} steps executed")
     if best is None:
-        return [*lines, "no trial has a score"]
+        return [*lines, "no trial has a finite score, so none is the best: look at the metric and at the learning rates of the space"]
     values = ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in best["config"].items())
     lines.append(f"best: score {best['score']:.4f} after {best['steps']} steps with {values}")
     if best["naive_epsilon"] is not None:

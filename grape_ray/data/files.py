@@ -12,6 +12,7 @@ import fsspec
 from grape_ray.errors import DataError
 
 _EXPECTED = "a Parquet file, a folder or pattern with some, or a URL"
+_WEB = ("http://", "https://")
 _ENDS = (".parquet", ".pq")
 # As files of one dataset are called on the Hugging Face hub and elsewhere.
 _SPLITS = {
@@ -31,7 +32,9 @@ def found_files(url: str) -> tuple[Any, list[str]]:
     if not url:
         raise DataError("data has no path", url, _EXPECTED, "name the file")
     try:
-        fs, path = cast(tuple[Any, str], fsspec.core.url_to_fs(url))
+        # What is encoded stays as it is: a signature is over the very address.
+        options = {"encoded": True} if url.startswith(_WEB) and "%" in url else {}
+        fs, path = cast(tuple[Any, str], fsspec.core.url_to_fs(url, **options))
         files, folder = _files(fs, path)
     except Exception as error:  # a driver may raise anything
         fix = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -45,7 +48,7 @@ def found_files(url: str) -> tuple[Any, list[str]]:
 
 def _files(fs: Any, path: str) -> tuple[list[str], bool]:
     """The files, and whether they were all that a folder holds."""
-    if path.startswith(("http://", "https://")):  # its folders are pages of links, and `*` and `?` are parts of addresses
+    if path.startswith(_WEB):  # its folders are pages of links, and `*` and `?` are parts of addresses
         return ([path] if fs.exists(path) else []), False
     if fs.isdir(path):
         return sorted(file for file in fs.find(path) if file.endswith(_ENDS)), True

@@ -51,7 +51,7 @@ class TextClassification:
     def __post_init__(self) -> None:
         for field, low in (("classes", 2), ("max_tokens", 1), ("limit", 0)):
             if getattr(self, field) < low:
-                raise ConfigError(f"task.{field}", getattr(self, field), f"an integer >= {low}")
+                raise ConfigError(f"task.{field}", getattr(self, field), f"an integer >= {low}", "set another value")
 
     def load(self) -> Data:
         whole = tables.read_table(self.train, [self.text_column, self.label_column])

@@ -57,7 +57,7 @@ class TextGeneration:
     def __post_init__(self) -> None:
         for field, low in (("max_tokens", 2), ("limit", 0), ("validation_limit", 0)):
             if getattr(self, field) < low:
-                raise ConfigError(f"task.{field}", getattr(self, field), f"an integer >= {low}")
+                raise ConfigError(f"task.{field}", getattr(self, field), f"an integer >= {low}", "set another value")
 
     def load(self) -> Data:
         train, validation = self._table(self.train), self._table(self.validation)

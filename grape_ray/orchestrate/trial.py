@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import threading
 import time
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ from grape_ray.withheld import withheld
 
 _POINTER = "pointer.json"
 _POLL_S = 0.2
+WORST = -1e30  # finite, so that percentiles over it are, too
 _END_S = 600.0  # how long a run may take to end in good order
 
 
@@ -157,12 +159,17 @@ class Trial(tune.Trainable):
             self._error = error if plan.public else withheld(error)
 
     def _told(self, report: dict[str, Any], done: bool) -> dict[str, Any]:
-        """Ray Tune's result, which is kept beside the run, too. Where no score could be paid for, the last one stands."""
+        """Ray Tune's result, which is kept beside the run, too. Where no score could be paid for, the last one stands.
+
+        A score that is not finite is below all others for Ray Tune: compared with NaN, a trial would neither stop nor lose, and a median
+        over one is NaN, so that no other trial would stop.
+        """
         self._last_step, self._metrics = report["step"], report["metrics"] or self._metrics
         facts = {"step": report["step"], **self._metrics, "run": self._plan.run}
         self._reports.line(json.dumps({**facts, "time": time.time(), "done": done}))
         metric = self._setting.sweep.metric
-        return {**facts, metric: self._metrics.get(metric, 0.0), "done": done}
+        score = self._metrics.get(metric, 0.0)
+        return {**facts, metric: score if math.isfinite(score) else WORST, "done": done}
 
     def _finish(self) -> None:
         """Ends the run in good order, so that what never started is given back."""

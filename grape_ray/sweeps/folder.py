@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,9 +27,9 @@ class TrialRow:
 
     Attributes:
         run: its name; trial: the trial that it belongs to (population-based training has several runs a trial).
-        values: of the varied fields. steps: of its model at its last report; score: then, None without a report.
+        values: of the varied fields. steps: of its model at its last report; score: then, None without one that is finite.
         charged, executed: step tokens it burned, and steps its processes counted. attempts: how often it was begun.
-        reports: (time in seconds since 1970, step, score) each; done: whether it reached its own end.
+        reports: (time in seconds since 1970, step, score) each, of finite scores; done: whether it reached its own end.
     """
 
     run: str
@@ -76,13 +77,14 @@ def _row(run_folder: Storage, run: str, sweep: Mapping[str, Any], attempts: list
         values[name] = node
     metric = sweep["metric"]
     told = sorted((json.loads(line) for line in lines(run_folder, REPORTS)), key=lambda report: report["time"])
-    reports = tuple((report["time"], report["step"], report[metric]) for report in told if metric in report)
+    scores = [(report["time"], report["step"], report[metric]) for report in told if metric in report]
+    reports = tuple(score for score in scores if math.isfinite(score[2]))
     return TrialRow(
         run=run,
         trial=run.partition(".")[0],
         values=values,
         steps=told[-1]["step"] if told else 0,
-        score=reports[-1][2] if reports else None,
+        score=scores[-1][2] if scores and math.isfinite(scores[-1][2]) else None,
         charged=sum(attempt.used for attempt in attempts),
         executed=len(lines(run_folder, EXECUTED)),
         attempts=len(attempts),
@@ -92,5 +94,6 @@ def _row(run_folder: Storage, run: str, sweep: Mapping[str, Any], attempts: list
 
 
 def best(rows: list[TrialRow]) -> TrialRow | None:
-    """The run with the best last score, the one with more steps of equals; None without a score."""
-    return max((row for row in rows if row.score is not None), key=lambda row: (row.score, row.steps), default=None)
+    """The run with the best last score, the one with more steps of equals; None without a score that is finite."""
+    scored = (row for row in rows if row.score is not None and math.isfinite(row.score))
+    return max(scored, key=lambda row: (row.score, row.steps), default=None)
