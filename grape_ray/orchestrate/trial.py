@@ -159,17 +159,12 @@ class Trial(tune.Trainable):
             self._error = error if plan.public else withheld(error)
 
     def _told(self, report: dict[str, Any], done: bool) -> dict[str, Any]:
-        """Ray Tune's result, which is kept beside the run, too. Where no score could be paid for, the last one stands.
-
-        A score that is not finite is below all others for Ray Tune: compared with NaN, a trial would neither stop nor lose, and a median
-        over one is NaN, so that no other trial would stop.
-        """
+        """Ray Tune's result, which is kept beside the run, too. Where no score could be paid for, the last one stands."""
         self._last_step, self._metrics = report["step"], report["metrics"] or self._metrics
         facts = {"step": report["step"], **self._metrics, "run": self._plan.run}
         self._reports.line(json.dumps({**facts, "time": time.time(), "done": done}))
         metric = self._setting.sweep.metric
-        score = self._metrics.get(metric, 0.0)
-        return {**facts, metric: score if math.isfinite(score) else WORST, "done": done}
+        return {**facts, metric: comparable(self._metrics.get(metric, 0.0)), "done": done}
 
     def _finish(self) -> None:
         """Ends the run in good order, so that what never started is given back."""
@@ -180,6 +175,14 @@ class Trial(tune.Trainable):
             self._talk.close()
         self._thread.join(_END_S)
         self._reports.close()
+
+
+def comparable(score: float) -> float:
+    """The score for Ray Tune's comparisons, where one that is not finite is below all others.
+
+    Compared with NaN, a trial would neither be stopped nor lose, and a median over one is NaN, so that no other trial would be stopped.
+    """
+    return score if math.isfinite(score) else WORST
 
 
 def _run_of(trial: str, values: Mapping[str, Any], pointer: Mapping[str, Any] | None) -> tuple[str, tuple[str, str] | None]:
