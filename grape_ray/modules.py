@@ -7,8 +7,10 @@ import importlib.util
 import os
 import pkgutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from grape_ray.errors import ConfigError, GrapeRayError, nearest
 from grape_ray.withheld import where
@@ -36,6 +38,16 @@ def load_module(name: str, reference: str, kind: str = "pipeline", here: bool = 
     except Exception as error:  # its code may raise anything; no record has been read by now
         reason = f"{type(error).__name__}: {error}, at {(where(error) or ['?'])[-1]}"
         raise ConfigError(f"{kind} cannot be imported", reference, "an importable module", reason) from error
+
+
+def call(function: Callable[[], Any], what: str, expected: str) -> Any:
+    """What a function of such a module returns. Raises ConfigError where it fails."""
+    try:
+        return function()
+    except GrapeRayError:
+        raise
+    except Exception as error:  # no record has been read by now
+        raise ConfigError(f"{what} failed", f"{type(error).__name__}: {error}", expected, f"see {where(error)[-1]}") from error
 
 
 def is_file(reference: str) -> bool:

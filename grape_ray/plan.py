@@ -29,7 +29,7 @@ from grape_ray.resolve import describe
 from grape_ray.scores import Terms
 from grape_ray.splits import check_splits
 from grape_ray.storage import Storage
-from grape_ray.task import Data, Task, label
+from grape_ray.task import Data, Task, label, loaded
 from grape_ray.withheld import told
 
 RESULT_FILE, PROGRESS_FILE = "result.json", "progress.json"
@@ -130,7 +130,7 @@ def prepare(
     _check_machine(config)
     if scores is not None:
         validation.check_metric(task, scores.metric)
-    data = told(task.load, public=False)
+    data = loaded(task)
     private, sampling_prob = METHODS[config.method.name].private, sampling_prob_of(config, data)
     if study is None:  # who shares one agreed when that began
         cautions.check(config, len(data.train), data.public, consent)

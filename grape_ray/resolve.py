@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from grape_ray.config import Config, Method, Performance, Privacy
-from grape_ray.errors import ConfigError, GrapeRayError, nearest
-from grape_ray.modules import load_module, located
+from grape_ray.errors import ConfigError, nearest
+from grape_ray.modules import call, load_module, located
 from grape_ray.trust import check_module, names
-from grape_ray.withheld import where
 
+_RETURNS = "a function that returns a grape_ray.Config"
 TASK_METHODS = ("load", "build_model", "collate", "per_example_loss", "evaluate", "save")
 
 
@@ -40,16 +40,14 @@ def pipeline(reference: str) -> Config:
 
 def _called(function: Any, reference: str) -> Config:
     """What a pipeline's function returns, if it is a Config."""
-    try:
-        config = function()
-    except GrapeRayError:
-        raise
-    except Exception as error:  # no record has been read by now
-        reason = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"pipeline {reference} failed", reason, "a function that returns a grape_ray.Config", where(error)[-1]) from error
+    config = call(function, f"pipeline {reference}", _RETURNS)
     if not isinstance(config, Config):
         fix = "return one, or name another function as module:function"
-        raise ConfigError(f"pipeline {reference}", type(config).__name__, "a function that returns a grape_ray.Config", fix)
+        raise ConfigError(f"pipeline {reference}", type(config).__name__, _RETURNS, fix)
+    lacking = [name for name in TASK_METHODS if not callable(getattr(type(config.task), name, None))]
+    if lacking:
+        got, expected = f"{type(config.task).__name__} without {', '.join(lacking)}", "an object with the methods of grape_ray.task.Task"
+        raise ConfigError(f"the task of pipeline {reference}", got, expected, "write them: pipelines/digits_vit.py is an example")
     return config
 
 

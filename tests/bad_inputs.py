@@ -87,6 +87,7 @@ def make_models(root: Path) -> None:
     variant("noweights", lambda folder: (folder / "model.safetensors").unlink())
     variant("missing", weights(lambda found: found.pop("encoder.layer.0.attention.self.query.weight")))
     variant("othernames", weights(lambda found: [found.__setitem__(f"body.{key}", found.pop(key)) for key in list(found)]))
+    variant("nan", weights(lambda found: found["encoder.layer.0.output.dense.bias"].fill_(float("nan"))))
     variant("mismatched", config(intermediate_size=48))
     variant("oddtype", config(model_type="brandnew"))
     variant("vision", config(model_type="vit"))
@@ -185,6 +186,13 @@ def make_pipelines(root: Path) -> None:
         "json": config.format("config"),
         "named": config.format("confg"),
         "exits": "raise SystemError('no')\n",
+        "taskless": "from grape_ray import Config\ndef config():\n    return Config(None)\n",
+        "loads": "from dataclasses import dataclass, replace\nfrom tests.tiny import Tiny, tiny\n@dataclass(frozen=True)\nclass T(Tiny):\n"
+        "    def load(self):\n        return [1], [2]\ndef config():\n    return replace(tiny(), task=T())\n",
+        "space_fails": "def space():\n    return {}['a']\ndef study():\n    pass\n",
+        "space_slips": "from ray import tune\nfrom tests.tiny import tiny\nfrom grape_ray.sweeps import SweepStudy\n"
+        "def space():\n    return {'method.rnk': tune.choice([1])}\n"
+        "def study():\n    return SweepStudy(tiny(), ('method.rnk',), 'public')\n",
     }
     for name, source in sources.items():
         (root / f"{name}.py").write_text(source)

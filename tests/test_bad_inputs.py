@@ -33,8 +33,9 @@ MODELS = [
     ("truncated weights", ["task.model=W/models/truncated"], "cannot be loaded"),
     ("a pointer in place of weights", ["task.model=W/models/pointer"], "cannot be loaded"),
     ("no weights", ["task.model=W/models/noweights"], "cannot be loaded"),
-    ("a tensor missing", ["task.model=W/models/missing"], "1 tensors missing, such as bert.encoder.layer.0.attention.self.query.weight"),
-    ("tensors of other names", ["task.model=W/models/othernames"], "tensors missing"),
+    ("a tensor missing", ["task.model=W/models/missing"], "bert.encoder.layer.0.attention.self.query.weight missing, one of 1"),
+    ("tensors of other names", ["task.model=W/models/othernames"], "missing, one of"),
+    ("numbers that are not finite", ["task.model=W/models/nan"], "encoder.layer.0.output.dense.bias is not finite"),
     ("tensors of other shapes", ["task.model=W/models/mismatched"], "do not fit"),
     ("fewer rows than tokens", ["task.model=W/models/fewrows"], "'80 rows', expected one for each of its tokenizer's 95 tokens"),
     ("fewer positions than tokens", ["task.model=W/models/short", "task.train=W/tables/long.parquet"], "at most its 16 positions"),
@@ -154,6 +155,8 @@ WORDS = [
             ("W/code/wants.py:config", "TypeError"),
             ("W/code/other.py", "returns a grape_ray.Config"),
             ("W/code/json.py", "the name of another module"),
+            ("W/code/taskless.py", "NoneType without load, build_model"),
+            ("W/code/loads.py", "task.load returns, got 'tuple'"),
             ("pipelines..sst2", "pipeline"),
             (".", "pipeline"),
             (":sst2", "pipeline"),
@@ -179,6 +182,11 @@ WORDS = [
     ("account: delta", ["account", "--delta", "2", "--sampling-prob", "0.1", "--epsilon", "1", "--steps", "5"], "delta"),
     ("account: a chance of 2", ["account", "--delta", "1e-5", "--sampling-prob", "2", "--epsilon", "1", "--steps", "5"], "sampling_prob"),
     ("tune: no space", ["tune", "W/code/nothing.py"], "has no function space()"),
+    ("tune: a space that fails", ["tune", "W/code/space_fails.py"], "KeyError"),
+    ("tune: a field with a slip", ["tune", "W/code/space_slips.py"], "no field"),
+    ("resume: no name", ["resume", ""], "empty"),
+    ("resume: a file", ["resume", "W/models/file"], "W/models/file"),
+    ("ledger verify: no name", ["ledger", "verify", ""], "empty"),
 ]
 PLACES = [
     ("storage in a file", ["--storage", "W/models/file"], "W/models/file"),
@@ -363,9 +371,10 @@ from tests.tiny import Tiny, tiny
 
 @dataclass(frozen=True)
 class Outside(Tiny):
-    @property
-    def load(self):
-        raise KeyError("{SECRET}")
+    def __getattribute__(self, key):
+        if key == "name":
+            raise KeyError("{SECRET}")
+        return super().__getattribute__(key)
 
 @dataclass(frozen=True)
 class Inside(Tiny):

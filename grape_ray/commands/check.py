@@ -47,6 +47,7 @@ def _target(reference: str, assignments: tuple[str, ...]):
     from grape_ray.errors import ConfigError
     from grape_ray.models.sample import sample
     from grape_ray.resolve import pipeline
+    from grape_ray.task import loaded
     from grape_ray.withheld import told
 
     try:
@@ -61,6 +62,6 @@ def _target(reference: str, assignments: tuple[str, ...]):
         return model, loss, batch, [], Config(task=None, method=Method(project_min_numel=4096)).override(assignments), True
     config = config.override(assignments)
     task = config.task
-    data = told(task.load, public=False)
+    data = loaded(task)
     model, batch, alone = told(partial(extremes, config, data), data.public)
     return model, task.per_example_loss, batch, alone, config, data.public

@@ -38,6 +38,9 @@ def read_table(url: str, columns: Sequence[str]) -> pa.Table:
     except pa.ArrowException as error:
         types = sorted({f"{column} {table.schema.field(column).type}" for table in tables for column in columns})
         raise DataError(f"the files of {url} differ", ", ".join(types), "columns of one type", "convert them, or name one file") from error
+    for place, column in enumerate(columns):  # as pandas keeps categories
+        if pa.types.is_dictionary(table[column].type):
+            table = table.set_column(place, column, table[column].cast(table[column].type.value_type))
     if table.num_rows == 0:
         raise DataError("data has no rows", url, "at least one record", "check the path")
     return table

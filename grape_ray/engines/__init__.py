@@ -45,7 +45,7 @@ def from_config(model: nn.Module, privacy: Privacy, method: Method, key: bytes) 
     info = METHODS[method.name]
     names = [name for name, _ in model.named_parameters()]
     check_patterns("method.dense", method.dense, names)
-    check_patterns("method.routes", [route.rpartition(":")[0] for route in method.routes if ":" in route], names)
+    check_patterns("method.routes", [route.rpartition(":")[0] for route in method.routes if ":" in route[1:]], names)
     subspace = Subspace()
     if info.subspace == "gaussian":
         plan = plan_projections(model, method.rank, method.side, method.dense, method.project_min_numel)

@@ -166,8 +166,13 @@ def _whole(name: str, model: nn.Module, found: dict[str, Any]) -> nn.Module:
         raise ConfigError(f"the weights of task.model {name} do not fit", f"{key} {tuple(theirs)}", f"{tuple(mine)}", fix)
     missing = sorted(found["missing_keys"])
     if missing or found.get("error_msgs"):
-        got = f"{len(missing)} tensors missing, such as {missing[0]}" if missing else "weights that could not be read"
+        got = f"{missing[0]} missing, one of {len(missing)}" if missing else "weights that could not be read"
         raise ConfigError(f"the weights of task.model {name} are not whole", got, expected, fix)
+    for key, tensor in model.named_parameters():
+        if not bool(torch.isfinite(tensor.detach().sum())):  # a sum needs no memory of the tensor's size
+            raise ConfigError(
+                f"the weights of task.model {name} are damaged", f"{key} is not finite", "numbers", "download or save it again"
+            )
     return model
 
 

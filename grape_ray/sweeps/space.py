@@ -10,10 +10,11 @@ from typing import Any
 from grape_ray.config import Config
 from grape_ray.errors import ConfigError, nearest
 from grape_ray.methods import METHODS
-from grape_ray.modules import load_module
+from grape_ray.modules import call, load_module
 from grape_ray.scores import check_metric
 
 PUBLIC, PRIVATE = "public", "private"
+_RETURNS = "space() -> a dict of domains, not empty, and study() -> SweepStudy"
 _LIKE = "see tune_spaces/digits.py for one"
 
 # Fields that no trial may vary, each with the reason that is told.
@@ -76,6 +77,8 @@ class SweepStudy:
         for name in names:
             value: Any = self.config
             for part in name.split("."):
+                if not hasattr(value, part):
+                    raise ConfigError("a tune space varies what is no field", name, "fields of grape_ray.Config", "correct its name")
                 value = getattr(value, part)
             found[name] = value
         return found
@@ -124,11 +127,11 @@ def load(reference: str, assignments: Iterable[str] = ()) -> tuple[dict[str, Any
     module = load_module(reference, reference, "tune space")
     for name in ("space", "study"):
         if not callable(getattr(module, name, None)):
-            raise ConfigError(f"tune space {reference} has no function {name}()", None, "space() -> dict and study() -> SweepStudy", _LIKE)
-    space, study = module.space(), module.study()
+            raise ConfigError(f"tune space {reference} has no function {name}()", None, _RETURNS, _LIKE)
+    space, study = (call(getattr(module, name), f"tune space {reference}", _RETURNS) for name in ("space", "study"))
     if not isinstance(space, dict) or not space or not isinstance(study, SweepStudy):
         got = f"{type(space).__name__} and {type(study).__name__}"
-        raise ConfigError(f"tune space {reference}", got, "space() -> a dict of domains, not empty, and study() -> SweepStudy", _LIKE)
+        raise ConfigError(f"tune space {reference}", got, _RETURNS, _LIKE)
     check_names(space, study.tunable)
     study.defaults(space)
     study = replace(study, config=study.config.override(assignments))
