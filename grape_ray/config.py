@@ -16,6 +16,8 @@ from grape_ray.methods import METHODS
 # What underflows in single precision is below 1e-12 for the widest layers (docs/privacy.md, "Norms are taken from above"): a millionth
 # of the least clip norm. Gradients whose squares overflow, beyond 1e19, contribute nothing: far above the largest.
 MIN_CLIP_NORM, MAX_CLIP_NORM = 1e-6, 1e12
+MAX_RATE = 1e36  # single precision holds up to 3e38, and Adam's first step multiplies by up to 10 or so
+MAX_THREADS = 1024  # with very many, torch ends the process
 # As Python writes and as JSON reads them: what is out of range is told by the range check, which knows what to do.
 _NOT_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 
@@ -130,12 +132,14 @@ class Method:
         _choice("method.optimizer", self.optimizer, ("adam", "sgd"))
         _choice("method.schedule", self.schedule, ("constant", "linear", "cosine"))
         _require(_count(self.project_min_numel, 0), "method.project_min_numel", self.project_min_numel, "an integer >= 0")
-        _require(_number(self.learning_rate) and self.learning_rate > 0, "method.learning_rate", self.learning_rate, "a number > 0")
+        rate, most = self.learning_rate, f"a number > 0, at most {MAX_RATE:g}"
+        _require(_number(rate) and 0 < rate <= MAX_RATE, "method.learning_rate", rate, most, "typical values lie between 1e-5 and 1")
         betas_ok = len(self.betas) == 2 and all(_number(b) and 0 <= b < 1 for b in self.betas)
         _require(betas_ok, "method.betas", self.betas, "two numbers in [0, 1)")
         _require(_number(self.eps) and self.eps > 0, "method.eps", self.eps, "a number > 0")
         _require(_number(self.momentum) and 0 <= self.momentum < 1, "method.momentum", self.momentum, "a number in [0, 1)")
-        _require(_number(self.weight_decay) and self.weight_decay >= 0, "method.weight_decay", self.weight_decay, "a number >= 0")
+        decay, most = self.weight_decay, f"a number >= 0, times the learning rate at most {MAX_RATE:g}"
+        _require(_number(decay) and 0 <= decay * rate <= MAX_RATE, "method.weight_decay", decay, most)
         _require(_count(self.warmup_steps, 0), "method.warmup_steps", self.warmup_steps, "an integer >= 0")
 
 
@@ -189,6 +193,8 @@ class Performance:
         for name, low in (("micro_batch_size", 1), ("charge_chunk", 1), ("checkpoint_every", 0), ("eval_every", 0), ("keep_checkpoints", 1),
                           ("delta_checkpoints", 0), ("max_failures", 0), ("threads_per_worker", 0)):  # fmt: skip
             _require(_count(getattr(self, name), low), f"performance.{name}", getattr(self, name), f"an integer >= {low}")
+        threads = self.threads_per_worker
+        _require(threads <= MAX_THREADS, "performance.threads_per_worker", threads, f"at most {MAX_THREADS}", "0 leaves torch's own choice")
         _choice("performance.precision", self.precision, ("fp32", "bf16"))
         for name in ("start_timeout_s", "resize_every_s", "checkpoint_timeout_s", "storage_timeout_s"):
             value = getattr(self, name)

@@ -101,6 +101,10 @@ CONFIGS = [
             ("method=grape", "a group is not a value"),
             ("method.rank", "key=value"),
             ("method.rank=eight", "a value of type int"),
+            ("method.learning_rate=1e39", "at most 1e+36"),
+            ("method.weight_decay=1e300", "times the learning rate"),
+            ("performance.threads_per_worker=100000", "at most 1024"),
+            ("task.classes=1000000000000", "at most 1000000"),
             ("method.rank=64", "method.rank"),
             ("method.name=grap", "did you mean 'grape'"),
             ("method.optimizer=adamw", "did you mean 'adam'"),
@@ -205,6 +209,7 @@ PLACES = [
     ("a name with a slash", ["--run", "a/b"], "letters, digits"),
     ("a budget of nothing", ["--ledger-epsilon", "0"], "--ledger-epsilon"),
     ("a budget below the run's", ["--ledger-epsilon", "1"], "epsilon"),
+    ("workers that no machine holds", ["--workers", "1000"], "performance.num_workers"),
     ("workers that are none", ["--workers", "many"], "performance.num_workers"),
 ]
 

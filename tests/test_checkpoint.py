@@ -113,9 +113,9 @@ def test_every_kind_of_tensor_comes_back_and_anybody_can_open_the_file(tmp_path,
 
 def test_a_tensor_that_no_file_holds_is_refused_by_name(tmp_path):
     writer = Writer(Storage(tmp_path), Comms.local(), 1, 30)
+    shards = share({"wave": torch.zeros(2, dtype=torch.complex128)}, 0, 1)
+    writer.begin("checkpoints/step-00000001-attempt-0001", 1, State({"model": shards}, {"optimizer": {}}))
     with pytest.raises(CheckpointError, match=r"tensor 'wave' has a type that no checkpoint holds, got 'torch.complex128'"):
-        tensors = {"wave": torch.zeros(2, dtype=torch.complex128)}
-        writer.begin("checkpoints/step-00000001-attempt-0001", 1, State({"model": share(tensors, 0, 1)}, {"optimizer": {}}))
         writer.settle()
 
 

@@ -18,6 +18,7 @@ from grape_ray.errors import ConfigError
 from grape_ray.models.hf import check_vocabulary, load_sequence_classifier, load_tokenizer, positions_told, save_pretrained, tokens_of
 from grape_ray.task import Data, classification_loss, classification_metrics
 
+_MOST_CLASSES = 1_000_000
 _TOKENIZE_ROWS = 4096  # texts handed to the tokenizer at a time
 
 
@@ -52,6 +53,8 @@ class TextClassification:
         for field, low in (("classes", 2), ("max_tokens", 1), ("limit", 0)):
             if getattr(self, field) < low:
                 raise ConfigError(f"task.{field}", getattr(self, field), f"an integer >= {low}", "set another value")
+        if self.classes > _MOST_CLASSES:
+            raise ConfigError("task.classes", self.classes, f"at most {_MOST_CLASSES}", "count the labels: the head has a row for each")
 
     def load(self) -> Data:
         whole = tables.read_table(self.train, [self.text_column, self.label_column])

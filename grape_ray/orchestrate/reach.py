@@ -16,6 +16,7 @@ from grape_ray.orchestrate.cluster import not_reached
 _PROBE = "import ray; ray.init(log_to_driver=False, logging_level='CRITICAL'); print('GPUs', ray.cluster_resources().get('GPU', 0))"
 _OF_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # with it a probe would pass for the job's own driver
 _MOST_S = 60.0
+_FEW, _A_CORE = 32, 4  # processes that any machine holds, and those that it holds for each of its cores
 
 
 def reach(config: Config) -> None:
@@ -35,6 +36,10 @@ def reach(config: Config) -> None:
         if wanted > torch.cuda.device_count():
             got, fix = f"{wanted} workers with a GPU each", "lower performance.num_workers, unset performance.use_gpu, or name a cluster"
             raise ConfigError("performance.num_workers", got, f"at most this machine's {torch.cuda.device_count()} GPUs", fix)
+        cpus = os.cpu_count() or 1
+        if performance.workers[1] > max(_FEW, _A_CORE * cpus):
+            got, fix = f"{performance.workers[1]} workers", "lower performance.num_workers, or name a cluster with RAY_ADDRESS"
+            raise ConfigError("performance.num_workers", got, f"at most {max(_FEW, _A_CORE * cpus)} on this machine's {cpus} cores", fix)
         return
     reason = ""
     for mode in [os.environ["RAY_AUTH_MODE"]] if os.environ.get("RAY_AUTH_MODE") else ["", *_modes()]:
