@@ -24,7 +24,7 @@ from grape_ray.config import Config
 from grape_ray.dryrun import DryRun, dry_run, try_out
 from grape_ray.errors import BudgetExceeded, CheckpointError, ConfigError, DataError
 from grape_ray.methods import METHODS
-from grape_ray.places import RUN_FILE, absolute, ledger_place
+from grape_ray.places import RUN_FILE, absolute, ledger_place, parsed_run
 from grape_ray.resolve import describe
 from grape_ray.scores import Terms
 from grape_ray.splits import check_splits
@@ -33,7 +33,6 @@ from grape_ray.task import Data, Task, label, loaded
 from grape_ray.withheld import told
 
 RESULT_FILE, PROGRESS_FILE = "result.json", "progress.json"
-_DESCRIBED = ("run", "ledger", "study", "task", "privacy", "method", "seed")  # what a run's description holds at least
 
 
 @dataclass(frozen=True)
@@ -310,14 +309,10 @@ def _description(plan: Plan) -> bytes:
 def read_run(folder: Storage) -> dict[str, Any]:
     """The description of a run. Raises CheckpointError where the folder holds none."""
     try:
-        known = json.loads(folder.read(RUN_FILE))
-        if isinstance(known, dict) and set(_DESCRIBED) <= set(known):
-            return known
-        problem = "fields missing" if isinstance(known, dict) else f"a {type(known).__name__}"
+        return parsed_run(folder.read(RUN_FILE))
     except FileNotFoundError as error:
         fix = "name the folder below --storage"
         raise CheckpointError("no run there", folder.url, f"a run's folder, with {RUN_FILE}", fix) from error
     except ValueError as error:
-        problem = str(error)
-    expected = "a JSON object with " + ", ".join(_DESCRIBED)
-    raise CheckpointError(f"{RUN_FILE} of the run is damaged", problem, expected, "restore it from a copy")
+        expected = "the JSON that its beginning wrote"
+        raise CheckpointError(f"{RUN_FILE} of the run is damaged", str(error), expected, "restore it from a copy") from error

@@ -170,6 +170,8 @@ WORDS = [
     ("resume: a torn description", ["resume", "W/places/torn"], "damaged"),
     ("resume: a description that is a list", ["resume", "W/places/list"], "damaged"),
     ("resume: fields missing", ["resume", "W/places/less"], "damaged"),
+    ("resume: a task that is none", ["resume", "W/places/untasked"], "a task without its class"),
+    ("resume: settings that are none", ["resume", "W/places/unset"], "privacy is a list"),
     ("resume: another's module", ["resume", "W/places/stranger"], "--trust-module strange_task"),
     ("resume: a path in place of a module", ["resume", "W/places/path"], "you have not named"),
     ("evaluate: no run", ["evaluate", "W/places/none"], "no run there"),
@@ -227,6 +229,8 @@ def world(tmp_path_factory):
         "torn": '{"run": "torn", "led',
         "list": "[]",
         "less": '{"run": "less"}',
+        "untasked": json.dumps({**good, "task": {}}),
+        "unset": json.dumps({**good, "task": {"class": "a:B", "fields": {}}, "privacy": []}),
         "stranger": json.dumps({**good, "run": "stranger", "task": {"class": "strange_task:T", "fields": {}}}),
         "path": json.dumps({**good, "run": "path", "task": {"class": f"grape_ray.{root}/code/raises.py:T", "fields": {}}}),
     }

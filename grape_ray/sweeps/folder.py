@@ -17,7 +17,10 @@ from grape_ray.trace import lines
 
 SWEEP_FILE, RESULT_FILE = "sweep.json", "result.json"
 RUNS, TUNE = "runs", "tune"
-_DESCRIBED = ("sweep", "study", "mode", "options", "fields", "metric", "config", "ledger")  # what a description holds at least
+_DESCRIBED = {  # what a description holds at least, and of which types
+    "sweep": str, "study": str, "mode": str, "options": dict, "fields": list, "metric": str, "config": dict, "ledger": str, "paid": dict,
+    "score_source": str, "budget": list,
+}  # fmt: skip
 EXECUTED, REPORTS = "executed", "reports"  # traces below a run's folder
 
 
@@ -52,9 +55,10 @@ def read(folder: Storage) -> dict[str, Any]:
         raise ConfigError("there is no sweep", folder.url, f"a folder with {SWEEP_FILE}", "check name and storage") from error
     except ValueError as error:
         raise ConfigError(f"{SWEEP_FILE} of the sweep is damaged", str(error), "a JSON object", "restore it from a copy") from error
-    if not isinstance(found, dict) or not set(_DESCRIBED) <= set(found):
-        expected = "a JSON object with " + ", ".join(_DESCRIBED)
-        raise ConfigError(f"{SWEEP_FILE} of the sweep is damaged", type(found).__name__, expected, "restore it from a copy")
+    wrong = [name for name, kind in _DESCRIBED.items() if not isinstance(found, dict) or not isinstance(found.get(name), kind)]
+    if wrong:
+        got, expected = f"no usable {', '.join(wrong)}", "the JSON that its beginning wrote"
+        raise ConfigError(f"{SWEEP_FILE} of the sweep is damaged", got, expected, "restore it from a copy")
     return found
 
 
