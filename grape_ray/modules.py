@@ -15,6 +15,7 @@ from typing import Any
 from grape_ray.errors import ConfigError, GrapeRayError, nearest
 from grape_ray.withheld import where
 
+_MOST_NAMED = 20  # files beside one that is missing
 _FILES: dict[str, str] = {}  # modules that were named by their file, and are not found without it
 
 
@@ -94,7 +95,8 @@ def _file(reference: str, kind: str) -> Path:
     for path in (Path(reference).expanduser(), Path(f"{reference}.py").expanduser()):
         if path.is_file() and path.suffix == ".py":
             return path.absolute()
-    fix = "check the path, or name a module such as pipelines.digits_vit"
+    beside = [str(path) for path in Path(reference).expanduser().parent.glob("*.py") if path.stem != "__init__"]
+    fix = nearest(reference, beside) if 0 < len(beside) <= _MOST_NAMED else "check the path, or name a module such as pipelines.digits_vit"
     raise ConfigError(f"{kind} not found", reference, "a module, or the path of its file, which ends in .py", fix)
 
 

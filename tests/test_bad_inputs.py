@@ -146,7 +146,7 @@ WORDS = [
         for name, part in [
             ("pipelines.sst", "did you mean 'pipelines.sst2'"),
             ("nosuch", "not found"),
-            ("W/code/none.py", "not found"),
+            ("W/code/nothin.py", "did you mean 'W/code/nothing.py'"),
             ("W/code", "ends in .py"),
             ("W/code/notes.txt", "ends in .py"),
             ("W/code/syntax.py", "SyntaxError"),
