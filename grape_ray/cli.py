@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import traceback
 import warnings
 from collections.abc import Iterator
 from typing import Any, NoReturn
@@ -30,7 +31,8 @@ COMMANDS = {
 class LazyGroup(click.Group):
     """A group that knows its commands' names and helps, and imports a command on demand.
 
-    An error raised on purpose becomes one line on stderr and exit status 2.
+    An error raised on purpose, or by a task, becomes one line on stderr and exit status 2; any other becomes one line, too, and status 1.
+    Tracebacks are shown with `--debug` alone: what they quote may be a record.
     """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -55,7 +57,14 @@ class LazyGroup(click.Group):
             with _cautions_told():
                 return super().invoke(ctx)
         except GrapeRayError as error:
-            _fail(ctx, error)
+            _fail(ctx, error, error)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except Exception as error:
+            from grape_ray.unexpected import foreseen
+
+            found = foreseen(error, f"grape-ray {ctx.invoked_subcommand}")
+            _fail(ctx, found, error, found.status)
 
 
 @contextlib.contextmanager
@@ -75,13 +84,16 @@ def _cautions_told() -> Iterator[None]:
         yield
 
 
-def _fail(ctx: click.Context, error: GrapeRayError) -> NoReturn:
-    """One line, status 2."""
-    click.echo("error: " + " ".join(str(error).split()), err=True)
-    ctx.exit(2)
+def _fail(ctx: click.Context, told: GrapeRayError, error: Exception, status: int = 2) -> NoReturn:
+    """One line, and with --debug before it the traceback."""
+    if ctx.params.get("debug"):
+        click.echo("".join(traceback.format_exception(error)), err=True)
+    click.echo("error: " + " ".join(str(told).split()), err=True)
+    ctx.exit(status)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="grape-ray")
-def main() -> None:
+@click.option("--debug", is_flag=True, help="Show the traceback of an error, with whatever it may quote.")
+def main(debug: bool) -> None:
     """Differentially private training on Ray."""

@@ -16,13 +16,15 @@ from grape_ray.methods import METHODS
 # What underflows in single precision is below 1e-12 for the widest layers (docs/privacy.md, "Norms are taken from above"): a millionth
 # of the least clip norm. Gradients whose squares overflow, beyond 1e19, contribute nothing: far above the largest.
 MIN_CLIP_NORM, MAX_CLIP_NORM = 1e-6, 1e12
+MAX_RATE = 1e36  # single precision holds up to 3e38, and Adam's first step multiplies by up to 10 or so
+MAX_THREADS = 1024  # with very many, torch ends the process
 # As Python writes and as JSON reads them: what is out of range is told by the range check, which knows what to do.
 _NOT_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 
 
 def _require(ok: bool, what: str, got: object, expected: str, fix: str = "") -> None:
     if not ok:
-        raise ConfigError(what, got, expected, fix)
+        raise ConfigError(what, got, expected, fix or "set another value")
 
 
 def _number(value: Any) -> bool:
@@ -130,12 +132,14 @@ class Method:
         _choice("method.optimizer", self.optimizer, ("adam", "sgd"))
         _choice("method.schedule", self.schedule, ("constant", "linear", "cosine"))
         _require(_count(self.project_min_numel, 0), "method.project_min_numel", self.project_min_numel, "an integer >= 0")
-        _require(_number(self.learning_rate) and self.learning_rate > 0, "method.learning_rate", self.learning_rate, "a number > 0")
+        rate, most = self.learning_rate, f"a number > 0, at most {MAX_RATE:g}"
+        _require(_number(rate) and 0 < rate <= MAX_RATE, "method.learning_rate", rate, most, "typical values lie between 1e-5 and 1")
         betas_ok = len(self.betas) == 2 and all(_number(b) and 0 <= b < 1 for b in self.betas)
         _require(betas_ok, "method.betas", self.betas, "two numbers in [0, 1)")
         _require(_number(self.eps) and self.eps > 0, "method.eps", self.eps, "a number > 0")
         _require(_number(self.momentum) and 0 <= self.momentum < 1, "method.momentum", self.momentum, "a number in [0, 1)")
-        _require(_number(self.weight_decay) and self.weight_decay >= 0, "method.weight_decay", self.weight_decay, "a number >= 0")
+        decay, most = self.weight_decay, f"a number >= 0, times the learning rate at most {MAX_RATE:g}"
+        _require(_number(decay) and 0 <= decay * rate <= MAX_RATE, "method.weight_decay", decay, most)
         _require(_count(self.warmup_steps, 0), "method.warmup_steps", self.warmup_steps, "an integer >= 0")
 
 
@@ -189,6 +193,8 @@ class Performance:
         for name, low in (("micro_batch_size", 1), ("charge_chunk", 1), ("checkpoint_every", 0), ("eval_every", 0), ("keep_checkpoints", 1),
                           ("delta_checkpoints", 0), ("max_failures", 0), ("threads_per_worker", 0)):  # fmt: skip
             _require(_count(getattr(self, name), low), f"performance.{name}", getattr(self, name), f"an integer >= {low}")
+        threads = self.threads_per_worker
+        _require(threads <= MAX_THREADS, "performance.threads_per_worker", threads, f"at most {MAX_THREADS}", "0 leaves torch's own choice")
         _choice("performance.precision", self.precision, ("fp32", "bf16"))
         for name in ("start_timeout_s", "resize_every_s", "checkpoint_timeout_s", "storage_timeout_s"):
             value = getattr(self, name)
@@ -246,11 +252,11 @@ def _assign(node: Any, path: list[str], value: str, key: str) -> Any:
     current = getattr(node, path[0])
     if len(path) > 1:
         if not dataclasses.is_dataclass(current):
-            raise ConfigError("--set: unknown key", key, f"{path[0]} has no fields of its own")
+            raise ConfigError("--set: unknown key", key, f"{path[0]} has no fields of its own", "name the field itself")
         return dataclasses.replace(node, **{path[0]: _assign(current, path[1:], value, key)})
     if dataclasses.is_dataclass(current):
         inner = ", ".join(f"{key}.{f.name}" for f in dataclasses.fields(current))
-        raise ConfigError("--set: a group is not a value", key, f"one of {inner}")
+        raise ConfigError("--set: a group is not a value", key, f"one of {inner}", "set its fields one by one")
     hint = typing.get_type_hints(type(node))[path[0]]
     return dataclasses.replace(node, **{path[0]: _parse(value, hint, key)})
 
@@ -265,8 +271,7 @@ def _parse(text: str, hint: Any, key: str) -> Any:
         if origin is str:
             return text
         if origin is tuple:
-            inner = typing.get_args(kind)[0]
-            return tuple(_parse(part.strip(), inner, key) for part in text.strip("()[]").split(",") if part.strip())
+            return tuple(_parse(part, typing.get_args(kind)[0], key) for part in _parts(text))
         try:
             value = json.loads(text.lower() if origin is bool else _NOT_FINITE.get(text.lower(), text) if origin is float else text)
         except ValueError:
@@ -276,7 +281,19 @@ def _parse(text: str, hint: Any, key: str) -> Any:
         if isinstance(value, origin) and isinstance(value, bool) == (origin is bool):
             return value
     names = " or ".join(getattr(o, "__name__", str(o)) for o in options)
-    raise ConfigError(f"--set {key}", text, f"a value of type {names}")
+    raise ConfigError(f"--set {key}", text, f"a value of type {names}", "write it as in Python or JSON")
+
+
+def _parts(text: str) -> list[str]:
+    """The members of a list as texts: of one in JSON, or of one with commas, where `[!a]` is part of a pattern, not the list's own."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if isinstance(found, list):
+        return [member if isinstance(member, str) else json.dumps(member) for member in found]
+    inner = text[1:-1] if text.startswith("(") and text.endswith(")") else text
+    return [part.strip() for part in re.split(r",(?![^\[]*\])", inner) if part.strip()]
 
 
 def _choice(what: str, got: str, known: typing.Iterable[str]) -> None:

@@ -15,6 +15,7 @@ from grape_ray.plan import RESULT_FILE, read_run
 from grape_ray.resolve import rebuild_config
 from grape_ray.scores import rebuilt
 from grape_ray.storage import Storage
+from grape_ray.task import loaded
 from grape_ray.withheld import told
 
 
@@ -37,7 +38,7 @@ def evaluate(run: str, trust: Iterable[str] = ()) -> dict[str, Any]:
     newest = checkpoint.latest(place)
     if newest is None:
         raise CheckpointError("the run has no checkpoint", run, "a committed checkpoint", "train it first")
-    data = told(config.task.load, public=False)
+    data = loaded(config.task)
     model = told(partial(config.task.build_model, config.seed), data.public)
     checkpoint.restore(model, newest, build_engine(config, model).subspace if newest.base else None)
     metrics = told(lambda: plain(config.task.evaluate(model, data.validation)), data.public)

@@ -176,7 +176,9 @@ def _resume(
     if comms.rank == 0 and plan.ledger is not None and head is not None:
         report = verify(plan.ledger_storage(), head)
         if not report.ok:
-            raise LedgerError(f"the ledger {plan.ledger} is not the one that this run was charged to", report.problems[0], "", "restore it")
+            raise LedgerError(
+                f"the ledger {plan.ledger} is not the one that this run was charged to", report.problems[0], "its own ledger", "restore it"
+            )
     return found.step, int(found.facts["executed_steps"]), found.name, coordinates
 
 

@@ -101,7 +101,7 @@ def privatize(
     """
     for name, value in (("noise_multiplier", noise_multiplier), ("expected_batch_size", expected_batch_size)):
         if not (math.isfinite(value) and value > 0):
-            raise ConfigError(name, value, "a finite number > 0")
+            raise ConfigError(name, value, "a finite number > 0", "pass the one that the step is paid for with")
     step = step_of(summed, step)
     stream.claim(step)
     count = sum(t.numel() for t in summed.tensors.values())

@@ -7,18 +7,24 @@ import hmac
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from grape_ray.errors import LedgerError, StorageError
 from grape_ray.storage import Storage
 
 SALT_FILE, RUN_FILE = "salt", "run.json"
 _SALT_BYTES = 32
+_RUN = {  # fields of a run's description, and their types
+    "run": (str,), "ledger": (str, type(None)), "study": (str,), "seed": (int,), "task": (dict,), "privacy": (dict,), "method": (dict,),
+    "performance": (dict,),
+}  # fmt: skip
+_LATER = ("performance",)  # a field that early descriptions lack
 
 
 def absolute(url: str) -> str:
     """A URL of remote storage as it is; a path, also as a `file://` URL, made absolute, so that workers agree on it."""
     if "://" not in url or Storage(url).local:
-        return str(Path(Storage(url).url if "://" in url else url).expanduser().absolute())
+        return str(Path(Storage(url).url if "://" in url or not url else url).expanduser().absolute())
     return url.rstrip("/")
 
 
@@ -59,6 +65,21 @@ def ledger_place(asked: str | None, dataset_id: str, public: bool, storage: str,
     return f"{folder}/{hmac.new(salt(folder, make), dataset_id.encode(), hashlib.sha256).hexdigest()[:32]}"
 
 
+def parsed_run(data: bytes) -> dict[str, Any]:
+    """The description of a run, as its file holds it, with what every description has. Raises ValueError: why it is none."""
+    known = json.loads(data)
+    if not isinstance(known, dict):
+        raise ValueError(f"a {type(known).__name__}, not an object")
+    for name, kinds in _RUN.items():
+        if name not in known and name not in _LATER:
+            raise ValueError(f"no {name}")
+        if name in known and not isinstance(known[name], kinds):
+            raise ValueError(f"{name} is a {type(known[name]).__name__}")
+    if not isinstance(known["task"].get("class"), str) or not isinstance(known["task"].get("fields"), dict):
+        raise ValueError("a task without its class and fields")
+    return known
+
+
 def ledger_of(place: str) -> tuple[str, str | None]:
     """(The ledger, the run's name) where a place is a run's folder; otherwise the place itself, and None.
 
@@ -68,6 +89,8 @@ def ledger_of(place: str) -> tuple[str, str | None]:
     try:
         known = json.loads(Storage(place).first_contact().read(RUN_FILE))
         ledger, run = known["ledger"], known["run"]
+        if not isinstance(run, str) or not isinstance(ledger, (str, type(None))):
+            raise TypeError("a run and its ledger are named by texts")
     except FileNotFoundError:
         return place, None
     except (ValueError, KeyError, TypeError) as error:

@@ -24,12 +24,12 @@ from grape_ray.config import Config
 from grape_ray.dryrun import DryRun, dry_run, try_out
 from grape_ray.errors import BudgetExceeded, CheckpointError, ConfigError, DataError
 from grape_ray.methods import METHODS
-from grape_ray.places import RUN_FILE, absolute, ledger_place
+from grape_ray.places import RUN_FILE, absolute, ledger_place, parsed_run
 from grape_ray.resolve import describe
 from grape_ray.scores import Terms
 from grape_ray.splits import check_splits
 from grape_ray.storage import Storage
-from grape_ray.task import Data, Task, label
+from grape_ray.task import Data, Task, label, loaded
 from grape_ray.withheld import told
 
 RESULT_FILE, PROGRESS_FILE = "result.json", "progress.json"
@@ -129,7 +129,7 @@ def prepare(
     _check_machine(config)
     if scores is not None:
         validation.check_metric(task, scores.metric)
-    data = told(task.load, public=False)
+    data = loaded(task)
     private, sampling_prob = METHODS[config.method.name].private, sampling_prob_of(config, data)
     if study is None:  # who shares one was checked when that began, here and below
         cautions.check(config, len(data.train), data.public and not registry.known(data.identity), consent)
@@ -311,9 +311,10 @@ def _description(plan: Plan) -> bytes:
 def read_run(folder: Storage) -> dict[str, Any]:
     """The description of a run. Raises CheckpointError where the folder holds none."""
     try:
-        return json.loads(folder.read(RUN_FILE))
+        return parsed_run(folder.read(RUN_FILE))
     except FileNotFoundError as error:
         fix = "name the folder below --storage"
         raise CheckpointError("no run there", folder.url, f"a run's folder, with {RUN_FILE}", fix) from error
     except ValueError as error:
-        raise CheckpointError(f"{RUN_FILE} of the run is damaged", str(error), "JSON", "restore it from a copy") from error
+        expected = "the JSON that its beginning wrote"
+        raise CheckpointError(f"{RUN_FILE} of the run is damaged", str(error), expected, "restore it from a copy") from error

@@ -135,7 +135,12 @@ def _complete(engine: Engine, summed: ClippedSum) -> None:
 def _bounded(summed: ClippedSum, clip_norm: float) -> None:
     norm = math.sqrt(sum(float(t.double().square().sum()) for t in summed.tensors.values()))
     if not norm <= clip_norm * (1 + 1e-4):
-        raise UnsupportedLayer("the clipped gradient of one example", f"norm {norm:g}", f"at most clip_norm = {clip_norm:g}")
+        raise UnsupportedLayer(
+            "the clipped gradient of one example",
+            f"norm {norm:g}",
+            f"at most clip_norm = {clip_norm:g}",
+            "freeze what is not clipped, or use another method",
+        )
 
 
 @torch.no_grad()

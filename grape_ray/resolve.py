@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.util
 import json
-import os
-import pkgutil
-import sys
 import typing
 from collections.abc import Iterable, Mapping
-from types import ModuleType
 from typing import Any
 
 from grape_ray.config import Config, Method, Performance, Privacy
 from grape_ray.errors import ConfigError, nearest
+from grape_ray.modules import call, load_module, located
 from grape_ray.trust import check_module, names
 
+_RETURNS = "a function that returns a grape_ray.Config"
 TASK_METHODS = ("load", "build_model", "collate", "per_example_loss", "evaluate", "save")
 
 
@@ -26,50 +22,33 @@ def pipeline(reference: str) -> Config:
 
     Args:
         reference: `module:function`, or a module whose function of the same last name (`pipelines.sst2` -> `sst2`), or else
-            `config`, is meant; looked up in the current folder, too.
+            `config`, is meant; looked up in the current folder, too. A module may be given by its file, `folder/name.py`.
 
     Raises:
         ConfigError: no such module or function, or it returns something else.
     """
-    module_name, _, function_name = reference.partition(":")
-    module = load_module(module_name, reference)
-    for name in [function_name] if function_name else [module_name.rpartition(".")[2], "config"]:
-        function = getattr(module, name, None)
+    module, _, function_name = reference.partition(":")
+    found = load_module(located(module), reference)
+    for name in [function_name] if function_name else [found.__name__.rpartition(".")[2], "config"]:
+        function = getattr(found, name, None)
         if callable(function):
-            config = function()
-            if not isinstance(config, Config):
-                raise ConfigError(f"pipeline {reference}", type(config).__name__, "a function that returns a grape_ray.Config")
-            return config
-    functions = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
-    raise ConfigError("pipeline has no such function", reference, "module:function", nearest(function_name or module_name, functions))
+            return _called(function, reference)
+    functions = [n for n, v in vars(found).items() if callable(v) and getattr(v, "__module__", "") == found.__name__]
+    near = nearest(function_name or found.__name__.rpartition(".")[2], functions)
+    raise ConfigError("pipeline has no such function", reference, "module:function", near)
 
 
-def load_module(name: str, reference: str, kind: str = "pipeline", here: bool = True) -> ModuleType:
-    """The module, from the path or, if `here`, from the current folder before that.
-
-    Raises:
-        ConfigError: it cannot be imported; the error calls it by its kind.
-    """
-    if here and os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (name == error.name or name.startswith(f"{error.name}.")):
-            what = f"{kind} {reference} needs a module"
-            raise ConfigError(what, error.name, "an installed module", f"pip install {error.name}") from error
-        raise ConfigError(f"{kind} not found", reference, "an importable module", nearest(name, _neighbours(name, kind))) from error
-    except (ImportError, SyntaxError, ValueError, TypeError) as error:
-        raise ConfigError(f"{kind} cannot be imported", reference, "an importable module", f"{type(error).__name__}: {error}") from error
-
-
-def _neighbours(name: str, kind: str) -> list[str]:
-    """Modules beside the one that is missing; where a bare name is missing, those beside the kind's own examples."""
-    example = "tune_spaces.digits" if kind == "tune space" else "pipelines.digits_vit"
-    package = (name.rpartition(".")[0] or example).split(".")[0]
-    spec = importlib.util.find_spec(package)
-    places = list(spec.submodule_search_locations or []) if spec else []
-    return [f"{package}.{m.name}" for m in pkgutil.iter_modules(places)] or [example]
+def _called(function: Any, reference: str) -> Config:
+    """What a pipeline's function returns, if it is a Config."""
+    config = call(function, f"pipeline {reference}", _RETURNS)
+    if not isinstance(config, Config):
+        fix = "return one, or name another function as module:function"
+        raise ConfigError(f"pipeline {reference}", type(config).__name__, _RETURNS, fix)
+    lacking = [name for name in TASK_METHODS if not callable(getattr(type(config.task), name, None))]
+    if lacking:
+        got, expected = f"{type(config.task).__name__} without {', '.join(lacking)}", "an object with the methods of grape_ray.task.Task"
+        raise ConfigError(f"the task of pipeline {reference}", got, expected, "write them: pipelines/digits_vit.py is an example")
+    return config
 
 
 def describe_task(task: Any) -> dict[str, Any]:
@@ -118,7 +97,7 @@ def rebuild_task(description: Mapping[str, Any], trust: Iterable[str] = ()) -> A
     Raises:
         ConfigError: a module that nobody has named, one that cannot be imported, no such task there, or one with other fields.
     """
-    reference, fields, trust = description["class"], description["fields"], tuple(trust)
+    reference, fields, trust = description["class"], description["fields"], tuple(located(name, "trusted module") for name in trust)
     module_name, _, qualified = reference.partition(":")
     check_module(module_name, trust, "task")
     # The current folder may be the one that was copied from elsewhere; on the path, any file in it could pass for a library.

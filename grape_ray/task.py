@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from grape_ray.data.arrays import Records
 from grape_ray.data.identity import column_fingerprints
+from grape_ray.errors import ConfigError
+from grape_ray.withheld import told
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,9 @@ class Data:
     def identity(self) -> tuple[str, ...]:
         """All fingerprints by which the training records, or columns of them, are recognised."""
         return (self.dataset_id, *self.columns, *column_fingerprints(self.train))
+
+
+_PARTS = {"train": Records, "validation": Records, "dataset_id": str, "public": bool, "columns": tuple}
 
 
 @runtime_checkable
@@ -81,6 +86,23 @@ class Task(Protocol):
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write a folder that Hugging Face's AutoModel....from_pretrained loads."""
         ...
+
+
+def loaded(task: Task) -> Data:
+    """What a task loads, if it is a dataset.
+
+    Raises:
+        TaskFailed: see `withheld.told`. ConfigError: it is something else.
+    """
+    data = told(task.load, public=False)
+    parts = [("task.load returns", data, Data)]
+    if isinstance(data, Data):
+        parts = [(f"task.load's {name}", getattr(data, name), kind) for name, kind in _PARTS.items()]
+    for what, part, kind in parts:
+        if not isinstance(part, kind):
+            fix = "return grape_ray.task.Data(train, validation, dataset_id), as pipelines/digits_vit.py does"
+            raise ConfigError(what, type(part).__name__, f"{kind.__module__}.{kind.__name__}", fix)
+    return data
 
 
 def label(task: Any) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from grape_ray.errors import ConfigError
+from grape_ray.modules import file_of
 from grape_ray.places import home, really
 from grape_ray.storage import Storage
 
@@ -38,7 +40,7 @@ def names(trusted: Iterable[str], module: str) -> bool:
 def is_own(module: str) -> bool:
     """Whether a module is this project's own: of one of its packages, and from where this one lies, not of a folder that has its name."""
     top = module.partition(".")[0]
-    if top not in OWN:
+    if top not in OWN or not all(part.isidentifier() for part in module.split(".")):
         return False
     try:
         spec = importlib.util.find_spec(top)  # of a top-level package: nothing is imported
@@ -49,7 +51,7 @@ def is_own(module: str) -> bool:
 
 def words_for(module: str) -> str:
     """What `resume` and `export` must be told beside the run's folder, so that its task's module may be imported; empty for our own."""
-    return "" if is_own(module) else f" --trust-module {module}"
+    return "" if is_own(module) else f" --trust-module {shlex.quote(file_of(module) or module)}"
 
 
 def remember_sweep(url: str, mark: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from grape_ray.errors import GrapeRayError, TaskFailed
 
 _FRAMES, _SAID = 8, 3  # innermost lines that are kept, and those that a message names
+_PUBLIC = "_grape_ray_saw_public_records_alone"  # a mark on errors
 _Result = TypeVar("_Result")
 
 
@@ -27,6 +28,8 @@ def told(call: Callable[[], _Result], public: bool) -> _Result:
     try:
         return call()
     except BaseException as error:
+        if public:
+            setattr(error, _PUBLIC, True)
         if public or _harmless(error):
             raise
         failure = withheld(error)
@@ -41,13 +44,18 @@ def withheld(error: BaseException) -> Exception:
     frames = where(error)
     fix = "its text is kept back, because it may quote a record; on data that its task calls public it is shown"
     calls = " < ".join(reversed(frames[-_SAID:]))
-    return TaskFailed(f"the task failed with {type(error).__name__}", f"at {calls}" if calls else None, "", fix)
+    return TaskFailed(f"the task failed with {type(error).__name__}", f"at {calls}" if calls else None, "a task that runs", fix)
 
 
-def where(error: BaseException) -> list[str]:
+def where(error: BaseException, frames: int = _FRAMES) -> list[str]:
     """The last lines that an exception came through, as `folder/file.py:12 in function`, the innermost last; no source and no values."""
-    frames = traceback.extract_tb(error.__traceback__, limit=-_FRAMES)
-    return [f"{'/'.join(PurePath(f.filename).parts[-2:])}:{f.lineno} in {f.name}" for f in frames]
+    found = traceback.extract_tb(error.__traceback__, limit=-frames)
+    return [f"{'/'.join(PurePath(f.filename).parts[-2:])}:{f.lineno} in {f.name}" for f in found]
+
+
+def shown(error: BaseException) -> bool:
+    """Whether the text of an error may be told: it came out of `told`, and all records that the code in there had seen are public."""
+    return getattr(error, _PUBLIC, False) is True
 
 
 def text_of(error: BaseException) -> str:

@@ -93,7 +93,10 @@ def test_what_is_saved_comes_back(storage):
     assert torch.equal(found.optimizer["first/a"], torch.full((3,), 7.0))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.uint8])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.uint8, torch.uint16, torch.complex64],
+)
 def test_every_kind_of_tensor_comes_back_and_anybody_can_open_the_file(tmp_path, dtype):
     place = Storage(tmp_path)
     tensors = {"plain": torch.arange(24).reshape(6, 4).to(dtype), "scalar": torch.tensor(3).to(dtype), "empty": torch.zeros(0, 5).to(dtype)}
@@ -106,6 +109,14 @@ def test_every_kind_of_tensor_comes_back_and_anybody_can_open_the_file(tmp_path,
     for name, tensor in tensors.items():
         assert torch.equal(reader.read("model", name), tensor)
         assert torch.equal(opened[name], tensor)
+
+
+def test_a_tensor_that_no_file_holds_is_refused_by_name(tmp_path):
+    writer = Writer(Storage(tmp_path), Comms.local(), 1, 30)
+    shards = share({"wave": torch.zeros(2, dtype=torch.complex128)}, 0, 1)
+    writer.begin("checkpoints/step-00000001-attempt-0001", 1, State({"model": shards}, {"optimizer": {}}))
+    with pytest.raises(CheckpointError, match=r"tensor 'wave' has a type that no checkpoint holds, got 'torch.complex128'"):
+        writer.settle()
 
 
 def test_a_tied_tensor_is_saved_once_and_stays_tied(storage):

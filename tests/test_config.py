@@ -23,6 +23,12 @@ def test_overrides_reach_every_group_and_keep_types():
     assert config.method.betas == (0.8, 0.9)
     assert config.method.dense == ("*emb*", "head.*")
     assert (config.performance.use_gpu, config.task.records, config.seed) == (True, 120, 7)
+    for text, dense in [
+        ("[!c]*", ("[!c]*",)), ("[!c]*,*[01,2].w", ("[!c]*", "*[01,2].w")), ('["[!c]*", "a,b"]', ("[!c]*", "a,b")),
+        ("(a, [b]?)", ("a", "[b]?")), ("[]", ()), ("", ()), ("()", ()),
+    ]:  # fmt: skip
+        assert tiny().override([f"method.dense={text}"]).method.dense == dense
+    assert tiny().override(["method.betas=[0.8, 0.9]"]).method.betas == (0.8, 0.9)
     assert tiny().seed == 0  # frozen: the original is as it was
 
 

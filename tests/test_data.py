@@ -1,5 +1,7 @@
 """Data: what is read, what is refused, and how batches are padded."""
 
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
@@ -33,6 +35,46 @@ def test_a_file_a_folder_and_a_pattern_are_read(tmp_path):
     assert read_table(f"file://{two}", ["label"]).num_rows == 1
 
 
+def test_what_lies_there_under_its_very_name_is_no_pattern(tmp_path):
+    folder = tmp_path / "data[v1]?"
+    folder.mkdir()
+    star = write(folder / "a*.parquet")
+    write(folder / "ab.parquet", ("d",), (0,))
+    assert read_table(star, ["text"]).num_rows == 3
+    assert read_table(str(folder), ["text"]).num_rows == 4
+    assert read_table(f"{tmp_path}/data*/ab.parquet", ["text"]).num_rows == 1
+
+
+def test_a_signed_address_is_read_as_it_is(tmp_path):
+    """Signatures hold `*` and `?`; the server answers for the whole address alone."""
+    content = Path(write(tmp_path / "x.parquet")).read_bytes()
+    asked = []
+
+    class Signed(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            found = self.path == "/x.parquet?sig=a*b%2F?c"
+            self.send_response(200 if found else 403)
+            self.send_header("Content-Length", str(len(content) if found else 0))
+            self.end_headers()
+            if self.command == "GET" and found:
+                self.wfile.write(content)
+
+        do_HEAD = do_GET
+
+        def log_message(self, format, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Signed) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        place = f"http://127.0.0.1:{server.server_port}/x.parquet?sig="
+        assert read_table(f"{place}a*b%2F?c", ["text"]).num_rows == 3
+        with pytest.raises(DataError, match=r"not found|cannot be"):
+            read_table(f"{place}a*b", ["text"])
+        server.shutdown()
+    assert asked
+
+
 def test_a_url_of_the_hub_is_read_through_its_file_system(tmp_path, monkeypatch):
     class Hub(MemoryFileSystem):
         protocol, store, pseudo_dirs = "hf", {}, [""]
@@ -46,7 +88,9 @@ def test_a_url_of_the_hub_is_read_through_its_file_system(tmp_path, monkeypatch)
         content = Path(write(tmp_path / f"{name}.parquet", label=(0, 1, 2))).read_bytes()
         fsspec.filesystem("hf").pipe_file(f"datasets/owner/name/sst2/{name}.parquet", content)
     assert read_table("hf://datasets/owner/name/sst2/train-*.parquet", ["text"]).num_rows == 6
-    assert read_table("hf://datasets/owner/name/sst2", ["text"]).num_rows == 9
+    assert read_table("hf://datasets/owner/name/sst2/validation*", ["text"]).num_rows == 3
+    with pytest.raises(DataError, match=r"several splits.*train-0.parquet.*validation-0.parquet.*name/sst2/train-\*.parquet"):
+        read_table("hf://datasets/owner/name/sst2", ["text"])
     with pytest.raises(DataError, match="not found"):
         read_table("hf://datasets/owner/name/test-*.parquet", ["text"])
     url = "hf://datasets/owner/name/sst2/train-*.parquet"

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "grape_ray"
 
 # Layers from the ground up; a module may import its own layer and those below.
 LAYERS = [
-    ["errors", "methods", "config", "types", "storage", "places", "rng", "trust", "withheld", "cautions"],
+    ["errors", "methods", "config", "types", "storage", "places", "rng", "trust", "withheld", "cautions", "modules", "unexpected"],
     ["accounting", "registry"],
     ["comms", "subspace", "rules", "clipping", "data", "sharding"],
     ["engines"],

@@ -16,10 +16,15 @@ from click.testing import CliRunner
 from grape_ray.accounting import Ledger, Mechanism, Study, affords, verify
 from grape_ray.accounting.selection import Selection
 from grape_ray.cli import main
+from grape_ray.commands.tune import _summary
 from grape_ray.errors import ConfigError
+from grape_ray.orchestrate.select import Sealed, _release
+from grape_ray.orchestrate.trial import comparable
+from grape_ray.orchestrate.tune import outcome
+from grape_ray.resolve import describe
 from grape_ray.scores import PrivateScore
 from grape_ray.storage import Storage
-from grape_ray.sweeps import SweepStudy, folder, price, space
+from grape_ray.sweeps import SweepStudy, folder, page, price, space
 from grape_ray.sweeps.options import Options
 from grape_ray.sweeps.prepare import prepare, resume
 from grape_ray.trace import Trace, lines
@@ -263,6 +268,71 @@ def test_a_search_that_is_not_installed_is_refused_before_anything_is_written(tm
     result = CliRunner().invoke(main, [*map(str, words)])
     assert result.exit_code == 2
     assert "pip install optuna" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def row(run, score, steps=12):
+    return folder.TrialRow(run, run, {"method.rank": 4}, steps, score, steps, steps, 1, (), True)
+
+
+@pytest.mark.parametrize("scores", [(math.nan, 0.3, 0.5), (0.5, math.nan, None), (math.inf, 0.5, -math.inf), (0.5, 0.5, math.nan)])
+def test_a_score_that_is_not_finite_is_never_the_best(scores):
+    best = folder.best([row(str(place), score, steps=place) for place, score in enumerate(scores)])
+    assert best is not None
+    assert best.score == 0.5
+    assert folder.best([row("a", math.nan), row("b", None), row("c", -math.inf)]) is None
+    # Neither does it keep Ray Tune's schedulers from comparing the others.
+    told = [comparable(score) for score in scores if score is not None]
+    assert np.isfinite(np.nanpercentile(told, 70))
+    assert max(told) == 0.5
+
+
+def test_a_sweep_of_scores_that_are_not_finite_has_no_best_and_says_why(tmp_path):
+    options = Options("tests.tiny_space", storage=str(tmp_path / "s"), key_path=str(tmp_path / "k"))
+    sweep = prepare(options, *space.load("tests.tiny_space"), name="a")
+    sweep.steps.open()
+    book = Ledger.open(sweep.steps.ledger)
+    book.ensure_study(sweep.steps.paid)
+    sweep.register()
+    for run, reports in (("x", [0.25, math.nan]), ("y", [math.nan, math.nan]), ("z", [math.nan, 0.125])):
+        place = sweep.folder().child(folder.RUNS).child(run)
+        config = sweep.study.with_values({"method.rank": 4})
+        place.write("run.json", json.dumps({"run": run, **json.loads(json.dumps(describe(config)))}).encode())
+        trace = Trace(place, folder.REPORTS)
+        for step, score in enumerate(reports, 1):
+            trace.line(json.dumps({"step": step, "accuracy": score, "run": run, "time": float(step), "done": step == 2}))
+        trace.close()
+    rows = {found.run: found for found in folder.trials(sweep.folder(), folder.read(sweep.folder()))}
+    assert (rows["x"].score, rows["y"].score, rows["z"].score) == (None, None, 0.125)
+    best = folder.best(list(rows.values()))
+    assert best is not None
+    assert best.run == "z"
+    assert "0.1250" in page.report(f"{sweep.storage}/a")[0]
+    lines = _summary({**outcome(sweep), "best": None})
+    assert "no trial has a finite score" in lines[-1]
+
+
+def test_a_selection_never_releases_a_score_that_is_not_finite(tmp_path):
+    options = Options("tests.tiny_space", mode="select", scheduler="none", storage=str(tmp_path / "s"), key_path=str(tmp_path / "k"))
+    sweep = prepare(options, *space.load("tests.tiny_space"), name="a")
+    secret = Storage(tmp_path / "secret")
+    trials = [Sealed(name, {"method.rank": 4}) for name in "abc"]
+    for trial, score in zip(trials, (math.nan, 0.25, math.inf)):
+        runs = secret.child(folder.RUNS)
+        result = {"metrics": {"accuracy": score}, "steps": 12, "checkpoint": f"x/{trial.name}/checkpoints/1"}
+        runs.write(f"{trial.name}/result.json", json.dumps(result).encode())
+        runs.write(f"{trial.name}/run.json", b"{}")
+    best = _release(sweep, secret, trials)
+    assert best is not None
+    assert best["score"] == 0.25
+    assert _release(sweep, secret, [trials[0], trials[2]]) is None
+
+
+def test_a_metric_with_a_slip_costs_nothing(tmp_path):
+    domains, study = space.load("tests.tiny_space")
+    options = Options("tests.tiny_space", storage=str(tmp_path / "s"), key_path=str(tmp_path / "k"))
+    with pytest.raises(ConfigError, match=r"no such metric, got 'acuracy'.*did you mean 'accuracy'"):
+        prepare(options, domains, replace(study, metric="acuracy"))
     assert list(tmp_path.iterdir()) == []
 
 

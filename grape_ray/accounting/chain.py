@@ -87,7 +87,7 @@ class Chain:
                 self.state.apply(entry)
             except GrapeRayError as error:
                 fix = "restore the ledger from a copy, and spend nothing from it until then"
-                raise LedgerError(f"ledger entry {entry.name} breaks a rule: {error}", None, "", fix) from error
+                raise LedgerError(f"ledger entry {entry.name} breaks a rule: {error}", None, "entries as they were written", fix) from error
         return self.state.next_seq > before
 
     def _check_head(self) -> None:

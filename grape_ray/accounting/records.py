@@ -154,7 +154,7 @@ def decode(name: str, data: bytes) -> Entry:
         return entry
     except (ValueError, RecursionError, GrapeRayError) as error:
         fix = "the ledger was damaged or edited: restore it from a copy, and spend nothing from it until then"
-        raise LedgerError(f"ledger entry {name} cannot be used: {error}", None, "", fix) from error
+        raise LedgerError(f"ledger entry {name} cannot be used: {error}", None, "an entry as it was written", fix) from error
 
 
 def _canonical(value: Mapping[str, Any]) -> bytes:

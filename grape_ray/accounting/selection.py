@@ -204,7 +204,7 @@ def noise_multiplier(wanted: float, delta: float, sampling_prob: float, trial_st
     while not fits(high):
         if high == largest:
             what = "no noise multiplier is large enough for the selection"
-            raise BudgetExceeded(what, None, "", "raise epsilon or delta, or ask for fewer trials")
+            raise BudgetExceeded(what, None, "a budget that pays for one", "raise epsilon or delta, or ask for fewer trials")
         high = min(largest, high + 1)
     low = high - 1
     while low > least and fits(low):

@@ -93,7 +93,7 @@ def read_manifest(storage: Storage, name: str) -> Manifest:
         _check_names(found)
         return found
     except FileNotFoundError as error:
-        raise CheckpointError(f"checkpoint {name} is torn: no manifest", None, "", _INSTEAD) from error
+        raise CheckpointError(f"checkpoint {name} is torn: no manifest", None, "all its files", _INSTEAD) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"checkpoint {name} is torn: damaged manifest", str(error), "JSON", _INSTEAD) from error
 

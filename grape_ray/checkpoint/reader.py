@@ -33,7 +33,7 @@ class Reader:
             try:
                 found = storage.size(f"{name}/{file}")
             except FileNotFoundError as error:
-                raise CheckpointError(f"checkpoint file {name}/{file} is missing", None, "", _INSTEAD) from error
+                raise CheckpointError(f"checkpoint file {name}/{file} is missing", None, "all that its manifest names", _INSTEAD) from error
             if found != expected:
                 raise CheckpointError(f"checkpoint file {name}/{file} is torn", f"{found} bytes", f"{expected} bytes", _INSTEAD)
         self._base = self._full(self.manifest.base) if self.manifest.base else None

@@ -19,7 +19,8 @@ _BLOCK_BYTES = 8 << 20
 _ALIGNMENT = 8
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
-    torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.int16: "I16", torch.int8: "I8", torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
+    torch.bool: "BOOL", torch.complex64: "C64", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
 _BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
 
@@ -122,6 +123,9 @@ def _header(file: str, shards: Mapping[str, Shard]) -> tuple[bytes, list[Piece]]
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     pieces, end = [], 0
     for name, shard in shards.items():
+        if shard.tensor.dtype not in _DTYPES:
+            expected, fix = "one of safetensors: " + ", ".join(_BY_NAME), "keep it in another type, or register it with persistent=False"
+            raise CheckpointError(f"tensor '{name}' has a type that no checkpoint holds", str(shard.tensor.dtype), expected, fix)
         size, rows = _size(shard.tensor), len(shard.tensor) if shard.tensor.ndim else 0
         entries[name] = {"dtype": _DTYPES[shard.tensor.dtype], "shape": list(shard.tensor.shape), "data_offsets": [end, end + size]}
         pieces.append(Piece(name, file, end, size, "", _DTYPES[shard.tensor.dtype], shard.global_shape, shard.start, rows))
@@ -141,7 +145,9 @@ def read(storage: Storage, folder: str, piece: Piece) -> Tensor:
             digest.update(block)
             data += block
     except FileNotFoundError as error:
-        raise CheckpointError(f"checkpoint file {where} is missing", None, "", "an earlier one is used instead") from error
+        raise CheckpointError(
+            f"checkpoint file {where} is missing", None, "all that its manifest names", "an earlier one is used instead"
+        ) from error
     if len(data) != piece.bytes or digest.hexdigest() != piece.sha256:
         got = f"{len(data)} bytes of '{piece.name}'"
         raise CheckpointError(f"checkpoint file {where} is damaged", got, f"{piece.bytes} bytes, intact", "an earlier one is used instead")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def command(model_or_pipeline: str, methods: tuple[str, ...], assignments: tuple[str, ...], as_json: bool) -> None:
     """Compare a few examples with separate backward passes, bound their norms, and see that every trainable tensor is noised.
 
-    MODEL_OR_PIPELINE is a pipeline (pipelines.sst2, module:function), of which everything is done once that `train` will do, or a Hugging
+    MODEL_OR_PIPELINE is a pipeline (pipelines.sst2, module:function, FILE.py), of which everything is done once that `train` will do, or a Hugging
     Face hub name or folder.
     """
     config, look = _target(model_or_pipeline, assignments)
@@ -53,7 +53,7 @@ def _target(reference: str, assignments: tuple[str, ...]) -> tuple[Config, Calla
     try:
         return pipeline(reference).override(assignments), _rehearsed
     except ConfigError as missing:
-        if ":" in reference or reference.startswith("pipelines.") or "not found" not in missing.what:
+        if ":" in reference or reference.startswith("pipelines.") or reference.endswith(".py") or "not found" not in missing.what:
             raise
         try:
             model, loss, batch = sample(reference)
@@ -69,9 +69,9 @@ def _rehearsed(config: Config) -> Any:
     from grape_ray.plan import sampling_prob_of
     from grape_ray.splits import check_splits
     from grape_ray.storage import Storage
-    from grape_ray.withheld import told
+    from grape_ray.task import loaded
 
-    data = told(config.task.load, public=False)
+    data = loaded(config.task)
     sampling_prob_of(config, data)
     check_splits(data, True, not data.public)
     with tempfile.TemporaryDirectory(prefix="grape-ray-") as scratch:

@@ -13,7 +13,7 @@ import click
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override a performance.* field; repeatable.")
 @click.option("--key-file", help="Master key; left out, ~/.config/grape-ray/master.key.")
 @click.option("--trust-module", "trust", multiple=True, metavar="MODULE",
-              help="A module of yours that the run's task may be imported from; repeatable.")  # fmt: skip
+              help="A module of yours, or its FILE.py, that the run's task may be imported from; repeatable.")  # fmt: skip
 @click.option("--no-dry-run", is_flag=True, help="Skip the dry run of everything that can fail late.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
 def command(run, ledger, second_ledger, workers, assignments, key_file, trust, no_dry_run, as_json) -> None:

@@ -29,7 +29,7 @@ def command(
     pipeline, assignments, workers, storage, ledger, second_ledger, ledger_epsilon, ledger_delta, allow_large_delta, not_private, name,
     key_file, no_dry_run, as_json,
 ) -> None:  # fmt: skip
-    """Train PIPELINE, a module such as pipelines.digits_vit, or module:function.
+    """Train PIPELINE, a module such as pipelines.digits_vit, module:function, or a FILE.py.
 
     A dry run comes first: what could fail late fails before anything is paid for. Every step is charged to the ledger before its noise is
     drawn. Validation metrics are computed on data that counts as public.

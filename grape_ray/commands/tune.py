@@ -10,6 +10,7 @@ import click
 from click.core import ParameterSource
 
 from grape_ray.errors import ConfigError
+from grape_ray.modules import located
 from grape_ray.sweeps.options import COMPOSE, LAWS, SCHEDULERS, SEARCHES, SELECT, Options
 
 
@@ -45,12 +46,13 @@ from grape_ray.sweeps.options import COMPOSE, LAWS, SCHEDULERS, SEARCHES, SELECT
 def command(
     context: click.Context, workers: int | None, name: str | None, resume: str | None, trust_state: bool, as_json: bool, **words: Any
 ) -> None:
-    """Tune SPACE, a module such as tune_spaces.digits with space() and study().
+    """Tune SPACE, a module such as tune_spaces.digits, or a FILE.py, with space() and study().
 
     Every step of every trial is charged to one study before its noise is drawn, so the epsilon of the winner is that of the sweep.
     """
     words["assignments"] = (*words["assignments"], *([] if workers is None else [f"performance.num_workers={workers}"]))
     words["scheduler"] = words["scheduler"] or ("none" if words["mode"] == SELECT else "asha")
+    words["space"] = located(words["space"], "tune space")
     from grape_ray.report import Reporter
 
     with Reporter(sys.stderr, 0) as reporter:
@@ -86,7 +88,7 @@ def _summary(result: dict[str, Any]) -> list[str]:
         tokens = f"{result['tokens_charged']} of {result['tokens_total']} step tokens charged"
         lines.append(f"{result['trials']} trials, {tokens}, {result['steps_executed']} steps executed")
     if best is None:
-        return [*lines, "no trial has a score"]
+        return [*lines, "no trial has a finite score, so none is the best: look at the metric and at the learning rates of the space"]
     values = ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in best["config"].items())
     lines.append(f"best: score {best['score']:.4f} after {best['steps']} steps with {values}")
     if best["naive_epsilon"] is not None:

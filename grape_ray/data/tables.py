@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import zlib
 from collections.abc import Collection, Sequence
-from typing import Any, cast
+from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 
+from grape_ray.data.files import found_files
 from grape_ray.errors import DataError, nearest
 
 LOOKED_AT = 4096  # first rows of a column, by which it is judged how much it tells
@@ -27,33 +29,44 @@ def read_table(url: str, columns: Sequence[str]) -> pa.Table:
         url: a local path, `hf://datasets/<owner>/<name>/...`, `s3://...` or any other URL that fsspec knows.
 
     Raises:
-        DataError: nothing there, not Parquet, a column missing, or no rows.
+        DataError: nothing there, not Parquet, a column missing or there twice, files of different columns, or no rows.
     """
+    fs, files = found_files(url)
+    tables = [_read_file(fs, file, columns) for file in files]
     try:
-        fs, path = cast(tuple[Any, str], fsspec.core.url_to_fs(url))
-        files = sorted(fs.glob(path)) if "*" in path else sorted(fs.glob(f"{path}/**/*.parquet")) if fs.isdir(path) else [path]
-    except Exception as error:
-        raise DataError("data cannot be reached", url, "a Parquet file, folder or URL", f"{type(error).__name__}: {error}") from error
-    if not files or not all(fs.exists(file) for file in files):
-        raise DataError("data not found", url, "a Parquet file, or a folder or pattern with some", "check the path")
-    table = pa.concat_tables([_read_file(fs, file, columns) for file in files], promote_options="permissive")
+        table = pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        types = sorted({f"{column} {table.schema.field(column).type}" for table in tables for column in columns})
+        raise DataError(f"the files of {url} differ", ", ".join(types), "columns of one type", "convert them, or name one file") from error
+    for place, column in enumerate(columns):  # as pandas keeps categories
+        if pa.types.is_dictionary(table[column].type):
+            table = table.set_column(place, column, table[column].cast(table[column].type.value_type))
     if table.num_rows == 0:
         raise DataError("data has no rows", url, "at least one record", "check the path")
     return table
 
 
 def _read_file(fs: Any, path: str, columns: Sequence[str]) -> pa.Table:
-    """The named columns of one file."""
+    """The named columns of one file.
+
+    A local one is opened by Arrow itself, and no thread is used on another: a thread of Arrow's that still holds a file of Python's when
+    the interpreter ends, as it does where the table is refused at once, aborts the process.
+    """
+    local = isinstance(fs, LocalFileSystem)
     try:
-        with fs.open(path, "rb") as handle:
-            file = pq.ParquetFile(handle)
-            names = set(file.schema_arrow.names)
+        with contextlib.ExitStack() as held:
+            source = path if local else held.enter_context(fs.open(path, "rb"))
+            file = held.enter_context(pq.ParquetFile(source, pre_buffer=False))
+            names = file.schema_arrow.names
             for column in columns:
                 if column not in names:
                     raise DataError(f"column missing in {path}", column, "a column of the file", nearest(column, names))
-            return file.read(columns=list(columns))
+                if names.count(column) > 1:
+                    got, fix = f"{names.count(column)} columns of that name", "rename all but one"
+                    raise DataError(f"column '{column}' of {path}", got, "one", fix)
+            return file.read(columns=list(columns), use_threads=local)
     except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0][:200]
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise DataError("data cannot be read as Parquet", path, "an intact Parquet file", f"the reader says: {reason}") from error
 
 
@@ -63,7 +76,9 @@ def texts(table: pa.Table, column: str, url: str) -> list[str]:
     if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
         raise DataError(f"column '{column}' of {url}", str(values.type), "strings", "name the text column")
     _refuse_nulls(values, column, url)
-    return values.to_pylist()
+    with contextlib.suppress(UnicodeDecodeError):  # its text quotes the record
+        return values.to_pylist()
+    raise DataError(f"column '{column}' of {url}", "bytes that are no text", "strings in UTF-8", "convert the column")
 
 
 def labels(table: pa.Table, column: str, url: str, classes: int) -> np.ndarray:

@@ -10,6 +10,7 @@ from torch import nn
 from grape_ray.config import Method, Privacy
 from grape_ray.engines.base import Engine
 from grape_ray.engines.dispatch import register_rule
+from grape_ray.engines.routing import check_patterns
 from grape_ray.methods import METHODS
 from grape_ray.subspace import Gaussian, Subspace, plan_projections
 
@@ -42,6 +43,9 @@ def make_engine(
 def from_config(model: nn.Module, privacy: Privacy, method: Method, key: bytes) -> Engine:
     """The engine that a run's config names."""
     info = METHODS[method.name]
+    names = [name for name, _ in model.named_parameters()]
+    check_patterns("method.dense", method.dense, names)
+    check_patterns("method.routes", [route.rpartition(":")[0] for route in method.routes if ":" in route[1:]], names)
     subspace = Subspace()
     if info.subspace == "gaussian":
         plan = plan_projections(model, method.rank, method.side, method.dense, method.project_min_numel)

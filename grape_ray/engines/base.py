@@ -68,7 +68,7 @@ class Engine:
         self.params = {name: param for name, (_, param) in owned_parameters(model).items()}
         self.layouts, self._may_verify, self._unsettled = Layouts(), True, False
         if not self.params:
-            raise ConfigError("model", "no trainable parameter", "at least one with requires_grad=True")
+            raise ConfigError("model", "no trainable parameter", "at least one with requires_grad=True", "unfreeze what is to be trained")
         check_kinds(model, self.params)
         self._norms = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._check_norms()

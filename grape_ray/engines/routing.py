@@ -5,6 +5,7 @@ B examples, T positions (of all uses together), O and I the weight's sides, K pr
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 from collections.abc import Iterable
 
@@ -35,6 +36,19 @@ def norm_route(positions: int, outputs: int, inputs: int, probes: int | None = N
 def overridden(name: str, overrides: Iterable[tuple[str, str]]) -> str | None:
     """The route that the first matching (pattern, route) sets for parameter `name`, if any."""
     return next((route for pattern, route in overrides if fnmatch.fnmatch(name, pattern)), None)
+
+
+def check_patterns(field: str, patterns: Iterable[str], names: Iterable[str]) -> None:
+    """Refuses a pattern that matches no parameter: it would be passed over without a word. Raises ConfigError with the nearest names."""
+    known = list(names)
+    for pattern in patterns:
+        if not fnmatch.filter(known, pattern):
+            parts = {name.rsplit(".", cut)[0] for name in known for cut in range(name.count(".") + 1)} | {
+                p for n in known for p in n.split(".")
+            }
+            near = difflib.get_close_matches(pattern.strip("*?."), sorted(parts), n=3, cutoff=0.5)
+            fix = "did you mean " + " or ".join(map(repr, near)) + "?" if near else f"the first of {len(known)} is {known[0]!r}"
+            raise ConfigError(f"{field} matches no parameter of the model", pattern, "a pattern (fnmatch) of their names", fix)
 
 
 def parse_overrides(texts: Iterable[str], estimates: bool) -> tuple[tuple[str, str], ...]:

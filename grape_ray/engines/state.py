@@ -60,11 +60,15 @@ def checksum(tensor: Tensor) -> int:
 
 
 def check_kinds(model: nn.Module, params: Mapping[str, Tensor]) -> None:
-    """Refuses what can be neither clipped nor watched: complex parameters, and state that modules add to what is saved."""
+    """Refuses what cannot be clipped, trained or watched: complex and fp16 parameters, state that modules add to what is saved."""
     for name, param in params.items():
         if param.is_complex():
             fix = "hold its real and imaginary parts as one real parameter, and use torch.view_as_complex of it"
             raise UnsupportedLayer(f"parameter '{name}'", "complex numbers", "real numbers, which clipping and noise are defined for", fix)
+        if param.dtype == torch.float16:
+            expected = "bfloat16 (trained with stochastic rounding), float32 or float64"
+            fix = "load the model with dtype=torch.bfloat16 or torch.float32: most of a private step is lost in float16"
+            raise UnsupportedLayer(f"parameter '{name}'", "float16", expected, fix)
     for name, module in model.named_modules():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise UnsupportedLayer(

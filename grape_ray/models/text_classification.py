@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from grape_ray.data import tables
 from grape_ray.data.arrays import Ragged, Records
 from grape_ray.errors import ConfigError
-from grape_ray.models.hf import load_sequence_classifier, load_tokenizer, save_pretrained
+from grape_ray.models.hf import check_vocabulary, load_sequence_classifier, load_tokenizer, positions_told, save_pretrained, tokens_of
 from grape_ray.task import Data, classification_loss, classification_metrics
 
+_MOST_CLASSES = 1_000_000
 _TOKENIZE_ROWS = 4096  # texts handed to the tokenizer at a time
 
 
@@ -51,7 +52,9 @@ class TextClassification:
     def __post_init__(self) -> None:
         for field, low in (("classes", 2), ("max_tokens", 1), ("limit", 0)):
             if getattr(self, field) < low:
-                raise ConfigError(f"task.{field}", getattr(self, field), f"an integer >= {low}")
+                raise ConfigError(f"task.{field}", getattr(self, field), f"an integer >= {low}", "set another value")
+        if self.classes > _MOST_CLASSES:
+            raise ConfigError("task.classes", self.classes, f"at most {_MOST_CLASSES}", "count the labels: the head has a row for each")
 
     def load(self) -> Data:
         whole = tables.read_table(self.train, [self.text_column, self.label_column])
@@ -81,6 +84,7 @@ class TextClassification:
 
     def build_model(self, seed: int) -> nn.Module:
         model: Any = load_sequence_classifier(self.model, self.classes, seed, self.dropout)
+        check_vocabulary(model, tokens_of(_tokenizer(self.model)), self.model)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = self._fill
         return model
@@ -95,10 +99,12 @@ class TextClassification:
         return {"input_ids": ids, "attention_mask": mask, "labels": torch.from_numpy(records.array("labels")[indices])}
 
     def per_example_loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        return classification_loss(model, batch)
+        with positions_told(model, batch["input_ids"].shape[1]):
+            return classification_loss(model, batch)
 
     def evaluate(self, model: nn.Module, records: Records) -> dict[str, float]:
-        return classification_metrics(self, model, records)
+        with positions_told(model, int(np.diff(records.sequences("input_ids").offsets).max())):
+            return classification_metrics(self, model, records)
 
     def save(self, model: nn.Module, folder: Path) -> None:
         save_pretrained(model, folder)

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from grape_ray.data import tables
 from grape_ray.data.arrays import Ragged, Records
 from grape_ray.errors import ConfigError, DataError
-from grape_ray.models.hf import load_causal_lm, load_tokenizer, save_pretrained
+from grape_ray.models.hf import check_vocabulary, load_causal_lm, load_tokenizer, positions_told, save_pretrained, tokens_of
 from grape_ray.task import Data, evaluating, to_device
 
 BYTES = "bytes"
 _PAD, _BEGIN, _END, _FIRST_BYTE = 0, 1, 2, 3
+_BYTE_TOKENS = _FIRST_BYTE + 256
 _IGNORE = -100
 _EVALUATE_ROWS = 8
 
@@ -56,7 +57,7 @@ class TextGeneration:
     def __post_init__(self) -> None:
         for field, low in (("max_tokens", 2), ("limit", 0), ("validation_limit", 0)):
             if getattr(self, field) < low:
-                raise ConfigError(f"task.{field}", getattr(self, field), f"an integer >= {low}")
+                raise ConfigError(f"task.{field}", getattr(self, field), f"an integer >= {low}", "set another value")
 
     def load(self) -> Data:
         train, validation = self._table(self.train), self._table(self.validation)
@@ -69,7 +70,8 @@ class TextGeneration:
         )
 
     def build_model(self, seed: int) -> nn.Module:
-        return load_causal_lm(self.model, seed)
+        tokens = _BYTE_TOKENS if self.tokenizer == BYTES else tokens_of(self._read_by())
+        return check_vocabulary(load_causal_lm(self.model, seed), tokens, self.model)
 
     def collate(self, records: Records, indices: np.ndarray) -> Mapping[str, Tensor]:
         ids, mask = records.sequences("input_ids").padded(indices, _PAD)
@@ -96,7 +98,11 @@ class TextGeneration:
     def save(self, model: nn.Module, folder: Path) -> None:
         save_pretrained(model, folder)
         if self.tokenizer != BYTES:
-            _tokenizer(self.tokenizer or self.model).save_pretrained(folder)
+            self._read_by().save_pretrained(folder)
+
+    def _read_by(self) -> Any:
+        """The tokenizer; not of bytes."""
+        return _tokenizer(self.tokenizer, "task.tokenizer") if self.tokenizer else _tokenizer(self.model, "task.model")
 
     def _table(self, url: str) -> pa.Table:
         return tables.read_table(url, [c for c in (self.prompt_column, self.text_column) if c])
@@ -105,7 +111,7 @@ class TextGeneration:
         """Token ids, and for each example where its learned part begins."""
         texts = self._ids(tables.texts(table, self.text_column, url), end=True)
         prompts = self._ids(tables.texts(table, self.prompt_column, url), end=False) if self.prompt_column else [[]] * len(texts)
-        begin = [_BEGIN] if self.tokenizer == BYTES else _begin(self.tokenizer or self.model)
+        begin = [_BEGIN] if self.tokenizer == BYTES else _begin(self._read_by())
         whole, starts = [], []
         for row, (prompt, text) in enumerate(zip(prompts, texts)):
             start = len(begin) + len(prompt)
@@ -120,7 +126,7 @@ class TextGeneration:
         """Token ids without special tokens, but for the last one if `end`."""
         if self.tokenizer == BYTES:
             return [[b + _FIRST_BYTE for b in text.encode()] + ([_END] if end else []) for text in texts]
-        tokenizer = _tokenizer(self.tokenizer or self.model)
+        tokenizer = self._read_by()
         found = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=self.max_tokens)["input_ids"]
         last = [tokenizer.eos_token_id] if end and tokenizer.eos_token_id is not None else []
         return [[*ids, *last] for ids in found]
@@ -137,18 +143,19 @@ def _token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor
     """
     targets = batch["input_ids"].masked_fill(~batch["learned"], _IGNORE)
     targets = F.pad(targets[:, 1:], (0, 1), value=_IGNORE)
-    logits = model(input_ids=batch["input_ids"], use_cache=False).logits.float()
+    with positions_told(model, batch["input_ids"].shape[1]):
+        logits = model(input_ids=batch["input_ids"], use_cache=False).logits.float()
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=_IGNORE, reduction="none")
     return losses.view(targets.shape), targets != _IGNORE
 
 
 @lru_cache(maxsize=2)
-def _tokenizer(name: str) -> Any:
+def _tokenizer(name: str, field: str) -> Any:
     """One tokenizer a process: loading takes a second."""
-    return load_tokenizer(name)
+    return load_tokenizer(name, field)
 
 
-def _begin(name: str) -> list[int]:
+def _begin(tokenizer: Any) -> list[int]:
     """The token that the tokenizer puts before a text, if it has one."""
-    token = _tokenizer(name).bos_token_id
+    token = tokenizer.bos_token_id
     return [] if token is None else [token]

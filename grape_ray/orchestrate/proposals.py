@@ -30,7 +30,7 @@ def check_domains(space: Mapping[str, Any], study: SweepStudy) -> None:
                 f"the domain of {name}", got, "a domain of ray.tune, such as tune.choice([4, 8])", "a grid is no distribution"
             )
         if name == "method.name" and not isinstance(domain, Categorical):
-            raise ConfigError("the domain of method.name", type(domain).__name__, "tune.choice of methods")
+            raise ConfigError("the domain of method.name", type(domain).__name__, "tune.choice of methods", "name them")
     if "method.name" in space:
         check_methods(study.config.method.name, space["method.name"].categories)
     for name in space:  # a value of a wrong type or range is told now, not by the first trial

@@ -16,21 +16,26 @@ from grape_ray.orchestrate.cluster import not_reached
 _PROBE = "import ray; ray.init(log_to_driver=False, logging_level='CRITICAL'); print('GPUs', ray.cluster_resources().get('GPU', 0))"
 _OF_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # with it a probe would pass for the job's own driver
 _MOST_S = 60.0
+_FEW, _A_CORE = 32, 4  # processes that any machine holds, and those that it holds for each of its cores
 
 
 def reach(config: Config) -> None:
     """Looks for the workers of a run.
 
     Raises:
-        ConfigError: see `find_cluster`, or this machine has too few GPUs.
+        ConfigError: see `find_cluster`, or this machine has too few GPUs or cores.
     """
     performance = config.performance
-    if performance.workers[1] == 0 or find_cluster(performance.start_timeout_s) or not performance.use_gpu:
+    fewest, most = performance.workers
+    if most == 0 or find_cluster(performance.start_timeout_s):
         return
-    wanted, found = performance.workers[0], torch.cuda.device_count()
-    if wanted > found:
-        got, fix = f"{wanted} workers with a GPU each", "lower performance.num_workers, unset performance.use_gpu, or name a cluster"
-        raise ConfigError("performance.num_workers", got, f"at most this machine's {found} GPUs", fix)
+    cpus, gpus = os.cpu_count() or 1, torch.cuda.device_count()
+    if performance.use_gpu and fewest > gpus:
+        got, fix = f"{fewest} workers with a GPU each", "lower performance.num_workers, unset performance.use_gpu, or name a cluster"
+        raise ConfigError("performance.num_workers", got, f"at most this machine's {gpus} GPUs", fix)
+    if most > max(_FEW, _A_CORE * cpus):
+        got, fix = f"{most} workers", "lower performance.num_workers, or name a cluster with RAY_ADDRESS"
+        raise ConfigError("performance.num_workers", got, f"at most {max(_FEW, _A_CORE * cpus)} on this machine's {cpus} cores", fix)
 
 
 def find_cluster(deadline_s: float) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -164,12 +165,12 @@ def _terms(study: SweepStudy, ledger: str, name: str) -> Terms:
 
 
 def _release(sweep: Sweep, secret: Storage, trials: Sequence[Sealed]) -> dict[str, Any] | None:
-    """Copies the best trial's model out of the sealed folder, under a name that tells nothing; None where none was drawn."""
+    """Copies the best trial's model out of the sealed folder, under a name that tells nothing; None where none has a finite score."""
     runs, metric = secret.child(folder.RUNS), sweep.study.metric
     scored = []
     for trial in trials:
         result = json.loads(runs.read(f"{trial.name}/{RESULT_FILE}"))
-        if metric in result["metrics"]:
+        if math.isfinite(result["metrics"].get(metric, math.nan)):
             scored.append((result["metrics"][metric], trial, result))
     if not scored:
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import threading
 import time
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ from grape_ray.withheld import withheld
 
 _POINTER = "pointer.json"
 _POLL_S = 0.2
+WORST = -1e30  # finite, so that percentiles over it are, too
 _END_S = 600.0  # how long a run may take to end in good order
 
 
@@ -162,7 +164,7 @@ class Trial(tune.Trainable):
         facts = {"step": report["step"], **self._metrics, "run": self._plan.run}
         self._reports.line(json.dumps({**facts, "time": time.time(), "done": done}))
         metric = self._setting.sweep.metric
-        return {**facts, metric: self._metrics.get(metric, 0.0), "done": done}
+        return {**facts, metric: comparable(self._metrics.get(metric, 0.0)), "done": done}
 
     def _finish(self) -> None:
         """Ends the run in good order, so that what never started is given back."""
@@ -173,6 +175,14 @@ class Trial(tune.Trainable):
             self._talk.close()
         self._thread.join(_END_S)
         self._reports.close()
+
+
+def comparable(score: float) -> float:
+    """The score for Ray Tune's comparisons, where one that is not finite is below all others.
+
+    Compared with NaN, a trial would neither be stopped nor lose, and a median over one is NaN, so that no other trial would be stopped.
+    """
+    return score if math.isfinite(score) else WORST
 
 
 def _run_of(trial: str, values: Mapping[str, Any], pointer: Mapping[str, Any] | None) -> tuple[str, tuple[str, str] | None]:

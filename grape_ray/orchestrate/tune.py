@@ -17,7 +17,7 @@ from grape_ray.accounting.records import Study
 from grape_ray.errors import ConfigError, GrapeRayError
 from grape_ray.orchestrate.accountant import Accountant
 from grape_ray.orchestrate.proposals import scheduler, search
-from grape_ray.orchestrate.trial import Setting, Trial
+from grape_ray.orchestrate.trial import WORST, Setting, Trial
 from grape_ray.sweeps import folder
 from grape_ray.sweeps.options import Options
 from grape_ray.sweeps.prepare import Share, Sweep
@@ -121,7 +121,9 @@ def _check(trials: tune.ResultGrid, say: Callable[[str], None]) -> None:
     if errors and len(errors) == len(trials):
         if isinstance(errors[0], GrapeRayError):
             raise errors[0]
-        raise GrapeRayError("every trial failed", type(errors[0]).__name__, "", "see the lines above, then go on with --resume")
+        raise GrapeRayError(
+            "every trial failed", type(errors[0]).__name__, "trials that end", "see the lines above, then go on with --resume"
+        )
 
 
 def _tuner(sweep: Sweep, setting: Setting, concurrent: int) -> tune.Tuner:
@@ -164,4 +166,5 @@ class _Teller(tune.Callback):
         self._metric = metric
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
-        _Teller.say(f"trial {trial.trial_id}  step {result['step']}  {self._metric} {result[self._metric]:.4f}")
+        score = result[self._metric]
+        _Teller.say(f"trial {trial.trial_id}  step {result['step']}  {self._metric} {f'{score:.4f}' if score > WORST else 'not finite'}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,10 @@ from grape_ray.trace import lines
 
 SWEEP_FILE, RESULT_FILE = "sweep.json", "result.json"
 RUNS, TUNE = "runs", "tune"
+_DESCRIBED = {  # what a description holds at least, and of which types
+    "sweep": str, "study": str, "mode": str, "options": dict, "fields": list, "metric": str, "config": dict, "ledger": str, "paid": dict,
+    "score_source": str, "budget": list,
+}  # fmt: skip
 EXECUTED, REPORTS = "executed", "reports"  # traces below a run's folder
 
 
@@ -25,9 +30,9 @@ class TrialRow:
 
     Attributes:
         run: its name; trial: the trial that it belongs to (population-based training has several runs a trial).
-        values: of the varied fields. steps: of its model at its last report; score: then, None without a report.
+        values: of the varied fields. steps: of its model at its last report; score: then, None without one that is finite.
         charged, executed: step tokens it burned, and steps its processes counted. attempts: how often it was begun.
-        reports: (time in seconds since 1970, step, score) each; done: whether it reached its own end.
+        reports: (time in seconds since 1970, step, score) each, of finite scores; done: whether it reached its own end.
     """
 
     run: str
@@ -45,9 +50,16 @@ class TrialRow:
 def read(folder: Storage) -> dict[str, Any]:
     """How a sweep was begun. Raises ConfigError where the folder holds no sweep."""
     try:
-        return json.loads(folder.read(SWEEP_FILE))
+        found = json.loads(folder.read(SWEEP_FILE))
     except FileNotFoundError as error:
         raise ConfigError("there is no sweep", folder.url, f"a folder with {SWEEP_FILE}", "check name and storage") from error
+    except ValueError as error:
+        raise ConfigError(f"{SWEEP_FILE} of the sweep is damaged", str(error), "a JSON object", "restore it from a copy") from error
+    wrong = [name for name, kind in _DESCRIBED.items() if not isinstance(found, dict) or not isinstance(found.get(name), kind)]
+    if wrong:
+        got, expected = f"no usable {', '.join(wrong)}", "the JSON that its beginning wrote"
+        raise ConfigError(f"{SWEEP_FILE} of the sweep is damaged", got, expected, "restore it from a copy")
+    return found
 
 
 def trials(folder: Storage, sweep: Mapping[str, Any]) -> list[TrialRow]:
@@ -69,13 +81,14 @@ def _row(run_folder: Storage, run: str, sweep: Mapping[str, Any], attempts: list
         values[name] = node
     metric = sweep["metric"]
     told = sorted((json.loads(line) for line in lines(run_folder, REPORTS)), key=lambda report: report["time"])
-    reports = tuple((report["time"], report["step"], report[metric]) for report in told if metric in report)
+    scores = [(report["time"], report["step"], report[metric]) for report in told if metric in report]
+    reports = tuple(score for score in scores if math.isfinite(score[2]))
     return TrialRow(
         run=run,
         trial=run.partition(".")[0],
         values=values,
         steps=told[-1]["step"] if told else 0,
-        score=reports[-1][2] if reports else None,
+        score=scores[-1][2] if scores and math.isfinite(scores[-1][2]) else None,
         charged=sum(attempt.used for attempt in attempts),
         executed=len(lines(run_folder, EXECUTED)),
         attempts=len(attempts),
@@ -85,5 +98,6 @@ def _row(run_folder: Storage, run: str, sweep: Mapping[str, Any], attempts: list
 
 
 def best(rows: list[TrialRow]) -> TrialRow | None:
-    """The run with the best last score, the one with more steps of equals; None without a score."""
-    return max((row for row in rows if row.score is not None), key=lambda row: (row.score, row.steps), default=None)
+    """The run with the best last score, the one with more steps of equals; None without a score that is finite."""
+    scored = (row for row in rows if row.score is not None and math.isfinite(row.score))
+    return max(scored, key=lambda row: (row.score, row.steps), default=None)

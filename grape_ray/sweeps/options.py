@@ -8,7 +8,7 @@ from typing import Any
 from grape_ray.accounting.events import check_delta, check_epsilon
 from grape_ray.accounting.selection import NEGATIVE_BINOMIAL, POISSON, Law
 from grape_ray.config import Config
-from grape_ray.errors import ConfigError
+from grape_ray.errors import ConfigError, nearest
 from grape_ray.methods import METHODS
 
 COMPOSE, SELECT = "compose", "select"
@@ -61,11 +61,11 @@ class Options:
     def __post_init__(self) -> None:
         for name, known in (("mode", (COMPOSE, SELECT)), ("scheduler", SCHEDULERS), ("search", SEARCHES), ("law", tuple(LAWS))):
             if getattr(self, name) not in known:
-                raise ConfigError(f"--{name}", getattr(self, name), "one of " + ", ".join(known))
+                raise ConfigError(f"--{name}", getattr(self, name), "one of " + ", ".join(known), nearest(str(getattr(self, name)), known))
         for name in ("trials", "tokens", "concurrent"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ConfigError(f"--{name}", value, "an integer >= 1")
+                raise ConfigError(f"--{name}", value, "an integer >= 1", f"raise --{name}, or leave it out")
         for name, check in (("epsilon", check_epsilon), ("delta", check_delta)):
             for prefix, value in (("budget", getattr(self, name)), ("ledger", getattr(self, f"ledger_{name}"))):
                 if value is not None:

@@ -28,9 +28,8 @@ from grape_ray.storage import Storage
 from grape_ray.sweeps import folder, price
 from grape_ray.sweeps.options import SELECT, Options, check_select_config
 from grape_ray.sweeps.space import PRIVATE, SweepStudy
-from grape_ray.task import Data, label
+from grape_ray.task import Data, label, loaded
 from grape_ray.trust import remember_sweep
-from grape_ray.withheld import told
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ def prepare(options: Options, space: dict[str, Any], study: SweepStudy, name: st
     study = _priced_config(options, study)
     if options.mode == SELECT:
         check_select_config(study.config)
-    data = told(study.config.task.load, public=False)
+    data = loaded(study.config.task)
     sampling_prob = sampling_prob_of(study.config, data)
     consent = Consent(large_delta=options.allow_large_delta)
     cautions.check_delta("the sweep's delta", study.config.privacy.delta, len(data.train), consent)
@@ -185,7 +184,7 @@ def _known(described: Mapping[str, Any], mode: str, task: Any, identity: Callabl
     paid, where, budget = (Selection if mode == SELECT else Study).from_payload(described["paid"]), described["ledger"], described["budget"]
     if Storage(where).exists(entry_name(0)):
         return Share(paid, where, Ledger.open(where, create=False).state.dataset_id, (budget[0], budget[1]))
-    data = told(task.load, public=False)
+    data = loaded(task)
     found = identity(data)
     return Share(paid, where, found[0], (budget[0], budget[1]), found, data.public and found[0] == data.dataset_id)
 

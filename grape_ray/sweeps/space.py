@@ -10,10 +10,12 @@ from typing import Any
 from grape_ray.config import Config
 from grape_ray.errors import ConfigError, nearest
 from grape_ray.methods import METHODS
-from grape_ray.resolve import load_module
+from grape_ray.modules import call, load_module
 from grape_ray.scores import check_metric
 
 PUBLIC, PRIVATE = "public", "private"
+_RETURNS = "space() -> a dict of domains, not empty, and study() -> SweepStudy"
+_LIKE = "see tune_spaces/digits.py for one"
 
 # Fields that no trial may vary, each with the reason that is told.
 FROZEN = {
@@ -60,7 +62,7 @@ class SweepStudy:
         if self.score_source == PRIVATE:
             check_metric(self.config.task, self.metric)
         if self.reduction_factor < 2:
-            raise ConfigError("reduction_factor", self.reduction_factor, "an integer >= 2")
+            raise ConfigError("reduction_factor", self.reduction_factor, "an integer >= 2", "3 is usual")
         if not METHODS[self.config.method.name].private:
             raise ConfigError("method.name of a tune space", self.config.method.name, "a private method", "the yardstick is not for sweeps")
         check_names(self.tunable, self.tunable)
@@ -75,6 +77,8 @@ class SweepStudy:
         for name in names:
             value: Any = self.config
             for part in name.split("."):
+                if not hasattr(value, part):
+                    raise ConfigError("a tune space varies what is no field", name, "fields of grape_ray.Config", "correct its name")
                 value = getattr(value, part)
             found[name] = value
         return found
@@ -123,11 +127,11 @@ def load(reference: str, assignments: Iterable[str] = ()) -> tuple[dict[str, Any
     module = load_module(reference, reference, "tune space")
     for name in ("space", "study"):
         if not callable(getattr(module, name, None)):
-            raise ConfigError(f"tune space {reference} has no function {name}()", None, "space() -> dict and study() -> SweepStudy")
-    space, study = module.space(), module.study()
+            raise ConfigError(f"tune space {reference} has no function {name}()", None, _RETURNS, _LIKE)
+    space, study = (call(getattr(module, name), f"tune space {reference}", _RETURNS) for name in ("space", "study"))
     if not isinstance(space, dict) or not space or not isinstance(study, SweepStudy):
         got = f"{type(space).__name__} and {type(study).__name__}"
-        raise ConfigError(f"tune space {reference}", got, "space() -> a dict of domains, not empty, and study() -> SweepStudy")
+        raise ConfigError(f"tune space {reference}", got, _RETURNS, _LIKE)
     check_names(space, study.tunable)
     study.defaults(space)
     study = replace(study, config=study.config.override(assignments))
@@ -140,4 +144,4 @@ def _text(value: Any) -> str:
     value = value.item() if hasattr(value, "item") else value
     if isinstance(value, str):
         return value
-    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else json.dumps(value)
+    return json.dumps(list(value) if isinstance(value, tuple) else value)

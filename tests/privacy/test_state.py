@@ -202,3 +202,5 @@ def test_state_that_cannot_be_clipped_or_watched_is_refused_by_name():
         check_kinds(Outer(), {"v": torch.zeros(2), "w": torch.zeros(2, dtype=torch.cfloat)})
     with pytest.raises(UnsupportedLayer, match="'1'"):
         check_kinds(nn.Sequential(Outer(), Extra()), {})
+    with pytest.raises(UnsupportedLayer, match=r"parameter 'w', got 'float16', expected bfloat16.*torch.float32"):
+        check_kinds(Outer(), {"v": torch.zeros(2, dtype=torch.bfloat16), "w": torch.zeros(2, dtype=torch.float16)})
