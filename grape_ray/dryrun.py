@@ -143,10 +143,6 @@ def _evaluate(task: Task, model: nn.Module, records: Records) -> list[str]:
 
 def _save_and_load(config: Config, folder: Storage, model: nn.Module, optimizer: Optimizer) -> int:
     """Bytes of a checkpoint that was written and came back as it was."""
-    for name, tensor in model.state_dict().items():
-        if tensor.is_complex():
-            fix = "keep its real and imaginary parts as a last dimension of 2"
-            raise CheckpointError(f"tensor '{name}' cannot be kept in a checkpoint", str(tensor.dtype), "real numbers", fix)
     saver = Saver(config, Comms.local(), folder, model, optimizer, 1)
     saver.save(1, {"step": 1, "config": describe(config)}, Occasion.LAST)
     found = checkpoint.load(folder, saver.newest)

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 def command(model_or_pipeline: str, methods: tuple[str, ...], assignments: tuple[str, ...], as_json: bool) -> None:
     """Compare a few examples with separate backward passes, bound their norms, and see that every trainable tensor is noised.
 
-    MODEL_OR_PIPELINE is a pipeline (pipelines.sst2, module:function, FILE.py), of which everything is done once that `train` will do, or a Hugging
-    Face hub name or folder.
+    MODEL_OR_PIPELINE is a pipeline (pipelines.sst2, module:function, FILE.py), of which everything is done once that `train` will do, or a
+    Hugging Face hub name or folder.
     """
     config, look = _target(model_or_pipeline, assignments)
     reports = []
