@@ -257,3 +257,20 @@ def test_inner_products_that_cancel_are_covered_by_what_is_added():
         magnitude = pairs.magnitudes([(left, right)])
         lost = gamma(chain(64), torch.float32) + gamma(chain(width), torch.float32)
         assert (found >= 0.99 * lost * magnitude**2).all()
+
+
+def test_long_sums_are_taken_in_double_precision_and_have_room_for_it():
+    rows = torch.ones(1, 102, 1)
+    rows[0, 0] = 2.0**24  # beside ones: no single-precision number holds the sum
+    assert dots(rows, torch.ones_like(rows))[0].item() == 2**24 + 101
+    assert total_length(rows[:, :, 0], 1).dtype is torch.float64
+    assert total_length(rows[:, :, 0], 1).item() ** 2 >= 2**24 + 101
+    half = torch.finfo(torch.float64).eps / 2
+    for height, width in ((500, 3), (3, 500)):
+        ones = torch.ones(1, height, width, dtype=torch.float64)
+        assert (dots(ones, ones)[1] / half) >= height + width
+        assert (dots(ones, ones)[1] / half) <= height + width + 20
+        above = (matrix_norms(ones).item() / math.sqrt(height * width) - 1) / half
+        assert height + width <= above <= height + width + 30
+        floor = matrix_norms(torch.zeros(1, height, width)).item()
+        assert floor == pytest.approx(math.sqrt(height * width * torch.finfo(torch.float32).tiny))
