@@ -271,6 +271,6 @@ def test_long_sums_are_taken_in_double_precision_and_have_room_for_it():
         assert (dots(ones, ones)[1] / half) >= height + width
         assert (dots(ones, ones)[1] / half) <= height + width + 20
         above = (matrix_norms(ones).item() / math.sqrt(height * width) - 1) / half
-        assert height + width <= above <= height + width + 30
+        assert height + width + 10 <= above <= height + width + 30
         floor = matrix_norms(torch.zeros(1, height, width)).item()
-        assert floor == pytest.approx(math.sqrt(height * width * torch.finfo(torch.float32).tiny))
+        assert floor == pytest.approx(math.sqrt(height * width * torch.finfo(torch.float32).tiny), rel=1e-6, abs=0)
