@@ -35,7 +35,7 @@ def wait_for_lines(trace: Path, count: int, process: subprocess.Popen[str]) -> N
     raise AssertionError(process.communicate()[1])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=lambda n: n.name)
 def test_a_signal_brings_a_checkpoint_and_resume_goes_on(tmp_path, number):
     keys = ["--key-file", str(tmp_path / "key")]
     words = [
@@ -133,6 +133,7 @@ def test_a_second_signal_ends_at_once(tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_one_interrupt_ends_two_workers_in_good_order(tmp_path):
     folder, key = tmp_path / "runs" / "r", str(tmp_path / "key")
     words = ["--set", "task.slow_s=0.05", "--set", f"task.trace={tmp_path / 'trace'}", "--set", "privacy.steps=300", "--workers", "2"]
