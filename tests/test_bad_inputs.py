@@ -406,7 +406,7 @@ def private():
 
 
 @pytest.mark.parametrize(
-    ("name", "status", "quoted", "kept"), [("outside", 1, False, True), ("public", 2, True, True), ("private", 2, False, False)]
+    ("name", "status", "quoted", "kept"), [("outside", 1, False, True), ("public", 2, True, False), ("private", 2, False, False)]
 )
 def test_what_nobody_foresaw_is_one_line_and_its_traceback_is_kept_without_records(home, name, status, quoted, kept):
     file_name = f"faulty_{name}.py"  # a module is imported once a process

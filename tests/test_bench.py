@@ -41,6 +41,7 @@ def test_methods_reports_the_promised_shape(tmp_path):
     assert "| `grape` | 4 |" in out.read_text()
 
 
+@pytest.mark.slow
 def test_profile_accounts_for_time_and_bytes():
     facts = run("profile", "--methods", "grape:4,ghost", "--steps", "2")
     grape = next(r for r in facts["rows"] if r["method"] == "grape:4")
@@ -49,6 +50,7 @@ def test_profile_accounts_for_time_and_bytes():
     assert grape["bytes"]["clipped sum"] > 0
 
 
+@pytest.mark.slow
 def test_length_reports_every_method_at_every_length():
     facts = run("length", "--methods", "none,randomized", "--lengths", "8,16")
     assert [(r["tokens"], r["method"]) for r in facts["rows"]] == [(8, "none"), (8, "randomized"), (16, "none"), (16, "randomized")]

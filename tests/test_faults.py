@@ -212,7 +212,7 @@ def test_a_soak_fails_where_a_promise_is_broken_or_faults_are_missing():
 def _fill(folder, answers):
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
     try:
-        Storage(folder).upload("big", lambda: (bytes(50_000) for _ in range(10)))
+        Storage(folder, deadline_s=0.5).upload("big", lambda: (bytes(50_000) for _ in range(10)))
     except StorageError as error:
         answers.put(str(error))
     answers.put(Storage(folder).list())

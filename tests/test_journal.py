@@ -6,10 +6,13 @@ import time
 
 import pytest
 
+from grape_ray.comms import Comms
 from grape_ray.errors import StorageError
+from grape_ray.execute import execute
 from grape_ray.journal import Journal
 from grape_ray.loop import Progress
 from grape_ray.orchestrate.train import train
+from grape_ray.plan import prepare
 from grape_ray.storage import Storage
 from tests.tiny import tiny
 
@@ -37,12 +40,13 @@ def test_a_run_tells_what_happened_and_nothing_private(tmp_path):
 def test_a_failure_of_the_task_is_named_without_its_words(tmp_path, monkeypatch):
     from tests.tiny import Tiny
 
-    def quote(self, model, records):
+    def quote(self, model, batch):
         raise ValueError("the record of Jane Doe")
 
-    monkeypatch.setattr(Tiny, "evaluate", quote)
+    plan = prepare(tiny(), run="r", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+    monkeypatch.setattr(Tiny, "per_example_loss", quote)
     with pytest.raises(ValueError, match="Jane"):
-        train(tiny(), run="r", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+        execute(plan, Comms.local())
     failed = next(e for e in lines(tmp_path / "runs" / "r") if e["event"] == "failed")
     assert (failed["error"], failed["reason"]) == ("ValueError", None)
     assert not any(b"Jane" in f.read_bytes() for f in (tmp_path / "runs").rglob("*") if f.is_file())

@@ -120,6 +120,7 @@ def test_a_ledger_that_was_moved_is_found_and_an_old_copy_is_refused(tmp_path):
     assert run_plan(plan_resume(run, key_path=key))["ledger"] == str(tmp_path / "moved")
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once(tmp_path):
     words = ["--set", "task.slow_s=1.5", "--set", f"task.trace={tmp_path / 'trace'}", "--run", "r", "--no-dry-run"]
     cut = program("train", "tests.tiny:tiny", *words, "--storage", str(tmp_path / "runs"), "--key-file", str(tmp_path / "key"))
