@@ -1,13 +1,13 @@
 """Everything that a run will do, done once and thrown away before anything is paid for: so that nothing can fail late.
 
-The description is written and read back, a step is taken on the shortest and the longest records of all, their validation is evaluated, a
-checkpoint goes to the run's own storage and comes back, and the model is exported. No noise of a run is drawn: the key is thrown away, too.
+The description is written and read back, a clipped sum is taken over the shortest and the longest records of all, validation records are
+evaluated, a checkpoint goes to the run's own storage and comes back, and the model is exported. No noise is drawn, and the model in that
+checkpoint has seen no record: whatever interrupts a dry run, nothing unpaid for is left behind.
 """
 
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import tempfile
 import time
@@ -30,7 +30,7 @@ from grape_ray.engines.state import awake
 from grape_ray.errors import CheckpointError, ConfigError, GrapeRayError, StorageError, TaskFailed, nearest
 from grape_ray.loop import Occasion
 from grape_ray.metrics import plain
-from grape_ray.noise import NoiseStream, nonprivate_mean, privatize
+from grape_ray.noise import grid_and_std, nonprivate_mean
 from grape_ray.optim import Optimizer, make_optimizer
 from grape_ray.preflight import Report, preflight
 from grape_ray.resolve import check_description, describe
@@ -118,17 +118,18 @@ def _extremes(config: Config, data: Data) -> tuple[nn.Module, Any, list[Any]]:
 
 
 def _step(config: Config, data: Data, model: nn.Module, engine: Any, optimizer: Optimizer, noise_multiplier: float) -> None:
-    """One step on the shortest and the longest records, in the run's own precision, with noise of a key that nobody keeps."""
+    """A clipped sum over the shortest and the longest records, in the run's own precision, and an update by no gradient at all.
+
+    The sum is dropped: what moves the model here goes to the run's storage, unpaid for, so no record and no noise may have a part in it.
+    """
     task: Task = config.task
     order = data.train.by_length(np.arange(len(data.train)))
     loss = under_autocast(task.per_example_loss, "cpu") if config.performance.precision == "bf16" else task.per_example_loss
     with awake(model):
-        summed = engine.clipped_sum(loss, task.collate(data.train, np.unique(order[[0, -1]])))
-    if not engine.private:
-        optimizer.step(nonprivate_mean(summed, batch_size=2))
-        return
-    noise, size = NoiseStream(secrets.token_bytes(32)), config.privacy.expected_batch_size
-    optimizer.step(privatize(summed, noise, noise_multiplier=noise_multiplier, expected_batch_size=size))
+        engine.clipped_sum(loss, task.collate(data.train, np.unique(order[[0, -1]])))
+    if engine.private:
+        grid_and_std(engine.clip_norm, noise_multiplier, engine.coordinates)
+    optimizer.step(nonprivate_mean(engine.empty_sum(0), batch_size=1))
 
 
 def _evaluate(task: Task, model: nn.Module, records: Records) -> list[str]:

@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
+from grape_ray import checkpoint
 from grape_ray.cli import main
 from grape_ray.config import Config
 from grape_ray.data.arrays import Ragged, Records
@@ -239,3 +240,20 @@ def test_the_program_says_what_it_is_about_to_do(tmp_path):
         in again.stderr
     )
     assert json.loads(again.stdout.splitlines()[-1])["plan"]["dry_run_seconds"] is None
+
+
+@pytest.mark.parametrize("method", ["grape", "dp_adam", "dp_galore", "ghost", "none"])
+def test_what_a_dry_run_writes_has_seen_no_record_and_no_noise(tmp_path, monkeypatch, method):
+    """A dry run that is killed may leave its checkpoint behind."""
+    kept = []
+    monkeypatch.setattr(Storage, "remove", lambda self, name: None)  # killed before it has tidied up
+    started = tiny().task.build_model(0).state_dict()
+    monkeypatch.setattr("grape_ray.noise.NoiseStream.claim", lambda self, step: kept.append(step))
+    config = dataclasses.replace(tiny(), method=dataclasses.replace(tiny().method, name=method))
+    dry_run(config, config.task.load(), Storage(tmp_path), 1.0, True)
+    assert kept == []
+    (folder,) = (p for p in tmp_path.iterdir() if p.name.startswith("scratch-"))
+    found = checkpoint.latest(Storage(folder))
+    assert found is not None
+    assert all(torch.equal(tensor, started[name]) for name, tensor in found.model.items())
+    assert all(not tensor.any() for name, tensor in found.optimizer.items() if name.startswith(("first/", "second/")))
