@@ -19,6 +19,7 @@ def brief(plan: Plan) -> dict[str, Any]:
     """
     config, performance, seen = plan.config, plan.config.performance, plan.rehearsal
     noise = plan.noise_multiplier if plan.private else None
+    book = Ledger.open(plan.ledger_storage(), plan.dataset_id, create=False) if plan.ledger else None
     signal = config.privacy.expected_batch_size / (noise * math.sqrt(seen.report.coordinates)) if noise and seen else None
     return {
         "run": plan.run,
@@ -38,28 +39,24 @@ def brief(plan: Plan) -> dict[str, Any]:
         "device": "cuda" if performance.use_gpu else "cpu",
         "folder": f"{plan.storage}/{plan.run}",
         "ledger": plan.ledger,
-        "budget": _budget(plan),
-        "resumes": _resumed(plan),
+        "budget": _budget(plan, book) if book else None,
+        "resumes": _resumed(plan, book) if book else None,
         "dry_run_seconds": round(seen.seconds, 3) if seen else None,
         "checkpoint_bytes": seen.checkpoint_bytes if seen else None,
     }
 
 
-def _budget(plan: Plan) -> dict[str, float] | None:
-    """Epsilon of the dataset's ledger: whole, taken by other studies, and left once this one has its share."""
-    if plan.ledger is None:
-        return None
-    state = Ledger.open(plan.ledger_storage(), plan.dataset_id, create=False).state
+def _budget(plan: Plan, book: Ledger) -> dict[str, float]:
+    """Epsilon of the dataset's ledger: whole, and what is left of it before and after this run's study has its share."""
+    state = book.state
     mine = state.studies[plan.study].study.epsilon if plan.study in state.studies else 0.0
     left = state.left("epsilon")
     return {"epsilon": state.epsilon, "left_before": left + mine, "left_after": left}
 
 
-def _resumed(plan: Plan) -> dict[str, int] | None:
+def _resumed(plan: Plan, book: Ledger) -> dict[str, int] | None:
     """Of a run that was begun before: the step it goes on from, what was charged, and what is charged again; None for a new one."""
-    if plan.ledger is None:
-        return None
-    charged = sum(t.used for t in Ledger.open(plan.ledger_storage(), create=False).attempts(plan.study, plan.run))
+    charged = sum(t.used for t in book.attempts(plan.study, plan.run))
     if not charged:
         return None
     try:

@@ -36,7 +36,7 @@ from grape_ray.preflight import Report, preflight
 from grape_ray.resolve import check_description, describe
 from grape_ray.saving import Saver
 from grape_ray.storage import Storage
-from grape_ray.task import Data, Task, under_autocast
+from grape_ray.task import Data, Task, loss_of
 from grape_ray.withheld import told
 
 _VALIDATION_RECORDS = 8  # that a dry run evaluates
@@ -72,11 +72,11 @@ def dry_run(config: Config, data: Data, place: Storage, noise_multiplier: float,
     check_description(config)
     stage = partial(_stage, public)
     fix = "a text that is longer than the model's positions needs a smaller task.max_tokens; otherwise correct the task"
-    model, report = stage("a step on the shortest and the longest training records", partial(try_out, config, data), fix)
+    model, batch, report = stage("a step on the shortest and the longest training records", partial(try_out, config, data), fix)
     engine = build_engine(config, model)
     optimizer = make_optimizer(model, engine, config.method, config.privacy.steps, public_key(config, "rounding"))
     if not config.performance.sharded:
-        stage("a private step", partial(_step, config, data, model, engine, optimizer, noise_multiplier), fix)
+        stage("a private step", partial(_step, config, batch, model, engine, optimizer, noise_multiplier), fix)
     names = stage(
         "the evaluation of validation records", partial(_evaluate, task, model, data.validation), "correct task.evaluate, or the records"
     )
@@ -101,11 +101,11 @@ def _stage(public: bool, what: str, call: Callable[[], _Result], fix: str) -> _R
         raise TaskFailed(f"dry run, {what}", f"{type(error).__name__}: {error}", "no error", fix) from error
 
 
-def try_out(config: Config, data: Data) -> tuple[nn.Module, Report]:
-    """The preflight on the extremes of all records, in the mode that trains; the model it built, and what it found."""
+def try_out(config: Config, data: Data) -> tuple[nn.Module, Any, Report]:
+    """The preflight on the extremes of all records, in the mode that trains; the model it built, the batch, and what it found."""
     model, batch, alone = _extremes(config, data)
     key, loss = public_key(config, "projection"), config.task.per_example_loss
-    return model, preflight(model, loss, batch, config.privacy, config.method, key, len(alone), alone)
+    return model, batch, preflight(model, loss, batch, config.privacy, config.method, key, len(alone), alone)
 
 
 def _extremes(config: Config, data: Data) -> tuple[nn.Module, Any, list[Any]]:
@@ -117,16 +117,13 @@ def _extremes(config: Config, data: Data) -> tuple[nn.Module, Any, list[Any]]:
     return model, task.collate(data.train, picked), [task.collate(data.train, picked[i : i + 1]) for i in range(len(picked))]
 
 
-def _step(config: Config, data: Data, model: nn.Module, engine: Any, optimizer: Optimizer, noise_multiplier: float) -> None:
-    """A clipped sum over the shortest and the longest records, in the run's own precision, and an update by no gradient at all.
+def _step(config: Config, batch: Any, model: nn.Module, engine: Any, optimizer: Optimizer, noise_multiplier: float) -> None:
+    """A clipped sum over the preflight's batch, in the run's own precision, and an update by no gradient at all.
 
     The sum is dropped: what moves the model here goes to the run's storage, unpaid for, so no record and no noise may have a part in it.
     """
-    task: Task = config.task
-    order = data.train.by_length(np.arange(len(data.train)))
-    loss = under_autocast(task.per_example_loss, "cpu") if config.performance.precision == "bf16" else task.per_example_loss
     with awake(model):
-        engine.clipped_sum(loss, task.collate(data.train, np.unique(order[[0, -1]])))
+        engine.clipped_sum(loss_of(config.task, config.performance.precision, "cpu"), batch)
     if engine.private:
         grid_and_std(engine.clip_norm, noise_multiplier, engine.coordinates)
     optimizer.step(nonprivate_mean(engine.empty_sum(0), batch_size=1))

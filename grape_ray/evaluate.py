@@ -7,9 +7,8 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-from grape_ray import checkpoint
-from grape_ray.build import build_engine
-from grape_ray.errors import CheckpointError, ConfigError
+from grape_ray.build import newest_checkpoint, trained_model
+from grape_ray.errors import ConfigError
 from grape_ray.metrics import plain
 from grape_ray.plan import RESULT_FILE, read_run
 from grape_ray.resolve import rebuild_config
@@ -35,12 +34,8 @@ def evaluate(run: str, trust: Iterable[str] = ()) -> dict[str, Any]:
         fix = "train on, or begin a run whose validation records are public"
         raise ConfigError("the run's validation records are private", run, "public ones: a score without noise would give them away", fix)
     config = rebuild_config(known, trust)
-    newest = checkpoint.latest(place)
-    if newest is None:
-        raise CheckpointError("the run has no checkpoint", run, "a committed checkpoint", "train it first")
-    data = loaded(config.task)
-    model = told(partial(config.task.build_model, config.seed), data.public)
-    checkpoint.restore(model, newest, build_engine(config, model).subspace if newest.base else None)
+    newest, data = newest_checkpoint(place), loaded(config.task)
+    model = told(partial(trained_model, config, newest), data.public)
     metrics = told(lambda: plain(config.task.evaluate(model, data.validation)), data.public)
     _update(place, newest.step, metrics)
     return {"run": known["run"], "step": newest.step, "metrics": metrics}

@@ -28,7 +28,7 @@ from grape_ray.saving import Saver, resume
 from grape_ray.session import Around, Attempt, Session, begin_attempt
 from grape_ray.step import Step
 from grape_ray.storage import Storage
-from grape_ray.task import Data, Task, under_autocast
+from grape_ray.task import Data, Task, loss_of
 from grape_ray.trust import words_for
 from grape_ray.withheld import is_ours, told, where
 
@@ -148,17 +148,16 @@ def _model_and_engine(plan: Plan, data: Data, device: torch.device) -> tuple[tor
     """
     config, performance = plan.config, plan.config.performance
     task: Task = config.task
-    model, low = task.build_model(config.seed), performance.precision == "bf16"
+    model = task.build_model(config.seed)
     if not performance.sharded:
         if performance.recompute:
             sharding.recompute_blocks(model)
         model = model.to(device)
-        loss = under_autocast(task.per_example_loss, device.type) if low else task.per_example_loss
-        return model, build_engine(config, model), loss
+        return model, build_engine(config, model), loss_of(task, performance.precision, device.type)
     trial = build_engine(config, model)
     order = data.train.by_length(np.arange(len(data.train)))
     layouts = trial.learn(task.per_example_loss, task.collate(data.train, np.unique(order[[0, -1]])))
-    sharding.shard(model, device, torch.bfloat16 if low else None, performance.recompute)
+    sharding.shard(model, device, torch.bfloat16 if performance.precision == "bf16" else None, performance.recompute)
     engine = build_engine(config, model)
     engine.adopt(layouts)
     return model, engine, task.per_example_loss

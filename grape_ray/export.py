@@ -10,10 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from grape_ray import checkpoint
-from grape_ray.build import build_engine
+from grape_ray.build import newest_checkpoint, trained_model
 from grape_ray.config import Config
-from grape_ray.errors import CheckpointError, StorageError
+from grape_ray.errors import StorageError
 from grape_ray.methods import METHODS
 from grape_ray.plan import read_run
 from grape_ray.resolve import rebuild_config
@@ -40,16 +39,12 @@ def export(run: str, folder: str | os.PathLike[str], trust: Iterable[str] = ()) 
         raise StorageError("the folder to export to is taken", str(target), "a new or an empty folder", "choose another")
     known = read_run(place)
     config = rebuild_config(known, trust)
-    newest = checkpoint.latest(place)
-    if newest is None:
-        raise CheckpointError("the run has no checkpoint", run, "a committed checkpoint", "train it first")
-    task = config.task
-    model = task.build_model(config.seed)
-    checkpoint.restore(model, newest, build_engine(config, model).subspace if newest.base else None)
+    newest = newest_checkpoint(place)
+    model = trained_model(config, newest)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as scratch:
-            task.save(model, Path(scratch, "model"))
+            config.task.save(model, Path(scratch, "model"))
             Path(scratch, "model", PRIVACY_FILE).write_text(json.dumps(_promise(config, known["study"], newest.step), indent=1) + "\n")
             if target.exists():
                 target.rmdir()

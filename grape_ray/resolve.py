@@ -66,26 +66,23 @@ def check_description(config: Config) -> None:
     task = config.task
     if not dataclasses.is_dataclass(task):
         raise ConfigError("the task", type(task).__name__, "a dataclass of plain values", "decorate its class with @dataclass(frozen=True)")
-    for field in dataclasses.fields(task):
-        if field.init:
-            _check_kept(f"task.{field.name}", getattr(task, field.name))
+    for field in (field for field in dataclasses.fields(task) if field.init):
+        try:
+            json.dumps(getattr(task, field.name))
+        except (TypeError, ValueError):
+            raise _not_kept(field.name, getattr(task, field.name)) from None
     again = rebuild_config(json.loads(json.dumps(describe(config))), (type(task).__module__,))
     for field in dataclasses.fields(task):
         mine, theirs = getattr(task, field.name), getattr(again.task, field.name)
         if type(mine) is not type(theirs) or mine != theirs:
-            _check_kept(f"task.{field.name}", mine, strict=True)
+            raise _not_kept(field.name, mine)
 
 
-def _check_kept(what: str, value: Any, strict: bool = False) -> None:
-    """Refuses what JSON does not keep. Raises ConfigError."""
+def _not_kept(field: str, value: Any) -> ConfigError:
+    """The error for a field of a task that JSON does not give back as it was."""
     expected = "text, a number, true or false, None, or lists and dicts (with texts as keys) of them"
     fix = "keep a path as text and a number as float(...); make anything else in load or build_model"
-    try:
-        kept = not strict and json.dumps(value) and True
-    except (TypeError, ValueError):
-        kept = False
-    if not kept:
-        raise ConfigError(f"{what} cannot be kept in run.json", type(value).__name__, expected, fix)
+    return ConfigError(f"task.{field} cannot be kept in run.json", type(value).__name__, expected, fix)
 
 
 def rebuild_task(description: Mapping[str, Any], trust: Iterable[str] = ()) -> Any:

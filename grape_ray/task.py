@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -38,9 +39,9 @@ class Data:
     public: bool = False
     columns: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def identity(self) -> tuple[str, ...]:
-        """All fingerprints by which the training records, or columns of them, are recognised."""
+        """All fingerprints by which the training records, or columns of them, are recognised; every record is hashed for them, once."""
         return (self.dataset_id, *self.columns, *column_fingerprints(self.train))
 
 
@@ -147,6 +148,11 @@ def classification_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor
 def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """The batch on a device."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def loss_of(task: Task, precision: str, device: str) -> Callable[[nn.Module, Any], Tensor]:
+    """The task's per-example loss in a precision of `config.Performance`."""
+    return under_autocast(task.per_example_loss, device) if precision == "bf16" else task.per_example_loss
 
 
 def under_autocast(loss: Callable[[nn.Module, Any], Tensor], device: str) -> Callable[[nn.Module, Any], Tensor]:

@@ -6,11 +6,12 @@ import json
 
 import click
 
+from grape_ray.commands.options import trust_module
+
 
 @click.command("evaluate")
 @click.argument("run")
-@click.option("--trust-module", "trust", multiple=True, metavar="MODULE",
-              help="A module of yours, or its FILE.py, that the run's task may be imported from; repeatable.")  # fmt: skip
+@trust_module
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
 def command(run, trust, as_json) -> None:
     """Evaluate the newest checkpoint of RUN (a run's folder or URL) on its public validation records, free of privacy cost."""

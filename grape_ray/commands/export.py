@@ -7,12 +7,13 @@ from pathlib import Path
 
 import click
 
+from grape_ray.commands.options import trust_module
+
 
 @click.command("export")
 @click.argument("run")
 @click.argument("folder")
-@click.option("--trust-module", "trust", multiple=True, metavar="MODULE",
-              help="A module of yours, or its FILE.py, that the run's task may be imported from; repeatable.")  # fmt: skip
+@trust_module
 def command(run, folder, trust) -> None:
     """Write the model of RUN (a run's folder or URL) to FOLDER, for AutoModel....from_pretrained."""
     from grape_ray.export import PRIVACY_FILE, export

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from grape_ray.commands.options import no_dry_run, trust_module
+
 
 @click.command("resume")
 @click.argument("run")
@@ -12,9 +14,8 @@ import click
 @click.option("--workers", metavar="N|MIN:MAX", help="Ray Train workers, if another number than before.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override a performance.* field; repeatable.")
 @click.option("--key-file", help="Master key; left out, ~/.config/grape-ray/master.key.")
-@click.option("--trust-module", "trust", multiple=True, metavar="MODULE",
-              help="A module of yours, or its FILE.py, that the run's task may be imported from; repeatable.")  # fmt: skip
-@click.option("--no-dry-run", is_flag=True, help="Skip the dry run of everything that can fail late.")
+@trust_module
+@no_dry_run
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
 def command(run, ledger, second_ledger, workers, assignments, key_file, trust, no_dry_run, as_json) -> None:
     """Go on with RUN (a run's folder or URL) from its newest whole checkpoint, as a new attempt with keys of its own.

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from grape_ray.commands.options import no_dry_run
+
 
 @click.command("train")
 @click.argument("pipeline")
@@ -23,7 +25,7 @@ import click
 @click.option("--not-private", is_flag=True, help="Let method none train on private data, without any guarantee.")
 @click.option("--run", "name", help="Name of the run; an existing one with the same config is resumed.")
 @click.option("--key-file", help="Master key, made if missing; left out, ~/.config/grape-ray/master.key.")
-@click.option("--no-dry-run", is_flag=True, help="Skip the dry run of everything that can fail late.")
+@no_dry_run
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
 def command(
     pipeline, assignments, workers, storage, ledger, second_ledger, ledger_epsilon, ledger_delta, allow_large_delta, not_private, name,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from grape_ray.clipping import factors
 from grape_ray.config import Method, Privacy
 from grape_ray.engines import owners
-from grape_ray.engines.batches import batch_rows, is_ragged, mapped, tensors_of
+from grape_ray.engines.batches import batch_rows, is_ragged, mapped
 from grape_ray.engines.layouts import Layouts
 from grape_ray.engines.ownership import ownership
 from grape_ray.engines.precision import pinned
@@ -130,7 +130,7 @@ class Engine:
         self._unsettled = False
         for _ in range(_ATTEMPTS):
             try:
-                return self._pass(per_example_loss, batch, rows, step, mask)
+                return self._pass(per_example_loss, batch, rows, step, mask, state)
             except Reroute as found:
                 self.layouts.inside |= found.ways
             except Unsettled as error:
@@ -164,11 +164,12 @@ class Engine:
         """The clipped sum of no example: zeros, to be noised like any other; with a step as `clipped_sum`, or of any."""
         return self._complete({}, {}, step)
 
-    def _pass(self, per_example_loss: PerExampleLoss, batch: Any, rows: int, step: int, mask: Tensor | None) -> ClippedSum:
+    def _pass(self, per_example_loss: PerExampleLoss, batch: Any, rows: int, step: int, mask: Tensor | None, state: list) -> ClippedSum:
+        """One pass; `state`: random states from before it."""
         watch = Watch(self.model)
         session = self._session(rows, step, watch)
         with tracking(self.model, self.params, session, watch), torch.enable_grad():
-            losses = self._forward(session, per_example_loss, batch, step, watch)
+            losses = self._forward(session, per_example_loss, batch, step, watch, state)
             with pinned(session.device.type):
                 if losses.requires_grad:
                     losses.sum().backward()
@@ -176,9 +177,8 @@ class Engine:
         with pinned(session.device.type):
             return self._clip(session.sink, losses, mask, step)
 
-    def _forward(self, session: Session, per_example_loss: PerExampleLoss, batch: Any, step: int, watch: Watch) -> Tensor:
+    def _forward(self, session: Session, per_example_loss: PerExampleLoss, batch: Any, step: int, watch: Watch, state: list) -> Tensor:
         """The losses (B,) of a pass whose taps all know whose rows they have: by an earlier pass of its kind, or verified now."""
-        state = random_states(session.device)
 
         def forward(other: Any, rows: int) -> Tensor:
             with _uncompiled():
@@ -212,11 +212,8 @@ class Engine:
     @staticmethod
     def _once(session: Session, forward: Callable[[Any, int], Tensor], batch: Any) -> Tensor:
         """One forward pass under the session's watch, on containers of its own."""
-        own = mapped(batch)
-        session.dependence.leaves = {id(t) for t in tensors_of(own)}
         try:
-            with session.dependence:
-                return forward(own, session.rows)
+            return session.dependence.over(forward, batch)
         except RuntimeError as error:
             if "functorch" not in str(error) and "NestedTensor" not in str(error):
                 raise

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from grape_ray.engines.batches import mapped, tensors_of
+
 # Results that follow from shapes and types, not from values.
 VALUELESS = {
     "zeros_like",
@@ -119,6 +121,13 @@ class Dependence(TorchFunctionMode):
         self._picks = self._left_torch = False
         self.drew = self.masked = self.exported = False
         self.leaves: set[int] = set()
+
+    def over(self, forward: Callable[[Any, int], Tensor], batch: Any) -> Tensor:
+        """The losses of a forward pass (batch, B) -> (B,) under this watch, on containers of its own."""
+        own = mapped(batch)
+        self.leaves = {id(t) for t in tensors_of(own)}
+        with self:
+            return forward(own, self.rows)
 
     def constant(self, tensor: Tensor) -> bool:
         """Whether the batch has no part in a tensor."""

@@ -77,18 +77,18 @@ class Ghost(Engine):
 
     sink_type = TwoPasses
 
-    def _pass(self, per_example_loss: PerExampleLoss, batch: Any, rows: int, step: int, mask: Tensor | None) -> ClippedSum:
+    def _pass(self, per_example_loss: PerExampleLoss, batch: Any, rows: int, step: int, mask: Tensor | None, state: list) -> ClippedSum:
         watch = Watch(self.model)
         session = self._session(rows, step, watch)
         with tracking(self.model, self.params, session, watch), torch.enable_grad():
-            losses = self._forward(session, per_example_loss, batch, step, watch)
+            losses = self._forward(session, per_example_loss, batch, step, watch, state)
             sink = session.sink
             with pinned(session.device.type):
-                state = random_states(session.device)
+                forth = random_states(session.device)
                 if losses.requires_grad:
                     losses.sum().backward(retain_graph=True)
                 session.flush()
-                set_states(state)  # where the way back draws, as a recomputed dropout may, both draw the same
+                set_states(forth)  # where the way back draws, as a recomputed dropout may, both draw the same
                 weights, norms = self._factors(sink, losses, mask)
                 sink.begin_sum(weights, (~torch.isfinite(norms)).nonzero().squeeze(1))
                 if losses.requires_grad:

@@ -117,9 +117,9 @@ class Randomized(Ghost):
         sink.stream, sink.estimator = self._stream, self._estimator
         return sink
 
-    def _pass(self, per_example_loss: PerExampleLoss, batch: Any, rows: int, step: int, mask: Tensor | None) -> ClippedSum:
+    def _pass(self, per_example_loss: PerExampleLoss, batch: Any, rows: int, step: int, mask: Tensor | None, state: list) -> ClippedSum:
         self._stream.at(step)
-        done = super()._pass(per_example_loss, batch, rows, step, mask)
+        done = super()._pass(per_example_loss, batch, rows, step, mask, state)
         return replace(done, unprotected={"losses": done.unprotected["losses"]})  # estimates tell of secret probes
 
     def _factors(self, sink: Sink, losses: Tensor, mask: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:

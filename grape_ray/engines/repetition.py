@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from grape_ray.engines import owners
-from grape_ray.engines.batches import is_mask, mapped, tensors_of
+from grape_ray.engines.batches import is_mask, mapped
 from grape_ray.engines.company import Company, Undropped
 from grape_ray.engines.dependence import Dependence
 from grape_ray.engines.ownership import Marks, marks_of, same_gradients, same_in_part
@@ -135,9 +135,7 @@ class Repetition:
     def _look(self, batch: Any, watching: Dependence) -> Look:
         set_states(self._state)
         with self._session.apart(watching) as taps, torch.enable_grad():
-            watching.leaves = {id(t) for t in tensors_of(batch)}
-            with watching:
-                losses = self._forward(batch, watching.rows)
+            losses = watching.over(self._forward, batch)
             everyone = torch.ones(watching.rows, dtype=torch.bool)
             return losses.detach(), taps, marks_of(self._session, taps, losses, everyone) if losses.requires_grad else []
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections.abc import Callable
 from typing import Any, cast
@@ -13,6 +12,7 @@ from ray.exceptions import RayError
 
 from grape_ray import notices
 from grape_ray.loop import Notice
+from grape_ray.orchestrate.background import Background
 
 _LOOK_EVERY_S = 0.2
 _ANSWER_S = 5.0
@@ -57,24 +57,15 @@ def until_told(launch: Callable[[], Any], bell: Any) -> bool:
     Raises:
         What `launch` raises. KeyboardInterrupt: a second signal.
     """
-    failed: list[BaseException] = []
-
-    def call() -> None:
-        try:
-            launch()
-        except BaseException as error:
-            failed.append(error)
-
-    thread, rung_s = threading.Thread(target=call, name="launch", daemon=True), 0.0
-    thread.start()
+    running, rung_s = Background(launch), 0.0
     with notices.listening():
-        while thread.is_alive():
-            thread.join(_LOOK_EVERY_S)
+        while running.runs():
+            running.wait(_LOOK_EVERY_S)
             if not rung_s and notices.told() is Notice.STOP:
                 rung_s = time.monotonic()
                 ray.get(bell.ring.remote(), timeout=_ANSWER_S)
             if rung_s and time.monotonic() - rung_s > _DEAF_S and not ray.get(bell.heard.remote(), timeout=_ANSWER_S):
                 return True
-    if failed and not rung_s:
-        raise failed[0]
+    if running.error is not None and not rung_s:
+        raise running.error
     return bool(rung_s)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 import ray
+
+from grape_ray.orchestrate.background import Background
 
 _LOOK_EVERY_S = 1.0
 
@@ -24,23 +25,13 @@ def while_there_is_room(call: Callable[[], Any], fewest: int, use_gpu: bool, tim
     Raises:
         What `call` raises.
     """
-    raised: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            call()
-        except BaseException as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=work, name="fit", daemon=True)
-    thread.start()
-    enough_s = time.monotonic()
-    while thread.is_alive():
-        thread.join(_LOOK_EVERY_S)
+    running, enough_s = Background(call), time.monotonic()
+    while running.runs():
+        running.wait(_LOOK_EVERY_S)
         if workers_that_fit(use_gpu) >= fewest:
             enough_s = time.monotonic()
-        elif time.monotonic() - enough_s > timeout_s and thread.is_alive():
+        elif time.monotonic() - enough_s > timeout_s and running.runs():
             return False
-    if raised:
-        raise raised[0]
+    if running.error is not None:
+        raise running.error
     return True
