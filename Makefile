@@ -31,4 +31,5 @@ test: install .venv/encoder
 lint: install
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
+	$(RUN) lint-imports --no-logo
 	$(RUN) pyright

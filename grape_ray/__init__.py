@@ -6,16 +6,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from grape_ray.config import Config, Method, Performance, Privacy
+    from grape_ray.config.schema import Config, Method, Performance, Privacy
     from grape_ray.engines import make_engine, register_rule
-    from grape_ray.noise import NoiseStream, privatize
     from grape_ray.optim import make_optimizer
+    from grape_ray.privacy.noise import NoiseStream, privatize
 
 __all__ = ["Config", "Method", "NoiseStream", "Performance", "Privacy", "make_engine", "make_optimizer", "privatize", "register_rule"]
 
 _HOMES = {
-    "Config": "config", "Method": "config", "Performance": "config", "Privacy": "config",
-    "make_engine": "engines", "register_rule": "engines", "NoiseStream": "noise", "privatize": "noise", "make_optimizer": "optim",
+    "Config": "config.schema", "Method": "config.schema", "Performance": "config.schema", "Privacy": "config.schema",
+    "NoiseStream": "privacy.noise", "make_engine": "engines", "make_optimizer": "optim", "privatize": "privacy.noise",
+    "register_rule": "engines",
 }  # fmt: skip
 
 

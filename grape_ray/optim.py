@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from grape_ray import sharding
-from grape_ray.config import Method
+from grape_ray.config.methods import METHODS
+from grape_ray.config.schema import Method
+from grape_ray.distributed import sharding
 from grape_ray.engines import Engine
 from grape_ray.engines.sink import sum_dtype
+from grape_ray.engines.subspace import Subspace, Svd, plan_projections
 from grape_ray.errors import CheckpointError, GrapeRayError
-from grape_ray.methods import METHODS
-from grape_ray.rng import public_bits
-from grape_ray.subspace import Subspace, Svd, plan_projections
-from grape_ray.types import NonPrivateGradient, PrivateGradient, step_of
+from grape_ray.privacy.random_streams import public_bits
+from grape_ray.privacy.types import NonPrivateGradient, PrivateGradient, step_of
 
 
 def learning_rate(method: Method, step: int, total_steps: int) -> float:

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from grape_ray.config import Config, Method, Performance, Privacy
+from grape_ray.config.schema import Config, Method, Performance, Privacy
 from grape_ray.data.arrays import Records
 from grape_ray.data.tables import fingerprint_arrays
-from grape_ray.task import Data, classification_loss, classification_metrics
+from grape_ray.tasks.task import Data, classification_loss, classification_metrics
 
 TRAIN_RECORDS = 1437
 _WINDOW, _STRIDE, _GRID = 4, 2, 4
@@ -86,7 +86,7 @@ class DigitsVit:
         return classification_metrics(self, model, records, batch_size=len(records))
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        from grape_ray.models.hf import save_pretrained
+        from grape_ray.models.hugging_face import save_pretrained
 
         save_pretrained(model, folder)
 

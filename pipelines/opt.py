@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from grape_ray.config import Config, Method, Performance, Privacy
-from grape_ray.models.text_generation import TextGeneration
+from grape_ray.config.schema import Config, Method, Performance, Privacy
+from grape_ray.tasks.text_generation import TextGeneration
 
 
 def opt() -> Config:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from grape_ray.config import Config, Method, Performance, Privacy
-from grape_ray.models.text_classification import TextClassification
+from grape_ray.config.schema import Config, Method, Performance, Privacy
+from grape_ray.tasks.text_classification import TextClassification
 
 
 def sst2() -> Config:

@@ -190,7 +190,7 @@ def make_pipelines(root: Path) -> None:
         "loads": "from dataclasses import dataclass, replace\nfrom tests.tiny import Tiny, tiny\n@dataclass(frozen=True)\nclass T(Tiny):\n"
         "    def load(self):\n        return [1], [2]\ndef config():\n    return replace(tiny(), task=T())\n",
         "space_fails": "def space():\n    return {}['a']\ndef study():\n    pass\n",
-        "space_slips": "from ray import tune\nfrom tests.tiny import tiny\nfrom grape_ray.sweeps import SweepStudy\n"
+        "space_slips": "from ray import tune\nfrom tests.tiny import tiny\nfrom grape_ray.tuning import SweepStudy\n"
         "def space():\n    return {'method.rnk': tune.choice([1])}\n"
         "def study():\n    return SweepStudy(tiny(), ('method.rnk',), 'public')\n",
     }

@@ -12,7 +12,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 _CACHE = tempfile.TemporaryDirectory(prefix="grape-ray-tests-")  # no answer of an earlier session; removed at exit
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
-from grape_ray.orchestrate.cluster import set_defaults  # noqa: E402  (the settings above come first)
+from grape_ray.ray_backend.cluster import set_defaults  # noqa: E402  (the settings above come first
 
 set_defaults(60)  # tune spaces import Ray, which must have been told by then
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from grape_ray.config import Config
+from grape_ray.config.schema import Config
 from grape_ray.data.arrays import Records
 from grape_ray.errors import DataError
-from grape_ray.sweeps import SweepStudy
-from grape_ray.task import Data
+from grape_ray.tasks.task import Data
+from grape_ray.tuning import SweepStudy
 from tests.tiny import Tiny, tiny
 
 RECORD = "ZQXJRECORD"

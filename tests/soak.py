@@ -24,9 +24,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from grape_ray.accounting.ledger import Ledger
-from grape_ray.accounting.tokens import Attempt, Charge
-from grape_ray.accounting.verify import verify
+from grape_ray.ledger.audit import verify
+from grape_ray.ledger.charges import Attempt, Charge
+from grape_ray.ledger.ledger import Ledger
 from tests.faulty_s3 import FaultyS3
 
 REPOSITORY = Path(__file__).parents[1]
@@ -58,7 +58,7 @@ class Driver:
         self._start(["train", "tests.witness:witnessed", "--workers", "2", "--storage", URL, "--run", "soak", *sets])
 
     def _start(self, words: list[str]) -> None:
-        command = [sys.executable, "-c", "from grape_ray.cli import main; main()", *words, *self._key]
+        command = [sys.executable, "-c", "from grape_ray.cli.main import main; main()", *words, *self._key]
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=self._log, text=True, cwd=REPOSITORY, env={**os.environ, **self._environment}
         )

@@ -18,8 +18,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from grape_ray.accounting.ledger import Ledger
-from grape_ray.cli import main
+from grape_ray.cli.main import main
+from grape_ray.ledger.ledger import Ledger
 from tests.bad_inputs import make_models, make_pipelines, make_tables
 
 REPOSITORY = Path(__file__).parents[1]
@@ -351,7 +351,7 @@ def test_the_matrix_is_large():
 )
 def test_in_processes_of_their_own(world, home, words, environment, part):
     before = contents(world, home)
-    program = [sys.executable, "-c", "from grape_ray.cli import main; main()", "train", *filled(words, world)]
+    program = [sys.executable, "-c", "from grape_ray.cli.main import main; main()", "train", *filled(words, world)]
     done = subprocess.run(program, env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=120)
     checked(done.returncode, done.stderr, part)
     assert contents(world, home) == before
@@ -367,7 +367,7 @@ def test_a_pipeline_is_trained_and_resumed_by_the_path_of_its_file(tmp_path, hom
         "from dataclasses import dataclass, replace\nfrom tests.tiny import Tiny, tiny\nfrom package.size import STEPS\n\n"
         "@dataclass(frozen=True)\nclass Mine(Tiny):\n    pass\n\ndef mine():\n    return replace(tiny(STEPS), task=Mine())\n"
     )
-    program = [sys.executable, "-c", "from grape_ray.cli import main; main()"]
+    program = [sys.executable, "-c", "from grape_ray.cli.main import main; main()"]
     for words in (["train", "project/package/mine.py", "--run", "r"], ["resume", "runs/r", "--trust-module", str(code / "mine.py")]):
         done = subprocess.run([*program, *words], capture_output=True, text=True, check=False, timeout=120)
         assert done.returncode == 0, done.stderr

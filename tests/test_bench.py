@@ -11,9 +11,9 @@ from click.testing import CliRunner
 
 from grape_ray.bench.candidates import CANDIDATES, chosen
 from grape_ray.bench.report import save
-from grape_ray.cli import main
+from grape_ray.cli.main import main
+from grape_ray.config.methods import METHODS
 from grape_ray.errors import ConfigError
-from grape_ray.methods import METHODS
 
 
 def run(*words):
@@ -113,7 +113,7 @@ def test_the_model_of_scaling_counts_what_is_really_reduced():
     import transformers
 
     from grape_ray.bench.scaling import sizes
-    from grape_ray.subspace import owned_parameters, plan_projections
+    from grape_ray.engines.subspace import owned_parameters, plan_projections
 
     config = transformers.OPTConfig(
         hidden_size=2048, num_hidden_layers=24, ffn_dim=8192, num_attention_heads=32, word_embed_proj_dim=2048, max_position_embeddings=2048

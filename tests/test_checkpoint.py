@@ -13,7 +13,7 @@ from torch import nn
 from grape_ray import checkpoint
 from grape_ray.checkpoint import Reader, Shard, State, Writer
 from grape_ray.checkpoint.shards import share
-from grape_ray.comms import Comms
+from grape_ray.distributed.comms import Comms
 from grape_ray.errors import CheckpointError, StorageError
 from grape_ray.storage import Storage
 

@@ -8,8 +8,9 @@ import time
 import pytest
 from click.testing import CliRunner
 
-from grape_ray.accounting import Ledger, Mechanism, Study
-from grape_ray.cli import main
+from grape_ray.accounting import Mechanism
+from grape_ray.cli.main import main
+from grape_ray.ledger import Ledger, Study
 
 
 def run(*arguments):
@@ -112,7 +113,7 @@ def _loaded_after(code):
 
 def test_accounting_needs_neither_torch_nor_ray(ledger):
     assert _loaded_after("import grape_ray.accounting, grape_ray.storage") == "[]"
-    call = "from click.testing import CliRunner\nfrom grape_ray.cli import main\nassert CliRunner().invoke(main, {}).exit_code == 0"
+    call = "from click.testing import CliRunner\nfrom grape_ray.cli.main import main\nassert CliRunner().invoke(main, {}).exit_code == 0"
     account = ["account", "--epsilon", "3", "--delta", "1e-5", "--sampling-prob", "0.1", "--steps", "10"]
     assert _loaded_after(call.format(account)) == "['scipy']"
     assert _loaded_after(call.format(["ledger", "verify", str(ledger)])) == "['scipy']"
@@ -123,7 +124,9 @@ def test_help_is_quick():
     walls_s = []
     for _ in range(3):
         started = time.perf_counter()
-        result = subprocess.run([sys.executable, "-c", "from grape_ray.cli import main; main(['--help'])"], capture_output=True, text=True)
+        result = subprocess.run(
+            [sys.executable, "-c", "from grape_ray.cli.main import main; main(['--help'])"], capture_output=True, text=True
+        )
         walls_s.append(time.perf_counter() - started)
         assert "account" in result.stdout
     assert min(walls_s) < 1.0

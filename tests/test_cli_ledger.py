@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner
 
-from grape_ray.accounting.verify import verify
-from grape_ray.cli import main
-from grape_ray.task import label
+from grape_ray.cli.main import main
+from grape_ray.ledger.audit import verify
+from grape_ray.tasks.task import label
 
 
 @pytest.fixture

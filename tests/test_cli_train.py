@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
-from grape_ray.accounting.ledger import Ledger
-from grape_ray.cli import main
-from grape_ray.loop import Progress
-from grape_ray.report import Reporter
+from grape_ray.cli.main import main
+from grape_ray.cli.progress import Reporter
+from grape_ray.ledger.ledger import Ledger
+from grape_ray.training.loop import Progress
 
 REPOSITORY = Path(__file__).parents[1]
 SST2 = REPOSITORY.parent / "shared" / "data" / "sst2"
@@ -167,7 +167,7 @@ def test_a_terminal_shows_a_bar_and_lines_of_its_own(monkeypatch):
 
 
 def test_help_is_quick_and_imports_little():
-    program = [sys.executable, "-X", "importtime", "-c", "from grape_ray.cli import main; main(['--help'])"]
+    program = [sys.executable, "-X", "importtime", "-c", "from grape_ray.cli.main import main; main(['--help'])"]
     done = subprocess.run(program, capture_output=True, text=True, cwd=REPOSITORY, check=True)
     assert "account" in done.stdout
     assert "torch" not in done.stderr

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from grape_ray.config import Config, Method, Performance, Privacy
+from grape_ray.config.pipelines import describe, pipeline, rebuild_task
+from grape_ray.config.schema import Config, Method, Performance, Privacy
 from grape_ray.errors import ConfigError
-from grape_ray.resolve import describe, pipeline, rebuild_task
 from tests.tiny import Tiny, tiny
 
 

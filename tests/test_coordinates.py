@@ -8,18 +8,17 @@ from torch import nn
 
 from grape_ray import checkpoint
 from grape_ray.checkpoint.coordinates import MAX_PERIODS, MAX_STEPS
-from grape_ray.comms import Comms
-from grape_ray.config import Config, Method, Performance
+from grape_ray.checkpoint.manager import Occasion, Saver, resume
+from grape_ray.config.schema import Config, Method, Performance
+from grape_ray.distributed.comms import Comms
 from grape_ray.engines import from_config
 from grape_ray.errors import CheckpointError
-from grape_ray.execute import execute
-from grape_ray.export import export
-from grape_ray.loop import Occasion
-from grape_ray.noise import NoiseStream, privatize
 from grape_ray.optim import make_optimizer
-from grape_ray.plan import prepare
-from grape_ray.saving import Saver, resume
+from grape_ray.privacy.noise import NoiseStream, privatize
 from grape_ray.storage import Storage
+from grape_ray.training.export import export
+from grape_ray.training.plan import prepare
+from grape_ray.training.run import execute
 from tests.tiny import tiny
 
 METHOD = Method(rank=4, refresh=20, weight_decay=0.01, learning_rate=0.01, project_min_numel=1024)

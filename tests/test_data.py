@@ -15,8 +15,8 @@ from fsspec.registry import _registry
 from grape_ray.data.arrays import Ragged, Records
 from grape_ray.data.tables import fingerprint, labels, read_table, texts
 from grape_ray.errors import ConfigError, DataError
-from grape_ray.models.hf import load_sequence_classifier
-from grape_ray.models.text_classification import TextClassification
+from grape_ray.models.hugging_face import load_sequence_classifier
+from grape_ray.tasks.text_classification import TextClassification
 
 SST2 = Path(__file__).parents[2] / "shared" / "data" / "sst2"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from grape_ray.accounting.verify import verify
+from grape_ray.ledger.audit import verify
 from tests.orchestration.test_train import processes_with
 from tests.soak import witnesses
 
@@ -23,7 +23,7 @@ EVERY, STEPS = 5, 60
 
 
 def program(*words: str, token: str = "") -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", "from grape_ray.cli import main; main()", *words]
+    command = [sys.executable, "-c", "from grape_ray.cli.main import main; main()", *words]
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "GRAPE_RAY_TEST_TOKEN": token}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env=env)
 

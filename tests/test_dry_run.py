@@ -14,14 +14,14 @@ from click.testing import CliRunner
 from torch import nn
 
 from grape_ray import checkpoint
-from grape_ray.cli import main
-from grape_ray.config import Config
+from grape_ray.cli.main import main
+from grape_ray.config.schema import Config
 from grape_ray.data.arrays import Ragged, Records
-from grape_ray.dryrun import dry_run
 from grape_ray.errors import ConfigError, GrapeRayError, StorageError, TaskFailed
-from grape_ray.orchestrate.train import train
-from grape_ray.plan import prepare
+from grape_ray.ray_backend.train import train
 from grape_ray.storage import Storage
+from grape_ray.training.dry_run import dry_run
+from grape_ray.training.plan import prepare
 from tests.test_late_failures import no_room
 from tests.tiny import Tiny, tiny
 
@@ -176,7 +176,7 @@ def test_what_only_looks_odd_trains_and_is_resumed(place, task):
 
 def test_a_tuple_comes_back_as_a_tuple(place):
     plan = prepare(config(Odd(sizes=(3, 4))), run="a", **place.options())
-    from grape_ray.resolve import rebuild_config
+    from grape_ray.config.pipelines import rebuild_config
 
     assert rebuild_config(json.loads(plan.folder().read("run.json")), (__name__,)) == plan.config
 
@@ -248,7 +248,7 @@ def test_what_a_dry_run_writes_has_seen_no_record_and_no_noise(tmp_path, monkeyp
     kept = []
     monkeypatch.setattr(Storage, "remove", lambda self, name: None)  # killed before it has tidied up
     started = tiny().task.build_model(0).state_dict()
-    monkeypatch.setattr("grape_ray.noise.NoiseStream.claim", lambda self, step: kept.append(step))
+    monkeypatch.setattr("grape_ray.privacy.noise.NoiseStream.claim", lambda self, step: kept.append(step))
     config = dataclasses.replace(tiny(), method=dataclasses.replace(tiny().method, name=method))
     dry_run(config, config.task.load(), Storage(tmp_path), 1.0, True)
     assert kept == []

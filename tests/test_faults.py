@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from grape_ray import checkpoint
-from grape_ray.accounting import Ledger, Mechanism, Study, verify
+from grape_ray.accounting import Mechanism
 from grape_ray.checkpoint import State, Writer, share
-from grape_ray.comms import Comms
+from grape_ray.distributed.comms import Comms
 from grape_ray.errors import LedgerError, StorageError
-from grape_ray.orchestrate.train import train
+from grape_ray.ledger import Ledger, Study, verify
+from grape_ray.ray_backend.train import train
 from grape_ray.storage import Storage
 from tests.tiny import tiny
 

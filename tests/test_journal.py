@@ -6,14 +6,14 @@ import time
 
 import pytest
 
-from grape_ray.comms import Comms
+from grape_ray.distributed.comms import Comms
 from grape_ray.errors import StorageError
-from grape_ray.execute import execute
-from grape_ray.journal import Journal
-from grape_ray.loop import Progress
-from grape_ray.orchestrate.train import train
-from grape_ray.plan import prepare
+from grape_ray.ray_backend.train import train
 from grape_ray.storage import Storage
+from grape_ray.training.journal import Journal
+from grape_ray.training.loop import Progress
+from grape_ray.training.plan import prepare
+from grape_ray.training.run import execute
 from tests.tiny import tiny
 
 

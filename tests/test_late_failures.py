@@ -15,18 +15,18 @@ import torch
 from click.testing import CliRunner
 
 from grape_ray import checkpoint
-from grape_ray.accounting.verify import verify
-from grape_ray.cli import main
-from grape_ray.comms import Comms
+from grape_ray.cli.main import main
+from grape_ray.distributed.comms import Comms
 from grape_ray.errors import ConfigError, StorageError
-from grape_ray.evaluate import evaluate
-from grape_ray.execute import execute
-from grape_ray.export import export
-from grape_ray.metrics import plain
-from grape_ray.orchestrate.train import train
-from grape_ray.plan import prepare
-from grape_ray.session import Around
+from grape_ray.ledger.audit import verify
+from grape_ray.ray_backend.train import train
 from grape_ray.storage import Storage
+from grape_ray.tasks.metrics import plain
+from grape_ray.training.evaluate import evaluate
+from grape_ray.training.export import export
+from grape_ray.training.plan import prepare
+from grape_ray.training.run import execute
+from grape_ray.training.session import Around
 from tests.tiny import Tiny, tiny
 
 

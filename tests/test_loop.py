@@ -8,19 +8,20 @@ import pytest
 import torch
 
 from grape_ray import checkpoint
-from grape_ray.accounting import keys
-from grape_ray.accounting.ledger import Ledger
-from grape_ray.accounting.verify import verify
-from grape_ray.comms import Comms
-from grape_ray.config import Config, Performance
+from grape_ray.checkpoint.manager import Occasion
+from grape_ray.config.schema import Config, Performance
+from grape_ray.distributed.comms import Comms
 from grape_ray.errors import ConfigError, DataError, GrapeRayError, LedgerError, StorageError
-from grape_ray.execute import execute
-from grape_ray.loop import Notice, Occasion, Progress, run_loop
-from grape_ray.orchestrate.train import train
-from grape_ray.places import ledger_place
-from grape_ray.plan import prepare
-from grape_ray.session import Around, Attempt, begin_attempt
+from grape_ray.ledger.audit import verify
+from grape_ray.ledger.ledger import Ledger
+from grape_ray.ledger.location import ledger_place
+from grape_ray.privacy import keys
+from grape_ray.ray_backend.train import train
 from grape_ray.storage import Storage
+from grape_ray.training.loop import Notice, Progress, run_loop
+from grape_ray.training.plan import prepare
+from grape_ray.training.run import execute
+from grape_ray.training.session import Around, Attempt, begin_attempt
 from tests.tiny import Tiny, tiny
 
 WANTED = ["run", "method", "epsilon", "epsilon_spent", "delta", "steps", "noise_multiplier", "metrics", "seconds", "peak_bytes",

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from grape_ray import checkpoint
-from grape_ray.accounting.ledger import Ledger
-from grape_ray.accounting.verify import verify
+from grape_ray.ledger.audit import verify
+from grape_ray.ledger.ledger import Ledger
 from grape_ray.storage import Storage
 
 REPOSITORY = Path(__file__).parents[1]
@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 def program(*words: str, **environment: str) -> subprocess.Popen[str]:
     """The program in a process of its own."""
-    command = [sys.executable, "-c", "from grape_ray.cli import main; main()", *words]
+    command = [sys.executable, "-c", "from grape_ray.cli.main import main; main()", *words]
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env=env)
 
@@ -82,7 +82,7 @@ def test_a_signal_brings_a_checkpoint_and_resume_goes_on(tmp_path, number):
 def test_what_cannot_be_resumed_is_told(tmp_path, words, part):
     from click.testing import CliRunner
 
-    from grape_ray.cli import main
+    from grape_ray.cli.main import main
 
     runner = CliRunner()
     done = runner.invoke(
@@ -99,8 +99,8 @@ def test_a_ledger_that_was_moved_is_found_and_an_old_copy_is_refused(tmp_path):
     import shutil
 
     from grape_ray.errors import LedgerError
-    from grape_ray.orchestrate.train import run_plan, train
-    from grape_ray.resume import plan_resume
+    from grape_ray.ray_backend.train import run_plan, train
+    from grape_ray.training.resume import plan_resume
     from tests.tiny import tiny
 
     key = str(tmp_path / "key")

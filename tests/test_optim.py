@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from grape_ray import Method, make_engine
+from grape_ray.engines.subspace import Gaussian, Projection, Svd, plan_projections
 from grape_ray.errors import CheckpointError, ConfigError, GrapeRayError, NoiseReuse
-from grape_ray.noise import NoiseStream, privatize
 from grape_ray.optim import learning_rate, make_optimizer
-from grape_ray.subspace import Gaussian, Projection, Svd, plan_projections
+from grape_ray.privacy.noise import NoiseStream, privatize
 from tests.contracts import zoo
 
 KEY = b"o" * 32
@@ -150,7 +150,7 @@ def test_sgd_with_momentum_is_torchs():
     method = Method(name="none", optimizer="sgd", momentum=0.9, learning_rate=0.1)
     engine = make_engine(model, "none")
     optimizer, reference = make_optimizer(model, engine, method, 3), torch.optim.SGD(twin.parameters(), 0.1, momentum=0.9)
-    from grape_ray.noise import nonprivate_mean
+    from grape_ray.privacy.noise import nonprivate_mean
 
     def loss(model, batch):
         return model(batch["x"]).square().sum(1)

@@ -7,12 +7,12 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from grape_ray.cli import main
-from grape_ray.config import Method, Privacy
-from grape_ray.engines.session import Session
+from grape_ray.cli.main import main
+from grape_ray.config.methods import METHODS
+from grape_ray.config.schema import Method, Privacy
+from grape_ray.engines.capture.capture_pass import Session
 from grape_ray.errors import ConfigError, UnsupportedLayer
-from grape_ray.methods import METHODS
-from grape_ray.preflight import preflight
+from grape_ray.training.preflight import preflight
 from tests.contracts import zoo
 
 
@@ -66,7 +66,7 @@ def test_a_tap_that_lost_a_use_is_found(monkeypatch):
 
 def test_a_clip_that_does_not_hold_is_found(monkeypatch):
     model, loss, make_batch = zoo.build_family("BERT")
-    monkeypatch.setattr("grape_ray.engines.base.factors", lambda squared, *rest: {n: torch.ones_like(s) for n, s in squared.items()})
+    monkeypatch.setattr("grape_ray.engines.engine.factors", lambda squared, *rest: {n: torch.ones_like(s) for n, s in squared.items()})
     with pytest.raises(UnsupportedLayer):
         preflight(model, loss, make_batch(), Privacy(clip_norm=1e-3), Method(name="bookkeeping"))
 

@@ -8,8 +8,9 @@ import uuid
 
 import pytest
 
-from grape_ray.accounting import Ledger, Mechanism, Study, verify
+from grape_ray.accounting import Mechanism
 from grape_ray.errors import LedgerError, StorageError
+from grape_ray.ledger import Ledger, Study, verify
 from grape_ray.storage import Storage
 
 

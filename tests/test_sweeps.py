@@ -13,21 +13,22 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from grape_ray.accounting import Ledger, Mechanism, Study, affords, verify
+from grape_ray.accounting import Mechanism, affords
 from grape_ray.accounting.selection import Selection
-from grape_ray.cli import main
-from grape_ray.commands.tune import _summary
+from grape_ray.cli.main import main
+from grape_ray.cli.tune import _summary
+from grape_ray.config.pipelines import describe
 from grape_ray.errors import ConfigError
-from grape_ray.orchestrate.select import Sealed, _release
-from grape_ray.orchestrate.trial import comparable
-from grape_ray.orchestrate.tune import outcome
-from grape_ray.resolve import describe
-from grape_ray.scores import PrivateScore
+from grape_ray.ledger import Ledger, Study, verify
+from grape_ray.ray_backend.private_selection import Sealed, _release
+from grape_ray.ray_backend.trainable import comparable
+from grape_ray.ray_backend.tuner import outcome
 from grape_ray.storage import Storage
-from grape_ray.sweeps import SweepStudy, folder, page, price, space
-from grape_ray.sweeps.options import Options
-from grape_ray.sweeps.prepare import prepare, resume
-from grape_ray.trace import Trace, lines
+from grape_ray.training.private_scores import PrivateScore
+from grape_ray.training.trace import Trace, lines
+from grape_ray.tuning import SweepStudy, page, price, results, spaces
+from grape_ray.tuning.options import Options
+from grape_ray.tuning.prepare import prepare, resume
 from tests.tiny import Tiny, tiny
 
 REPOSITORY = Path(__file__).parents[1]
@@ -36,9 +37,9 @@ SPACES = ["digits", "sst2", "roberta", "opt", "vit"]
 
 @pytest.mark.parametrize("name", SPACES)
 def test_every_space_is_sound_and_its_trials_have_a_config(name):
-    from grape_ray.orchestrate.proposals import check_domains
+    from grape_ray.ray_backend.searcher import check_domains
 
-    domains, study = space.load(f"tune_spaces.{name}")
+    domains, study = spaces.load(f"tune_spaces.{name}")
     check_domains(domains, study)
     assert set(domains) <= set(study.tunable)
     for _ in range(5):
@@ -48,7 +49,7 @@ def test_every_space_is_sound_and_its_trials_have_a_config(name):
     assert price.planned_tokens(study, 12, "asha") <= price.planned_tokens(study, 12, "none")
 
 
-@pytest.mark.parametrize("field", sorted(space.FROZEN))
+@pytest.mark.parametrize("field", sorted(spaces.FROZEN))
 def test_what_a_study_freezes_no_trial_may_vary(field):
     with pytest.raises(ConfigError, match=f"cannot vary {field}"):
         SweepStudy(tiny(), (field,), "public")
@@ -57,9 +58,9 @@ def test_what_a_study_freezes_no_trial_may_vary(field):
 def test_other_fields_are_refused_by_name():
     study = SweepStudy(tiny(), ("method.rank",), "public")
     with pytest.raises(ConfigError, match=r"cannot vary performance\.charge_chunk"):
-        space.check_names(["performance.charge_chunk"], ["performance.charge_chunk"])
+        spaces.check_names(["performance.charge_chunk"], ["performance.charge_chunk"])
     with pytest.raises(ConfigError, match=r"no trial vary this field.*method\.rnk"):
-        space.check_names(["method.rnk"], study.tunable)
+        spaces.check_names(["method.rnk"], study.tunable)
     with pytest.raises(ConfigError, match="unknown key"):
         study.with_values({"method.rnk": 3})
 
@@ -83,11 +84,11 @@ def test_a_private_score_is_one_that_the_task_calls_bounded(monkeypatch):
 
 
 def test_methods_of_one_mechanism_alone_are_mixed():
-    space.check_methods("grape", ["dp_adam", "ghost", "bookkeeping", "dp_galore"])
-    space.check_methods("randomized", ["randomized"])
+    spaces.check_methods("grape", ["dp_adam", "ghost", "bookkeeping", "dp_galore"])
+    spaces.check_methods("randomized", ["randomized"])
     for base, other in (("grape", "randomized"), ("grape", "none"), ("randomized", "grape")):
         with pytest.raises(ConfigError, match="cannot mix mechanisms"):
-            space.check_methods(base, [other])
+            spaces.check_methods(base, [other])
 
 
 def test_planned_tokens_follow_successive_halving():
@@ -132,7 +133,7 @@ def test_select_refuses_by_name_what_breaks_its_theorem(changes, part):
 )
 def test_select_refuses_default_runs_that_cannot_be_sealed(assignment, part, tmp_path):
     options = Options("tests.tiny_space", mode="select", scheduler="none", storage=str(tmp_path / "s"))
-    domains, study = space.load("tests.tiny_space", [assignment])
+    domains, study = spaces.load("tests.tiny_space", [assignment])
     with pytest.raises(ConfigError, match=part):
         prepare(options, domains, study)
     assert list(tmp_path.iterdir()) == []
@@ -140,7 +141,7 @@ def test_select_refuses_default_runs_that_cannot_be_sealed(assignment, part, tmp
 
 def test_a_selection_is_priced_for_whole_trials(tmp_path):
     options = Options("tests.tiny_space", mode="select", scheduler="none", storage=str(tmp_path / "s"), key_path=str(tmp_path / "k"))
-    sweep = prepare(options, *space.load("tests.tiny_space"))
+    sweep = prepare(options, *spaces.load("tests.tiny_space"))
     paid = sweep.steps.paid
     assert isinstance(paid, Selection)
     assert (paid.trial_tokens, paid.law.mean, paid.epsilon) == (24, 10.0, 8.0)
@@ -152,10 +153,10 @@ def test_the_description_of_a_sweep_holds_no_hash_of_the_data_and_is_resumed_wit
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
     monkeypatch.setenv("TINY_SCORES", "private")
     options = Options("tests.tiny_space", storage=str(tmp_path / "s"), key_path=str(tmp_path / "k"))
-    domains, study = space.load("tests.tiny_space", ["task.public=false"])
+    domains, study = spaces.load("tests.tiny_space", ["task.public=false"])
     sweep = prepare(options, domains, study, "n")
     sweep.register()
-    described = folder.read(sweep.folder())
+    described = results.read(sweep.folder())
     assert sweep.scores is not None
     for share in (sweep.steps, sweep.scores):
         assert share.dataset_id not in json.dumps(described)
@@ -179,10 +180,10 @@ def test_the_description_of_a_sweep_holds_no_hash_of_the_data_and_is_resumed_wit
     ],
 )  # fmt: skip
 def test_as_many_trials_at_a_time_as_the_cluster_holds(monkeypatch, resources, assignments, concurrent, wanted):
-    from grape_ray.orchestrate.tune import concurrency
+    from grape_ray.ray_backend.tuner import concurrency
 
     monkeypatch.setattr("ray.cluster_resources", lambda: resources)
-    _, study = space.load("tests.tiny_space", assignments)
+    _, study = spaces.load("tests.tiny_space", assignments)
     options = Options("tests.tiny_space", trials=10, concurrent=concurrent)
     if isinstance(wanted, int):
         assert concurrency(study, options) == wanted
@@ -207,7 +208,7 @@ def test_a_machine_too_small_for_one_trial_is_told_before_anything_is_registered
 
 
 def test_a_page_that_cannot_be_written_is_one_clear_error(tmp_path, monkeypatch):
-    monkeypatch.setattr("grape_ray.sweeps.page.report", lambda url: ("page", b"table"))
+    monkeypatch.setattr("grape_ray.tuning.page.report", lambda url: ("page", b"table"))
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "x.parquet").mkdir()
     for out in ("/proc/x/y.html", tmp_path / "folder" / "x.html"):
@@ -272,15 +273,15 @@ def test_a_search_that_is_not_installed_is_refused_before_anything_is_written(tm
 
 
 def row(run, score, steps=12):
-    return folder.TrialRow(run, run, {"method.rank": 4}, steps, score, steps, steps, 1, (), True)
+    return results.TrialRow(run, run, {"method.rank": 4}, steps, score, steps, steps, 1, (), True)
 
 
 @pytest.mark.parametrize("scores", [(math.nan, 0.3, 0.5), (0.5, math.nan, None), (math.inf, 0.5, -math.inf), (0.5, 0.5, math.nan)])
 def test_a_score_that_is_not_finite_is_never_the_best(scores):
-    best = folder.best([row(str(place), score, steps=place) for place, score in enumerate(scores)])
+    best = results.best([row(str(place), score, steps=place) for place, score in enumerate(scores)])
     assert best is not None
     assert best.score == 0.5
-    assert folder.best([row("a", math.nan), row("b", None), row("c", -math.inf)]) is None
+    assert results.best([row("a", math.nan), row("b", None), row("c", -math.inf)]) is None
     # Neither does it keep Ray Tune's schedulers from comparing the others.
     told = [comparable(score) for score in scores if score is not None]
     assert np.isfinite(np.nanpercentile(told, 70))
@@ -289,22 +290,22 @@ def test_a_score_that_is_not_finite_is_never_the_best(scores):
 
 def test_a_sweep_of_scores_that_are_not_finite_has_no_best_and_says_why(tmp_path):
     options = Options("tests.tiny_space", storage=str(tmp_path / "s"), key_path=str(tmp_path / "k"))
-    sweep = prepare(options, *space.load("tests.tiny_space"), name="a")
+    sweep = prepare(options, *spaces.load("tests.tiny_space"), name="a")
     sweep.steps.open()
     book = Ledger.open(sweep.steps.ledger)
     book.ensure_study(sweep.steps.paid)
     sweep.register()
     for run, reports in (("x", [0.25, math.nan]), ("y", [math.nan, math.nan]), ("z", [math.nan, 0.125])):
-        place = sweep.folder().child(folder.RUNS).child(run)
+        place = sweep.folder().child(results.RUNS).child(run)
         config = sweep.study.with_values({"method.rank": 4})
         place.write("run.json", json.dumps({"run": run, **json.loads(json.dumps(describe(config)))}).encode())
-        trace = Trace(place, folder.REPORTS)
+        trace = Trace(place, results.REPORTS)
         for step, score in enumerate(reports, 1):
             trace.line(json.dumps({"step": step, "accuracy": score, "run": run, "time": float(step), "done": step == 2}))
         trace.close()
-    rows = {found.run: found for found in folder.trials(sweep.folder(), folder.read(sweep.folder()))}
+    rows = {found.run: found for found in results.trials(sweep.folder(), results.read(sweep.folder()))}
     assert (rows["x"].score, rows["y"].score, rows["z"].score) == (None, None, 0.125)
-    best = folder.best(list(rows.values()))
+    best = results.best(list(rows.values()))
     assert best is not None
     assert best.run == "z"
     assert "0.1250" in page.report(f"{sweep.storage}/a")[0]
@@ -314,11 +315,11 @@ def test_a_sweep_of_scores_that_are_not_finite_has_no_best_and_says_why(tmp_path
 
 def test_a_selection_never_releases_a_score_that_is_not_finite(tmp_path):
     options = Options("tests.tiny_space", mode="select", scheduler="none", storage=str(tmp_path / "s"), key_path=str(tmp_path / "k"))
-    sweep = prepare(options, *space.load("tests.tiny_space"), name="a")
+    sweep = prepare(options, *spaces.load("tests.tiny_space"), name="a")
     secret = Storage(tmp_path / "secret")
     trials = [Sealed(name, {"method.rank": 4}) for name in "abc"]
     for trial, score in zip(trials, (math.nan, 0.25, math.inf)):
-        runs = secret.child(folder.RUNS)
+        runs = secret.child(results.RUNS)
         result = {"metrics": {"accuracy": score}, "steps": 12, "checkpoint": f"x/{trial.name}/checkpoints/1"}
         runs.write(f"{trial.name}/result.json", json.dumps(result).encode())
         runs.write(f"{trial.name}/run.json", b"{}")
@@ -329,7 +330,7 @@ def test_a_selection_never_releases_a_score_that_is_not_finite(tmp_path):
 
 
 def test_a_metric_with_a_slip_costs_nothing(tmp_path):
-    domains, study = space.load("tests.tiny_space")
+    domains, study = spaces.load("tests.tiny_space")
     options = Options("tests.tiny_space", storage=str(tmp_path / "s"), key_path=str(tmp_path / "k"))
     with pytest.raises(ConfigError, match=r"no such metric, got 'acuracy'.*did you mean 'accuracy'"):
         prepare(options, domains, replace(study, metric="acuracy"))
@@ -372,7 +373,7 @@ def test_a_score_whose_sensitivity_is_unknown_is_refused_and_not_told(scored, me
 
 def test_traced_lines_outlive_a_kill(tmp_path):
     code = (
-        "import os, signal; from grape_ray.storage import Storage; from grape_ray.trace import Trace; "
+        "import os, signal; from grape_ray.storage import Storage; from grape_ray.training.trace import Trace; "
         f"t = Trace(Storage({str(tmp_path)!r}), 'executed'); [t.line(str(n)) for n in range(50)]; os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False)

@@ -9,12 +9,12 @@ import pytest
 import torch
 import transformers
 
-from grape_ray.config import Config, Method, Performance, Privacy
+from grape_ray.config.pipelines import pipeline
+from grape_ray.config.schema import Config, Method, Performance, Privacy
 from grape_ray.errors import ConfigError, DataError
-from grape_ray.export import export
-from grape_ray.models.text_generation import TextGeneration
-from grape_ray.orchestrate.train import train
-from grape_ray.resolve import pipeline
+from grape_ray.ray_backend.train import train
+from grape_ray.tasks.text_generation import TextGeneration
+from grape_ray.training.export import export
 
 PAIRS = [("name: A | food: B", "A serves B."), ("x", "Some longer answer, ünïcode."), ("", "No prompt."), ("y", "End")]
 

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from grape_ray.config import Config, Method, Performance, Privacy
+from grape_ray.config.schema import Config, Method, Performance, Privacy
 from grape_ray.data.arrays import Records
 from grape_ray.data.tables import fingerprint_arrays
-from grape_ray.task import Data
+from grape_ray.tasks.task import Data
 
 
 @dataclass(frozen=True)

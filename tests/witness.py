@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from grape_ray.config import Config
+from grape_ray.config.schema import Config
 from grape_ray.data.arrays import Records
-from grape_ray.noise import NoiseStream
+from grape_ray.privacy.noise import NoiseStream
 from tests.tiny import Tiny, tiny
 
 

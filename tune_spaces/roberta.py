@@ -6,9 +6,9 @@ from typing import Any
 
 from ray import tune
 
-from grape_ray.config import Config, Method, Performance, Privacy
-from grape_ray.models.text_classification import TextClassification
-from grape_ray.sweeps import SweepStudy
+from grape_ray.config.schema import Config, Method, Performance, Privacy
+from grape_ray.tasks.text_classification import TextClassification
+from grape_ray.tuning import SweepStudy
 
 
 def space() -> dict[str, Any]:

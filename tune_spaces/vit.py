@@ -6,7 +6,7 @@ from typing import Any
 
 from ray import tune
 
-from grape_ray.sweeps import SweepStudy
+from grape_ray.tuning import SweepStudy
 from pipelines.digits_vit import digits_vit
 
 

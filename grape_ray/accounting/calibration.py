@@ -8,8 +8,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from grape_ray.accounting import cache
-from grape_ray.accounting.boundary import boundary
-from grape_ray.accounting.events import (
+from grape_ray.accounting.mechanism import (
     GAUSSIAN,
     MAX_NOISE_MULTIPLIER,
     MAX_STEPS,
@@ -20,6 +19,7 @@ from grape_ray.accounting.events import (
     check_delta,
     check_epsilon,
 )
+from grape_ray.accounting.roots import boundary
 from grape_ray.errors import BudgetExceeded
 
 if TYPE_CHECKING:

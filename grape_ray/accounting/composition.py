@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import fft
 
-from grape_ray.accounting.boundary import boundary
 from grape_ray.accounting.losses import Losses
+from grape_ray.accounting.roots import boundary
 
 _UNIT = np.finfo(np.float64).eps / 2
 _OUTSIDE = 1e-17  # tilted probability beyond either end of the window; it is added

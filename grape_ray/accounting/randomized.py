@@ -8,8 +8,8 @@ import math
 import numpy as np
 from scipy.special import gammainc, gammaincc, gammainccinv, gammaincinv, log_ndtr, ndtr
 
-from grape_ray.accounting.events import Mechanism
 from grape_ray.accounting.losses import Losses, connected
+from grape_ray.accounting.mechanism import Mechanism
 
 # Shapes: N nodes of the estimate, M thresholds or levels of the profile.
 _NODES = 700

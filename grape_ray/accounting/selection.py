@@ -7,11 +7,11 @@ import functools
 import logging
 import math
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from grape_ray.accounting.events import (
+from grape_ray.accounting.mechanism import (
     GAUSSIAN,
     MAX_NOISE_MULTIPLIER,
     MIN_NOISE_MULTIPLIER,
@@ -19,9 +19,9 @@ from grape_ray.accounting.events import (
     check_count,
     check_delta,
     check_epsilon,
+    check_name,
     finite,
 )
-from grape_ray.accounting.records import check_name, mechanism_from
 from grape_ray.errors import BudgetExceeded, ConfigError
 
 NEGATIVE_BINOMIAL, POISSON = "truncated_negative_binomial", "poisson"
@@ -152,13 +152,6 @@ class Selection:
         fields = asdict(self)
         law = fields.pop("law")
         return {**fields, "law": law["name"], "mean": law["mean"], "shape": law["shape"]}
-
-    @classmethod
-    def from_payload(cls, payload: Mapping[str, Any]) -> Selection:
-        """The selection that a payload holds."""
-        fields = dict(payload)
-        law = Law(fields.pop("law"), fields.pop("mean"), fields.pop("shape"))
-        return cls(**{**fields, "mechanism": mechanism_from(fields["mechanism"])}, law=law)
 
     def cost(self) -> float:
         """The epsilon, at its delta, that the selection really costs."""

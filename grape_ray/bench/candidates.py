@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from grape_ray.bench.models import Loss
-from grape_ray.config import Method, Privacy
+from grape_ray.config.methods import METHODS
+from grape_ray.config.schema import Method, Privacy
 from grape_ray.engines import Engine, from_config
 from grape_ray.errors import ConfigError, nearest
-from grape_ray.methods import METHODS
-from grape_ray.noise import NoiseStream, privatize
 from grape_ray.optim import Optimizer, make_optimizer
+from grape_ray.privacy.noise import NoiseStream, privatize
 
 LEARNING_RATE = 1e-4
 NOISE_MULTIPLIER = 1.0  # as Opacus is given it, too

@@ -15,14 +15,13 @@ from typing import Any
 
 from grape_ray import checkpoint
 from grape_ray.bench.models import Setting, build
-from grape_ray.comms import Comms
-from grape_ray.config import Config, Method, Performance
+from grape_ray.checkpoint.manager import Occasion, Saver
+from grape_ray.config.schema import Config, Method, Performance
+from grape_ray.distributed.comms import Comms
 from grape_ray.engines import from_config
 from grape_ray.errors import StorageError
-from grape_ray.loop import Occasion
-from grape_ray.noise import NoiseStream, privatize
 from grape_ray.optim import make_optimizer
-from grape_ray.saving import Saver
+from grape_ray.privacy.noise import NoiseStream, privatize
 from grape_ray.storage import Storage
 
 _BUCKET = "bench"

@@ -10,9 +10,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from grape_ray.bench.models import Setting, build
-from grape_ray.comms import Comms
+from grape_ray.distributed.comms import Comms
 from grape_ray.engines import make_engine
-from grape_ray.noise import NoiseStream, privatize
+from grape_ray.privacy.noise import NoiseStream, privatize
 
 RANKS = 2
 

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from grape_ray.accounting.events import GAUSSIAN, Mechanism
-from grape_ray.accounting.ledger import Ledger
-from grape_ray.accounting.records import FORMAT, GENESIS, Entry, Study
-from grape_ray.accounting.verify import verify
+from grape_ray.accounting.mechanism import GAUSSIAN, Mechanism
+from grape_ray.ledger.audit import verify
+from grape_ray.ledger.entries import FORMAT, GENESIS, Entry, Study
+from grape_ray.ledger.ledger import Ledger
 
 _STUDY = Study("study", Mechanism(GAUSSIAN, 1e-3, 2.0), 8.0, 1e-5, 10**6)  # of a million steps
 

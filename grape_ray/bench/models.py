@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grape_ray.errors import ConfigError, nearest
-from grape_ray.task import under_autocast
+from grape_ray.tasks.task import under_autocast
 
 _FIRST_WORD = 5  # ids below are special to some family: padding, begin, end
 Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]

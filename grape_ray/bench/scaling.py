@@ -14,11 +14,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from grape_ray.bench.models import Setting, build
-from grape_ray.comms import Comms
-from grape_ray.config import Method
+from grape_ray.config.schema import Method
+from grape_ray.distributed.comms import Comms
 from grape_ray.engines import make_engine
-from grape_ray.noise import NoiseStream, privatize
 from grape_ray.optim import make_optimizer
+from grape_ray.privacy.noise import NoiseStream, privatize
 
 WARM_UP, STEPS = 1, 3
 GPUS = (8, 16, 32, 64, 128, 256, 512)

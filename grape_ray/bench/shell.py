@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 _QUIET = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-_PROGRAM = "from grape_ray.cli import main; main()"
+_PROGRAM = "from grape_ray.cli.main import main; main()"
 
 
 def help_s(repeats: int = 5) -> float:

@@ -71,7 +71,7 @@ class Worker:
 
     def bytes(self, steps: int) -> dict[str, Any]:
         """What one step holds, by kind."""
-        from grape_ray.bench.holdings import measure_holdings
+        from grape_ray.bench.step_bytes import measure_holdings
 
         return {"bytes": measure_holdings(self.step())}
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grape_ray.subspace import Subspace
+from grape_ray.engines.subspace import Subspace
 
 # Beyond either the next checkpoint is a full one: a delta would no longer be small, or differ by more than 1e-6, since the rounding of
 # the steps themselves, which a delta does not repeat, adds up.

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from grape_ray.checkpoint.coordinates import Coordinates
 from grape_ray.checkpoint.manifest import names, read_manifest
 from grape_ray.checkpoint.shards import read
+from grape_ray.engines.subspace import Subspace
 from grape_ray.errors import CheckpointError
 from grape_ray.storage import Storage
-from grape_ray.subspace import Subspace
 
 _INSTEAD = "an earlier one is used instead"
 

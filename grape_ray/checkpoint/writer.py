@@ -13,7 +13,7 @@ from typing import Any
 
 from grape_ray.checkpoint.manifest import Manifest, retain
 from grape_ray.checkpoint.shards import Piece, Shard, snapshot, write
-from grape_ray.comms import Comms
+from grape_ray.distributed.comms import Comms
 from grape_ray.errors import CheckpointError, GrapeRayError, StorageError
 from grape_ray.storage import Storage
 

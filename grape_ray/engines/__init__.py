@@ -1,4 +1,4 @@
-"""Engines: one per way of having clipped sums, chosen by name from the table in `grape_ray.methods`."""
+"""Engines: one per way of having clipped sums, chosen by name from the table in `grape_ray.config.methods`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from grape_ray.config import Method, Privacy
-from grape_ray.engines.base import Engine
-from grape_ray.engines.dispatch import register_rule
-from grape_ray.engines.routing import check_patterns
-from grape_ray.methods import METHODS
-from grape_ray.subspace import Gaussian, Subspace, plan_projections
+from grape_ray.config.methods import METHODS
+from grape_ray.config.schema import Method, Privacy
+from grape_ray.engines.capture.dispatch import register_rule
+from grape_ray.engines.engine import Engine
+from grape_ray.engines.norm_routes import check_patterns
+from grape_ray.engines.subspace import Gaussian, Subspace, plan_projections
 
 __all__ = ["Engine", "from_config", "make_engine", "register_rule"]
 
@@ -24,10 +24,10 @@ def make_engine(
 
     Args:
         model: any nn.Module whose trainable parameters have requires_grad=True.
-        method: a row of `grape_ray.methods.METHODS`. clip_norm: bound on each example's contribution, L2.
+        method: a row of `grape_ray.config.methods.METHODS`. clip_norm: bound on each example's contribution, L2.
         clipping: `flat`, `automatic` or `per_layer`. key: public key of the projections, any bytes.
-        options: fields of `grape_ray.config.Method` (rank, side, refresh, scale, dense, project_min_numel, ...), or `probes` and
-            `shared_probes` of `grape_ray.config.Privacy`.
+        options: fields of `grape_ray.config.schema.Method` (rank, side, refresh, scale, dense, project_min_numel, ...), or `probes` and
+            `shared_probes` of `grape_ray.config.schema.Privacy`.
 
     Returns:
         An Engine; `engine.clipped_sum(per_example_loss, batch)` is its one verb.

@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grape_ray.engines.base import Engine, PerExampleLoss
+from grape_ray.engines.algebra import factor_pairs
+from grape_ray.engines.algebra.factor_pairs import Left
+from grape_ray.engines.bookkeeping import Tape
+from grape_ray.engines.capture.model_state import Watch
+from grape_ray.engines.capture.random_state import random_states, set_states
+from grape_ray.engines.capture.stand_ins import tracking
+from grape_ray.engines.engine import Engine, PerExampleLoss
 from grape_ray.engines.precision import pinned
-from grape_ray.engines.randomness import random_states, set_states
 from grape_ray.engines.sink import sum_dtype
-from grape_ray.engines.standins import tracking
-from grape_ray.engines.state import Watch
-from grape_ray.engines.taped import Tape
-from grape_ray.rules import pairs
-from grape_ray.rules.pairs import Left
-from grape_ray.subspace import Subspace
-from grape_ray.types import ClippedSum
+from grape_ray.engines.subspace import Subspace
+from grape_ray.privacy.types import ClippedSum
 
 
 class TwoPasses(Tape):
@@ -44,7 +44,7 @@ class TwoPasses(Tape):
 
     def pair(self, name: str, left: Left, right: Tensor) -> None:
         if self._factors is not None:
-            self._sum(name, pairs.summed(*pairs.scaled(*pairs.without(left, right, self._bad), self._factors[name])))
+            self._sum(name, factor_pairs.summed(*factor_pairs.scaled(*factor_pairs.without(left, right, self._bad), self._factors[name])))
         elif self._expected[name] == 1:
             self._norms[name] = self._squared(name, [(left, right)], None)
         else:

@@ -18,17 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grape_ray.config import Method, Privacy
-from grape_ray.engines.base import PerExampleLoss
+from grape_ray.config.schema import Method, Privacy
+from grape_ray.engines.algebra import factor_pairs, sketch
+from grape_ray.engines.algebra.factor_pairs import Index, Pair
+from grape_ray.engines.engine import PerExampleLoss
 from grape_ray.engines.ghost import Ghost, TwoPasses
-from grape_ray.engines.routing import norm_route, overridden
+from grape_ray.engines.norm_routes import norm_route, overridden
 from grape_ray.engines.sink import Sink, sum_dtype
+from grape_ray.engines.subspace import Subspace
 from grape_ray.errors import ConfigError
-from grape_ray.rng import normals
-from grape_ray.rules import pairs, sketch
-from grape_ray.rules.pairs import Index, Pair
-from grape_ray.subspace import Subspace
-from grape_ray.types import ClippedSum
+from grape_ray.privacy.random_streams import normals
+from grape_ray.privacy.types import ClippedSum
 
 ESTIMATORS = {"hutchinson": sketch.hutchinson, "hutch++": sketch.hutch_plus_plus}
 
@@ -74,12 +74,12 @@ class Estimated(TwoPasses):
         if not uses or small is not None or (lookups and len(uses) == 1):  # an embedding alone is exact by segment sums
             return super()._squared(name, uses, small)
         left, right = uses[0]
-        route = norm_route(pairs.positions(uses), pairs.width(left), right.shape[-1], self.stream.probes)
+        route = norm_route(factor_pairs.positions(uses), factor_pairs.width(left), right.shape[-1], self.stream.probes)
         if (overridden(name, self.overrides) or route) != "sketch":
             return super()._squared(name, uses, small)
         number = count()
         estimate = sketch.hutchinson if lookups else self.estimator
-        uses = [pairs.wide(*use) for use in uses]
+        uses = [factor_pairs.wide(*use) for use in uses]
         found = estimate(uses, lambda side: self.stream.draw(self.rows, side, f"{name}|{next(number)}", self.params[name]))
         return sketch.from_above(found, uses) * (found > 0)  # zero bounds nothing, and must stay zero
 

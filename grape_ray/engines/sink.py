@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from grape_ray.rules import pairs
-from grape_ray.rules.pairs import Index, Left, outer
-from grape_ray.rules.rounding import squared
-from grape_ray.subspace import Subspace
+from grape_ray.engines.algebra import factor_pairs
+from grape_ray.engines.algebra.factor_pairs import Index, Left, outer
+from grape_ray.engines.algebra.rounding import squared
+from grape_ray.engines.subspace import Subspace
 
 
 class Sink:
@@ -91,7 +91,7 @@ class Materialised(Sink):
         plan = self.subspace.plan.get(name)
         if plan is None:
             if isinstance(left, Index) and name not in self.stored and name not in self.lookups:
-                self.lookups[name] = (left, pairs.wide(left, right)[1])
+                self.lookups[name] = (left, factor_pairs.wide(left, right)[1])
             else:
                 self._add(name, outer(left, right).view(self.rows, *self.params[name].shape))
         elif plan.axis == 0:
@@ -133,7 +133,7 @@ class Materialised(Sink):
 
     def squared_norms(self) -> dict[str, Tensor]:
         found = {name: squared(stored) for name, stored in self.stored.items()}
-        return found | {name: pairs.lookup_squared_norms(*use) for name, use in self.lookups.items()}
+        return found | {name: factor_pairs.lookup_squared_norms(*use) for name, use in self.lookups.items()}
 
     def weighted_sum(self, factors: Mapping[str, Tensor], bad: Tensor) -> dict[str, Tensor]:
         sums = {}
@@ -145,5 +145,5 @@ class Materialised(Sink):
                 total = total.view(plan.rank, plan.other).T.contiguous()
             sums[name] = total.view(self.shape(name))
         for name, use in self.lookups.items():
-            sums[name] = pairs.summed(*pairs.scaled(*pairs.without(*use, bad), factors[name])).view(self.shape(name))
+            sums[name] = factor_pairs.summed(*factor_pairs.scaled(*factor_pairs.without(*use, bad), factors[name])).view(self.shape(name))
         return sums

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grape_ray.errors import ConfigError
-from grape_ray.models.hf import load_as_saved
+from grape_ray.models.hugging_face import load_as_saved
 
 
 def sample(name: str, rows: int = 3, length: int = 12) -> tuple[nn.Module, Any, dict[str, Tensor]]:

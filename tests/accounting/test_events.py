@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from grape_ray.accounting import Mechanism, affords, epsilon, noise_multiplier, steps_within
-from grape_ray.accounting.events import check_count
+from grape_ray.accounting.mechanism import check_count
 from grape_ray.errors import ConfigError
 
 GOOD = Mechanism("poisson_gaussian", 1.0, 2.0)

@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from grape_ray.accounting import keys
 from grape_ray.errors import ConfigError, StorageError
+from grape_ray.privacy import keys
 
 
 def test_the_key_file_is_private_and_kept(tmp_path):

@@ -8,9 +8,10 @@ import time
 
 import pytest
 
-from grape_ray.accounting import Grant, Ledger, Mechanism, Study, verify
-from grape_ray.accounting.replay import State
+from grape_ray.accounting import Mechanism
 from grape_ray.errors import BudgetExceeded, ConfigError, GrapeRayError, LedgerError, NoiseReuse, StorageError
+from grape_ray.ledger import Grant, Ledger, Study, verify
+from grape_ray.ledger.state import State
 from grape_ray.storage import Storage
 
 TOKENS = 20

@@ -10,7 +10,7 @@ from scipy.stats import norm
 
 from grape_ray.accounting import Mechanism, epsilon, noise_multiplier
 from grape_ray.accounting.randomized import _mean_delta, _threshold_tests, worst_estimate
-from grape_ray.cli import main
+from grape_ray.cli.main import main
 
 RANDOMIZED = "poisson_randomized"
 # (probes, epsilon): noise multipliers for shared and for secret probes, at delta 1e-5, q = 0.01, 1000 steps.

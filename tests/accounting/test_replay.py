@@ -7,11 +7,12 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from grape_ray.accounting import Mechanism, Study
-from grape_ray.accounting.records import FORMAT, GENESIS, Entry
-from grape_ray.accounting.replay import State
+from grape_ray.accounting import Mechanism
 from grape_ray.accounting.selection import Law, Selection
 from grape_ray.errors import BudgetExceeded, GrapeRayError, LedgerError, NoiseReuse
+from grape_ray.ledger import Study
+from grape_ray.ledger.entries import FORMAT, GENESIS, Entry
+from grape_ray.ledger.state import State
 
 MECHANISM = Mechanism("poisson_gaussian", 1.0, 10.0)
 RUN = {"study": "s", "run": "r", "attempt": 1}

@@ -6,9 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from grape_ray.accounting import Ledger, Mechanism, Study, verify
+from grape_ray.accounting import Mechanism
 from grape_ray.accounting.selection import NEGATIVE_BINOMIAL, POISSON, Law, Selection, epsilon, noise_multiplier
 from grape_ray.errors import BudgetExceeded, ConfigError, LedgerError
+from grape_ray.ledger import Ledger, Study, verify
 
 STEP = Mechanism("poisson_gaussian", 1e-3, 0.7876)
 LOGARITHMIC = Law(NEGATIVE_BINOMIAL, 20.0)

@@ -5,9 +5,10 @@ import math
 
 import pytest
 
-from grape_ray.accounting import Ledger, Mechanism, Study, verify
-from grape_ray.accounting.records import Entry, decode
+from grape_ray.accounting import Mechanism
 from grape_ray.errors import LedgerError
+from grape_ray.ledger import Ledger, Study, verify
+from grape_ray.ledger.entries import Entry, decode
 
 STUDY = Study("s", Mechanism("poisson_gaussian", 1.0, 10.0), 4.0, 1e-6, 20)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from grape_ray import make_engine
-from grape_ray.methods import METHODS
+from grape_ray.config.methods import METHODS
 from tests.contracts import zoo
 from tests.contracts.oracle import example_gradients, expected, median_norm, norm_of, worst
 

@@ -6,10 +6,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from grape_ray import make_engine
-from grape_ray.config import Method
-from grape_ray.methods import METHODS
-from grape_ray.noise import NoiseStream, nonprivate_mean, privatize
+from grape_ray.config.methods import METHODS
+from grape_ray.config.schema import Method
 from grape_ray.optim import make_optimizer
+from grape_ray.privacy.noise import NoiseStream, nonprivate_mean, privatize
 from tests.contracts import zoo
 from tests.contracts.oracle import expected, median_norm, norm_of, worst
 

@@ -7,12 +7,12 @@ from scipy import stats
 from torch import nn
 
 from grape_ray import make_engine
+from grape_ray.engines.algebra import sketch
+from grape_ray.engines.algebra.factor_pairs import Index
+from grape_ray.engines.norm_routes import norm_route, parse_overrides
 from grape_ray.engines.randomized import ProbeStream
-from grape_ray.engines.routing import norm_route, parse_overrides
 from grape_ray.errors import ConfigError
-from grape_ray.noise import NoiseStream, privatize
-from grape_ray.rules import sketch
-from grape_ray.rules.pairs import Index
+from grape_ray.privacy.noise import NoiseStream, privatize
 from tests.contracts import zoo
 from tests.contracts.oracle import example_gradients, norm_of, projected, worst
 

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from grape_ray import make_engine, register_rule
+from grape_ray.config.methods import METHODS
 from grape_ray.errors import ConfigError, UnsupportedLayer
-from grape_ray.methods import METHODS
 from tests.contracts import zoo
 from tests.contracts.oracle import example_gradients, expected, median_norm, worst
 

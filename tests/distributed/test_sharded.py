@@ -9,20 +9,21 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import transformers
 
-from grape_ray import Config, Method, Performance, Privacy, checkpoint, sharding
-from grape_ray.comms import Comms
+from grape_ray import Config, Method, Performance, Privacy, checkpoint
+from grape_ray.distributed import sharding
+from grape_ray.distributed.comms import Comms
 from grape_ray.engines import from_config
 from grape_ray.errors import ConfigError, Interrupted
-from grape_ray.execute import execute
-from grape_ray.export import export
-from grape_ray.loop import Notice
-from grape_ray.models.text_generation import TextGeneration
-from grape_ray.noise import NoiseStream
 from grape_ray.optim import make_optimizer, round_stochastically
-from grape_ray.plan import prepare
-from grape_ray.rng import public_bits, public_normals
-from grape_ray.session import Attempt, begin_attempt
-from grape_ray.step import Step
+from grape_ray.privacy.noise import NoiseStream
+from grape_ray.privacy.random_streams import public_bits, public_normals
+from grape_ray.tasks.text_generation import TextGeneration
+from grape_ray.training.export import export
+from grape_ray.training.loop import Notice
+from grape_ray.training.plan import prepare
+from grape_ray.training.run import execute
+from grape_ray.training.session import Attempt, begin_attempt
+from grape_ray.training.step import Step
 
 STEPS, CPU = 3, torch.device("cpu")
 

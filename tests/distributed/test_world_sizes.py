@@ -7,10 +7,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from grape_ray import Method, make_engine
-from grape_ray.comms import Comms
-from grape_ray.noise import NoiseStream, nonprivate_mean, privatize
+from grape_ray.distributed.comms import Comms
 from grape_ray.optim import make_optimizer
-from grape_ray.rng import poisson_batch
+from grape_ray.privacy.noise import NoiseStream, nonprivate_mean, privatize
+from grape_ray.privacy.random_streams import poisson_batch
 from tests.contracts import zoo
 from tests.contracts.oracle import worst
 

@@ -9,8 +9,8 @@ import torch
 from hypothesis import strategies as st
 
 from grape_ray import make_engine
+from grape_ray.config.methods import METHODS
 from grape_ray.errors import GrapeRayError
-from grape_ray.methods import METHODS
 from tests.contracts.oracle import expected, median_norm
 from tests.fuzz.programs import DOUBTFUL, STEPS, Program, batch_of
 

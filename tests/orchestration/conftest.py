@@ -2,7 +2,7 @@
 
 import pytest
 
-from grape_ray.orchestrate.cluster import set_defaults, start_local
+from grape_ray.ray_backend.cluster import set_defaults, start_local
 
 
 @pytest.fixture(scope="session")

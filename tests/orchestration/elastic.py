@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from grape_ray.orchestrate.cluster import OBJECT_STORE_BYTES, set_defaults
-from grape_ray.orchestrate.train import train
+from grape_ray.ray_backend.cluster import OBJECT_STORE_BYTES, set_defaults
+from grape_ray.ray_backend.train import train
 from tests.tiny import tiny
 
 STEPS = 400

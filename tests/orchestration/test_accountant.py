@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from grape_ray.accounting import Ledger, Mechanism, Study, verify
-from grape_ray.accounting.claim import CLAIM_FILE, Claim
+from grape_ray.accounting import Mechanism
 from grape_ray.errors import BudgetExceeded, LedgerError, NoiseReuse
+from grape_ray.ledger import Ledger, Study, verify
+from grape_ray.ledger.lease import CLAIM_FILE, Claim
 from grape_ray.storage import Storage
 
 STUDY = Study("s", Mechanism("poisson_gaussian", 1.0, 60.0), 4.0, 1e-6, 300)
@@ -25,7 +26,7 @@ def url(tmp_path):
 
 @pytest.fixture
 def accountant(url, ray_cluster):
-    from grape_ray.orchestrate.accountant import Accountant
+    from grape_ray.ray_backend.ledger_actor import Accountant
 
     found = Accountant.start(url, beat_s=0.2)
     found.ensure_study(STUDY)
@@ -126,7 +127,7 @@ def test_metrics_show_what_is_left(accountant):
 
 @pytest.mark.ray
 def test_another_clusters_ledger_is_refused_while_that_cluster_lives(url, ray_cluster):
-    from grape_ray.orchestrate.accountant import Accountant
+    from grape_ray.ray_backend.ledger_actor import Accountant
 
     other = Claim(Storage(url), "another cluster", beat_s=0.2)
     other.take()

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from grape_ray.accounting import Ledger, verify
+from grape_ray.ledger import Ledger, verify
 from grape_ray.storage import Storage
-from grape_ray.sweeps import folder
+from grape_ray.tuning import results
 
 pytestmark = pytest.mark.ray
 REPOSITORY = Path(__file__).parents[2]
@@ -37,7 +37,7 @@ class Prey:
         command = ["tune", "tests.tiny_space", "--storage", str(self.place / "sweeps"), "--key-file", str(self.place / "key"), "--json"]
         environment = {**os.environ, "GRAPE_RAY_TEST_TOKEN": self.token, "TINY_SLOW_S": "0.05"}
         self.driver = subprocess.Popen(
-            [sys.executable, "-c", "from grape_ray.cli import main; main()", *command, *words],
+            [sys.executable, "-c", "from grape_ray.cli.main import main; main()", *command, *words],
             cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
@@ -45,7 +45,7 @@ class Prey:
         """Steps taken so far, over all processes."""
         try:
             return sum(
-                len(self.sweep.read(name).splitlines()) for name in self.sweep.list(f"{folder.RUNS}/") if f"/{folder.EXECUTED}/" in name
+                len(self.sweep.read(name).splitlines()) for name in self.sweep.list(f"{results.RUNS}/") if f"/{results.EXECUTED}/" in name
             )
         except FileNotFoundError:
             return 0
@@ -83,7 +83,7 @@ class Prey:
             if self.driver.returncode == 0:
                 return json.loads(out.splitlines()[-1])
             assert self.driver.returncode == -signal.SIGKILL, err
-            begun = self.sweep.exists(folder.SWEEP_FILE)
+            begun = self.sweep.exists(results.SWEEP_FILE)
             self.start(*(("--resume", "c") if begun else self.words))
         raise AssertionError("the sweep did not end")
 
@@ -113,8 +113,8 @@ def survive(tmp_path, seed, kinds, *words):
     assert 0 <= wasted <= CHUNK * cut_off
     assert result["tokens_charged"] == sum(a.used for a in attempts) <= result["tokens_total"]
     assert result["best"] is not None
-    for name in prey.sweep.list(f"{folder.RUNS}/"):
-        if f"/{folder.EXECUTED}/" in name:  # of one process, and so of one attempt: no step was taken twice with its key
+    for name in prey.sweep.list(f"{results.RUNS}/"):
+        if f"/{results.EXECUTED}/" in name:  # of one process, and so of one attempt: no step was taken twice with its key
             steps = [int(line) for line in prey.sweep.read(name).split()]
             assert steps == sorted(set(steps))
     print(json.dumps({"seed": seed, "killed": prey.killed, "charged": result["tokens_charged"], "executed": result["steps_executed"],

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_a_token_that_is_made_here_is_its_owners_alone(tmp_path, monkeypatch):
-    from grape_ray.orchestrate import cluster
+    from grape_ray.ray_backend import cluster
 
     made = []
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -27,22 +27,22 @@ def test_a_token_that_is_made_here_is_its_owners_alone(tmp_path, monkeypatch):
 
 
 def test_a_run_for_which_there_is_never_room_is_given_up(monkeypatch):
-    from grape_ray.orchestrate import room
+    from grape_ray.ray_backend import capacity
 
     over, nodes = threading.Event(), [{"Alive": True, "Resources": {"CPU": 1.0}}, {"Alive": False, "Resources": {"CPU": 8.0}}]
-    monkeypatch.setattr(room, "_LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(capacity, "_LOOK_EVERY_S", 0.02)
     monkeypatch.setattr("ray.nodes", lambda: nodes)
     began = time.monotonic()
-    assert room.workers_that_fit(False) == 1
-    assert room.workers_that_fit(True) == 0
-    assert not room.while_there_is_room(over.wait, 2, False, 0.2)
+    assert capacity.workers_that_fit(False) == 1
+    assert capacity.workers_that_fit(True) == 0
+    assert not capacity.while_there_is_room(over.wait, 2, False, 0.2)
     assert 0.2 < time.monotonic() - began < 5
     over.set()
-    assert room.while_there_is_room(over.wait, 2, False, 0.2)  # it ended in time
+    assert capacity.while_there_is_room(over.wait, 2, False, 0.2)  # it ended in time
     nodes[1]["Alive"] = True
-    assert room.while_there_is_room(lambda: time.sleep(0.5), 2, False, 0.2)
+    assert capacity.while_there_is_room(lambda: time.sleep(0.5), 2, False, 0.2)
     with pytest.raises(ValueError, match="its own"):
-        room.while_there_is_room(lambda: int("its own"), 2, False, 0.2)
+        capacity.while_there_is_room(lambda: int("its own"), 2, False, 0.2)
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_the_kuberay_job_is_well_formed():
 def test_what_a_job_runs_are_words_that_the_program_takes():
     from click.testing import CliRunner
 
-    from grape_ray.cli import main
+    from grape_ray.cli.main import main
 
     text = yaml.safe_load((ROOT / "deploy" / "rayjob.yaml").read_text())["spec"]["entrypoint"]
     words = shlex.split(text)

@@ -17,9 +17,9 @@ import torch
 import transformers
 import yaml
 
-from grape_ray.accounting.verify import verify
-from grape_ray.export import export
+from grape_ray.ledger.audit import verify
 from grape_ray.storage import Storage
+from grape_ray.training.export import export
 from tests.faulty_s3 import FaultyS3
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -227,7 +227,16 @@ def test_a_cluster_that_was_plainly_started_is_used_by_address_and_by_job(tmp_pa
             time.sleep(1)
         assert head.status("job") == "succeeded", head.run("job", "logs", "job", check=False)[-3000:]
         own = {**head.environment, "HOME": str(home / "own"), "RAY_ADDRESS": f"127.0.0.1:{head.port}"}
-        program = [sys.executable, "-c", "from grape_ray.cli import main; main()", "train", "tests.tiny:tiny", "--run", "own", *options]
+        program = [
+            sys.executable,
+            "-c",
+            "from grape_ray.cli.main import main; main()",
+            "train",
+            "tests.tiny:tiny",
+            "--run",
+            "own",
+            *options,
+        ]
         done = subprocess.run(program, env=own, cwd=away, capture_output=True, text=True, timeout=200, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
     for name in ("job", "own"):
@@ -235,7 +244,17 @@ def test_a_cluster_that_was_plainly_started_is_used_by_address_and_by_job(tmp_pa
 
 
 def test_a_wrong_token_and_a_dead_cluster_are_told_before_anything_is_registered(tmp_path):
-    program = [sys.executable, "-c", "from grape_ray.cli import main; main()", "train", "tests.tiny:tiny", "--workers", "1", "--run", "a"]
+    program = [
+        sys.executable,
+        "-c",
+        "from grape_ray.cli.main import main; main()",
+        "train",
+        "tests.tiny:tiny",
+        "--workers",
+        "1",
+        "--run",
+        "a",
+    ]
     program += ["--storage", str(tmp_path / "runs"), "--key-file", str(tmp_path / "key"), "--set", "performance.start_timeout_s=20"]
     with Head({}) as head:
         head.submit("up", "true")  # by now it answers

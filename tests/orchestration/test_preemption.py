@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from grape_ray import checkpoint
-from grape_ray.accounting.verify import verify
-from grape_ray.orchestrate.train import train
+from grape_ray.ledger.audit import verify
+from grape_ray.ray_backend.train import train
 from grape_ray.storage import Storage
 from tests.orchestration.test_train import executed
 from tests.tiny import tiny

@@ -12,13 +12,13 @@ import pytest
 from click.testing import CliRunner
 
 from grape_ray import checkpoint
-from grape_ray.accounting import Ledger, verify
-from grape_ray.cli import main
+from grape_ray.cli.main import main
 from grape_ray.errors import BudgetExceeded, ConfigError, LedgerError, TaskFailed
-from grape_ray.orchestrate.sweep import resume, run
+from grape_ray.ledger import Ledger, verify
+from grape_ray.ray_backend.sweep import resume, run
 from grape_ray.storage import Storage
-from grape_ray.sweeps.options import Options
-from grape_ray.sweeps.page import report
+from grape_ray.tuning.options import Options
+from grape_ray.tuning.page import report
 from tests.quoting import RECORD
 
 pytestmark = pytest.mark.ray
@@ -200,7 +200,7 @@ def test_a_trial_of_private_scores_pays_for_what_it_says_when_it_is_resumed_by_h
 
 
 def test_a_selection_is_never_drawn_twice(sweep, tmp_path, monkeypatch):
-    from grape_ray.orchestrate import select
+    from grape_ray.ray_backend import private_selection
 
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
 
@@ -208,7 +208,7 @@ def test_a_selection_is_never_drawn_twice(sweep, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(select, "_release", die)
+        patch.setattr(private_selection, "_release", die)
         with pytest.raises(KeyboardInterrupt):
             sweep("a", mode="select", scheduler="none", trials=3)
     sealed = tmp_path / "share" / "grape-ray" / "sealed" / "a"
@@ -241,7 +241,7 @@ def bucket(monkeypatch):
 
 def program(*words):
     """The result of `grape-ray tune tests.tiny_space` in processes of its own."""
-    code = "from grape_ray.cli import main; main()"
+    code = "from grape_ray.cli.main import main; main()"
     words = [*map(str, ("tune", "tests.tiny_space", *words)), "--json"]
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr

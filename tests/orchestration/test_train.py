@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from grape_ray import checkpoint
-from grape_ray.accounting.verify import verify
 from grape_ray.errors import GrapeRayError
-from grape_ray.orchestrate.ray_train import WorkersFailed
-from grape_ray.orchestrate.train import train
+from grape_ray.ledger.audit import verify
+from grape_ray.ray_backend.train import train
+from grape_ray.ray_backend.trainer import WorkersFailed
 from grape_ray.storage import Storage
 from tests.quoting import RECORD, Quoting
 from tests.tiny import tiny
@@ -136,7 +136,7 @@ def test_the_program_leaves_no_process_behind(tmp_path):
         "--json",
     ]
     done = subprocess.run(
-        [sys.executable, "-c", "from grape_ray.cli import main; main()", *words],
+        [sys.executable, "-c", "from grape_ray.cli.main import main; main()", *words],
         capture_output=True, text=True, cwd=REPOSITORY, timeout=180, env={**os.environ, "GRAPE_RAY_TEST_TOKEN": token}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

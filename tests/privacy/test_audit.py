@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from grape_ray import make_engine
-from grape_ray.noise import NoiseStream, privatize
+from grape_ray.privacy.noise import NoiseStream, privatize
 
 SIGMA, CLIP, EXPECTED = 2.0, 1.0, 8.0
 TRIALS, FEW = 6000, 800  # the spread is known to 0.9 % and 2.5 %: 0.02 is 4.3, and 0.1 at least 6, standard errors; false alarms < 1e-4

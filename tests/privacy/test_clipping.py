@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from grape_ray.clipping import POLICIES, factors
+from grape_ray.privacy.clipping import POLICIES, factors
 
 POLICY = pytest.mark.parametrize("policy", list(POLICIES))
 CLIP = pytest.mark.parametrize("clip_norm", [0.3, 1.0, 7.0])

@@ -4,17 +4,18 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from grape_ray.accounting import Ledger, Mechanism, Study
-from grape_ray.comms import Comms
+from grape_ray.accounting import Mechanism
 from grape_ray.data.arrays import Records
-from grape_ray.data.identity import fingerprint_records
+from grape_ray.data.fingerprints import fingerprint_records
 from grape_ray.data.tables import fingerprint_arrays
+from grape_ray.distributed.comms import Comms
 from grape_ray.errors import LedgerError
-from grape_ray.execute import execute
-from grape_ray.plan import prepare
-from grape_ray.scores import PrivateScore, Terms
-from grape_ray.session import Around
-from grape_ray.task import Data
+from grape_ray.ledger import Ledger, Study
+from grape_ray.tasks.task import Data
+from grape_ray.training.plan import prepare
+from grape_ray.training.private_scores import PrivateScore, Terms
+from grape_ray.training.run import execute
+from grape_ray.training.session import Around
 from tests.tiny import Tiny, tiny
 
 
@@ -82,7 +83,7 @@ def test_private_scores_of_other_validation_records_are_refused(shared, tmp_path
 
 @pytest.mark.ray
 def test_the_accountant_refuses_other_records(shared):
-    accountants = pytest.importorskip("grape_ray.orchestrate.accountant")
+    accountants = pytest.importorskip("grape_ray.ray_backend.ledger_actor")
     desk = accountants._Desk(shared[1]["ledger"], "c", 0.1)
     try:
         for call in (("begin_attempt", "s", "r", "id"), ("charge", "s", "r", 1, 0, 1)):

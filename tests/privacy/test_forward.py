@@ -10,10 +10,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from grape_ray import make_engine
-from grape_ray.config import Method, Privacy
+from grape_ray.config.methods import METHODS
+from grape_ray.config.schema import Method, Privacy
 from grape_ray.errors import ConfigError, UnsupportedLayer
-from grape_ray.methods import METHODS
-from grape_ray.preflight import preflight
+from grape_ray.training.preflight import preflight
 from tests.privacy.test_sensitivity import Weighted, cancelling, dictated
 
 EXACT = [name for name, info in METHODS.items() if info.private and info.exact]

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from grape_ray.engines import owners
-from grape_ray.engines.owners import Layout
+from grape_ray.engines.capture import row_layout
+from grape_ray.engines.capture.row_layout import Layout
 
 ROWS = pytest.mark.parametrize("rows", [1, 2, 3])
 
@@ -74,7 +74,7 @@ def test_a_layout_for_another_size_is_the_same_order_or_none(rows):
 @ROWS
 def test_candidates_are_all_layouts_that_the_sizes_allow_each_once_and_the_usual_first(rows):
     for lead in ((rows,), (rows * 6, 5), (5, rows * 4), (rows * 2, rows * 9), (0, rows)):
-        found = list(owners.candidates(lead, rows))
+        found = list(row_layout.candidates(lead, rows))
         allowed = {
             Layout(axis, outer, inner)
             for axis, size in enumerate(lead)
@@ -91,30 +91,30 @@ def test_candidates_are_all_layouts_that_the_sizes_allow_each_once_and_the_usual
 @pytest.mark.parametrize("rows", [2, 3, 4])
 def test_one_gradient_in_a_row_of_another_is_a_contradiction(rows):
     """Law: evidence agrees with a layout where, and only where, no group reaches a row that none of its examples owns."""
-    groups = owners.every_pair(rows)
+    groups = row_layout.every_pair(rows)
     layouts = [(lead, layout) for lead, layout in regular(rows)] + [((2, 3), Layout(only=i)) for i in range(rows)]
     layouts += [((rows * 6,), Layout(0, outer, 6 // outer)) for outer in (1, 2, 6)]
     for lead, layout in layouts:
         places = list(itertools.product(*map(range, lead)))
         nothing = torch.zeros(len(groups), *lead, dtype=torch.bool)
-        assert owners.agrees(layout, nothing, groups)
+        assert row_layout.agrees(layout, nothing, groups)
         for k in range(len(groups)):
             for place in places[:: max(len(places) // 12, 1)]:
                 one = nothing.clone()
                 one[(k, *place)] = True
-                assert owners.agrees(layout, one, groups) == bool(groups[k, owner(layout, rows, place)])
+                assert row_layout.agrees(layout, one, groups) == bool(groups[k, owner(layout, rows, place)])
 
 
 def test_evidence_that_fits_nothing_is_resolved_to_nothing():
-    groups = owners.every_pair(3)
-    assert owners.readings(torch.ones(len(groups), 3, dtype=torch.bool), groups) == []
-    assert owners.readings(torch.zeros(len(groups), 3, 2, dtype=torch.bool), groups) == [Layout()]
-    assert owners.readings(torch.zeros(len(groups), 5, dtype=torch.bool), groups) == [Layout(only=i) for i in range(3)]
+    groups = row_layout.every_pair(3)
+    assert row_layout.readings(torch.ones(len(groups), 3, dtype=torch.bool), groups) == []
+    assert row_layout.readings(torch.zeros(len(groups), 3, 2, dtype=torch.bool), groups) == [Layout()]
+    assert row_layout.readings(torch.zeros(len(groups), 5, dtype=torch.bool), groups) == [Layout(only=i) for i in range(3)]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 9, 33])
 def test_of_every_two_examples_one_is_in_a_group_without_the_other(rows):
-    groups = owners.every_pair(rows)
+    groups = row_layout.every_pair(rows)
     assert groups.dtype == torch.bool
     assert len(groups) == 2 * max((rows - 1).bit_length(), 1)  # few backward passes
     for i, j in itertools.permutations(range(rows), 2):
@@ -123,8 +123,8 @@ def test_of_every_two_examples_one_is_in_a_group_without_the_other(rows):
 
 @pytest.mark.parametrize("rows", [2, 3, 8, 33])
 def test_a_random_half_is_half_of_the_examples_and_every_example_is_as_likely_in_it(rows):
-    first = torch.stack([owners.random_halves(rows)[0] for _ in range(400)])
-    for half, rest in (owners.random_halves(rows) for _ in range(20)):
+    first = torch.stack([row_layout.random_halves(rows)[0] for _ in range(400)])
+    for half, rest in (row_layout.random_halves(rows) for _ in range(20)):
         assert torch.equal(half, ~rest)
         assert int(half.sum()) == (rows + 1) // 2
     share = (rows + 1) // 2 / rows

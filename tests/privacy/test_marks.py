@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from grape_ray.engines.owners import Layout
-from grape_ray.engines.ownership import _weighs, same_gradients, same_in_part
-from grape_ray.engines.session import Tap
+from grape_ray.engines.capture.capture_pass import Tap
+from grape_ray.engines.capture.row_layout import Layout
+from grape_ray.engines.verification.ownership import _weighs, same_gradients, same_in_part
 from grape_ray.errors import UnsupportedLayer
 
 TOLERANCE = 1e-3

@@ -8,20 +8,22 @@ from pathlib import Path
 import pytest
 
 from grape_ray import checkpoint
-from grape_ray.accounting import Ledger, Mechanism, Study, keys
-from grape_ray.accounting.events import MAX_EPSILON
+from grape_ray.accounting import Mechanism
+from grape_ray.accounting.mechanism import MAX_EPSILON
 from grape_ray.checkpoint.manifest import read_manifest
-from grape_ray.comms import Comms
+from grape_ray.distributed.comms import Comms
 from grape_ray.errors import CheckpointError
-from grape_ray.execute import execute
-from grape_ray.plan import prepare
-from grape_ray.rng import normals
-from grape_ray.scores import PrivateScore
-from grape_ray.session import begin_attempt
+from grape_ray.ledger import Ledger, Study
+from grape_ray.privacy import keys
+from grape_ray.privacy.random_streams import normals
 from grape_ray.storage import Storage
-from grape_ray.sweeps import prepare as sweeps_prepare
-from grape_ray.sweeps import price, space
-from grape_ray.sweeps.options import Options
+from grape_ray.training.plan import prepare
+from grape_ray.training.private_scores import PrivateScore
+from grape_ray.training.run import execute
+from grape_ray.training.session import begin_attempt
+from grape_ray.tuning import prepare as sweeps_prepare
+from grape_ray.tuning import price, spaces
+from grape_ray.tuning.options import Options
 from tests.tiny import tiny
 
 
@@ -113,10 +115,10 @@ def test_a_manifest_leads_nowhere_but_to_a_full_checkpoint_of_the_run(manifests,
 
 @pytest.mark.parametrize("trials", [0, 1, 40])
 def test_how_many_trials_there_are_decides_no_error(tmp_path, trials):
-    from grape_ray.orchestrate.select import Sealed, _open_sealed
+    from grape_ray.ray_backend.private_selection import Sealed, _open_sealed
 
     options = Options("tests.tiny_space", mode="select", scheduler="none", storage=str(tmp_path / "s"), key_path=str(tmp_path / "key"))
-    begun = sweeps_prepare.prepare(options, *space.load("tests.tiny_space"), "a")
+    begun = sweeps_prepare.prepare(options, *spaces.load("tests.tiny_space"), "a")
     paid = replace(begun.steps.paid, mechanism=Mechanism("poisson_gaussian", 1.0, 0.05), trial_tokens=12)
     assert price.trial_epsilon(paid) * 40 > MAX_EPSILON > price.trial_epsilon(paid)
     costly = replace(begun, steps=replace(begun.steps, paid=paid))

@@ -9,12 +9,12 @@ import pytest
 import torch
 from scipy import stats
 
-from grape_ray.comms import Comms
+from grape_ray.distributed.comms import Comms
 from grape_ray.errors import ConfigError, GrapeRayError, NoiseReuse
-from grape_ray.noise import NoiseStream, _pieces, grid_and_std, on_grid, privatize
 from grape_ray.optim import make_optimizer
-from grape_ray.rng import _refine, normals, poisson_batch, public_normals
-from grape_ray.types import ClippedSum, PrivateGradient
+from grape_ray.privacy.noise import NoiseStream, _pieces, grid_and_std, on_grid, privatize
+from grape_ray.privacy.random_streams import _refine, normals, poisson_batch, public_normals
+from grape_ray.privacy.types import ClippedSum, PrivateGradient
 
 KEY = b"n" * 32
 FALSE_ALARM = 1e-6  # of each statistical test below; seeds are pinned, so a pass is for ever
@@ -145,7 +145,7 @@ def test_noise_drawn_ahead_is_the_same_noise_and_a_step_is_still_drawn_once():
         summed = zeros(a=(600, 500), b=(777,))
         with pytest.MonkeyPatch.context() as patch:
             if ahead == [(0, 300777)]:
-                patch.setattr("grape_ray.noise.normals", None)  # all of it lies ready
+                patch.setattr("grape_ray.privacy.noise.normals", None)  # all of it lies ready
             gradient = privatize(summed, stream, step=2, noise_multiplier=1.0, expected_batch_size=1)
         with pytest.raises(NoiseReuse):
             privatize(zeros(a=(1,)), stream, step=2, noise_multiplier=1.0, expected_batch_size=1)

@@ -10,16 +10,16 @@ import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 
-from grape_ray import registry
-from grape_ray.cli import main
+from grape_ray.cli.main import main
 from grape_ray.data import tables
 from grape_ray.data.arrays import Records
-from grape_ray.data.identity import column_fingerprints, fingerprint_records
+from grape_ray.data.fingerprints import column_fingerprints, fingerprint_records
 from grape_ray.data.tables import fingerprint_arrays
 from grape_ray.errors import BudgetExceeded, DataError, GrapeRayError, LedgerError
-from grape_ray.places import home, really
-from grape_ray.plan import prepare
-from grape_ray.task import Data
+from grape_ray.ledger import registry
+from grape_ray.ledger.location import home, really
+from grape_ray.tasks.task import Data
+from grape_ray.training.plan import prepare
 from tests.tiny import Tiny, tiny
 
 

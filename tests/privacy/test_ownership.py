@@ -6,13 +6,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from grape_ray import make_engine
-from grape_ray.config import Method, Privacy
-from grape_ray.engines import owners
-from grape_ray.engines.base import VERIFY_EVERY
-from grape_ray.engines.owners import Layout
+from grape_ray.config.methods import METHODS
+from grape_ray.config.schema import Method, Privacy
+from grape_ray.engines.capture import row_layout
+from grape_ray.engines.capture.row_layout import Layout
+from grape_ray.engines.engine import VERIFY_EVERY
 from grape_ray.errors import UnsupportedLayer
-from grape_ray.methods import METHODS
-from grape_ray.preflight import preflight
+from grape_ray.training.preflight import preflight
 from tests.contracts.oracle import expected, worst
 
 EXACT = [name for name, info in METHODS.items() if info.private and info.exact]
@@ -152,7 +152,7 @@ def test_two_examples_that_change_places_are_found_every_time_among_few(rows):
 
 
 def test_a_right_pass_stays_right_when_it_is_verified_again(monkeypatch):
-    monkeypatch.setattr("grape_ray.engines.base.VERIFY_EVERY", 2)
+    monkeypatch.setattr("grape_ray.engines.engine.VERIFY_EVERY", 2)
     model, batch = network().double(), {k: v.double() for k, v in batch_of(6).items()}
     made = engine(model, "ghost", 0.5)
     for _ in range(5):
@@ -212,23 +212,23 @@ def test_gradients_within_the_loss_are_refused():
 @pytest.mark.parametrize("rows", [2, 3, 4, 7, 12])
 def test_layouts_are_told_from_evidence(rows):
     """Law: of all regular layouts the one that made the evidence is found, up to layouts that own every row alike."""
-    groups = owners.every_pair(rows)
+    groups = row_layout.every_pair(rows)
     for i in range(rows):
         for j in range(rows):
             assert i == j or bool((groups[:, i] & ~groups[:, j]).any())
     for lead in ((rows,), (rows, 3), (3, rows), (2 * rows,), (2 * rows * 3, 2)):
-        for layout in owners.candidates(lead, rows):
+        for layout in row_layout.candidates(lead, rows):
             owner = layout.owners(lead, rows)
             shape = [1] * len(lead)
             if layout.only is None:
                 shape[layout.axis] = -1
             evidence = groups[:, owner].view(len(groups), *shape).expand(-1, *lead)
-            found = owners.readings(evidence, groups)[0]
-            assert owners.agrees(found, evidence, groups)
+            found = row_layout.readings(evidence, groups)[0]
+            assert row_layout.agrees(found, evidence, groups)
             if found.axis == layout.axis and found.only is None and layout.only is None:
                 assert torch.equal(found.owners(lead, rows), owner)
             moved_rows = evidence.roll(1, dims=layout.axis + 1) if layout.only is None else ~evidence
-            assert layout.only is not None or rows == 1 or not owners.agrees(layout, moved_rows, groups)
+            assert layout.only is not None or rows == 1 or not row_layout.agrees(layout, moved_rows, groups)
 
 
 def test_a_layout_takes_apart_what_it_says():

@@ -6,17 +6,18 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from grape_ray.accounting import Ledger, Mechanism, Study
-from grape_ray.cli import main
-from grape_ray.comms import Comms
-from grape_ray.data.identity import fingerprint_records
+from grape_ray.accounting import Mechanism
+from grape_ray.cli.main import main
+from grape_ray.data.fingerprints import fingerprint_records
+from grape_ray.distributed.comms import Comms
 from grape_ray.errors import ConfigError, DataError, LedgerError
-from grape_ray.execute import execute
-from grape_ray.plan import prepare
-from grape_ray.registry import register
-from grape_ray.resume import plan_resume
-from grape_ray.scores import Terms
-from grape_ray.session import Around
+from grape_ray.ledger import Ledger, Study
+from grape_ray.ledger.registry import register
+from grape_ray.training.plan import prepare
+from grape_ray.training.private_scores import Terms
+from grape_ray.training.resume import plan_resume
+from grape_ray.training.run import execute
+from grape_ray.training.session import Around
 from tests.tiny import Tiny, tiny
 
 NOISE, RECORDS = 200.0, 50

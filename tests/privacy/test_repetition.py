@@ -11,13 +11,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import _get_current_function_mode
 
 from grape_ray import make_engine
-from grape_ray.engines.batches import is_mask
-from grape_ray.engines.dependence import Dependence
-from grape_ray.engines.randomness import random_states
-from grape_ray.engines.repetition import Repetition, _distance, _same
-from grape_ray.engines.session import Session
-from grape_ray.engines.state import Watch
-from grape_ray.engines.tracked import Tracked
+from grape_ray.engines.capture.batches import is_mask
+from grape_ray.engines.capture.capture_pass import Session
+from grape_ray.engines.capture.dependence import Dependence
+from grape_ray.engines.capture.model_state import Watch
+from grape_ray.engines.capture.random_state import random_states
+from grape_ray.engines.capture.tracked import Tracked
+from grape_ray.engines.rules import find
+from grape_ray.engines.verification.repetition import Repetition, _distance, _same
 from grape_ray.errors import UnsupportedLayer
 
 CPU = torch.device("cpu")
@@ -49,7 +50,7 @@ def check(loss, batch=None, *, thorough=True, drew=False, masked=False, losses=N
     found = forward(batch, rows) if losses is None else losses
     seen = Dependence(rows, set(), Tracked)
     seen.drew, seen.masked = drew, masked
-    session = Session(rows, None, CPU, set(), set())
+    session = Session(rows, None, CPU, set(), set(), find)
     Repetition(session, forward, batch, state, tolerance).check((found, [], []), Watch(model or nn.Module()), seen, thorough)
 
 

@@ -7,17 +7,28 @@ import torch
 from torch import nn
 
 from grape_ray import make_engine
-from grape_ray.clipping import factors
-from grape_ray.config import MAX_CLIP_NORM, MIN_CLIP_NORM
-from grape_ray.engines.routing import norm_route
+from grape_ray.config.methods import METHODS
+from grape_ray.config.schema import MAX_CLIP_NORM, MIN_CLIP_NORM
+from grape_ray.engines.algebra import factor_pairs, sketch
+from grape_ray.engines.algebra.factor_pairs import Index
+from grape_ray.engines.algebra.rounding import (
+    BLOCK,
+    chain,
+    dots,
+    gamma,
+    matrix_norms,
+    products,
+    raised,
+    squared,
+    total_length,
+    vector_lengths,
+)
+from grape_ray.engines.norm_routes import norm_route
 from grape_ray.errors import ConfigError
-from grape_ray.methods import METHODS
-from grape_ray.rules import pairs, sketch
-from grape_ray.rules.pairs import Index
-from grape_ray.rules.rounding import BLOCK, chain, dots, gamma, matrix_norms, products, raised, squared, total_length, vector_lengths
+from grape_ray.privacy.clipping import factors
 
 EXACT = [name for name, info in METHODS.items() if info.private and info.exact]
-ROUTES = {"gram": pairs.gram_squared_norms, "instantiate": pairs.outer_squared_norms}
+ROUTES = {"gram": factor_pairs.gram_squared_norms, "instantiate": factor_pairs.outer_squared_norms}
 ROUNDED = 1 + 2.0**-22  # of a factor and of a product, in single precision
 
 
@@ -62,9 +73,9 @@ def test_norms_are_never_below_the_truth_at_any_width(route, made, dtype):
                 pair = left.to(dtype), right.to(dtype)
                 found = ROUTES[route]([pair]).sqrt()
                 assert (true_norm([pair]) <= found * (1 + 1e-8)).all()  # the truth is rounded, too
-                scaled = pairs.scaled(pair[0], pair[1], 1 / found)
+                scaled = factor_pairs.scaled(pair[0], pair[1], 1 / found)
                 assert true_norm([scaled]) <= ROUNDED  # what is summed, in exact arithmetic
-                assert pairs.summed(*scaled).double().norm() <= 1 + 1e-6  # and as it comes out
+                assert factor_pairs.summed(*scaled).double().norm() <= 1 + 1e-6  # and as it comes out
 
 
 @pytest.mark.parametrize("method", [m for m in EXACT if METHODS[m].subspace != "gaussian"])
@@ -102,14 +113,14 @@ def test_tables_are_never_under_normed_where_ids_repeat_and_exact_where_they_do_
         right = constants(64, 300, generator)[0].to(dtype)
         right += torch.randn(right.shape, generator=generator) * 1e-3
         index = Index(torch.randint(0, 3, (1, 300), generator=generator), 5)
-        assert true_norm([(index, right)]) <= pairs.lookup_squared_norms(index, right).sqrt() * (1 + 1e-12)
+        assert true_norm([(index, right)]) <= factor_pairs.lookup_squared_norms(index, right).sqrt() * (1 + 1e-12)
         for norms in ROUTES.values():
             assert true_norm([(index, right)]) <= norms([(index, right)]).sqrt() * (1 + 1e-12)
             assert true_norm([(index, right), (right[..., :5], right)]) <= norms([(index, right), (right[..., :5], right)]).sqrt() * (
                 1 + 1e-12
             )
     distinct = Index(torch.arange(300).unsqueeze(0), 300)
-    found = pairs.lookup_squared_norms(distinct, right).sqrt()
+    found = factor_pairs.lookup_squared_norms(distinct, right).sqrt()
     assert true_norm([(distinct, right)]) <= found <= true_norm([(distinct, right)]) * (1 + 5e-6)
 
 
@@ -253,8 +264,8 @@ def test_inner_products_that_cancel_are_covered_by_what_is_added():
     """Two positions that cancel: what is left is rounding alone, and the bound on it is that of the book, for every pair of widths."""
     for width in (64, BLOCK, 2048):
         left, right = constants(width, 2, torch.Generator().manual_seed(width))
-        found = pairs.gram_squared_norms([(left, right)])
-        magnitude = pairs.magnitudes([(left, right)])
+        found = factor_pairs.gram_squared_norms([(left, right)])
+        magnitude = factor_pairs.magnitudes([(left, right)])
         lost = gamma(chain(64), torch.float32) + gamma(chain(width), torch.float32)
         assert (found >= 0.99 * lost * magnitude**2).all()
 

@@ -8,15 +8,15 @@ import torch
 from torch import nn
 
 from grape_ray import make_engine
-from grape_ray.comms import Comms
-from grape_ray.dryrun import try_out
-from grape_ray.engines.routing import norm_route
+from grape_ray.config.methods import METHODS
+from grape_ray.distributed.comms import Comms
+from grape_ray.engines.algebra.rounding import squared
+from grape_ray.engines.norm_routes import norm_route
 from grape_ray.errors import UnsupportedLayer
-from grape_ray.methods import METHODS
-from grape_ray.plan import prepare
-from grape_ray.rules.rounding import squared
-from grape_ray.session import begin_attempt
-from grape_ray.task import classification_metrics, evaluating
+from grape_ray.tasks.task import classification_metrics, evaluating
+from grape_ray.training.dry_run import try_out
+from grape_ray.training.plan import prepare
+from grape_ray.training.session import begin_attempt
 from tests.tiny import tiny
 
 EXACT = [name for name, info in METHODS.items() if info.private and info.exact]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from grape_ray.engines.state import Start, Watch, awake, check_kinds, checksum, state_of, untrained
+from grape_ray.engines.capture.model_state import Start, Watch, awake, check_kinds, checksum, state_of, untrained
 from grape_ray.errors import UnsupportedLayer
 
 SMALL, LARGE = 1024, 1025  # float32 entries of a buffer whose contents are compared after every pass, and of one where not

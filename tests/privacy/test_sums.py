@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from grape_ray.errors import GrapeRayError
-from grape_ray.noise import nonprivate_mean
-from grape_ray.types import ClippedSum, PrivateGradient
+from grape_ray.privacy.noise import nonprivate_mean
+from grape_ray.privacy.types import ClippedSum, PrivateGradient
 
 
 def summed(value, sensitivity=2.0, names="ab", **unprotected):

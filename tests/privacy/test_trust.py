@@ -10,19 +10,19 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from grape_ray.cli import main
-from grape_ray.comms import Comms
+from grape_ray.cli.main import main
+from grape_ray.config.pipelines import rebuild_task
+from grape_ray.distributed.comms import Comms
 from grape_ray.errors import ConfigError, StorageError
-from grape_ray.execute import execute
-from grape_ray.export import export
-from grape_ray.orchestrate.sweep import resume as resume_sweep
-from grape_ray.plan import prepare
-from grape_ray.resolve import rebuild_task
-from grape_ray.resume import plan_resume
+from grape_ray.ray_backend.sweep import resume as resume_sweep
 from grape_ray.storage import Storage
-from grape_ray.sweeps import folder, space
-from grape_ray.sweeps.options import Options
-from grape_ray.sweeps.prepare import prepare as prepare_sweep
+from grape_ray.training.export import export
+from grape_ray.training.plan import prepare
+from grape_ray.training.resume import plan_resume
+from grape_ray.training.run import execute
+from grape_ray.tuning import results, spaces
+from grape_ray.tuning.options import Options
+from grape_ray.tuning.prepare import prepare as prepare_sweep
 from pipelines.digits_vit import digits_vit
 from tests.tiny import Tiny, tiny
 
@@ -33,8 +33,8 @@ STRANGE = [
     {"class": "os:system", "fields": {"command": "touch MARK"}},
     {"class": "tests.tiny:os.system", "fields": {"command": "touch MARK"}},
     {"class": "grape_ray.storage:Storage", "fields": {"url": "MARK"}},
-    {"class": "grape_ray.config:Privacy", "fields": {}},
-    {"class": "grape_ray.task:Task", "fields": {}},
+    {"class": "grape_ray.config.schema:Privacy", "fields": {}},
+    {"class": "grape_ray.tasks.task:Task", "fields": {}},
     {"class": "tests.tiny:tiny", "fields": {}},
     {"class": "tests.tiny:Tiny", "fields": {"unknown": 1}},
     {"class": "tests.tiny:Tiny.load", "fields": {"self": None}},
@@ -63,7 +63,7 @@ def published(tmp_path, module="stranger"):
 
 
 def program(words, cwd):
-    code = "from grape_ray.cli import main; main()"
+    code = "from grape_ray.cli.main import main; main()"
     paths = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths}
     return subprocess.run(
@@ -93,7 +93,7 @@ def test_files_beside_a_run_pass_for_nothing(tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     for path in {tmp_path / name, (tmp_path / name).parent / ("__init__.py" if "/" in name else name)}:
         path.write_text(f"import pathlib; pathlib.Path({str(tmp_path / 'MARK')!r}).touch()")
-    code = "import sys; sys.path.remove(''); from grape_ray.cli import main; main()"  # as the installed program, which has no '' there
+    code = "import sys; sys.path.remove(''); from grape_ray.cli.main import main; main()"  # as the installed program, which has no '' there
     words = [sys.executable, "-c", code, "export", str(run), str(tmp_path / "out")]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
@@ -134,9 +134,9 @@ class _Bomb:
 def sweep(tmp_path):
     """A sweep's folder as it is when it was cut off, with a state of Ray Tune that runs code when it is loaded."""
     words = {"storage": str(tmp_path / "sweeps"), "key_path": str(tmp_path / "key"), "scheduler": "none", "trials": 1}
-    begun = prepare_sweep(Options("tests.tiny_space", **words), *space.load("tests.tiny_space"), "a")
+    begun = prepare_sweep(Options("tests.tiny_space", **words), *spaces.load("tests.tiny_space"), "a")
     begun.register()
-    state = tmp_path / "sweeps" / "a" / folder.TUNE
+    state = tmp_path / "sweeps" / "a" / results.TUNE
     state.mkdir()
     (state / "tuner.pkl").write_bytes(pickle.dumps(_Bomb(str(tmp_path / "MARK"))))
     return tmp_path
@@ -176,7 +176,7 @@ def test_a_sweeps_description_has_no_module_imported_and_no_key_of_its_own_used(
 
 def test_a_selection_that_others_began_is_not_gone_on_with(tmp_path, monkeypatch):
     words = {"storage": str(tmp_path / "sweeps"), "key_path": str(tmp_path / "key"), "mode": "select", "scheduler": "none"}
-    prepare_sweep(Options("tests.tiny_space", **words), *space.load("tests.tiny_space"), "a").register()
+    prepare_sweep(Options("tests.tiny_space", **words), *spaces.load("tests.tiny_space"), "a").register()
     path = tmp_path / "sweeps" / "a" / "sweep.json"
     mine = tmp_path / "mine"
     (mine / "runs").mkdir(parents=True)

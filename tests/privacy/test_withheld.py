@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from grape_ray.comms import Comms
-from grape_ray.config import Performance
+from grape_ray.config.schema import Performance
+from grape_ray.distributed.comms import Comms
 from grape_ray.errors import DataError, GrapeRayError, LedgerError, TaskFailed
-from grape_ray.loop import run_loop
-from grape_ray.orchestrate.train import train
-from grape_ray.withheld import text_of, told
+from grape_ray.privacy.redaction import text_of, told
+from grape_ray.ray_backend.train import train
+from grape_ray.training.loop import run_loop
 from tests.quoting import PLACES, RECORD, Quoting
 from tests.test_loop import Recorder
 from tests.tiny import tiny
@@ -61,7 +61,7 @@ def test_on_public_data_the_texts_are_shown(tmp_path):
 
 
 def test_the_program_prints_no_text(tmp_path):
-    code = "from grape_ray.cli import main; main()"
+    code = "from grape_ray.cli.main import main; main()"
     words = ["train", "tests.quoting:quoting", "--storage", tmp_path / "runs", "--key-file", tmp_path / "key"]
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, words)], cwd=REPOSITORY, env=dict(os.environ), capture_output=True, text=True, check=False

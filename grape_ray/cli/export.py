@@ -1,0 +1,23 @@
+"""``grape-ray export``: a run's newest checkpoint as a folder that Hugging Face loads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from grape_ray.cli.options import trust_module
+
+
+@click.command("export")
+@click.argument("run")
+@click.argument("folder")
+@trust_module
+def command(run, folder, trust) -> None:
+    """Write the model of RUN (a run's folder or URL) to FOLDER, for AutoModel....from_pretrained."""
+    from grape_ray.training.export import PRIVACY_FILE, export
+
+    step = export(run, folder, trust)
+    promise = json.loads(Path(folder, PRIVACY_FILE).read_text())
+    click.echo(f"{folder}: the model after step {step}" + ("" if promise["private"] else f"; {promise['statement']}"))

@@ -1,0 +1,1 @@
+"""Pure tensor functions: pairs of factors, bounds on rounding, norm estimates, patches of convolutions."""

@@ -1,0 +1,91 @@
+"""The stand-ins of parameters in the modules' own slots, for the time of a pass; the model object stays the user's."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from grape_ray.distributed import sharding
+from grape_ray.engines.capture.capture_pass import Session, past_the_engine
+from grape_ray.engines.capture.model_state import Watch
+from grape_ray.engines.capture.tracked import Node, Tracked
+
+
+class Slot(NamedTuple):
+    """A place in a module where a parameter is held."""
+
+    module: nn.Module
+    key: str
+    name: str
+    param: nn.Parameter
+
+
+def _stand_in(session: Session, slots: list[Slot]) -> None:
+    """Puts a stand-in into every slot that holds a whole tensor; a tied one is the same everywhere."""
+    made: dict[int, Tracked] = {}
+    for slot in slots:
+        value = slot.module._parameters[slot.key]
+        if value is None or isinstance(value, (Tracked, DTensor)):
+            continue
+        if id(value) not in made:
+            leaf = value.detach().requires_grad_()
+            made[id(value)] = session.track(Node(leaf, {slot.name: leaf}, slot.name))
+        slot.module._parameters[slot.key] = made[id(value)]  # pyright: ignore[reportArgumentType]
+
+
+@contextlib.contextmanager
+def tracking(model: nn.Module, params: dict[str, nn.Parameter], session: Session, watch: Watch) -> Iterator[None]:
+    """Swaps tracked stand-ins for `params` into the model's modules, and the parameters back afterwards, whatever happens.
+
+    A sharded model's weights are there only while their block runs, so their stand-ins are made anew each time it is entered.
+
+    Raises:
+        UnsupportedLayer: a parameter received an ordinary gradient, so the model reached it past the engine; or the pass has written to
+            what is not trained.
+    """
+    names = {id(param): name for name, param in params.items()}
+    slots = [
+        Slot(module, key, names[id(param)], param)
+        for module in model.modules()
+        for key, param in module._parameters.items()
+        if param is not None and id(param) in names
+    ]
+    grads = {name: p.grad for name, p in params.items()}
+    gated = dict(sharding.gates(model))
+    try:
+        for param in params.values():
+            param.grad = None
+        owners = {part: gate for module, gate in gated.items() for part in module.modules()}  # inner blocks come later and win
+        for gate in gated.values():
+            gate.watcher = functools.partial(_stand_in, session, [s for s in slots if owners[s.module] is gate])
+        if not gated:
+            _stand_in(session, slots)
+            _flat_weights(model)
+        yield
+        leaked = [name for name, p in params.items() if p.grad is not None]
+    finally:
+        for gate in gated.values():
+            gate.watcher = None
+        sharding.close(model)
+        for slot in slots:
+            slot.module._parameters[slot.key] = slot.param
+        for name, param in params.items():
+            param.grad = grads[name]
+        if not gated:  # FSDP keeps state of its own in attributes
+            watch.restore_attributes()
+    session.check_leaks()
+    if leaked:
+        raise past_the_engine(f"'{leaked[0]}'")
+    watch.check()
+
+
+def _flat_weights(model: nn.Module) -> None:
+    """Recurrent layers keep their weights a second time, in a list; the attribute is put back with all others."""
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            object.__setattr__(module, "_flat_weights", [module._parameters[name] for name in module._flat_weights_names])

@@ -1,0 +1,89 @@
+"""Parameters that answer for themselves: a tensor subclass stands in for each trainable parameter during one pass.
+
+Whatever the model does with a parameter (a Linear, a bare `weight * x`, a tied head, `cls_token.expand(B, ...)`) reaches
+`Session.call`, on any thread and inside recomputed checkpoints. A value is either *shared* (computed from parameters and constants
+alone: it stays tracked, as a Node) or the batch has a part in it (from there on it is a plain tensor whose gradient is taken apart
+by example).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+no_subclass = torch._C.DisableTorchFunctionSubclass
+
+
+class Node:
+    """A value computed from parameters alone, with its graph from leaf copies of them.
+
+    Attributes:
+        graph: the value, with autograd history. leaves: parameter name -> leaf.
+        root: the parameter that it is, up to a cast, or None. transposed: whether it is that parameter's 2-D transpose.
+        spread: where this value is copies of another, as of a prefix token.
+        lookup: (node, ids, padding_idx), where this value is rows of a table at constant places, as of positions.
+    """
+
+    __slots__ = ("graph", "leaves", "lookup", "root", "spread", "transposed")
+
+    def __init__(self, graph: Tensor, leaves: dict[str, Tensor], root: str | None = None, transposed: bool = False):
+        self.graph, self.leaves, self.root, self.transposed = graph, leaves, root, transposed
+        self.spread: Spread | None = None
+        self.lookup: tuple[Node, Tensor, int | None] | None = None
+
+    @property
+    def value(self) -> Tensor:
+        return self.graph.detach()
+
+    @property
+    def label(self) -> str:
+        return "'" + "', '".join(self.leaves) + "'"
+
+
+class Spread(NamedTuple):
+    """Copies of a shared value: `source` expanded to `shape`, and then reshaped by the operations `then`, (function, arguments) each."""
+
+    source: Node
+    shape: tuple[int, ...]
+    then: tuple[tuple[Callable, tuple, dict], ...]
+
+    def followed_by(self, func: Callable, args: tuple, kwargs: dict) -> Spread:
+        """The same copies, reshaped once more."""
+        return self._replace(then=(*self.then, (func, args, kwargs)))
+
+
+class Router(Protocol):
+    """What a tracked value asks for the result of an operation on it: `capture_pass.Session`."""
+
+    def call(self, func: Callable, args: tuple, kwargs: dict) -> Any: ...
+
+
+class Tracked(torch.Tensor):
+    """The stand-in of a Node; lives for one pass."""
+
+    node: Node
+    session: Router
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        first = next(t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tracked))
+        return first.session.call(func, args, kwargs)
+
+
+def tracked_in(args: tuple, kwargs: dict) -> list[Tracked]:
+    """The tracked tensors among the arguments, in order."""
+    return [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tracked)]
+
+
+def values_of(tree: Any) -> Any:
+    """The arguments with every tracked tensor replaced by its plain value."""
+    return tree_map(lambda t: t.node.value if isinstance(t, Tracked) else t, tree)
+
+
+def graph_of(leaf: Any) -> Any:
+    return leaf.node.graph if isinstance(leaf, Tracked) else leaf

@@ -1,0 +1,1 @@
+"""What is verified by value before a pass may be trusted: ownership, repetition, no memory."""

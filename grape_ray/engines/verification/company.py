@@ -1,0 +1,68 @@
+"""Passes made in other company, or without dropout: what a repetition of a pass changes in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from grape_ray.engines.capture.dependence import DRAWS, DROPOUT_AT, DROPOUTS, Dependence, is_dropout, stripped
+
+
+class Undropped(TorchFunctionMode):
+    """A pass without dropout, in a model that is otherwise in training mode."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs, name = kwargs or {}, stripped(func)
+        if name in DROPOUTS and is_dropout(name, args, kwargs):
+            return args[0] if args else kwargs["input"]
+        if name == "scaled_dot_product_attention" and kwargs.get("dropout_p"):
+            kwargs = {**kwargs, "dropout_p": 0.0}
+        if name in DROPOUT_AT and len(args) > DROPOUT_AT[name]:
+            args = (*args[: DROPOUT_AT[name]], 0.0, *args[DROPOUT_AT[name] + 1 :])
+        return func(*args, **kwargs)
+
+
+class Company(Dependence):
+    """The same watch over a pass whose other examples were exchanged: what they draw at random is exchanged as well.
+
+    Each draw takes as many random numbers as ever; then the rows of `others` are set to extreme values, and so is a draw that has no row
+    for each example. Examples with luck of their own notice nothing.
+
+    Args:
+        others: (B,) bool. high: whether extremes are high ones.
+    """
+
+    def __init__(self, rows: int, constants: set[int], stand_in: type, others: Tensor, high: bool):
+        super().__init__(rows, constants, stand_in)
+        self._others, self._high = others, high
+
+    def _draw(self, name: str, args: tuple, kwargs: dict | None, out: Any) -> None:
+        super()._draw(name, args, kwargs, out)
+        own_mask = name not in DRAWS and not self._all_constant(args, kwargs)
+        for tensor in () if own_mask else out:
+            self._exchange(name, tensor.detach())
+
+    def _exchange(self, name: str, drawn: Tensor) -> None:
+        if drawn.numel() == 0:
+            return
+        axis = next((d for d in range(drawn.ndim) if drawn.shape[d] == self.rows), 0)
+        per_example = drawn.ndim > 0 and drawn.shape[axis] % self.rows == 0
+        low_high = DRAWS.get(name)
+        if name in DROPOUTS:
+            extreme = drawn * 2 if self._high else torch.zeros_like(drawn)
+        elif low_high is not None and drawn.dtype != torch.bool:
+            extreme = torch.full_like(drawn, low_high[self._high])
+        elif drawn.dtype == torch.bool:
+            extreme = torch.full_like(drawn, self._high)
+        elif drawn.numel() == 1:
+            extreme = drawn + 1 if self._high else drawn - 1
+        else:
+            extreme = drawn.reshape(-1).roll(1 if self._high else -1).view_as(drawn)
+        if per_example:
+            others = self._others.to(drawn.device).repeat_interleave(drawn.shape[axis] // self.rows)
+            extreme = torch.where(others.view([-1 if d == axis else 1 for d in range(drawn.ndim)]), extreme, drawn)
+        drawn.copy_(extreme)

@@ -1,0 +1,36 @@
+"""What a run needs of a ledger, so that the ledger itself and an accountant that keeps it elsewhere are interchangeable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from grape_ray.ledger.charges import Attempt
+from grape_ray.ledger.ledger import Grant
+
+
+class Book(Protocol):
+    """The calls of `accounting.ledger.Ledger` that a run makes; their promises, arguments and errors are described there.
+
+    Whoever begins an attempt or charges steps says which records are really used, so that no run pays from another dataset's budget.
+    """
+
+    @property
+    def ledger_id(self) -> str: ...
+
+    @property
+    def head(self) -> str: ...
+
+    def begin_attempt(self, study: str, run: str, key_id: str, *, dataset_id: str) -> int: ...
+
+    def charge(
+        self, study: str, run: str, attempt: int, chunk: int, steps: int, first_step: int | None = None, *, dataset_id: str
+    ) -> Grant: ...
+
+    def refund(self, study: str, run: str, attempt: int, chunk: int, steps: int) -> None: ...
+
+    def close_attempt(self, study: str, run: str, attempt: int) -> None: ...
+
+    def attempts(self, study: str, run: str) -> Sequence[Attempt]: ...
+
+    def epsilon_spent(self, study: str) -> float: ...

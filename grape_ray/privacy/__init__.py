@@ -1,0 +1,1 @@
+"""The mechanism of a step: types, keys, random streams, clipping, noise."""

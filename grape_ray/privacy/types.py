@@ -1,0 +1,104 @@
+"""The few types that cross module borders; the noise line runs between ClippedSum and PrivateGradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from grape_ray.errors import GrapeRayError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ClippedSum:
+    """SENSITIVE: the sum over examples of clipped per-example gradients; never log, save or step with it.
+
+    Guarantees: adding or removing one example moves `tensors`, taken as one flat vector, by at most `sensitivity` in L2 norm.
+
+    Attributes:
+        tensors: parameter name -> sum, fp32 or fp64; shape of the parameter, or of its coordinates where a subspace projects it.
+        sensitivity: L2 sensitivity under add/remove of one example; the noise's standard deviation is noise_multiplier * sensitivity.
+        unprotected: per-example diagnostics of shape (B,), e.g. `norms` and `losses`; outside every guarantee.
+        step: the step it was summed for; None leaves it to `privatize`. period: of the projections that its coordinates belong to;
+            None where nothing is projected.
+    """
+
+    tensors: Mapping[str, Tensor]
+    sensitivity: float
+    unprotected: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    step: int | None = None
+    period: int | None = None
+
+    def __add__(self, other: ClippedSum) -> ClippedSum:
+        """The sum over two disjoint sets of examples (micro-batches of one step); adds into this one's memory."""
+        if self.tensors.keys() != other.tensors.keys() or (self.sensitivity, self.step) != (other.sensitivity, other.step):
+            raise GrapeRayError(
+                "two clipped sums of different mechanisms cannot be added",
+                f"sensitivities {self.sensitivity} and {other.sensitivity}, steps {self.step} and {other.step}",
+                "sums made by one engine in one step",
+            )
+        for name, mine in self.tensors.items():
+            mine.add_(other.tensors[name])
+        joined = {k: [*_listed(v), *_listed(other.unprotected[k])] for k, v in self.unprotected.items() if k in other.unprotected}
+        return ClippedSum(self.tensors, self.sensitivity, joined, self.step, self.period)
+
+
+def step_of(carrier: ClippedSum | PrivateGradient | NonPrivateGradient, step: int | None) -> int:
+    """The step that a sum or a gradient carries, or `step` where it carries none.
+
+    Raises:
+        GrapeRayError: `step` is another one, or there is none.
+    """
+    known = step if carrier.step is None else carrier.step
+    if known is None or step not in (None, known):
+        expected = "a step" if known is None else f"step {known}, for which it was made"
+        raise GrapeRayError(f"the step of a {type(carrier).__name__}", step, expected, "pass step= to engine.clipped_sum")
+    return known
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+_DOOR = object()
+
+
+@dataclass(frozen=True)
+class PrivateGradient:
+    """Released: the noised mean gradient of one step; everything computed from it is post-processing.
+
+    Made by `grape_ray.privacy.noise.privatize` alone.
+
+    Attributes:
+        tensors: as in ClippedSum, divided by the expected batch size, noise included.
+        step: the step whose noise it carries. period: as in ClippedSum.
+        noise_std: standard deviation of the noise in each coordinate of `tensors`, after the division.
+    """
+
+    tensors: Mapping[str, Tensor]
+    step: int
+    noise_std: float
+    period: int | None = None
+    _door: object = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self._door is not _DOOR:
+            raise GrapeRayError(
+                "a PrivateGradient is made by noise.privatize alone",
+                "a direct construction",
+                "a ClippedSum that went through noise.privatize",
+                "call grape_ray.privacy.noise.privatize",
+            )
+
+
+@dataclass(frozen=True)
+class NonPrivateGradient:
+    """The plain mean gradient of the non-private yardstick (method `none`); carries no guarantee at all."""
+
+    tensors: Mapping[str, Tensor]
+    step: int
+    noise_std: float = 0.0
+    period: int | None = None

@@ -1,0 +1,37 @@
+"""A deadline for a cluster that cannot hold even the fewest workers of a run: Ray itself waits for ever."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+
+from grape_ray.ray_backend.background import Background
+
+_LOOK_EVERY_S = 1.0
+
+
+def workers_that_fit(use_gpu: bool) -> int:
+    """How many workers the nodes that are there now could hold, were they idle."""
+    unit = "GPU" if use_gpu else "CPU"
+    return sum(int(node["Resources"].get(unit, 0)) for node in ray.nodes() if node["Alive"])
+
+
+def while_there_is_room(call: Callable[[], Any], fewest: int, use_gpu: bool, timeout_s: float) -> bool:
+    """Runs `call` in a thread of its own, and returns whether it ended before the cluster was too small for `timeout_s` on end.
+
+    Raises:
+        What `call` raises.
+    """
+    running, enough_s = Background(call), time.monotonic()
+    while running.runs():
+        running.wait(_LOOK_EVERY_S)
+        if workers_that_fit(use_gpu) >= fewest:
+            enough_s = time.monotonic()
+        elif time.monotonic() - enough_s > timeout_s and running.runs():
+            return False
+    if running.error is not None:
+        raise running.error
+    return True

@@ -1,0 +1,220 @@
+"""A sweep in mode select: a secret number of sealed trials, of which the best alone is released and the rest destroyed."""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.exceptions
+import torch
+from ray.tune.search.sample import Function
+
+from grape_ray.accounting import calibration
+from grape_ray.accounting.selection import Selection
+from grape_ray.distributed.comms import Comms
+from grape_ray.errors import ConfigError, GrapeRayError
+from grape_ray.ledger.entries import Study
+from grape_ray.ledger.ledger import Ledger
+from grape_ray.ledger.location import RUN_FILE
+from grape_ray.ray_backend.tuner import accountants
+from grape_ray.storage import Storage
+from grape_ray.training.plan import RESULT_FILE, prepare
+from grape_ray.training.private_scores import Terms, described
+from grape_ray.training.run import execute
+from grape_ray.tuning import price, results
+from grape_ray.tuning.prepare import Share, Sweep
+from grape_ray.tuning.spaces import SweepStudy
+
+WINNER = "winner"
+_DRAW, _LEDGER, _SCORES = "draw.json", "ledger", "score-ledger"
+_RETRIES = 3
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """One trial: its name, which is random so that it tells nothing of their number, and the values that were drawn for it."""
+
+    name: str
+    values: dict[str, Any]
+
+
+def check_domains(space: Mapping[str, Any]) -> None:
+    """Refuses what would make the trials anything but independent draws of one procedure. Raises ConfigError."""
+    for name, domain in space.items():
+        if isinstance(domain, Function):
+            fix = "use tune.choice, tune.uniform or their like"
+            raise ConfigError(f"mode select refuses the domain of {name}: a function may depend on anything", None, "one fixed law", fix)
+
+
+def check_draw(sweep: Sweep) -> None:
+    """Refuses to resume a selection whose trials are no longer known. Raises ConfigError."""
+    assert sweep.sealed is not None
+    done = sweep.existing and sweep.folder().exists(results.RESULT_FILE)
+    if sweep.existing and not done and not Storage(sweep.sealed).exists(_DRAW):
+        fix = "begin a new sweep, which is paid for again"
+        what = "mode select refuses to resume without its sealed draw: drawing again would be a second selection"
+        raise ConfigError(what, sweep.sealed, f"a folder with {_DRAW}", fix)
+
+
+def select(sweep: Sweep, at_once: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Runs or resumes a private selection on the connected cluster, `at_once` trials at a time.
+
+    Returns:
+        What `tune --json` prints, and nothing of any other trial.
+
+    Raises:
+        GrapeRayError: the ledger refuses the selection or is held by another cluster, or a trial failed.
+    """
+    if sweep.existing and sweep.folder().exists(results.RESULT_FILE):
+        return json.loads(sweep.folder().read(results.RESULT_FILE))
+    assert sweep.sealed is not None
+    secret = Storage(sweep.sealed)
+    trials = _drawn(sweep, secret)
+    with accountants(sweep):  # the whole cost is durable before the first trial begins
+        say(f"sweep {sweep.name} in {sweep.storage}: the selection is paid for; its trials are sealed until the winner is known")
+    _open_sealed(sweep, secret, trials)
+    performance = sweep.study.config.performance
+    unit = {"num_gpus": 1} if performance.use_gpu else {"num_cpus": 1}
+    task: Any = ray.remote(_train)
+    shares = [trials[n::at_once] for n in range(at_once)]
+    waiting = [task.options(**unit, max_retries=_RETRIES, name="sealed").remote(sweep.study, _parts(sweep), share) for share in shares]
+    try:
+        ray.get(waiting)
+    except ray.exceptions.RayError as error:
+        cause = getattr(error, "cause", error)
+        fix = f"see the cause, then go on with --resume {sweep.name}"
+        raise GrapeRayError("a sealed trial failed", type(cause).__name__, "trials that end", fix) from None
+    best = _release(sweep, secret, trials)
+    result = _result(sweep, best)
+    sweep.folder().write(results.RESULT_FILE, json.dumps(result, indent=1, sort_keys=True).encode())
+    secret.remove(_DRAW)
+    for part in (results.RUNS, _LEDGER, _SCORES):
+        secret.remove(part)
+    return result
+
+
+def _drawn(sweep: Sweep, secret: Storage) -> list[Sealed]:
+    """The trials of this sweep, drawn once: their number from the law that is paid for, their values from the space."""
+    if not secret.exists(_DRAW):
+        if secret.local:
+            Path(secret.url).mkdir(parents=True, exist_ok=True, mode=0o700)
+        law = sweep.options.the_law()
+        generator: Any = np.random.default_rng(secrets.randbits(256))
+        values = [{name: _plain(d.sample(random_state=generator)) for name, d in sweep.space.items()} for _ in range(law.draw())]
+        secret.create(_DRAW, json.dumps([[secrets.token_hex(8), drawn] for drawn in values]).encode(), private=True)
+    return [Sealed(*pair) for pair in json.loads(secret.read(_DRAW))]
+
+
+def _open_sealed(sweep: Sweep, secret: Storage, trials: Sequence[Sealed]) -> None:
+    """A sealed ledger for each trial, so that none takes more steps than the selection paid for, or any noise twice.
+
+    None is for several trials: whether it sufficed would tell their number.
+    """
+    for part, share in ((_LEDGER, sweep.steps), (_SCORES, sweep.scores)):
+        if share is None:
+            continue
+        paid = share.paid
+        assert isinstance(paid, Selection)
+        cost = price.trial_epsilon(paid)
+        for trial in trials:
+            book = Ledger.open(secret.child(part).child(trial.name), share.dataset_id, cost, paid.delta)
+            book.ensure_study(Study(trial.name, paid.mechanism, cost, paid.delta, paid.trial_tokens))
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a sealed trial needs besides its values."""
+
+    sealed: str
+    key_path: str | None
+    scores: bool
+
+
+def _parts(sweep: Sweep) -> _Parts:
+    assert sweep.sealed is not None
+    return _Parts(sweep.sealed, sweep.options.key_path, sweep.scores is not None)
+
+
+def _train(study: SweepStudy, parts: _Parts, trials: Sequence[Sealed]) -> None:
+    """Trains some trials one after another, in a process of the cluster. What they come to is in the sealed folder alone."""
+    secret = Storage(parts.sealed)
+    device = torch.device("cuda" if study.config.performance.use_gpu else "cpu")
+    for trial in trials:
+        runs = secret.child(results.RUNS)
+        if runs.exists(f"{trial.name}/{RESULT_FILE}"):
+            continue
+        ledger = secret.child(_LEDGER).child(trial.name).url
+        paid = Ledger.open(ledger, create=False).state.study(trial.name).study
+        plan = prepare(
+            study.with_values(trial.values), run=trial.name, storage=runs.url, ledger=ledger, key_path=parts.key_path, study=paid,
+            scores=_terms(study, secret.child(_SCORES).child(trial.name).url, trial.name) if parts.scores else None,
+        )  # fmt: skip
+        execute(plan, Comms.local(), device=device, on_progress=lambda progress, epsilon: None)
+
+
+def _terms(study: SweepStudy, ledger: str, name: str) -> Terms:
+    """What a sealed trial may say of private validation records."""
+    paid = Ledger.open(ledger, create=False).state.study(name).study
+    return Terms(study.metric, paid.mechanism.noise_multiplier, ledger, name)
+
+
+def _release(sweep: Sweep, secret: Storage, trials: Sequence[Sealed]) -> dict[str, Any] | None:
+    """Copies the best trial's model out of the sealed folder, under a name that tells nothing; None where none has a finite score."""
+    runs, metric = secret.child(results.RUNS), sweep.study.metric
+    scored = []
+    for trial in trials:
+        result = json.loads(runs.read(f"{trial.name}/{RESULT_FILE}"))
+        if math.isfinite(result["metrics"].get(metric, math.nan)):
+            scored.append((result["metrics"][metric], trial, result))
+    if not scored:
+        return None
+    score, trial, result = max(scored, key=lambda entry: entry[0])
+    mine, out = runs.child(trial.name), sweep.folder().child(results.RUNS)
+    name = result["checkpoint"].rpartition(f"{trial.name}/")[2]
+    for file in mine.list(f"{name}/"):
+        data = mine.read(file)
+        if file.endswith("manifest.json"):
+            manifest = json.loads(data)
+            manifest["facts"] |= {"run": WINNER, "attempt": 1, "ledger_head": None}
+            data = json.dumps(manifest, indent=1, sort_keys=True).encode()
+        out.write(f"{WINNER}/{file}", data)
+    facts = {"run": WINNER, "ledger": sweep.steps.ledger, "study": sweep.steps.paid.name, "validation": described(sweep.terms())}
+    description = {**json.loads(mine.read(RUN_FILE)), **facts}
+    out.write(f"{WINNER}/{RUN_FILE}", json.dumps(description, indent=1, sort_keys=True).encode())
+    return {"config": trial.values, "score": score, "run": WINNER, "steps": result["steps"]}
+
+
+def _result(sweep: Sweep, best: dict[str, Any] | None) -> dict[str, Any]:
+    paid = sweep.steps.paid
+    if best is not None:
+        best["naive_epsilon"] = calibration.epsilon(paid.mechanism, best["steps"], paid.delta)
+    return {
+        "sweep": f"{sweep.storage}/{sweep.name}",
+        "study": paid.name,
+        "mode": sweep.options.mode,
+        "epsilon": paid.epsilon,
+        "delta": paid.delta,
+        "noise_multiplier": paid.mechanism.noise_multiplier,
+        # How many trials there were must stay secret, and so must every number from which it could be told.
+        "tokens_total": None,
+        "tokens_charged": None,
+        "steps_executed": None,
+        "wasted": None,
+        "trials": None,
+        "best": best,
+        "ledger": sweep.steps.ledger,
+        "score_source": sweep.study.score_source,
+        "score_ledger": sweep.scores.ledger if isinstance(sweep.scores, Share) else None,
+    }
+
+
+def _plain(value: Any) -> Any:
+    """A sampled value as JSON has it."""
+    return value.item() if hasattr(value, "item") else value

@@ -1,0 +1,76 @@
+"""A sweep from its words to its result: checked and priced, then run on a cluster in either mode."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from grape_ray.config.trust import check_module, check_sweep
+from grape_ray.errors import ConfigError
+from grape_ray.ledger.location import absolute
+from grape_ray.ray_backend.cluster import cluster, set_defaults
+from grape_ray.ray_backend.reachability import find_cluster
+from grape_ray.storage import Storage
+from grape_ray.tuning import results
+from grape_ray.tuning.options import SELECT, Options
+
+_START_S = 300.0  # how long a group of workers may take to start
+
+
+def run(options: Options, say: Callable[[str], None], name: str | None = None) -> dict[str, Any]:
+    """Runs a new sweep and returns what `tune --json` prints.
+
+    Raises:
+        GrapeRayError: one of its kinds for whatever is wrong; whatever could be told beforehand was told before any work.
+    """
+    return _run(options, say, name, None)
+
+
+def resume(
+    storage: str, name: str, asked: Mapping[str, Any], say: Callable[[str], None], trust: Iterable[str] = (), trust_state: bool = False
+) -> dict[str, Any]:
+    """Goes on with a sweep that was cut off; what it was charged stays charged.
+
+    Args:
+        asked: options that were given anew; they must be those that it was begun with.
+        trust: modules that the sweep's description may have imported for its tune space, beside this project's own and `asked`.
+        trust_state: go by the sweep's description, and load Ray Tune's state (pickles), also where this user did not begin the sweep.
+    """
+    described = results.read(Storage(absolute(storage)).child(name))
+    known = described["options"]
+    differing = sorted(key for key, value in asked.items() if json.loads(json.dumps(value)) != known.get(key))
+    if differing:
+        words = ", ".join(f"--{key.replace('_', '-')}" for key in differing)
+        raise ConfigError(f"sweep {name} was begun with another {words}", None, "what it was begun with", "leave them out")
+    check_module(known["space"], [*trust, *filter(None, [asked.get("space")])], "tune space")
+    check_sweep(f"{absolute(storage)}/{name}", described.get("mark", ""), trust_state)
+    values = {field.name: known.get(field.name, field.default) for field in fields(Options)}
+    options = Options(**{**values, "assignments": tuple(known["assignments"]), "storage": storage})
+    return _run(options, say, name, described)
+
+
+def _run(options: Options, say: Callable[[str], None], name: str | None, described: dict[str, Any] | None) -> dict[str, Any]:
+    set_defaults(_START_S)  # before anything imports Ray, as a tune space does
+    find_cluster(_START_S)
+    from grape_ray.tuning import prepare, spaces
+
+    domains, study = spaces.load(options.space, options.assignments)
+    from grape_ray.ray_backend import private_selection, searcher, tuner
+
+    searcher.check(options, domains, study)
+    if options.mode == SELECT:
+        private_selection.check_domains(domains)
+    if described is None:
+        sweep = prepare.prepare(options, domains, study, name)
+    else:
+        sweep = prepare.resume(described, options, domains, study)
+    if options.mode == SELECT:
+        private_selection.check_draw(sweep)
+    with cluster(1, dashboard=study.config.performance.workers[1] > 0):
+        at_once = tuner.concurrency(study, options)  # a cluster that is too small is told before anything is registered
+        sweep.register()
+        result = (private_selection.select if options.mode == SELECT else tuner.compose)(sweep, at_once, say)
+    sweep.folder().write(results.RESULT_FILE, json.dumps(result, indent=1, sort_keys=True).encode())
+    return result

@@ -1,0 +1,204 @@
+"""A trial of a sweep as Ray Tune sees it: a run that advances from one evaluation to the next, and ends cleanly when told to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from ray import tune
+
+from grape_ray import checkpoint
+from grape_ray.distributed.comms import Comms
+from grape_ray.ledger.entries import Study
+from grape_ray.privacy.redaction import withheld
+from grape_ray.ray_backend.ledger_actor import Accountant
+from grape_ray.ray_backend.trainer import fit
+from grape_ray.ray_backend.trial_channel import RemoteTalk, Talk
+from grape_ray.training.loop import Progress
+from grape_ray.training.plan import Plan, prepare
+from grape_ray.training.private_scores import Terms
+from grape_ray.training.run import execute
+from grape_ray.training.session import Around
+from grape_ray.training.trace import Trace
+from grape_ray.tuning.results import EXECUTED, REPORTS
+from grape_ray.tuning.spaces import SweepStudy
+
+_POINTER = "pointer.json"
+_POLL_S = 0.2
+WORST = -1e30  # finite, so that percentiles over it are, too
+_END_S = 600.0  # how long a run may take to end in good order
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all trials of a sweep share; can be sent to any worker.
+
+    Attributes:
+        sweep: the space's study, its config as every trial begins from it. paid: the study that pays for the steps.
+        storage: URL of the folder of runs. ledger, key_path: see Plan.
+        book: the accountant of the training records' ledger.
+        score_book: that of private validation records', and scores: what may be said of them; None if they are public.
+    """
+
+    sweep: SweepStudy
+    paid: Study
+    storage: str
+    ledger: str
+    key_path: str | None
+    book: Accountant
+    score_book: Accountant | None = None
+    scores: Terms | None = None
+
+    def plan(self, values: Mapping[str, Any], run: str, origin: tuple[str, str] | None) -> Plan:
+        """The plan of a trial's run, checked."""
+        options: dict[str, Any] = {"ledger": self.ledger, "key_path": self.key_path, "study": self.paid, "origin": origin}
+        options["scores"] = self.scores
+        return prepare(self.sweep.with_values(values), run=run, storage=self.storage, **options)
+
+
+@dataclass(frozen=True)
+class Surround:
+    """Makes what stands around a trial's run, in the process of its rank 0."""
+
+    setting: Setting
+    talk: Talk | RemoteTalk
+
+    def __call__(self, plan: Plan) -> Around:
+        setting, steps = self.setting, Trace(plan.folder(), EXECUTED)
+
+        def go_on(progress: Progress) -> bool:
+            steps.close()  # durable by now, also on an object store
+            return self.talk.ask({"step": progress.step, "metrics": dict(progress.metrics)})
+
+        def on_step(step: int) -> None:
+            steps.line(str(step))
+
+        around = Around(open_ledger=lambda plan: setting.book, on_step=on_step, go_on=go_on, on_end=steps.close)
+        book = setting.score_book
+        return around if book is None else replace(around, open_scores=lambda plan: book)
+
+
+class Trial(tune.Trainable):
+    """Lives in an actor of Ray Tune's; the run itself is in a thread, or on workers that the thread has launched."""
+
+    def setup(self, config: dict[str, Any], setting: Setting) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self._setting = setting
+        self._begin_anew(config)
+
+    def step(self) -> dict[str, Any]:
+        """Lets the run go on to its next evaluation, or to its end."""
+        if self._thread is None:
+            self._start()
+        else:
+            self._talk.answer(True)
+        assert self._thread is not None
+        while True:
+            alive = self._thread.is_alive()
+            report = self._talk.next(_POLL_S)
+            if report is not None:
+                return self._told(report, done=False)
+            if not alive:
+                break
+        if self._error is not None:
+            raise self._error
+        return self._told({"step": self._result["steps"], "metrics": self._result["metrics"]}, done=True)
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """A pointer to the run's newest checkpoint, which itself stays where it is; JSON, because Ray Tune would pickle a dict."""
+        pointer: Any = self._pointer
+        if self._last_step:
+            facts = {"run": self._plan.run, "folder": self._plan.folder().url, "step": self._last_step}
+            pointer = {**facts, "values": _key(self._values)}
+        Path(checkpoint_dir, _POINTER).write_text(json.dumps(pointer))
+
+    def load_checkpoint(self, checkpoint: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self._pointer = json.loads(Path(checkpoint, _POINTER).read_text())
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._finish()
+        self._begin_anew(new_config)
+        return True
+
+    def cleanup(self) -> None:
+        self._finish()
+
+    def _begin_anew(self, values: Mapping[str, Any]) -> None:
+        self._values, self._pointer, self._last_step = dict(values), None, 0
+        self._thread: threading.Thread | None = None
+        self._talk: Talk | RemoteTalk = Talk()
+        self._result: dict[str, Any] = {}
+        self._metrics: dict[str, float] = {}
+        self._error: BaseException | None = None
+
+    def _start(self) -> None:
+        run, origin = _run_of(self.trial_id, self._values, self._pointer)
+        self._plan = self._setting.plan(self._values, run, origin)
+        self._reports = Trace(self._plan.folder(), REPORTS)
+        if self._plan.config.performance.num_workers:
+            self._talk = RemoteTalk()
+        self._thread = threading.Thread(target=self._run, args=(self._plan, Surround(self._setting, self._talk)), daemon=True)
+        self._thread.start()
+
+    def _run(self, plan: Plan, surround: Surround) -> None:
+        """The run, in its thread."""
+        try:
+            if plan.config.performance.num_workers:
+                self._result = fit(plan, around=surround)
+            else:
+                device = torch.device("cuda" if plan.config.performance.use_gpu else "cpu")
+                self._result = execute(plan, Comms.local(), device=device, around=surround(plan))
+        except BaseException as error:  # Ray Tune keeps it in error.txt and error.pkl
+            self._error = error if plan.public else withheld(error)
+
+    def _told(self, report: dict[str, Any], done: bool) -> dict[str, Any]:
+        """Ray Tune's result, which is kept beside the run, too. Where no score could be paid for, the last one stands."""
+        self._last_step, self._metrics = report["step"], report["metrics"] or self._metrics
+        facts = {"step": report["step"], **self._metrics, "run": self._plan.run}
+        self._reports.line(json.dumps({**facts, "time": time.time(), "done": done}))
+        metric = self._setting.sweep.metric
+        return {**facts, metric: comparable(self._metrics.get(metric, 0.0)), "done": done}
+
+    def _finish(self) -> None:
+        """Ends the run in good order, so that what never started is given back."""
+        if self._thread is None:
+            return
+        if self._thread.is_alive():
+            self._talk.answer(False)
+            self._talk.close()
+        self._thread.join(_END_S)
+        self._reports.close()
+
+
+def comparable(score: float) -> float:
+    """The score for Ray Tune's comparisons, where one that is not finite is below all others.
+
+    Compared with NaN, a trial would neither be stopped nor lose, and a median over one is NaN, so that no other trial would be stopped.
+    """
+    return score if math.isfinite(score) else WORST
+
+
+def _run_of(trial: str, values: Mapping[str, Any], pointer: Mapping[str, Any] | None) -> tuple[str, tuple[str, str] | None]:
+    """(Name of a trial's run, the checkpoint that it begins from).
+
+    The same configuration goes on with its run. One that continues another run's checkpoint, or its own with other values, is a new run,
+    whose name follows from what it continues, so that a crash finds it again.
+    """
+    if pointer is None:
+        return trial, None
+    if pointer["values"] == _key(values) and pointer["run"].partition(".")[0] == trial:
+        return pointer["run"], None
+    digest = hashlib.sha256(json.dumps([pointer["run"], pointer["step"], _key(values)]).encode()).hexdigest()
+    return f"{trial}.{digest[:8]}", (pointer["folder"], checkpoint.folder_of(pointer["step"]))
+
+
+def _key(values: Mapping[str, Any]) -> str:
+    """The values as one text."""
+    return json.dumps({k: v.item() if hasattr(v, "item") else v for k, v in values.items()}, sort_keys=True)

@@ -1,0 +1,42 @@
+"""What a config makes of a model: public keys, the engine that they and the config name, and the model of a run's checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from grape_ray import checkpoint
+from grape_ray.checkpoint import Checkpoint
+from grape_ray.config.schema import Config
+from grape_ray.engines import Engine, from_config
+from grape_ray.errors import CheckpointError
+from grape_ray.privacy import keys
+from grape_ray.storage import Storage
+
+_PUBLIC = bytes(32)  # the root of every key that is no secret
+
+
+def public_key(config: Config, stream: str) -> bytes:
+    """The key of a public stream (`projection`, `rounding`, the yardstick's `sampling` and `dropout`), a function of the public seed."""
+    return keys.derive(_PUBLIC, "public", config.seed, stream)
+
+
+def build_engine(config: Config, model: Any) -> Engine:
+    """The engine that the config names, with its public projections."""
+    return from_config(model, config.privacy, config.method, public_key(config, "projection"))
+
+
+def newest_checkpoint(folder: Storage) -> Checkpoint:
+    """A run's newest whole checkpoint. Raises CheckpointError where there is none."""
+    found = checkpoint.latest(folder)
+    if found is None:
+        raise CheckpointError("the run has no checkpoint", folder.url, "a committed checkpoint", "train it first")
+    return found
+
+
+def trained_model(config: Config, found: Checkpoint) -> nn.Module:
+    """The task's model with the weights of a checkpoint."""
+    model = config.task.build_model(config.seed)
+    checkpoint.restore(model, found, build_engine(config, model).subspace if found.base else None)
+    return model

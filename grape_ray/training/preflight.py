@@ -1,0 +1,230 @@
+"""The preflight that every run makes: a few examples against one ordinary backward pass each, before anything is paid for.
+
+The engine verifies by value whose rows are whose (engines.ownership); here its sums are compared with the definition, under a clip norm
+that clips, and examples with themselves as they come alone, without the padding that others need.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grape_ray.config.methods import METHODS
+from grape_ray.config.schema import Method, Privacy
+from grape_ray.engines import Engine, from_config
+from grape_ray.engines.capture.batches import batch_rows, mapped
+from grape_ray.engines.capture.model_state import awake
+from grape_ray.engines.capture.random_state import random_states, set_states
+from grape_ray.engines.engine import PerExampleLoss
+from grape_ray.engines.subspace import Subspace, owned_parameters
+from grape_ray.errors import UnsupportedLayer
+from grape_ray.privacy.types import ClippedSum
+from grape_ray.tasks.task import evaluating
+
+# Largest difference that rounding explains, over the largest entry: fp32 sums of another order, and 8-bit mantissas.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+_LOW_PRECISION = 0.1
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a preflight found right.
+
+    Attributes:
+        method: the method. examples: compared with a backward pass of their own. tensors: trainable tensors, all of them noised.
+        projected: those trained in a subspace. parameters: trainable numbers; coordinates: numbers noised a step.
+        worst: largest difference over the largest entry, and the tensor it was found in.
+    """
+
+    method: str
+    examples: int
+    tensors: int
+    projected: int
+    parameters: int
+    coordinates: int
+    worst: float
+    worst_tensor: str
+
+
+def preflight(
+    model: nn.Module,
+    per_example_loss: PerExampleLoss,
+    batch: Any,
+    privacy: Privacy,
+    method: Method,
+    key: bytes = b"",
+    examples: int = 3,
+    alone: Sequence[Any] = (),
+) -> Report:
+    """Compares an engine with ordinary autograd on the first examples of a batch, in the mode that the model is in.
+
+    Args:
+        alone: those examples again, each as a batch of its own, as it comes without the padding that the others need; this shows a model
+            that looks at padding, so that one example's length reaches into another's gradient. Left out, rows of `batch` are taken.
+
+    Raises:
+        UnsupportedLayer: a tensor's clipped sum differs from the reference, is missing, or one example exceeds the clip norm; the
+            tensor is named. An example's loss is another beside others than alone. ConfigError: the method cannot train this model (a
+            rank above a layer's side, a loss of a wrong shape).
+    """
+    rows = min(batch_rows(batch), examples)
+    few = _rows(batch, slice(0, rows))
+    device = next(model.parameters()).device
+    state = random_states(device)
+    try:
+        with awake(model):
+            engine = from_config(model, privacy, method, key)
+            wanted = _references(engine, per_example_loss, few, rows)
+            twin = method if METHODS[method.name].exact else _exact_twin(method)
+            tight = replace(privacy, clip_norm=_clipping_norm(engine, wanted))
+            exact = from_config(model, tight, twin, key)
+            set_states(state)
+            summed = exact.clipped_sum(per_example_loss, few)
+            worst, tensor = _compare(exact, wanted, summed)
+            if twin is not method:  # its estimates cannot be compared, but it must not fail
+                engine.layouts = exact.layouts
+                summed = engine.clipped_sum(per_example_loss, few)
+            _complete(engine, summed)
+            singles = alone or [_rows(few, slice(index, index + 1)) for index in range(rows)]
+            _same_losses(exact, per_example_loss, few, singles)
+            if engine.private and METHODS[method.name].exact:
+                for single in singles[:2]:
+                    _bounded(exact.clipped_sum(per_example_loss, single), tight.clip_norm)
+    finally:
+        set_states(state)
+    return Report(
+        method.name,
+        rows,
+        len(engine.params),
+        len(engine.subspace.plan),
+        sum(p.numel() for p in engine.params.values()),
+        engine.coordinates,
+        worst,
+        tensor,
+    )
+
+
+def _clipping_norm(engine: Engine, references: Sequence[Mapping[str, Tensor]]) -> float:
+    """A clip norm that clips every example with a gradient, so that a gradient in another's place shows in the sum."""
+    norms = [math.sqrt(sum(float(g.square().sum()) for g in grads.values())) for grads in references]
+    usable = [norm for norm in norms if math.isfinite(norm) and norm > 1e-6]
+    return min(engine.clip_norm, min(usable) / 2) if usable else engine.clip_norm
+
+
+def _exact_twin(method: Method) -> Method:
+    """The method with exact norms on the same taps, for one that estimates them."""
+    return Method(name="ghost", routes=tuple(r for r in method.routes if not r.endswith(":sketch")))
+
+
+def _rows(batch: Any, rows: slice) -> Any:
+    return mapped(batch, lambda t: t[rows])
+
+
+def _complete(engine: Engine, summed: ClippedSum) -> None:
+    lost = set(owned_parameters(engine.model)) - set(summed.tensors)
+    if lost:
+        raise UnsupportedLayer(f"parameter '{min(lost)}'", "no gradient and no noise", "every trainable tensor noised", "freeze it")
+
+
+def _bounded(summed: ClippedSum, clip_norm: float) -> None:
+    norm = math.sqrt(sum(float(t.double().square().sum()) for t in summed.tensors.values()))
+    if not norm <= clip_norm * (1 + 1e-4):
+        raise UnsupportedLayer(
+            "the clipped gradient of one example",
+            f"norm {norm:g}",
+            f"at most clip_norm = {clip_norm:g}",
+            "freeze what is not clipped, or use another method",
+        )
+
+
+@torch.no_grad()
+def _same_losses(engine: Engine, loss: PerExampleLoss, together: Any, singles: Sequence[Any]) -> None:
+    """Refuses a loss that is another in company than alone; in eval mode where the training mode draws at random."""
+    mode = evaluating(engine.model) if _draws(engine, loss, together) else contextlib.nullcontext()
+    with mode:
+        mine = torch.cat([loss(engine.model, mapped(single)).double() for single in singles])
+        joined = loss(engine.model, mapped(together)).double()
+    limit = _tolerance(engine) / 10
+    if not torch.allclose(joined, mine, limit, limit, equal_nan=True):
+        raise UnsupportedLayer(
+            "the loss of an example",
+            "another value in a batch than alone",
+            "a function of that example alone",
+            "let the model look neither at other examples nor at the padding that they bring",
+        )
+
+
+def _draws(engine: Engine, loss: PerExampleLoss, batch: Any) -> bool:
+    """Whether two passes of one batch differ by the random numbers that they draw."""
+    first, second = (loss(engine.model, mapped(batch)) for _ in range(2))
+    return not torch.equal(torch.nan_to_num(first), torch.nan_to_num(second))
+
+
+def _tolerance(engine: Engine) -> float:
+    return max(_TOLERANCE.get(p.dtype, _LOW_PRECISION) for p in engine.params.values())
+
+
+def _compare(engine: Engine, references: Sequence[Mapping[str, Tensor]], summed: ClippedSum) -> tuple[float, str]:
+    """The largest relative difference from the reference, and where. Raises UnsupportedLayer above what rounding explains."""
+    wanted: dict[str, Tensor] = {}
+    for grads in references:
+        factor = _factors(grads, engine)
+        alive = not engine.private or all(bool(torch.isfinite(g).all()) for g in grads.values())
+        for name, grad in grads.items():
+            wanted[name] = wanted.get(name, 0) + (factor[name] * grad if alive else torch.zeros_like(grad))
+    finite = {n: torch.nan_to_num(t.double(), nan=float("inf")) for n, t in summed.tensors.items()}
+    scale = max(float(t.abs().max()) for t in wanted.values()) or 1.0
+    errors = {name: float((finite[name] - wanted[name]).abs().max()) / scale for name in wanted}
+    name = max(errors, key=lambda n: errors[n])
+    limit = _tolerance(engine)
+    if not errors[name] <= limit:
+        raise UnsupportedLayer(
+            f"per-example gradient of parameter '{name}'",
+            f"{errors[name]:.1e} away from a backward pass an example",
+            f"at most {limit:g}, relative",
+            "freeze it (requires_grad=False), or teach its operation with grape_ray.register_rule",
+        )
+    return errors[name], name
+
+
+def _references(engine: Engine, loss: PerExampleLoss, batch: Any, rows: int) -> list[dict[str, Tensor]]:
+    """The definition, by ordinary autograd: each example's gradient in float64, projected; of one pass, so that masks are the same."""
+    names, params = list(engine.params), list(engine.params.values())
+    values = loss(engine.model, mapped(batch))
+    found = []
+    for index in range(rows):
+        grads: Sequence[Tensor | None] = [None] * len(params)
+        if values.requires_grad:
+            grads = torch.autograd.grad(values[index], params, allow_unused=True, retain_graph=True)
+        found.append(
+            {n: _projected(engine.subspace, n, torch.zeros_like(p) if g is None else g).double() for n, p, g in zip(names, params, grads)}
+        )
+    return found
+
+
+def _projected(subspace: Subspace, name: str, grad: Tensor) -> Tensor:
+    plan = subspace.plan.get(name)
+    if plan is None:
+        return grad
+    flat = grad.reshape(plan.rows, -1)
+    matrix = subspace.matrix(name, 0, grad).to(flat.dtype)
+    return matrix.T @ flat if plan.axis == 0 else flat @ matrix
+
+
+def _factors(grads: Mapping[str, Tensor], engine: Engine) -> dict[str, float]:
+    if not engine.private:
+        return dict.fromkeys(grads, 1.0)
+    squares = {name: float(g.square().sum()) for name, g in grads.items()}
+    norm = math.sqrt(sum(squares.values()))
+    if engine.clipping == "automatic":
+        return dict.fromkeys(grads, engine.clip_norm / (norm + 0.01))
+    if engine.clipping == "flat":
+        return dict.fromkeys(grads, min(1.0, engine.clip_norm / norm) if norm else 1.0)
+    bound = engine.clip_norm / math.sqrt(len(grads))
+    return {name: min(1.0, bound / math.sqrt(s)) if s else 1.0 for name, s in squares.items()}
