@@ -11,12 +11,22 @@ if TYPE_CHECKING:
     from grape_ray.optim import make_optimizer
     from grape_ray.privacy.noise import NoiseStream, privatize
 
-__all__ = ["Config", "Method", "NoiseStream", "Performance", "Privacy", "make_engine", "make_optimizer", "privatize", "register_rule"]
+__all__ = [
+    "Config",
+    "Method",
+    "NoiseStream",
+    "Performance",
+    "Privacy",
+    "make_engine",
+    "make_optimizer",
+    "privatize",
+    "register_rule",
+]
 
 _HOMES = {
-    "Config": "config.schema", "Method": "config.schema", "Performance": "config.schema", "Privacy": "config.schema",
-    "NoiseStream": "privacy.noise", "make_engine": "engines", "make_optimizer": "optim", "privatize": "privacy.noise",
-    "register_rule": "engines",
+    "Config": "config.schema", "Method": "config.schema", "Performance": "config.schema",
+    "Privacy": "config.schema", "NoiseStream": "privacy.noise", "make_engine": "engines",
+    "make_optimizer": "optim", "privatize": "privacy.noise", "register_rule": "engines",
 }  # fmt: skip
 
 

@@ -1,4 +1,6 @@
-"""The errors that users meet: each says what, got, expected and fix, in one line, and survives pickling between processes."""
+"""The errors that users meet: each says what, got, expected and fix, in one line, and survives
+pickling between processes.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,9 @@ class CheckpointError(GrapeRayError):
 
 
 class TaskFailed(GrapeRayError):
-    """An exception that is not this project's own, told by its type and place alone: its text may quote a record."""
+    """An exception that is not this project's own, told by its type and place alone: its text may
+    quote a record.
+    """
 
 
 class Interrupted(GrapeRayError):

@@ -1,4 +1,6 @@
-"""Optimizers over coordinates: moments live where the gradient lives, and the update is lifted onto the weight in place."""
+"""Optimizers over coordinates: moments live where the gradient lives, and the update is lifted onto
+the weight in place.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +24,18 @@ from grape_ray.privacy.types import NonPrivateGradient, PrivateGradient, step_of
 
 
 def learning_rate(method: Method, step: int, total_steps: int) -> float:
-    """The rate at `step` (0-based): linear warm-up, then the schedule's decay to zero at `total_steps`."""
+    """The rate at `step` (0-based): linear warm-up, then the schedule's decay to zero at
+    `total_steps`.
+    """
     if step < method.warmup_steps:
         return method.learning_rate * (step + 1) / method.warmup_steps
     if method.schedule == "constant":
         return method.learning_rate
     done = (step - method.warmup_steps) / max(total_steps - method.warmup_steps, 1)
     left = 1 - min(done, 1.0)
-    return method.learning_rate * (left if method.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left)))
+    return method.learning_rate * (
+        left if method.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left))
+    )
 
 
 class Recorder(Protocol):
@@ -47,23 +53,44 @@ class Recorder(Protocol):
 class Optimizer:
     """Adam or SGD with decoupled weight decay (Loshchilov and Hutter 2019) on released gradients.
 
-    Of a sharded parameter each rank keeps the moments of, and updates, the rows that it holds. Weights in bfloat16 are updated in fp32
-    and rounded stochastically, with public bits that depend on (key, name, step) alone: plain rounding would lose small updates.
+    Of a sharded parameter each rank keeps the moments of, and updates, the rows that it holds.
+    Weights in bfloat16 are updated in fp32 and rounded stochastically, with public bits that depend
+    on (key, name, step) alone: plain rounding would lose small updates.
 
     Args:
-        params: parameter name -> Parameter, changed in place. subspace: the one that the gradients come from.
-        method: rates, betas, the moment policy at a refresh. total_steps: where the schedule ends. rounding_key: any public bytes.
+        params: parameter name -> Parameter, changed in place. subspace: the one that the gradients
+            come from.
+        method: rates, betas, the moment policy at a refresh. total_steps: where the schedule ends.
+            rounding_key: any public bytes.
 
     Attributes:
         recorder: told of every move of a projected weight; None tells nobody.
     """
 
-    def __init__(self, params: Mapping[str, nn.Parameter], subspace: Subspace, method: Method, total_steps: int, rounding_key: bytes = b""):
-        self.params, self.subspace, self.method, self.total_steps = dict(params), subspace, method, total_steps
+    def __init__(
+        self,
+        params: Mapping[str, nn.Parameter],
+        subspace: Subspace,
+        method: Method,
+        total_steps: int,
+        rounding_key: bytes = b"",
+    ):
+        self.params, self.subspace, self.method, self.total_steps = (
+            dict(params),
+            subspace,
+            method,
+            total_steps,
+        )
         self.updates, self._period, self._rounding_key = 0, 0, rounding_key
         self._rows = {name: self._rows_of(name, param) for name, param in self.params.items()}
         self.recorder: Recorder | None = None
-        slots = ("first", "second") if method.optimizer == "adam" else ("first",) if method.momentum else ()
+        slots = (
+            ("first", "second")
+            if method.optimizer == "adam"
+            else ("first",)
+            if method.momentum
+            else ()
+        )
         self._state: dict[str, dict[str, Tensor]] = {slot: {} for slot in slots}
         for name, param in self.params.items():
             plan, like = subspace.plan.get(name), sharding.local(param)
@@ -71,7 +98,9 @@ class Optimizer:
             if plan and plan.axis == 1:
                 shape = (self._rows[name].stop - self._rows[name].start, plan.rank)
             for slot in slots:
-                self._state[slot][name] = torch.zeros(shape, dtype=sum_dtype(param), device=like.device)
+                self._state[slot][name] = torch.zeros(
+                    shape, dtype=sum_dtype(param), device=like.device
+                )
 
     def _rows_of(self, name: str, param: Tensor) -> slice:
         """The rows of the weight, seen as a matrix, that this rank updates."""
@@ -79,7 +108,8 @@ class Optimizer:
         held = sharding.rows(param)
         if plan is None or plan.rows == param.shape[0]:
             return held
-        return slice(0, plan.rows if sharding.local(param).numel() else 0)  # (1, d0, ...): one rank holds it all
+        # (1, d0, ...): one rank holds it all
+        return slice(0, plan.rows if sharding.local(param).numel() else 0)
 
     def step(self, gradient: PrivateGradient | NonPrivateGradient, step: int | None = None) -> None:
         """One update, of the step that the gradient carries.
@@ -88,18 +118,30 @@ class Optimizer:
             step: that step, or nothing.
 
         Raises:
-            GrapeRayError: `gradient` did not come through the noise line (or method `none`), it is of another step than `step`, or its
-                coordinates are of another period of projections than that in which they would be lifted.
+            GrapeRayError: `gradient` did not come through the noise line (or method `none`), it is
+                of another step than `step`, or its coordinates are of another period of projections
+                than that in which they would be lifted.
         """
         if not isinstance(gradient, (PrivateGradient, NonPrivateGradient)):
             raise GrapeRayError(
-                "the optimizer's gradient", type(gradient).__name__, "a PrivateGradient", "pass the clipped sum through noise.privatize"
+                "the optimizer's gradient",
+                type(gradient).__name__,
+                "a PrivateGradient",
+                "pass the clipped sum through noise.privatize",
             )
         step = step_of(gradient, step)
-        period, rate = self.subspace.period(step), learning_rate(self.method, step, self.total_steps)
+        period, rate = (
+            self.subspace.period(step),
+            learning_rate(self.method, step, self.total_steps),
+        )
         if gradient.period not in (None, period):
             fix = "take subspace and refresh of engine and optimizer from one config"
-            raise GrapeRayError("the projections of a gradient", f"period {gradient.period}", f"period {period} of step {step}", fix)
+            raise GrapeRayError(
+                "the projections of a gradient",
+                f"period {gradient.period}",
+                f"period {period} of step {step}",
+                fix,
+            )
         self.updates += 1
         if self.recorder:
             self.recorder.begin_step(period, 1 - rate * self.method.weight_decay)
@@ -115,13 +157,17 @@ class Optimizer:
         self._period = period
 
     def _mine(self, name: str, param: Tensor, coords: Tensor) -> Tensor:
-        """What this rank needs of a gradient: its rows, or all coordinates where the rows are what is compressed."""
+        """What this rank needs of a gradient: its rows, or all coordinates where the rows are what
+        is compressed.
+        """
         plan = self.subspace.plan.get(name)
         if sharding.local(param).shape == param.shape or (plan is not None and plan.axis == 0):
             return coords
         return coords[self._rows[name]]
 
-    def _apply(self, name: str, weight: Tensor, update: Tensor, rate: float, step: int, period: int) -> None:
+    def _apply(
+        self, name: str, weight: Tensor, update: Tensor, rate: float, step: int, period: int
+    ) -> None:
         """weight -= rate * (lifted update + weight_decay * weight), in the weight's own memory."""
         exact = weight.float() if weight.dtype == torch.bfloat16 else weight
         if self.method.weight_decay:
@@ -130,7 +176,9 @@ class Optimizer:
         if exact is not weight:
             flat, rows = exact.view(max(exact.shape[0], 1), -1), self._rows[name]
             whole = self.params[name].shape[0], flat.shape[1]
-            bits = torch.from_numpy(public_bits(self._rounding_key, name, step, whole, rows).astype("i4"))
+            bits = torch.from_numpy(
+                public_bits(self._rounding_key, name, step, whole, rows).astype("i4")
+            )
             weight.copy_(round_stochastically(flat, bits.to(weight.device)).view(weight.shape))
 
     def _direction(self, name: str, grad: Tensor, noise_std: float) -> Tensor:
@@ -146,10 +194,18 @@ class Optimizer:
         unbiased = second / (1 - beta2**self.updates)
         if self.method.correct_noise_bias:  # in coordinates the noise variance is known exactly
             unbiased = unbiased.sub_(noise_std**2).clamp_(min=0)
-        return unbiased.sqrt_().add_(self.method.eps).reciprocal_().mul_(first).div_(1 - beta1**self.updates)
+        return (
+            unbiased.sqrt_()
+            .add_(self.method.eps)
+            .reciprocal_()
+            .mul_(first)
+            .div_(1 - beta1**self.updates)
+        )
 
     def _refresh(self, name: str, old: int, new: int) -> None:
-        """Applies the moment policy where the projection changes; second moments move by the squared change of basis."""
+        """Applies the moment policy where the projection changes; second moments move by the
+        squared change of basis.
+        """
         if self.method.moments == "keep":
             return
         for slot, tensors in self._state.items():
@@ -158,10 +214,16 @@ class Optimizer:
                 continue
             change = self.subspace.change_of_basis(name, old, new, tensors[name])
             change = change.square() if slot == "second" else change
-            tensors[name] = change.T @ tensors[name] if self.subspace.plan[name].axis == 0 else tensors[name] @ change
+            tensors[name] = (
+                change.T @ tensors[name]
+                if self.subspace.plan[name].axis == 0
+                else tensors[name] @ change
+            )
 
     def places(self) -> dict[str, tuple[tuple[int, ...], int]]:
-        """Of the tensors of `state_dict` of which this rank holds some rows alone: (shape of the whole, first row)."""
+        """Of the tensors of `state_dict` of which this rank holds some rows alone: (shape of the
+        whole, first row).
+        """
         found = {}
         for name, param in self.params.items():
             plan = self.subspace.plan.get(name)
@@ -173,18 +235,30 @@ class Optimizer:
 
     def state_dict(self) -> dict[str, Any]:
         """`<slot>/<name>` -> tensor, and the counters `updates` and `period` as ints."""
-        tensors = {f"{slot}/{name}": t for slot, named in self._state.items() for name, t in named.items()}
-        return {**tensors, **self.subspace.state_dict(), "updates": self.updates, "period": self._period}
+        tensors = {
+            f"{slot}/{name}": t for slot, named in self._state.items() for name, t in named.items()
+        }
+        return {
+            **tensors,
+            **self.subspace.state_dict(),
+            "updates": self.updates,
+            "period": self._period,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores `state_dict`. Raises CheckpointError where a tensor is missing or has another shape."""
+        """Restores `state_dict`. Raises CheckpointError where a tensor is missing or has another
+        shape.
+        """
         for slot, named in self._state.items():
             for name, mine in named.items():
                 saved = state.get(f"{slot}/{name}")
                 if saved is None or saved.shape != mine.shape:
                     got = "none" if saved is None else tuple(saved.shape)
                     raise CheckpointError(
-                        f"optimizer state {slot} of '{name}'", got, f"shape {tuple(mine.shape)}", "resume with the run's own config"
+                        f"optimizer state {slot} of '{name}'",
+                        got,
+                        f"shape {tuple(mine.shape)}",
+                        "resume with the run's own config",
                     )
                 mine.copy_(saved)
         self.subspace.load_state_dict(state)
@@ -195,14 +269,26 @@ def round_stochastically(exact: Tensor, bits: Tensor) -> Tensor:
     """fp32 as bfloat16, up or down with probabilities that keep the mean.
 
     Args:
-        bits: int32, uniform in [0, 2^16), of the same shape: added below the kept half of each number before the rest is cut off.
+        bits: int32, uniform in [0, 2^16), of the same shape: added below the kept half of each
+            number before the rest is cut off.
     """
-    return (exact.view(torch.int32) + bits).bitwise_and_(-65536).view(torch.float32).to(torch.bfloat16)
+    return (
+        (exact.view(torch.int32) + bits).bitwise_and_(-65536).view(torch.float32).to(torch.bfloat16)
+    )
 
 
-def make_optimizer(model: nn.Module, engine: Engine, method: Method, total_steps: int, rounding_key: bytes = b"") -> Optimizer:
-    """The optimizer that goes with an engine: in its subspace, or for DP-GaLore in one found from the private gradients."""
+def make_optimizer(
+    model: nn.Module, engine: Engine, method: Method, total_steps: int, rounding_key: bytes = b""
+) -> Optimizer:
+    """The optimizer that goes with an engine: in its subspace, or for DP-GaLore in one found from
+    the private gradients.
+    """
     subspace = engine.subspace
     if METHODS[method.name].subspace == "svd":
-        subspace = Svd(plan_projections(model, method.rank, method.side, method.dense, method.project_min_numel), method.refresh)
+        subspace = Svd(
+            plan_projections(
+                model, method.rank, method.side, method.dense, method.project_min_numel
+            ),
+            method.refresh,
+        )
     return Optimizer(engine.params, subspace, method, total_steps, rounding_key)

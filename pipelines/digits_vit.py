@@ -1,4 +1,6 @@
-"""Handwritten digits with a small vision transformer: real data that comes with scikit-learn, so nothing is downloaded."""
+"""Handwritten digits with a small vision transformer: real data that comes with scikit-learn, so
+nothing is downloaded.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,11 @@ _WINDOW, _STRIDE, _GRID = 4, 2, 4
 
 @dataclass(frozen=True)
 class DigitsVit:
-    """Digits of 8x8 pixels, seen through overlapping windows of 4x4 at a 4x4 grid of places: a ViT with one token a window.
+    """Digits of 8x8 pixels, seen through overlapping windows of 4x4 at a 4x4 grid of places: a ViT
+    with one token a window.
 
-    Plain 2x2 patches reach about four points less at the same budget: a window sees a stroke, a patch does not.
+    Plain 2x2 patches reach about four points less at the same budget: a window sees a stroke, a
+    patch does not.
 
     Attributes:
         width, layers, heads, mlp_ratio: of the transformer. init_std: of its initial weights.
@@ -77,7 +81,10 @@ class DigitsVit:
             return ViTForImageClassification(config).eval()
 
     def collate(self, records: Records, indices: np.ndarray) -> Mapping[str, Tensor]:
-        return {name: torch.from_numpy(records.array(name)[indices]) for name in ("pixel_values", "labels")}
+        return {
+            name: torch.from_numpy(records.array(name)[indices])
+            for name in ("pixel_values", "labels")
+        }
 
     def per_example_loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         return classification_loss(model, batch)
@@ -92,20 +99,28 @@ class DigitsVit:
 
 
 def _windows(images: np.ndarray) -> np.ndarray:
-    """Images (N, 8, 8) as overlapping windows: (N, 16 pixels of a window, 4, 4 places), with a border of paper around the image."""
+    """Images (N, 8, 8) as overlapping windows: (N, 16 pixels of a window, 4, 4 places), with a
+    border of paper around the image.
+    """
     padded = np.pad(images, ((0, 0), (1, 1), (1, 1)), constant_values=-1.0)
-    views = np.lib.stride_tricks.sliding_window_view(padded, (_WINDOW, _WINDOW), axis=(1, 2))[:, ::_STRIDE, ::_STRIDE]
+    views = np.lib.stride_tricks.sliding_window_view(padded, (_WINDOW, _WINDOW), axis=(1, 2))[
+        :, ::_STRIDE, ::_STRIDE
+    ]
     return np.ascontiguousarray(views.reshape(len(images), _GRID, _GRID, -1).transpose(0, 3, 1, 2))
 
 
 def digits_vit() -> Config:
-    """DP-GRAPE at epsilon 8: every attention and MLP weight trained in 16 coordinates a side, each step on the whole dataset.
+    """DP-GRAPE at epsilon 8: every attention and MLP weight trained in 16 coordinates a side, each
+    step on the whole dataset.
 
-    With few records the whole dataset is the best batch: the noise is added to a sum over all of them, and a step takes 0.1 s.
+    With few records the whole dataset is the best batch: the noise is added to a sum over all of
+    them, and a step takes 0.1 s.
     """
     return Config(
         task=DigitsVit(),
-        privacy=Privacy(epsilon=8.0, delta=1e-5, expected_batch_size=TRAIN_RECORDS, steps=300, clip_norm=1.0),
+        privacy=Privacy(
+            epsilon=8.0, delta=1e-5, expected_batch_size=TRAIN_RECORDS, steps=300, clip_norm=1.0
+        ),
         method=Method(
             name="grape",
             rank=16,
@@ -115,5 +130,11 @@ def digits_vit() -> Config:
             project_min_numel=1024,
             dense=("*embeddings*", "classifier.*"),
         ),
-        performance=Performance(micro_batch_size=256, charge_chunk=50, checkpoint_every=100, eval_every=50, threads_per_worker=1),
+        performance=Performance(
+            micro_batch_size=256,
+            charge_chunk=50,
+            checkpoint_every=100,
+            eval_every=50,
+            threads_per_worker=1,
+        ),
     )

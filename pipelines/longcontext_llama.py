@@ -1,4 +1,6 @@
-"""Long texts with a decoder of the Llama family: DP-SGD with randomized clipping, whose norms cost time linear in the length."""
+"""Long texts with a decoder of the Llama family: DP-SGD with randomized clipping, whose norms cost
+time linear in the length.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,12 @@ from grape_ray.tasks.text_generation import TextGeneration
 
 
 def longcontext_llama() -> Config:
-    """Llama-3.2-1B at 4,096 tokens and epsilon 2: the setting of the DP-SGD-RC paper (arXiv 2605.24879), 32 secret probes a layer.
+    """Llama-3.2-1B at 4,096 tokens and epsilon 2: the setting of the DP-SGD-RC paper (arXiv
+    2605.24879), 32 secret probes a layer.
 
-    Wide layers and long texts make exact norms dear: the Gram trick takes T^2 products and an instantiated gradient the size of the
-    weight for each example. A text is one example, so the promise is for a whole document. Your own model and data:
+    Wide layers and long texts make exact norms dear: the Gram trick takes T^2 products and an
+    instantiated gradient the size of the weight for each example. A text is one example, so the
+    promise is for a whole document. Your own model and data:
     `--set task.model=FOLDER --set task.train=FILE --set task.validation=FILE`.
     """
     return Config(
@@ -23,7 +27,17 @@ def longcontext_llama() -> Config:
             max_tokens=4096,
             validation_limit=256,
         ),
-        privacy=Privacy(epsilon=2.0, delta=1e-6, expected_batch_size=128, steps=500, spare_steps=50, clip_norm=1.0, probes=32),
+        privacy=Privacy(
+            epsilon=2.0,
+            delta=1e-6,
+            expected_batch_size=128,
+            steps=500,
+            spare_steps=50,
+            clip_norm=1.0,
+            probes=32,
+        ),
         method=Method(name="randomized", learning_rate=1e-4, warmup_steps=20, schedule="linear"),
-        performance=Performance(num_workers=8, use_gpu=True, micro_batch_size=2, checkpoint_every=50, eval_every=100),
+        performance=Performance(
+            num_workers=8, use_gpu=True, micro_batch_size=2, checkpoint_every=50, eval_every=100
+        ),
     )

@@ -1,4 +1,6 @@
-"""Sentiment of film reviews (GLUE SST-2) with a pretrained Hugging Face encoder, all layers fine-tuned."""
+"""Sentiment of film reviews (GLUE SST-2) with a pretrained Hugging Face encoder, all layers
+fine-tuned.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,9 @@ from grape_ray.tasks.text_classification import TextClassification
 def sst2() -> Config:
     """DP-GRAPE at epsilon 3 on 67,349 phrases.
 
-    Mind the unit: phrases of one sentence are separate records, so the promise is for a phrase, not for a review or its author.
-    Data and model can be others: `--set task.train=FILE --set task.validation=FILE --set task.model=FOLDER`.
+    Mind the unit: phrases of one sentence are separate records, so the promise is for a phrase, not
+    for a review or its author. Data and model can be others:
+    `--set task.train=FILE --set task.validation=FILE --set task.model=FOLDER`.
     """
     return Config(
         task=TextClassification(
@@ -21,7 +24,27 @@ def sst2() -> Config:
             text_column="sentence",
             max_tokens=64,
         ),
-        privacy=Privacy(epsilon=3.0, delta=1e-5, expected_batch_size=512, steps=100, spare_steps=25, clip_norm=1.0),
-        method=Method(name="grape", rank=16, refresh=100, learning_rate=1e-3, warmup_steps=5, schedule="linear"),
-        performance=Performance(micro_batch_size=64, charge_chunk=25, checkpoint_every=50, eval_every=50, threads_per_worker=1),
+        privacy=Privacy(
+            epsilon=3.0,
+            delta=1e-5,
+            expected_batch_size=512,
+            steps=100,
+            spare_steps=25,
+            clip_norm=1.0,
+        ),
+        method=Method(
+            name="grape",
+            rank=16,
+            refresh=100,
+            learning_rate=1e-3,
+            warmup_steps=5,
+            schedule="linear",
+        ),
+        performance=Performance(
+            micro_batch_size=64,
+            charge_chunk=25,
+            checkpoint_every=50,
+            eval_every=50,
+            threads_per_worker=1,
+        ),
     )

@@ -1,4 +1,6 @@
-"""Model folders and tables that are wrong in one thing each, made on the spot with random weights."""
+"""Model folders and tables that are wrong in one thing each, made on the spot with random
+weights.
+"""
 
 from __future__ import annotations
 
@@ -19,36 +21,63 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 WORDS = [f"w{i}" for i in range(90)]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 TOKENS = len(WORDS) + len(SPECIAL)
-_SIZES: dict[str, Any] = {"vocab_size": TOKENS, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+_SIZES: dict[str, Any] = {
+    "vocab_size": TOKENS,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 
 
 def tokenizer() -> Any:
     """One token a word."""
-    made = Tokenizer(models.WordLevel({token: i for i, token in enumerate(SPECIAL + WORDS)}, unk_token="[UNK]"))
+    made = Tokenizer(
+        models.WordLevel({token: i for i, token in enumerate(SPECIAL + WORDS)}, unk_token="[UNK]")
+    )
     made.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
-    made.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])  # pyright: ignore[reportAttributeAccessIssue]
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )  # pyright: ignore[reportAttributeAccessIssue]
+    names = {
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+    }
     return hf.PreTrainedTokenizerFast(tokenizer_object=made, **names)
 
 
 def bert(folder: Path, labels: int = 0, positions: int = 64, **sizes: Any) -> Path:
     """A tiny encoder with its tokenizer, and with a head for so many labels if any."""
     torch.manual_seed(0)
-    config = hf.BertConfig(**{**_SIZES, **sizes}, intermediate_size=64, max_position_embeddings=positions)
+    config = hf.BertConfig(
+        **{**_SIZES, **sizes}, intermediate_size=64, max_position_embeddings=positions
+    )
     if labels:
         config.num_labels = labels
-    (hf.BertForSequenceClassification(config) if labels else hf.BertModel(config)).save_pretrained(folder)
+    (hf.BertForSequenceClassification(config) if labels else hf.BertModel(config)).save_pretrained(
+        folder
+    )
     tokenizer().save_pretrained(folder)
     return folder
 
 
 def bare(folder: Path, family: str) -> None:
-    """A model that was saved without its tokenizer, of a family for which transformers makes one up."""
+    """A model that was saved without its tokenizer, of a family for which transformers makes one
+    up.
+    """
     made = {
         "bert": lambda: hf.BertModel(hf.BertConfig(**_SIZES, intermediate_size=64)),
-        "roberta": lambda: hf.RobertaModel(hf.RobertaConfig(**_SIZES, intermediate_size=64, max_position_embeddings=66)),
-        "opt": lambda: hf.OPTForCausalLM(hf.OPTConfig(**_SIZES, ffn_dim=64, max_position_embeddings=64, word_embed_proj_dim=32)),
-        "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**_SIZES, num_key_value_heads=2, intermediate_size=64)),
+        "roberta": lambda: hf.RobertaModel(
+            hf.RobertaConfig(**_SIZES, intermediate_size=64, max_position_embeddings=66)
+        ),
+        "opt": lambda: hf.OPTForCausalLM(
+            hf.OPTConfig(**_SIZES, ffn_dim=64, max_position_embeddings=64, word_embed_proj_dim=32)
+        ),
+        "qwen2": lambda: hf.Qwen2ForCausalLM(
+            hf.Qwen2Config(**_SIZES, num_key_value_heads=2, intermediate_size=64)
+        ),
     }
     made[family]().save_pretrained(folder)
 
@@ -56,7 +85,15 @@ def bare(folder: Path, family: str) -> None:
 def gpt2(folder: Path) -> Path:
     """A tiny decoder with its tokenizer."""
     torch.manual_seed(0)
-    config = hf.GPT2Config(vocab_size=TOKENS, n_embd=32, n_layer=1, n_head=2, n_positions=64, bos_token_id=2, eos_token_id=3)
+    config = hf.GPT2Config(
+        vocab_size=TOKENS,
+        n_embd=32,
+        n_layer=1,
+        n_head=2,
+        n_positions=64,
+        bos_token_id=2,
+        eos_token_id=3,
+    )
     hf.GPT2LMHeadModel(config).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
@@ -83,11 +120,25 @@ def make_models(root: Path) -> None:
         return lambda folder: _change(folder / "model.safetensors", change)
 
     variant("truncated", lambda folder: _cut(folder / "model.safetensors", 5000))
-    variant("pointer", lambda folder: (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"))
+    variant(
+        "pointer",
+        lambda folder: (folder / "model.safetensors").write_text(
+            "version https://git-lfs.github.com/spec/v1\n"
+        ),
+    )
     variant("noweights", lambda folder: (folder / "model.safetensors").unlink())
-    variant("missing", weights(lambda found: found.pop("encoder.layer.0.attention.self.query.weight")))
-    variant("othernames", weights(lambda found: [found.__setitem__(f"body.{key}", found.pop(key)) for key in list(found)]))
-    variant("nan", weights(lambda found: found["encoder.layer.0.output.dense.bias"].fill_(float("nan"))))
+    variant(
+        "missing", weights(lambda found: found.pop("encoder.layer.0.attention.self.query.weight"))
+    )
+    variant(
+        "othernames",
+        weights(
+            lambda found: [found.__setitem__(f"body.{key}", found.pop(key)) for key in list(found)]
+        ),
+    )
+    variant(
+        "nan", weights(lambda found: found["encoder.layer.0.output.dense.bias"].fill_(float("nan")))
+    )
     variant("mismatched", config(intermediate_size=48))
     variant("oddtype", config(model_type="brandnew"))
     variant("vision", config(model_type="vit"))
@@ -116,7 +167,10 @@ def rows(count: int, seed: int = 0, length: int = 8) -> dict[str, Any]:
     """Texts whose words tell their label."""
     chance = np.random.default_rng(seed)
     labels = chance.integers(0, 2, count)
-    texts = [" ".join(f"w{(label * 40 + k) % 90}" for k in chance.integers(0, 40, length)) for label in labels]
+    texts = [
+        " ".join(f"w{(label * 40 + k) % 90}" for k in chance.integers(0, 40, length))
+        for label in labels
+    ]
     return {"text": texts, "label": labels.astype("int64")}
 
 
@@ -124,7 +178,11 @@ def make_tables(root: Path) -> None:
     """All tables, below `root`; `good` and `validation` are right."""
     good, many = rows(60), 60
     text, label = good["text"], good["label"]
-    bad = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(np.array([0, 2], dtype=np.int32)), pa.py_buffer(b"\xff\xfe")])
+    bad = pa.Array.from_buffers(
+        pa.string(),
+        1,
+        [None, pa.py_buffer(np.array([0, 2], dtype=np.int32)), pa.py_buffer(b"\xff\xfe")],
+    )
     tables: dict[str, Any] = {
         "good": good,
         "validation": rows(20, seed=1),
@@ -147,12 +205,16 @@ def make_tables(root: Path) -> None:
         "othernames": {"sentence": text, "target": label},
         "listlabel": {"text": text, "label": [[int(x)] for x in label]},
         "decimals": {"text": text, "label": pa.array(label).cast(pa.decimal128(20))},
-        "twice": pa.Table.from_arrays([pa.array(text), pa.array(text), pa.array(label)], names=["text", "text", "label"]),
+        "twice": pa.Table.from_arrays(
+            [pa.array(text), pa.array(text), pa.array(label)], names=["text", "text", "label"]
+        ),
         "long": {"text": [*text[1:], " ".join(["w1"] * 50)], "label": label},
     }
     root.mkdir()
     for name, table in tables.items():
-        pq.write_table(table if isinstance(table, pa.Table) else pa.table(table), root / f"{name}.parquet")
+        pq.write_table(
+            table if isinstance(table, pa.Table) else pa.table(table), root / f"{name}.parquet"
+        )
     whole = (root / "good.parquet").read_bytes()
     for name, content in {
         "torn": whole[:-20],
@@ -162,7 +224,10 @@ def make_tables(root: Path) -> None:
     }.items():
         (root / f"{name}.parquet").write_bytes(content)
     (root / "nothing").mkdir()
-    for folder, files in {"splits": ("train-00000-of-00001", "validation-00000-of-00001"), "nested": ("train/data", "test/data")}.items():
+    for folder, files in {
+        "splits": ("train-00000-of-00001", "validation-00000-of-00001"),
+        "nested": ("train/data", "test/data"),
+    }.items():
         for name in files:
             (root / folder / name).parent.mkdir(parents=True, exist_ok=True)
             (root / folder / f"{name}.parquet").write_bytes(whole)
@@ -187,12 +252,17 @@ def make_pipelines(root: Path) -> None:
         "named": config.format("confg"),
         "exits": "raise SystemError('no')\n",
         "taskless": "from grape_ray import Config\ndef config():\n    return Config(None)\n",
-        "loads": "from dataclasses import dataclass, replace\nfrom tests.tiny import Tiny, tiny\n@dataclass(frozen=True)\nclass T(Tiny):\n"
-        "    def load(self):\n        return [1], [2]\ndef config():\n    return replace(tiny(), task=T())\n",
+        "loads": (
+            "from dataclasses import dataclass, replace\nfrom tests.tiny import Tiny,"
+            " tiny\n@dataclass(frozen=True)\nclass T(Tiny):\n    def load(self):\n        return"
+            " [1], [2]\ndef config():\n    return replace(tiny(), task=T())\n"
+        ),
         "space_fails": "def space():\n    return {}['a']\ndef study():\n    pass\n",
-        "space_slips": "from ray import tune\nfrom tests.tiny import tiny\nfrom grape_ray.tuning import SweepStudy\n"
-        "def space():\n    return {'method.rnk': tune.choice([1])}\n"
-        "def study():\n    return SweepStudy(tiny(), ('method.rnk',), 'public')\n",
+        "space_slips": (
+            "from ray import tune\nfrom tests.tiny import tiny\nfrom grape_ray.tuning import"
+            " SweepStudy\ndef space():\n    return {'method.rnk': tune.choice([1])}\ndef study():\n"
+            "    return SweepStudy(tiny(), ('method.rnk',), 'public')\n"
+        ),
     }
     for name, source in sources.items():
         (root / f"{name}.py").write_text(source)

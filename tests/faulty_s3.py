@@ -1,4 +1,6 @@
-"""An S3-compatible server on loopback that fails on demand: moto behind a door that throttles, tears, hangs, refuses or loses."""
+"""An S3-compatible server on loopback that fails on demand: moto behind a door that throttles,
+tears, hangs, refuses or loses.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +13,24 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 BUCKET = "bucket"
-CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
-_ERRORS = {"throttle": ("503 Slow Down", "SlowDown"), "error": ("500 Internal Server Error", "InternalError")}
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "test",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
+_ERRORS = {
+    "throttle": ("503 Slow Down", "SlowDown"),
+    "error": ("500 Internal Server Error", "InternalError"),
+}
 KINDS = ("throttle", "error", "hang", "torn", "lost")
 
 
 class FaultyS3:
     """A server on a port of its own, with one bucket.
 
-    Faults: `throttle` and `error` answer so; `hang` answers nothing for `hang_s`; `torn` reads half of the request and cuts the
-    connection; `lost` does what is asked and cuts the connection before the answer. `down` refuses connections.
+    Faults: `throttle` and `error` answer so; `hang` answers nothing for `hang_s`; `torn` reads half
+    of the request and cuts the connection; `lost` does what is asked and cuts the connection before
+    the answer. `down` refuses connections.
 
     Attributes:
         served: requests by method. injected: faults by kind.
@@ -43,7 +53,11 @@ class FaultyS3:
         import boto3
 
         client = boto3.client(
-            "s3", endpoint_url=self.endpoint, region_name="us-east-1", aws_access_key_id="test", aws_secret_access_key="test"
+            "s3",
+            endpoint_url=self.endpoint,
+            region_name="us-east-1",
+            aws_access_key_id="test",
+            aws_secret_access_key="test",
         )
         client.create_bucket(Bucket=BUCKET)
 
@@ -60,7 +74,9 @@ class FaultyS3:
         """The next requests (of this method, with `path` in their path) fail like this."""
 
         def fits(environ: dict[str, Any]) -> bool:
-            return (method is None or environ["REQUEST_METHOD"] == method) and path in environ["PATH_INFO"]
+            return (method is None or environ["REQUEST_METHOD"] == method) and path in environ[
+                "PATH_INFO"
+            ]
 
         with self._lock:
             self._planned += [(kind, fits)] * times
@@ -98,12 +114,16 @@ class FaultyS3:
 
         for _ in range(50):
             try:
-                self._server = make_server("127.0.0.1", self.port, self._serve, threaded=True, request_handler=Quiet)
+                self._server = make_server(
+                    "127.0.0.1", self.port, self._serve, threaded=True, request_handler=Quiet
+                )
                 break
             except (OSError, SystemExit):
                 time.sleep(0.1)
         self._server.daemon_threads, self._server.block_on_close = True, False
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        ).start()
 
     def _close(self) -> None:
         self._server.shutdown()
@@ -124,8 +144,11 @@ class FaultyS3:
         if kind in _ERRORS:
             status, code = _ERRORS[kind]
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-            body = f'<?xml version="1.0"?><Error><Code>{code}</Code><Message>{kind}</Message></Error>'.encode()
-            start_response(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
+            fields = f"<Code>{code}</Code><Message>{kind}</Message>"
+            body = f'<?xml version="1.0"?><Error>{fields}</Error>'.encode()
+            start_response(
+                status, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))]
+            )
             return [body]
         if kind == "hang":
             time.sleep(self._hang_s)
@@ -135,8 +158,14 @@ class FaultyS3:
             list(self._app(environ, lambda *_: None))
         if kind is not None:
             raise _cut(environ)
-        # A connection a request: one that is kept alive would be served on while the server is down.
-        return self._app(environ, lambda status, headers, *rest: start_response(status, [*headers, ("Connection", "close")], *rest))
+        # A connection a request: one that is kept alive would be served on while the server is
+        # down.
+        return self._app(
+            environ,
+            lambda status, headers, *rest: start_response(
+                status, [*headers, ("Connection", "close")], *rest
+            ),
+        )
 
 
 def _cut(environ: dict[str, Any]) -> Exception:

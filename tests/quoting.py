@@ -1,4 +1,6 @@
-"""A task whose exceptions quote a record, at a place of its life that is chosen, and a tune space over it."""
+"""A task whose exceptions quote a record, at a place of its life that is chosen, and a tune space
+over it.
+"""
 
 from __future__ import annotations
 

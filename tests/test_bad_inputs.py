@@ -1,6 +1,8 @@
-"""A matrix of inputs that are wrong in one thing: each costs one line that says what, got, expected and a fix, and nothing else.
+"""A matrix of inputs that are wrong in one thing: each costs one line that says what, got, expected
+and a fix, and nothing else.
 
-Nothing is written (storage, ledgers, keys and the user's own folders are compared before and after), and so nothing is charged.
+Nothing is written (storage, ledgers, keys and the user's own folders are compared before and
+after), and so nothing is charged.
 """
 
 from __future__ import annotations
@@ -29,17 +31,41 @@ MODELS = [
     ("no tokenizer, BERT", ["task.model=W/models/notok-bert"], "has no tokenizer"),
     ("no tokenizer, RoBERTa", ["task.model=W/models/notok-roberta"], "has no tokenizer"),
     ("torn tokenizer", ["task.model=W/models/torntokenizer"], "cannot be loaded"),
-    ("a head for other classes", ["task.model=W/models/head3"], "'3 labels', expected task.classes = 2"),
+    (
+        "a head for other classes",
+        ["task.model=W/models/head3"],
+        "'3 labels', expected task.classes = 2",
+    ),
     ("truncated weights", ["task.model=W/models/truncated"], "cannot be loaded"),
     ("a pointer in place of weights", ["task.model=W/models/pointer"], "cannot be loaded"),
     ("no weights", ["task.model=W/models/noweights"], "cannot be loaded"),
-    ("a tensor missing", ["task.model=W/models/missing"], "bert.encoder.layer.0.attention.self.query.weight missing, one of 1"),
+    (
+        "a tensor missing",
+        ["task.model=W/models/missing"],
+        "bert.encoder.layer.0.attention.self.query.weight missing, one of 1",
+    ),
     ("tensors of other names", ["task.model=W/models/othernames"], "missing, one of"),
-    ("numbers that are not finite", ["task.model=W/models/nan"], "encoder.layer.0.output.dense.bias is not finite"),
+    (
+        "numbers that are not finite",
+        ["task.model=W/models/nan"],
+        "encoder.layer.0.output.dense.bias is not finite",
+    ),
     ("tensors of other shapes", ["task.model=W/models/mismatched"], "do not fit"),
-    ("fewer rows than tokens", ["task.model=W/models/fewrows"], "'80 rows', expected one for each of its tokenizer's 95 tokens"),
-    ("fewer positions than tokens", ["task.model=W/models/short", "task.train=W/tables/long.parquet"], "at most its 16 positions"),
-    ("fewer positions, in validation alone", ["task.model=W/models/short", "task.validation=W/tables/long.parquet"], "its 16 positions"),
+    (
+        "fewer rows than tokens",
+        ["task.model=W/models/fewrows"],
+        "'80 rows', expected one for each of its tokenizer's 95 tokens",
+    ),
+    (
+        "fewer positions than tokens",
+        ["task.model=W/models/short", "task.train=W/tables/long.parquet"],
+        "at most its 16 positions",
+    ),
+    (
+        "fewer positions, in validation alone",
+        ["task.model=W/models/short", "task.validation=W/tables/long.parquet"],
+        "its 16 positions",
+    ),
     ("an unknown type", ["task.model=W/models/oddtype"], "brandnew"),
     ("a model of images", ["task.model=W/models/vision"], "task.model"),
     ("a torn config", ["task.model=W/models/tornconfig"], "cannot be loaded"),
@@ -91,7 +117,11 @@ TABLES = [
     ("validation: no file", ["task.validation=W/tables/none.parquet"], "not found"),
     ("validation: a null", ["task.validation=W/tables/nullrow.parquet"], "1 missing values"),
     ("validation: no rows", ["task.validation=W/tables/norows.parquet"], "no rows"),
-    ("validation: the training data", ["task.validation=W/tables/good.parquet"], "hold other records out"),
+    (
+        "validation: the training data",
+        ["task.validation=W/tables/good.parquet"],
+        "hold other records out",
+    ),
 ]
 CONFIGS = [
     *(
@@ -128,7 +158,10 @@ CONFIGS = [
         ]
     ),
     pytest.param(
-        "a GPU", ["performance.use_gpu=true"], "no GPU", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+        "a GPU",
+        ["performance.use_gpu=true"],
+        "no GPU",
+        marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
     ),
 ]
 GENERATION = [
@@ -182,11 +215,23 @@ WORDS = [
     ("report: a torn description", ["report", "W/places/torn", "--out", "W/out.html"], "damaged"),
     ("ledger show: none", ["ledger", "show", "W/places/none"], "no ledger"),
     ("ledger show: a torn entry", ["ledger", "show", "W/places/ledger"], "cannot be used"),
-    ("ledger extend: no ledger", ["ledger", "extend", "W/places/none", "--epsilon", "3", "--reason", "x"], "no ledger"),
+    (
+        "ledger extend: no ledger",
+        ["ledger", "extend", "W/places/none", "--epsilon", "3", "--reason", "x"],
+        "no ledger",
+    ),
     ("check: no such thing", ["check", "W/models/none"], "neither a pipeline nor a model"),
     ("check: a torn model", ["check", "W/models/truncated"], "neither a pipeline nor a model"),
-    ("account: delta", ["account", "--delta", "2", "--sampling-prob", "0.1", "--epsilon", "1", "--steps", "5"], "delta"),
-    ("account: a chance of 2", ["account", "--delta", "1e-5", "--sampling-prob", "2", "--epsilon", "1", "--steps", "5"], "sampling_prob"),
+    (
+        "account: delta",
+        ["account", "--delta", "2", "--sampling-prob", "0.1", "--epsilon", "1", "--steps", "5"],
+        "delta",
+    ),
+    (
+        "account: a chance of 2",
+        ["account", "--delta", "1e-5", "--sampling-prob", "2", "--epsilon", "1", "--steps", "5"],
+        "sampling_prob",
+    ),
     ("tune: no space", ["tune", "W/code/nothing.py"], "has no function space()"),
     ("tune: a space that fails", ["tune", "W/code/space_fails.py"], "KeyError"),
     ("tune: a field with a slip", ["tune", "W/code/space_slips.py"], "no field"),
@@ -207,7 +252,11 @@ PLACES = [
     ("a short key", ["--key-file", "W/places/short.key"], "5 bytes"),
     ("a key that all may read", ["--key-file", "W/places/open.key"], "chmod 600"),
     ("a key that is a folder", ["--key-file", "W/places"], "master key"),
-    ("a key among the runs", ["--key-file", "W/storage/key", "--storage", "W/storage"], "the master key lies inside"),
+    (
+        "a key among the runs",
+        ["--key-file", "W/storage/key", "--storage", "W/storage"],
+        "the master key lies inside",
+    ),
     ("a name with a slash", ["--run", "a/b"], "letters, digits"),
     ("a budget of nothing", ["--ledger-epsilon", "0"], "--ledger-epsilon"),
     ("a budget below the run's", ["--ledger-epsilon", "1"], "epsilon"),
@@ -230,8 +279,16 @@ def world(tmp_path_factory):
         "less": '{"run": "less"}',
         "untasked": json.dumps({**good, "task": {}}),
         "unset": json.dumps({**good, "task": {"class": "a:B", "fields": {}}, "privacy": []}),
-        "stranger": json.dumps({**good, "run": "stranger", "task": {"class": "strange_task:T", "fields": {}}}),
-        "path": json.dumps({**good, "run": "path", "task": {"class": f"grape_ray.{root}/code/raises.py:T", "fields": {}}}),
+        "stranger": json.dumps(
+            {**good, "run": "stranger", "task": {"class": "strange_task:T", "fields": {}}}
+        ),
+        "path": json.dumps(
+            {
+                **good,
+                "run": "path",
+                "task": {"class": f"grape_ray.{root}/code/raises.py:T", "fields": {}},
+            }
+        ),
     }
     for name, text in described.items():
         (places / name).mkdir(parents=True)
@@ -260,8 +317,20 @@ def home(tmp_path, monkeypatch):
 
 def contents(*folders):
     """Everything that lies in some folders, and how long it has."""
-    found = sorted(path for folder in folders for path in Path(folder).rglob("*") if "__pycache__" not in path.parts)
-    return [(str(path), path.stat().st_mtime_ns if path.is_file() else 0, path.stat().st_size if path.is_file() else 0) for path in found]
+    found = sorted(
+        path
+        for folder in folders
+        for path in Path(folder).rglob("*")
+        if "__pycache__" not in path.parts
+    )
+    return [
+        (
+            str(path),
+            path.stat().st_mtime_ns if path.is_file() else 0,
+            path.stat().st_size if path.is_file() else 0,
+        )
+        for path in found
+    ]
 
 
 def filled(words, world):
@@ -275,9 +344,19 @@ def training(world, assignments=(), pipeline="pipelines.sst2", model="good"):
         f"task.train={world}/tables/good.parquet",
         f"task.validation={world}/tables/validation.parquet",
     ]
-    own += ["task.text_column=text", "privacy.expected_batch_size=30", "privacy.steps=2", "privacy.spare_steps=0", "method.rank=4"]
+    own += [
+        "task.text_column=text",
+        "privacy.expected_batch_size=30",
+        "privacy.steps=2",
+        "privacy.spare_steps=0",
+        "method.rank=4",
+    ]
     own += ["method.project_min_numel=512"]
-    return ["train", pipeline, *(word for text in [*own, *filled(assignments, world)] for word in ("--set", text))]
+    return [
+        "train",
+        pipeline,
+        *(word for text in [*own, *filled(assignments, world)] for word in ("--set", text)),
+    ]
 
 
 def refused(words, world, home, part):
@@ -310,7 +389,12 @@ def test_models_tables_and_configs(world, home, name, assignments, part):
 
 @pytest.mark.parametrize(("name", "assignments", "part"), named(GENERATION))
 def test_generation(world, home, name, assignments, part):
-    own = ["task.prompt_column=", "performance.num_workers=0", "performance.use_gpu=false", "performance.sharded=false"]
+    own = [
+        "task.prompt_column=",
+        "performance.num_workers=0",
+        "performance.use_gpu=false",
+        "performance.sharded=false",
+    ]
     own += ["performance.precision=fp32", "performance.recompute=false"]
     refused(training(world, [*own, *assignments], "pipelines.opt", "gpt2"), world, home, part)
 
@@ -340,39 +424,57 @@ def test_the_matrix_is_large():
     ("words", "environment", "part"),  # a cluster of other tests may be connected in this process
     [
         (["tests.tiny:tiny", "--workers", "1"], {"RAY_ADDRESS": "nonsense"}, "RAY_ADDRESS"),
-        (
-            ["tests.tiny:tiny", "--workers", "1000"],
-            {},
-            "performance.num_workers",
-        ),
+        (["tests.tiny:tiny", "--workers", "1000"], {}, "performance.num_workers"),
         (training("W", ["task.train=W/tables/hugelabel.parquet"])[1:], {}, "expected 0 to 1"),
         (["W/code/raises.py"], {}, "ZeroDivisionError"),
     ],
 )
 def test_in_processes_of_their_own(world, home, words, environment, part):
     before = contents(world, home)
-    program = [sys.executable, "-c", "from grape_ray.cli.main import main; main()", "train", *filled(words, world)]
-    done = subprocess.run(program, env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=120)
+    program = [
+        sys.executable,
+        "-c",
+        "from grape_ray.cli.main import main; main()",
+        "train",
+        *filled(words, world),
+    ]
+    done = subprocess.run(
+        program,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
     checked(done.returncode, done.stderr, part)
     assert contents(world, home) == before
 
 
 def test_a_pipeline_is_trained_and_resumed_by_the_path_of_its_file(tmp_path, home):
-    """From another folder than the file's; its task's class is defined in it, and other modules lie beside it."""
+    """From another folder than the file's; its task's class is defined in it, and other modules lie
+    beside it.
+    """
     code = tmp_path / "project" / "package"
     code.mkdir(parents=True)
     (code / "__init__.py").write_text("")
     (code / "size.py").write_text("STEPS = 2\n")
     (code / "mine.py").write_text(
-        "from dataclasses import dataclass, replace\nfrom tests.tiny import Tiny, tiny\nfrom package.size import STEPS\n\n"
-        "@dataclass(frozen=True)\nclass Mine(Tiny):\n    pass\n\ndef mine():\n    return replace(tiny(STEPS), task=Mine())\n"
+        "from dataclasses import dataclass, replace\nfrom tests.tiny import Tiny, tiny\nfrom"
+        " package.size import STEPS\n\n@dataclass(frozen=True)\nclass Mine(Tiny):\n    pass\n\ndef"
+        " mine():\n    return replace(tiny(STEPS), task=Mine())\n"
     )
     program = [sys.executable, "-c", "from grape_ray.cli.main import main; main()"]
-    for words in (["train", "project/package/mine.py", "--run", "r"], ["resume", "runs/r", "--trust-module", str(code / "mine.py")]):
-        done = subprocess.run([*program, *words], capture_output=True, text=True, check=False, timeout=120)
+    for words in (
+        ["train", "project/package/mine.py", "--run", "r"],
+        ["resume", "runs/r", "--trust-module", str(code / "mine.py")],
+    ):
+        done = subprocess.run(
+            [*program, *words], capture_output=True, text=True, check=False, timeout=120
+        )
         assert done.returncode == 0, done.stderr
     described = json.loads((tmp_path / "runs" / "r" / "run.json").read_text())
-    assert described["task"]["class"] == "package.mine:Mine"  # no path: the description may be published
+    # no path: the description may be published
+    assert described["task"]["class"] == "package.mine:Mine"
     words = ["resume", "runs/r"]
     refused(words, tmp_path / "project", home, "--trust-module package.mine")
 
@@ -406,14 +508,21 @@ def private():
 
 
 @pytest.mark.parametrize(
-    ("name", "status", "quoted", "kept"), [("outside", 1, False, True), ("public", 2, True, False), ("private", 2, False, False)]
+    ("name", "status", "quoted", "kept"),
+    [("outside", 1, False, True), ("public", 2, True, False), ("private", 2, False, False)],
 )
-def test_what_nobody_foresaw_is_one_line_and_its_traceback_is_kept_without_records(home, name, status, quoted, kept):
+def test_what_nobody_foresaw_is_one_line_and_its_traceback_is_kept_without_records(
+    home, name, status, quoted, kept
+):
     file_name = f"faulty_{name}.py"  # a module is imported once a process
     (home / file_name).write_text(FAULTY)
     result = CliRunner().invoke(main, ["train", f"{file_name}:{name}"])
     (line,) = result.stderr.splitlines()
-    assert (result.exit_code, line.startswith("error: "), "KeyError" in line) == (status, True, True)
+    assert (result.exit_code, line.startswith("error: "), "KeyError" in line) == (
+        status,
+        True,
+        True,
+    )
     assert (SECRET in line) is quoted
     files = list((home / "state" / "grape-ray").glob("error-*.txt"))
     assert len(files) == kept
@@ -427,20 +536,27 @@ def test_what_nobody_foresaw_is_one_line_and_its_traceback_is_kept_without_recor
     shown = CliRunner().invoke(main, ["--debug", "train", f"{file_name}:{name}"])
     assert shown.exit_code == status
     assert "Traceback" in shown.stderr
-    assert sorted(path.name for path in home.iterdir() if path.name != "__pycache__") == ([file_name, "state"] if kept else [file_name])
+    assert sorted(path.name for path in home.iterdir() if path.name != "__pycache__") == (
+        [file_name, "state"] if kept else [file_name]
+    )
 
 
 @pytest.mark.slow
 def test_no_process_that_refuses_a_table_aborts_at_its_end(world):
-    """Arrow's threads must not hold what is Python's when the interpreter ends: 200 processes, right after reading."""
+    """Arrow's threads must not hold what is Python's when the interpreter ends: 200 processes,
+    right after reading.
+    """
     code = (
-        "import sys\nfrom grape_ray.data.tables import labels, read_table\nfrom grape_ray.errors import DataError\n"
-        f"try:\n    labels(read_table({str(world / 'tables' / 'hugelabel.parquet')!r}, ['text', 'label']), 'label', 'x', 2)\n"
-        "except DataError:\n    sys.exit(2)\n"
+        "import sys\nfrom grape_ray.data.tables import labels, read_table\nfrom grape_ray.errors"
+        " import DataError\ntry:\n   "
+        f" labels(read_table({str(world / 'tables' / 'hugelabel.parquet')!r}, ['text', 'label']),"
+        " 'label', 'x', 2)\nexcept DataError:\n    sys.exit(2)\n"
     )
 
     def call(_):
-        return subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False, timeout=60).returncode
+        return subprocess.run(
+            [sys.executable, "-c", code], cwd=REPOSITORY, check=False, timeout=60
+        ).returncode
 
     with ThreadPoolExecutor(4) as pool:
         assert Counter(pool.map(call, range(200))) == {2: 200}

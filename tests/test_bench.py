@@ -1,4 +1,6 @@
-"""The benchmarks run, in real processes and on a tiny model, and report in the promised shape; nothing here asserts a time."""
+"""The benchmarks run, in real processes and on a tiny model, and report in the promised shape;
+nothing here asserts a time.
+"""
 
 import importlib.util
 import json
@@ -24,11 +26,25 @@ def run(*words):
 
 def test_methods_reports_the_promised_shape(tmp_path):
     out = tmp_path / "RESULTS.md"
-    facts = run("methods", "--methods", "floor,grape:4,bookkeeping,opacus_hooks", "--rounds", "2", "--out", str(out))
+    facts = run(
+        "methods",
+        "--methods",
+        "floor,grape:4,bookkeeping,opacus_hooks",
+        "--rounds",
+        "2",
+        "--out",
+        str(out),
+    )
     assert facts["model"] == "tiny"
     assert {"hardware", "versions", "commit"} <= facts.keys()
     rows = {r["method"]: r for r in facts["rows"]}
-    assert [r["method"] for r in facts["rows"]] == ["none", "floor", "grape", "bookkeeping", "opacus_hooks"]
+    assert [r["method"] for r in facts["rows"]] == [
+        "none",
+        "floor",
+        "grape",
+        "bookkeeping",
+        "opacus_hooks",
+    ]
     assert rows["none"]["time_ratio"] == 1.0
     assert rows["none"]["memory_ratio"] == 1.0
     assert rows["grape"]["rank"] == 4
@@ -53,10 +69,18 @@ def test_profile_accounts_for_time_and_bytes():
 @pytest.mark.slow
 def test_length_reports_every_method_at_every_length():
     facts = run("length", "--methods", "none,randomized", "--lengths", "8,16")
-    assert [(r["tokens"], r["method"]) for r in facts["rows"]] == [(8, "none"), (8, "randomized"), (16, "none"), (16, "randomized")]
+    assert [(r["tokens"], r["method"]) for r in facts["rows"]] == [
+        (8, "none"),
+        (8, "randomized"),
+        (16, "none"),
+        (16, "randomized"),
+    ]
 
 
-@pytest.mark.parametrize("words", [("comm", "--rank", "5000"), ("scaling", "--rank", "5000"), ("length", "--lengths", "8,b")])
+@pytest.mark.parametrize(
+    "words",
+    [("comm", "--rank", "5000"), ("scaling", "--rank", "5000"), ("length", "--lengths", "8,b")],
+)
 def test_what_cannot_be_measured_is_one_line(words):
     done = CliRunner().invoke(main, ["bench", *words, "--model", "tiny"])
     assert done.exit_code == 2
@@ -101,10 +125,22 @@ def test_every_method_has_a_candidate_and_unknown_ones_are_named():
 
 
 def test_checkpoint_reports_the_rate_and_the_bytes(tmp_path):
-    words = ["--rank", "4", "--rounds", "2", "--block", "6", "--every", "3", "--storage", str(tmp_path / "run")]
+    words = [
+        "--rank",
+        "4",
+        "--rounds",
+        "2",
+        "--block",
+        "6",
+        "--every",
+        "3",
+        "--storage",
+        str(tmp_path / "run"),
+    ]
     facts = run("checkpoint", *words)
     assert facts["rate"] > 0
-    assert facts["written"] + facts["skipped"] == 6  # two in each of the two blocks, and two in the one that warms up
+    # two in each of the two blocks, and two in the one that warms up
+    assert facts["written"] + facts["skipped"] == 6
     assert 0 < facts["delta_bytes"] < facts["full_bytes"]
 
 
@@ -116,12 +152,19 @@ def test_the_model_of_scaling_counts_what_is_really_reduced():
     from grape_ray.engines.subspace import owned_parameters, plan_projections
 
     config = transformers.OPTConfig(
-        hidden_size=2048, num_hidden_layers=24, ffn_dim=8192, num_attention_heads=32, word_embed_proj_dim=2048, max_position_embeddings=2048
+        hidden_size=2048,
+        num_hidden_layers=24,
+        ffn_dim=8192,
+        num_attention_heads=32,
+        word_embed_proj_dim=2048,
+        max_position_embeddings=2048,
     )
     with torch.device("meta"):
         model = transformers.OPTForCausalLM(config)
     plan, owned = plan_projections(model, 16, "in"), owned_parameters(model)
-    reduced = sum(math.prod(plan[n].shape) if n in plan else p.numel() for n, (_, p) in owned.items())
+    reduced = sum(
+        math.prod(plan[n].shape) if n in plan else p.numel() for n, (_, p) in owned.items()
+    )
     parameters, coordinates = sizes("OPT-1.3B")
     assert parameters == pytest.approx(sum(p.numel() for _, p in owned.values()), rel=1e-3)
     assert coordinates == pytest.approx(reduced, rel=0.01)
@@ -135,7 +178,8 @@ def test_the_documented_table_of_scaling_is_the_model_s():
         head = page.read_text().split("| model, rank |")[0]
         page.write_text(head + modelled())
     assert page.read_text().endswith(modelled())
-    assert exchange_s(10**9, 2, H100) == pytest.approx(10**9 * 4 / H100.inside, rel=0.01)  # half there, half back
+    # half there, half back
+    assert exchange_s(10**9, 2, H100) == pytest.approx(10**9 * 4 / H100.inside, rel=0.01)
 
 
 def test_ledger_reports_costs_for_each_number_of_entries():

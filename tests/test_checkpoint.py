@@ -1,4 +1,6 @@
-"""Checkpoints: whole or passed over, never half believed; shards of any ranks, written in the background."""
+"""Checkpoints: whole or passed over, never half believed; shards of any ranks, written in the
+background.
+"""
 
 import itertools
 import threading
@@ -26,9 +28,17 @@ class Tied(nn.Module):
 
 
 def state_of(model, step=0, base=None):
-    tensors = {"model": checkpoint.distinct(model), "optimizer": {"first/a": torch.full((3,), float(step))}}
+    tensors = {
+        "model": checkpoint.distinct(model),
+        "optimizer": {"first/a": torch.full((3,), float(step))},
+    }
     shards = {kind: share(named, 0, 1) for kind, named in tensors.items()}
-    return State(shards, {"optimizer": {"updates": step, "period": 1}}, {"ledger_head": "h", "executed_steps": step}, base)
+    return State(
+        shards,
+        {"optimizer": {"updates": step, "period": 1}},
+        {"ledger_head": "h", "executed_steps": step},
+        base,
+    )
 
 
 def saved(storage, step, model=None, attempt=1, keep=100, base=None):
@@ -39,10 +49,16 @@ def saved(storage, step, model=None, attempt=1, keep=100, base=None):
 
 
 class Several:
-    """The ranks of one attempt as threads, speaking through a barrier: what a Writer needs of Comms."""
+    """The ranks of one attempt as threads, speaking through a barrier: what a Writer needs of
+    Comms.
+    """
 
     def __init__(self, world_size):
-        self.world_size, self.boxes, self.barrier = world_size, [None] * world_size, threading.Barrier(world_size)
+        self.world_size, self.boxes, self.barrier = (
+            world_size,
+            [None] * world_size,
+            threading.Barrier(world_size),
+        )
 
     def rank(self, rank):
         group = self
@@ -77,7 +93,9 @@ class Several:
 
 @pytest.fixture(params=["local", "memory"])
 def storage(request, tmp_path):
-    place = Storage(tmp_path / "run" if request.param == "local" else f"memory://{tmp_path.name}/run")
+    place = Storage(
+        tmp_path / "run" if request.param == "local" else f"memory://{tmp_path.name}/run"
+    )
     yield place
     for name in place.list():
         place.remove(name)
@@ -88,21 +106,41 @@ def test_what_is_saved_comes_back(storage):
     saved(storage, 7, model)
     found = checkpoint.latest(storage)
     checkpoint.restore(other, found)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values())
+    )
     assert (found.step, found.optimizer["updates"], found.facts["ledger_head"]) == (7, 7, "h")
     assert torch.equal(found.optimizer["first/a"], torch.full((3,), 7.0))
 
 
 @pytest.mark.parametrize(
     "dtype",
-    [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.uint8, torch.uint16, torch.complex64],
+    [
+        torch.float64,
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+        torch.int64,
+        torch.bool,
+        torch.uint8,
+        torch.uint16,
+        torch.complex64,
+    ],
 )
 def test_every_kind_of_tensor_comes_back_and_anybody_can_open_the_file(tmp_path, dtype):
     place = Storage(tmp_path)
-    tensors = {"plain": torch.arange(24).reshape(6, 4).to(dtype), "scalar": torch.tensor(3).to(dtype), "empty": torch.zeros(0, 5).to(dtype)}
+    tensors = {
+        "plain": torch.arange(24).reshape(6, 4).to(dtype),
+        "scalar": torch.tensor(3).to(dtype),
+        "empty": torch.zeros(0, 5).to(dtype),
+    }
     tensors["strided"] = tensors["plain"].T
     writer = Writer(place, Comms.local(), 1, 30)
-    writer.begin("checkpoints/step-00000001-attempt-0001", 1, State({"model": share(tensors, 0, 1)}, {"optimizer": {}}))
+    writer.begin(
+        "checkpoints/step-00000001-attempt-0001",
+        1,
+        State({"model": share(tensors, 0, 1)}, {"optimizer": {}}),
+    )
     writer.settle()
     reader = Reader(place, writer.committed)
     opened = load_file(tmp_path / writer.committed / "model-00001-of-00001.safetensors")
@@ -114,8 +152,13 @@ def test_every_kind_of_tensor_comes_back_and_anybody_can_open_the_file(tmp_path,
 def test_a_tensor_that_no_file_holds_is_refused_by_name(tmp_path):
     writer = Writer(Storage(tmp_path), Comms.local(), 1, 30)
     shards = share({"wave": torch.zeros(2, dtype=torch.complex128)}, 0, 1)
-    writer.begin("checkpoints/step-00000001-attempt-0001", 1, State({"model": shards}, {"optimizer": {}}))
-    with pytest.raises(CheckpointError, match=r"tensor 'wave' has a type that no checkpoint holds, got 'torch.complex128'"):
+    writer.begin(
+        "checkpoints/step-00000001-attempt-0001", 1, State({"model": shards}, {"optimizer": {}})
+    )
+    with pytest.raises(
+        CheckpointError,
+        match=r"tensor 'wave' has a type that no checkpoint holds, got 'torch.complex128'",
+    ):
         writer.settle()
 
 
@@ -131,11 +174,15 @@ def test_a_tied_tensor_is_saved_once_and_stays_tied(storage):
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 def test_ranks_share_a_state_so_that_each_byte_is_written_once(world_size):
-    tensors = {f"t{i}": torch.randn(n, 3) for i, n in enumerate((1, 2, 7, 40, 400))} | {"scalar": torch.tensor(1.0)}
+    tensors = {f"t{i}": torch.randn(n, 3) for i, n in enumerate((1, 2, 7, 40, 400))} | {
+        "scalar": torch.tensor(1.0)
+    }
     parts = [share(tensors, rank, world_size) for rank in range(world_size)]
     for name, tensor in tensors.items():
         mine = sorted((p[name] for p in parts if name in p), key=lambda s: s.start)
-        assert torch.equal(torch.cat([s.tensor for s in mine]) if tensor.ndim else mine[0].tensor, tensor)
+        assert torch.equal(
+            torch.cat([s.tensor for s in mine]) if tensor.ndim else mine[0].tensor, tensor
+        )
         assert sum(s.tensor.numel() for s in mine) == tensor.numel()
     sizes = [sum(s.tensor.numel() for s in p.values()) for p in parts]
     assert max(sizes) <= 1.3 * sum(sizes) / world_size + 120
@@ -147,7 +194,11 @@ def test_a_checkpoint_is_restored_on_another_number_of_ranks(storage, writers, r
 
     def write(comms):
         writer = Writer(storage, comms, 2, 30)
-        writer.begin(checkpoint.folder_of(1), 1, State({"model": share(tensors, comms.rank, writers)}, {"optimizer": {}}))
+        writer.begin(
+            checkpoint.folder_of(1),
+            1,
+            State({"model": share(tensors, comms.rank, writers)}, {"optimizer": {}}),
+        )
         writer.settle()
         return writer.committed
 
@@ -171,14 +222,22 @@ def test_only_the_files_that_hold_the_wanted_rows_are_read(storage, monkeypatch)
 
     Several(4).run(write)
     reader, opened, plain = Reader(storage, checkpoint.folder_of(1)), [], storage.read
-    monkeypatch.setattr(storage, "read", lambda name, *where: (opened.append(name.rpartition("/")[2]), plain(name, *where))[1])
+    monkeypatch.setattr(
+        storage,
+        "read",
+        lambda name, *where: (opened.append(name.rpartition("/")[2]), plain(name, *where))[1],
+    )
     assert torch.equal(reader.read("model", "w", 12, 10), tensor[12:22])
     assert opened == ["model-00002-of-00004.safetensors", "model-00003-of-00004.safetensors"]
 
 
 def test_rows_that_no_rank_saved_are_missed(storage):
     writer = Writer(storage, Comms.local(), 2, 30)
-    writer.begin(checkpoint.folder_of(1), 1, State({"model": {"w": Shard(torch.ones(5, 2), (10, 2), 0)}}, {"optimizer": {}}))
+    writer.begin(
+        checkpoint.folder_of(1),
+        1,
+        State({"model": {"w": Shard(torch.ones(5, 2), (10, 2), 0)}}, {"optimizer": {}}),
+    )
     writer.settle()
     with pytest.raises(CheckpointError, match="lacks rows of 'w'"):
         Reader(storage, checkpoint.folder_of(1)).read("model", "w")
@@ -186,7 +245,9 @@ def test_rows_that_no_rank_saved_are_missed(storage):
         Reader(storage, checkpoint.folder_of(1)).read("model", "v")
 
 
-@pytest.mark.parametrize("damage", ["no manifest", "half a manifest", "no file", "short file", "flipped bit"])
+@pytest.mark.parametrize(
+    "damage", ["no manifest", "half a manifest", "no file", "short file", "flipped bit"]
+)
 def test_a_torn_checkpoint_is_passed_over_with_a_warning(storage, damage):
     saved(storage, 4)
     newest = saved(storage, 8)
@@ -301,7 +362,11 @@ def test_a_failure_of_any_rank_is_raised_on_every_rank_and_commits_nothing(tmp_p
         place.gate.set()
         place.error = StorageError("the store is down") if comms.rank == 1 else None
         writer = Writer(place, comms, 2, 30)
-        writer.begin(checkpoint.folder_of(1), 1, State({"model": share({"w": torch.ones(8, 2)}, comms.rank, 2)}, {"optimizer": {}}))
+        writer.begin(
+            checkpoint.folder_of(1),
+            1,
+            State({"model": share({"w": torch.ones(8, 2)}, comms.rank, 2)}, {"optimizer": {}}),
+        )
         writer.settle()
 
     raised = Several(2).run(write)

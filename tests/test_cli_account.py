@@ -28,9 +28,18 @@ COMMON = ("account", "--delta", "1e-5", "--sampling-prob", "1.0")
 
 def test_noise_then_epsilon_then_steps_agree():
     noise = answer(*COMMON, "--epsilon", "3", "--steps", "300")
-    assert set(noise) == {"noise_multiplier", "epsilon", "delta", "steps", "sampling_prob", "mechanism"}
+    assert set(noise) == {
+        "noise_multiplier",
+        "epsilon",
+        "delta",
+        "steps",
+        "sampling_prob",
+        "mechanism",
+    }
     sigma = str(noise["noise_multiplier"])
-    assert answer(*COMMON, "--noise-multiplier", sigma, "--steps", "300")["epsilon"] == pytest.approx(3.0, rel=1e-5)
+    assert answer(*COMMON, "--noise-multiplier", sigma, "--steps", "300")[
+        "epsilon"
+    ] == pytest.approx(3.0, rel=1e-5)
     assert answer(*COMMON, "--noise-multiplier", sigma, "--epsilon", "3")["steps"] == 300
 
 
@@ -48,11 +57,20 @@ def test_plain_output_names_every_number():
         (("--epsilon", "-1", "--steps", "3"), "epsilon is out of range"),
         (("--epsilon", "1", "--steps", "0"), "steps is not a usable count"),
         (("--epsilon", "1", "--steps", "3", "--delta", "1"), "delta is out of range"),
-        (("--epsilon", "1", "--steps", "3", "--sampling-prob", "1.5"), "sampling_prob is out of range"),
+        (
+            ("--epsilon", "1", "--steps", "3", "--sampling-prob", "1.5"),
+            "sampling_prob is out of range",
+        ),
         (("--noise-multiplier", "inf", "--steps", "3"), "noise_multiplier is not a finite number"),
         (("--epsilon", "1"), "account computes one of three"),
-        (("--epsilon", "1", "--steps", "3", "--noise-multiplier", "1"), "account computes one of three"),
-        (("--epsilon", "1", "--steps", "3", "--method", "randomized"), "probes of poisson_randomized"),
+        (
+            ("--epsilon", "1", "--steps", "3", "--noise-multiplier", "1"),
+            "account computes one of three",
+        ),
+        (
+            ("--epsilon", "1", "--steps", "3", "--method", "randomized"),
+            "probes of poisson_randomized",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, complaint):
@@ -107,14 +125,29 @@ def test_no_ledger_there(tmp_path, command):
 def _loaded_after(code):
     heavy = {"torch", "ray", "scipy", "dp_accounting", "transformers"}
     tail = f"\nimport sys; print(sorted({{m.split('.')[0] for m in sys.modules}} & {heavy}))"
-    result = subprocess.run([sys.executable, "-c", code + tail], capture_output=True, text=True, check=True, timeout=120)
+    result = subprocess.run(
+        [sys.executable, "-c", code + tail], capture_output=True, text=True, check=True, timeout=120
+    )
     return result.stdout.splitlines()[-1]
 
 
 def test_accounting_needs_neither_torch_nor_ray(ledger):
     assert _loaded_after("import grape_ray.accounting, grape_ray.storage") == "[]"
-    call = "from click.testing import CliRunner\nfrom grape_ray.cli.main import main\nassert CliRunner().invoke(main, {}).exit_code == 0"
-    account = ["account", "--epsilon", "3", "--delta", "1e-5", "--sampling-prob", "0.1", "--steps", "10"]
+    call = (
+        "from click.testing import CliRunner\nfrom grape_ray.cli.main import main\nassert"
+        " CliRunner().invoke(main, {}).exit_code == 0"
+    )
+    account = [
+        "account",
+        "--epsilon",
+        "3",
+        "--delta",
+        "1e-5",
+        "--sampling-prob",
+        "0.1",
+        "--steps",
+        "10",
+    ]
     assert _loaded_after(call.format(account)) == "['scipy']"
     assert _loaded_after(call.format(["ledger", "verify", str(ledger)])) == "['scipy']"
     assert _loaded_after(call.format(["--help"])) == "[]"
@@ -125,7 +158,9 @@ def test_help_is_quick():
     for _ in range(3):
         started = time.perf_counter()
         result = subprocess.run(
-            [sys.executable, "-c", "from grape_ray.cli.main import main; main(['--help'])"], capture_output=True, text=True
+            [sys.executable, "-c", "from grape_ray.cli.main import main; main(['--help'])"],
+            capture_output=True,
+            text=True,
         )
         walls_s.append(time.perf_counter() - started)
         assert "account" in result.stdout

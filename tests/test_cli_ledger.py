@@ -1,4 +1,6 @@
-"""A dataset's budget is handled on purpose: made, listed, shown and raised through the command line, and never left by a slip."""
+"""A dataset's budget is handled on purpose: made, listed, shown and raised through the command
+line, and never left by a slip.
+"""
 
 import json
 import shutil
@@ -48,9 +50,16 @@ def test_a_pilot_leaves_room_for_the_final_run(call, delta):
     pilot = answer(call("train", "--run", "pilot", *epsilon(1), "--ledger-epsilon", 3, *delta))
     final = answer(call("train", "--run", "final", *epsilon(2)))
     assert pilot["ledger"] == final["ledger"]
-    refused(call("train", "--run", "more", *epsilon(0.1)), "costs too much", "leave of the dataset's 3")
+    refused(
+        call("train", "--run", "more", *epsilon(0.1)), "costs too much", "leave of the dataset's 3"
+    )
     (row,) = answer(call("ledger", "list", "--json"))["ledgers"]
-    assert (row["dataset"], row["ledger"], row["epsilon"], row["epsilon_left"]) == ("tiny", pilot["ledger"], 3.0, 0.0)
+    assert (row["dataset"], row["ledger"], row["epsilon"], row["epsilon_left"]) == (
+        "tiny",
+        pilot["ledger"],
+        3.0,
+        0.0,
+    )
     assert row["delta"] == (2e-5 if delta else 3e-5)
     assert (row["runs"], row["studies"], row["problem"]) == (["pilot", "final"], 2, None)
     assert 0 < row["epsilon_spent"] < 3
@@ -60,7 +69,11 @@ def test_a_pilot_leaves_room_for_the_final_run(call, delta):
 
 
 @pytest.mark.parametrize(
-    ("words", "lack"), [(["--ledger-epsilon", 3, "--ledger-delta", 1e-5], "delta"), (["--ledger-delta", 2e-5], "epsilon")]
+    ("words", "lack"),
+    [
+        (["--ledger-epsilon", 3, "--ledger-delta", 1e-5], "delta"),
+        (["--ledger-delta", 2e-5], "epsilon"),
+    ],
 )
 def test_a_budget_of_which_nothing_can_follow_is_warned_of(call, words, lack):
     result = call("train", "--run", "pilot", *epsilon(1), *words)
@@ -70,15 +83,20 @@ def test_a_budget_of_which_nothing_can_follow_is_warned_of(call, words, lack):
 
 def test_a_budget_without_words_is_the_runs_own(call):
     answer(call("train", "--run", "pilot", *epsilon(1)))
-    refused(call("train", "--run", "final", *epsilon(2)), "what other studies leave of the dataset's 1")
+    refused(
+        call("train", "--run", "final", *epsilon(2)), "what other studies leave of the dataset's 1"
+    )
 
 
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["--ledger-epsilon", 4], ["has another epsilon", "got 4", "3, which it was made with", "2 of it", "ledger extend"]),
-        (["--ledger-delta", 1e-4], ["has another delta", "got 0.0001", "2e-05 of it", "leave the budget out"]),
-        (["--ledger-epsilon", 0], ["--ledger-epsilon", "0 <"]), (["--ledger-epsilon", "nan"], ["--ledger-epsilon"]),
+        (["--ledger-epsilon", 4],
+        ["has another epsilon", "got 4", "3, which it was made with", "2 of it", "ledger extend"]),
+        (["--ledger-delta", 1e-4],
+        ["has another delta", "got 0.0001", "2e-05 of it", "leave the budget out"]),
+        (["--ledger-epsilon", 0], ["--ledger-epsilon", "0 <"]),
+        (["--ledger-epsilon", "nan"], ["--ledger-epsilon"]),
         (["--ledger-delta", 2], ["--ledger-delta"]),
     ],
 )  # fmt: skip
@@ -107,13 +125,26 @@ def test_an_existing_budget_is_raised_for_a_reason_alone(call):
     ]:
         refused(call("ledger", "extend", where, *words), part)
     assert verify(where).entries == found_entries(call, where)
-    raised = call("ledger", "extend", "runs/pilot", "--epsilon", 3, "--delta", "3e-5", "--reason", "final run, agreed by the board")
+    raised = call(
+        "ledger",
+        "extend",
+        "runs/pilot",
+        "--epsilon",
+        3,
+        "--delta",
+        "3e-5",
+        "--reason",
+        "final run, agreed by the board",
+    )
     assert "epsilon 3, delta 3e-05 from now on" in raised.stdout
     assert "left for further studies: epsilon 2, delta 2e-05" in raised.stdout
     assert answer(call("train", "--run", "final", *epsilon(2)))["ledger"] == where
     for words in (["show", where], ["show", "runs/final"], ["list"]):
         assert "final run, agreed by the board" in call("ledger", *words).stdout
-    assert answer(call("ledger", "show", where, "--json"))["extensions"][0]["reason"] == "final run, agreed by the board"
+    assert (
+        answer(call("ledger", "show", where, "--json"))["extensions"][0]["reason"]
+        == "final run, agreed by the board"
+    )
     assert call("ledger", "verify", "runs/pilot").exit_code == 0
 
 
@@ -126,7 +157,9 @@ def test_a_run_leads_to_its_ledger(call, tmp_path):
     shown = answer(call("ledger", "show", "runs/r", "--json"))
     assert shown["ledger"] == found["ledger"]
     assert shown["run"] == {"name": "r", "study": "r", "attempts": 1, "used": 12}
-    assert call("ledger", "show", "runs/r").stdout.startswith("run r: 12 steps charged in 1 attempts, to study r of ")
+    assert call("ledger", "show", "runs/r").stdout.startswith(
+        "run r: 12 steps charged in 1 attempts, to study r of "
+    )
     (tmp_path / "runs" / "r" / "run.json").write_text("{")
     refused(call("ledger", "show", "runs/r"), "run.json of the run is damaged")
 
@@ -159,20 +192,39 @@ def test_training_without_a_guarantee_is_said_outright_and_marked(call, tmp_path
 
 def test_records_that_a_ledger_protects_are_not_public_by_a_word(call):
     answer(call("train", "--run", "r"))
-    refused(call("train", "--run", "p", "--set", "method.name=none", "--set", "task.public=true"), "--not-private")
+    refused(
+        call("train", "--run", "p", "--set", "method.name=none", "--set", "task.public=true"),
+        "--not-private",
+    )
 
 
 def test_an_export_says_what_was_promised(call, tmp_path):
     assert answer(call("train", "--run", "r", *epsilon(2)))["private"] is True
     assert "NOT" not in call("export", "runs/r", "out", "--trust-module", "tests.tiny").stdout
     promise = json.loads((tmp_path / "out" / "privacy.json").read_text())
-    assert (promise["private"], promise["epsilon"], promise["delta"], promise["study"], promise["steps"]) == (True, 2.0, 1e-5, "r", 12)
+    assert (
+        promise["private"],
+        promise["epsilon"],
+        promise["delta"],
+        promise["study"],
+        promise["steps"],
+    ) == (True, 2.0, 1e-5, "r", 12)
 
 
 def test_a_delta_that_gives_records_away_is_said_outright(call, tmp_path):
     large = ["--set", "privacy.delta=0.005"]  # of 200 records
-    refused(call("train", "--run", "r", *large), "privacy.delta", "got '0.005'", "below 1 / 200 = 0.005", "--allow-large-delta")
-    refused(call("train", "--run", "r", "--ledger-delta", 0.5), "the delta of the dataset's ledger", "--allow-large-delta")
+    refused(
+        call("train", "--run", "r", *large),
+        "privacy.delta",
+        "got '0.005'",
+        "below 1 / 200 = 0.005",
+        "--allow-large-delta",
+    )
+    refused(
+        call("train", "--run", "r", "--ledger-delta", 0.5),
+        "the delta of the dataset's ledger",
+        "--allow-large-delta",
+    )
     assert list(tmp_path.iterdir()) == []
     answer(call("train", "--run", "r", *large, "--allow-large-delta"))
     other = ["--run", "p", "--ledger", "other", "--second-ledger"]
@@ -180,17 +232,34 @@ def test_a_delta_that_gives_records_away_is_said_outright(call, tmp_path):
 
 
 def test_a_sweep_with_such_a_delta_is_refused_as_well(call, tmp_path):
-    words = ["tune", "tests.tiny_space", "--budget-delta", 0.5, "--trials", 2, "--storage", "sweeps", "--key-file", tmp_path / "key"]
+    words = [
+        "tune",
+        "tests.tiny_space",
+        "--budget-delta",
+        0.5,
+        "--trials",
+        2,
+        "--storage",
+        "sweeps",
+        "--key-file",
+        tmp_path / "key",
+    ]
     refused(call(*words), "the sweep's delta", "--allow-large-delta")
     words[3] = 1e-5
-    refused(call(*words, "--ledger-delta", 0.5), "the delta of the dataset's ledger", "--allow-large-delta")
+    refused(
+        call(*words, "--ledger-delta", 0.5),
+        "the delta of the dataset's ledger",
+        "--allow-large-delta",
+    )
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("assignment", "part"),
-    [("privacy.epsilon=20", None), ("privacy.epsilon=21", "warning: privacy.epsilon 21 promises next to nothing"),
-     ("privacy.expected_batch_size=16", None), ("privacy.expected_batch_size=15", "warning: privacy.expected_batch_size 15 is small")],
+    [("privacy.epsilon=20", None),
+    ("privacy.epsilon=21", "warning: privacy.epsilon 21 promises next to nothing"),
+     ("privacy.expected_batch_size=16", None),
+     ("privacy.expected_batch_size=15", "warning: privacy.expected_batch_size 15 is small")],
 )  # fmt: skip
 def test_what_promises_or_learns_little_is_warned_of(call, assignment, part):
     result = call("train", "--run", "r", "--set", assignment)
@@ -202,6 +271,8 @@ def test_what_promises_or_learns_little_is_warned_of(call, assignment, part):
 def test_a_list_names_the_table_of_a_task_that_has_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.parquet").touch()
-    assert label(SimpleNamespace(name="t", train="train.parquet")) == f"t ({tmp_path}/train.parquet)"
+    assert (
+        label(SimpleNamespace(name="t", train="train.parquet")) == f"t ({tmp_path}/train.parquet)"
+    )
     assert label(SimpleNamespace(name="t", train="hf://a/b")) == "t (hf://a/b)"
     assert label(SimpleNamespace(name="t")) == label(SimpleNamespace(name="t", train=3)) == "t"

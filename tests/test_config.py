@@ -1,4 +1,6 @@
-"""The frozen config: overrides by name, refusals that name the nearest, and pipelines found by name."""
+"""The frozen config: overrides by name, refusals that name the nearest, and pipelines found by
+name.
+"""
 
 import dataclasses
 import json
@@ -14,8 +16,8 @@ from tests.tiny import Tiny, tiny
 def test_overrides_reach_every_group_and_keep_types():
     config = tiny().override(
         [
-            "privacy.epsilon=3", "privacy.noise_multiplier=none", "method.betas=0.8,0.9", "method.dense=*emb*,head.*",
-            "performance.use_gpu=true", "task.records=120", "seed=7",
+            "privacy.epsilon=3", "privacy.noise_multiplier=none", "method.betas=0.8,0.9",
+            "method.dense=*emb*,head.*", "performance.use_gpu=true", "task.records=120", "seed=7",
         ]
     )  # fmt: skip
     assert config.privacy.epsilon == 3.0
@@ -24,8 +26,9 @@ def test_overrides_reach_every_group_and_keep_types():
     assert config.method.dense == ("*emb*", "head.*")
     assert (config.performance.use_gpu, config.task.records, config.seed) == (True, 120, 7)
     for text, dense in [
-        ("[!c]*", ("[!c]*",)), ("[!c]*,*[01,2].w", ("[!c]*", "*[01,2].w")), ('["[!c]*", "a,b"]', ("[!c]*", "a,b")),
-        ("(a, [b]?)", ("a", "[b]?")), ("[]", ()), ("", ()), ("()", ()),
+        ("[!c]*", ("[!c]*",)), ("[!c]*,*[01,2].w", ("[!c]*", "*[01,2].w")),
+        ('["[!c]*", "a,b"]', ("[!c]*", "a,b")), ("(a, [b]?)", ("a", "[b]?")), ("[]", ()), ("", ()),
+        ("()", ()),
     ]:  # fmt: skip
         assert tiny().override([f"method.dense={text}"]).method.dense == dense
     assert tiny().override(["method.betas=[0.8, 0.9]"]).method.betas == (0.8, 0.9)
@@ -44,11 +47,15 @@ def test_overrides_reach_every_group_and_keep_types():
         ("seed.x=1", "no fields of its own"),
         ("method.rank", "key=value"),
         ("method.name=grap", "did you mean 'grape'"),
-        ("privacy.epsilon=nan", r"privacy\.epsilon, got nan, expected a finite number > 0; typical values"),
+        ("privacy.epsilon=nan",
+        r"privacy\.epsilon, got nan, expected a finite number > 0; typical values"),
         ("privacy.epsilon=-inf", r"privacy\.epsilon, got -inf, expected a finite number > 0"),
-        ("privacy.noise_multiplier=inf", r"privacy\.noise_multiplier, got inf"), ("privacy.steps=nan", "a value of type int"),
-        ("privacy.delta=1", "well below one over the number of records"), ("privacy.steps=0", "how many optimizer steps"),
-        ("privacy.expected_batch_size=0", "at most the number of records"), ("method.rank=0", "between 8 and 64"),
+        ("privacy.noise_multiplier=inf", r"privacy\.noise_multiplier, got inf"),
+        ("privacy.steps=nan", "a value of type int"),
+        ("privacy.delta=1", "well below one over the number of records"),
+        ("privacy.steps=0", "how many optimizer steps"),
+        ("privacy.expected_batch_size=0", "at most the number of records"),
+        ("method.rank=0", "between 8 and 64"),
         ("performance.num_workers=-1", "0 trains in this process"),
     ],
 )  # fmt: skip
@@ -60,11 +67,14 @@ def test_a_wrong_assignment_is_told_with_the_nearest_names(assignment, message):
 @pytest.mark.parametrize(
     ("make", "changes"),
     [
-        (Privacy, {"epsilon": 0}), (Privacy, {"epsilon": float("nan")}), (Privacy, {"epsilon": float("inf")}), (Privacy, {"delta": 1.0}),
-        (Privacy, {"delta": 0}), (Privacy, {"steps": 0}), (Privacy, {"steps": 1.5}), (Privacy, {"expected_batch_size": 0}),
-        (Privacy, {"clip_norm": -1}), (Privacy, {"noise_multiplier": 0}), (Privacy, {"noise_multiplier": float("nan")}),
-        (Method, {"rank": 0}), (Method, {"learning_rate": 0}), (Method, {"betas": (0.9, 1.0)}), (Method, {"moments": "kept"}),
-        (Performance, {"num_workers": -1}), (Performance, {"charge_chunk": 0}), (Performance, {"micro_batch_size": True}),
+        (Privacy, {"epsilon": 0}), (Privacy, {"epsilon": float("nan")}),
+        (Privacy, {"epsilon": float("inf")}), (Privacy, {"delta": 1.0}), (Privacy, {"delta": 0}),
+        (Privacy, {"steps": 0}), (Privacy, {"steps": 1.5}), (Privacy, {"expected_batch_size": 0}),
+        (Privacy, {"clip_norm": -1}), (Privacy, {"noise_multiplier": 0}),
+        (Privacy, {"noise_multiplier": float("nan")}), (Method, {"rank": 0}),
+        (Method, {"learning_rate": 0}), (Method, {"betas": (0.9, 1.0)}),
+        (Method, {"moments": "kept"}), (Performance, {"num_workers": -1}),
+        (Performance, {"charge_chunk": 0}), (Performance, {"micro_batch_size": True}),
         (Performance, {"start_timeout_s": float("inf")}),
     ],
 )  # fmt: skip
@@ -90,7 +100,9 @@ def test_pipelines_are_found_by_module_function_and_folder(tmp_path, monkeypatch
     assert pipeline("pipelines.digits_vit") == pipeline("pipelines.digits_vit:digits_vit")
     assert pipeline("pipelines.sst2").privacy.epsilon == 3.0
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my_run.py").write_text("from tests.tiny import tiny\ndef config():\n    return tiny(5)\n")
+    (tmp_path / "my_run.py").write_text(
+        "from tests.tiny import tiny\ndef config():\n    return tiny(5)\n"
+    )
     assert pipeline("my_run").privacy.steps == 5
     assert pipeline("my_run:tiny").privacy.steps == 12
     for name, message in [

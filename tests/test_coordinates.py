@@ -1,4 +1,6 @@
-"""Delta checkpoints: a few percent of the bytes, and the weights that were saved within rounding."""
+"""Delta checkpoints: a few percent of the bytes, and the weights that were saved within
+rounding.
+"""
 
 import dataclasses
 
@@ -29,9 +31,15 @@ class Trained:
 
     def __init__(self, folder, method=METHOD, dtype=torch.float32, layers=None, **performance):
         torch.manual_seed(0)
-        self.model = (layers or nn.Sequential(nn.Embedding(256, 256), nn.Linear(256, 256), nn.LayerNorm(256))).to(dtype)
+        self.model = (
+            layers or nn.Sequential(nn.Embedding(256, 256), nn.Linear(256, 256), nn.LayerNorm(256))
+        ).to(dtype)
         config = Config(
-            task=None, method=method, performance=Performance(**{"delta_checkpoints": 99, "keep_checkpoints": 99, **performance})
+            task=None,
+            method=method,
+            performance=Performance(
+                **{"delta_checkpoints": 99, "keep_checkpoints": 99, **performance}
+            ),
         )
         self.engine = from_config(self.model, config.privacy, method, b"public")
         self.optimizer = make_optimizer(self.model, self.engine, method, 1000)
@@ -40,7 +48,13 @@ class Trained:
 
     def take(self, steps):
         for _ in range(steps):
-            released = privatize(self.engine.empty_sum(), self.noise, step=self.step, noise_multiplier=1.0, expected_batch_size=10)
+            released = privatize(
+                self.engine.empty_sum(),
+                self.noise,
+                step=self.step,
+                noise_multiplier=1.0,
+                expected_batch_size=10,
+            )
             self.optimizer.step(released, self.step)
             self.step += 1
 
@@ -73,7 +87,8 @@ def test_weights_of_a_delta_are_those_saved_within_rounding(tmp_path, optimizer)
         assert found[0].step == run.step
         assert relative_error(run.model, other.model) <= 1e-6
         assert all(
-            torch.equal(torch.as_tensor(t), torch.as_tensor(other.optimizer.state_dict()[n])) for n, t in run.optimizer.state_dict().items()
+            torch.equal(torch.as_tensor(t), torch.as_tensor(other.optimizer.state_dict()[n]))
+            for n, t in run.optimizer.state_dict().items()
         )
 
 
@@ -85,14 +100,17 @@ def test_a_hundred_steps_of_one_period_stay_within_rounding(tmp_path):
     run.take(100)
     assert run.save().base
     resume(place, Comms.local(), other.model, other.optimizer, other.engine.subspace)
-    moved = float((run.model[1].weight.detach() - before["1.weight"]).norm() / before["1.weight"].norm())
+    moved = float(
+        (run.model[1].weight.detach() - before["1.weight"]).norm() / before["1.weight"].norm()
+    )
     assert moved > 0.1  # or the test would prove nothing
     assert relative_error(run.model, other.model) <= 1e-6
 
 
 def test_a_delta_is_a_few_percent_of_the_model(tmp_path):
     layers = nn.Sequential(*(nn.Linear(512, 512) for _ in range(6)))
-    run = Trained(Storage(tmp_path), dataclasses.replace(METHOD, rank=8), layers=layers)  # r/d = 1/64
+    # r/d = 1/64
+    run = Trained(Storage(tmp_path), dataclasses.replace(METHOD, rank=8), layers=layers)
     full = run.save()
     run.take(1)
     delta = run.save()
@@ -110,7 +128,9 @@ def test_a_resumed_run_counts_on_from_the_same_full_checkpoint(tmp_path):
     base = run.save()
     run.take(9)
     run.save()
-    _, coordinates = resume(place, Comms.local(), other.model, other.optimizer, other.engine.subspace)
+    _, coordinates = resume(
+        place, Comms.local(), other.model, other.optimizer, other.engine.subspace
+    )
     other.saver.resumed(coordinates)
     other.step, other.noise._last = run.step, run.step - 1
     run.take(12)
@@ -138,7 +158,9 @@ def test_a_full_checkpoint_follows_when_deltas_are_many_or_periods_pass_and_at_t
 
 
 def test_what_a_delta_cannot_hold_exactly_is_saved_in_full(tmp_path):
-    for case, changes in enumerate(({"dtype": torch.bfloat16}, {"method": dataclasses.replace(METHOD, name="dp_adam")})):
+    for case, changes in enumerate(
+        ({"dtype": torch.bfloat16}, {"method": dataclasses.replace(METHOD, name="dp_adam")})
+    ):
         run = Trained(Storage(tmp_path / str(case)), **changes)
         run.save()
         run.take(1)
@@ -158,7 +180,11 @@ def test_a_delta_whose_base_is_damaged_is_passed_over(tmp_path):
 
 def test_a_run_resumes_from_a_delta_and_exports_one(tmp_path):
     config = tiny(slow_s=0.02).override(
-        ["performance.delta_checkpoints=3", "performance.checkpoint_every=2", "performance.keep_checkpoints=1"]
+        [
+            "performance.delta_checkpoints=3",
+            "performance.checkpoint_every=2",
+            "performance.keep_checkpoints=1",
+        ]
     )
     plan = prepare(config, run="r", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
 

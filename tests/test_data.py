@@ -31,7 +31,12 @@ def test_a_file_a_folder_and_a_pattern_are_read(tmp_path):
     one, two = write(tmp_path / "a-1.parquet"), write(tmp_path / "a-2.parquet", ("d",), (0,))
     assert read_table(one, ["text"]).num_rows == 3
     assert read_table(str(tmp_path), ["text", "label"]).num_rows == 4
-    assert texts(read_table(f"{tmp_path}/a-*.parquet", ["text"]), "text", "x") == ["a", "b", "c", "d"]
+    assert texts(read_table(f"{tmp_path}/a-*.parquet", ["text"]), "text", "x") == [
+        "a",
+        "b",
+        "c",
+        "d",
+    ]
     assert read_table(f"file://{two}", ["label"]).num_rows == 1
 
 
@@ -89,7 +94,10 @@ def test_a_url_of_the_hub_is_read_through_its_file_system(tmp_path, monkeypatch)
         fsspec.filesystem("hf").pipe_file(f"datasets/owner/name/sst2/{name}.parquet", content)
     assert read_table("hf://datasets/owner/name/sst2/train-*.parquet", ["text"]).num_rows == 6
     assert read_table("hf://datasets/owner/name/sst2/validation*", ["text"]).num_rows == 3
-    with pytest.raises(DataError, match=r"several splits.*train-0.parquet.*validation-0.parquet.*name/sst2/train-\*.parquet"):
+    with pytest.raises(
+        DataError,
+        match=r"several splits.*train-0.parquet.*validation-0.parquet.*name/sst2/train-\*.parquet",
+    ):
         read_table("hf://datasets/owner/name/sst2", ["text"])
     with pytest.raises(DataError, match="not found"):
         read_table("hf://datasets/owner/name/test-*.parquet", ["text"])
@@ -142,14 +150,24 @@ def test_the_fingerprint_depends_on_content_and_order_alone(tmp_path):
         == fingerprint(pieces)
         == fingerprint(whole.cast(pa.schema([("text", pa.large_string()), ("label", pa.int64())])))
     )
-    others = [whole.take([1, 0, 2]), whole.slice(0, 2), pa.table({"text": ["a", "bc", ""], "label": pa.array([0, 1, 1], pa.int8())})]
+    others = [
+        whole.take([1, 0, 2]),
+        whole.slice(0, 2),
+        pa.table({"text": ["a", "bc", ""], "label": pa.array([0, 1, 1], pa.int8())}),
+    ]
     assert len({fingerprint(t) for t in [whole, *others]}) == 4
 
 
 def test_the_fingerprint_of_floats_sees_their_fractions(tmp_path):
-    tables = [pa.table({"x": pa.array(values, kind)}) for kind in (pa.float32(), pa.float64()) for values in ([0.25, 1.5], [0.75, 1.5])]
+    tables = [
+        pa.table({"x": pa.array(values, kind)})
+        for kind in (pa.float32(), pa.float64())
+        for values in ([0.25, 1.5], [0.75, 1.5])
+    ]
     assert len({fingerprint(table) for table in tables}) == 4
-    assert fingerprint(tables[0]) == fingerprint(pa.concat_tables([tables[0].slice(0, 1), tables[0].slice(1)]))
+    assert fingerprint(tables[0]) == fingerprint(
+        pa.concat_tables([tables[0].slice(0, 1), tables[0].slice(1)])
+    )
     integers = pa.table({"label": pa.array([0, 1, 1], pa.int8())})
     assert fingerprint(integers) == "d06a0919a754d79412671945fa8eda4f"  # ledgers are found by it
     with pytest.raises(DataError, match="column 'x'"):
@@ -158,7 +176,9 @@ def test_the_fingerprint_of_floats_sees_their_fractions(tmp_path):
 
 def test_a_part_of_a_table_spends_from_the_whole_tables_budget(tmp_path, monkeypatch):
     url = write(tmp_path / "a.parquet")
-    monkeypatch.setattr(TextClassification, "_records", lambda self, texts, labels: Records({"labels": labels}))
+    monkeypatch.setattr(
+        TextClassification, "_records", lambda self, texts, labels: Records({"labels": labels})
+    )
     tasks = [TextClassification("m", url, url, limit=limit) for limit in (0, 2)]
     assert [len(task.load().train) for task in tasks] == [3, 2]
     assert tasks[0].load().dataset_id == tasks[1].load().dataset_id
@@ -188,7 +208,9 @@ def test_a_missing_model_folder_is_one_clear_error(name):
         load_sequence_classifier(name, 2, 0)
 
 
-@pytest.mark.skipif(not SST2.is_dir(), reason="the SST-2 files are not beside the repository (../shared/data/sst2)")
+@pytest.mark.skipif(
+    not SST2.is_dir(), reason="the SST-2 files are not beside the repository (../shared/data/sst2)"
+)
 def test_the_real_sst2_is_read_and_fingerprinted():
     url = str(SST2 / "validation.parquet")
     table = read_table(url, ["sentence", "label"])

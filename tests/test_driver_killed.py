@@ -1,4 +1,6 @@
-"""A driver killed without warning at random moments: `grape-ray resume` completes every run, and repeats no more than it must."""
+"""A driver killed without warning at random moments: `grape-ray resume` completes every run, and
+repeats no more than it must.
+"""
 
 import contextlib
 import json
@@ -25,7 +27,9 @@ EVERY, STEPS = 5, 60
 def program(*words: str, token: str = "") -> subprocess.Popen[str]:
     command = [sys.executable, "-c", "from grape_ray.cli.main import main; main()", *words]
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "GRAPE_RAY_TEST_TOKEN": token}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env=env)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env=env
+    )
 
 
 def steps_by_key(witness: Path) -> Iterator[list[int]]:
@@ -37,16 +41,24 @@ def steps_by_key(witness: Path) -> Iterator[list[int]]:
     yield from found.values()
 
 
-def killed_and_resumed(folder: Path, workers: int, after_steps: int, after_s: float, step_s: float) -> dict:
-    """A run whose driver is killed `after_s` after it drew so many noises; what the resume says, and `lost_steps`."""
+def killed_and_resumed(
+    folder: Path, workers: int, after_steps: int, after_s: float, step_s: float
+) -> dict:
+    """A run whose driver is killed `after_s` after it drew so many noises; what the resume says,
+    and `lost_steps`.
+    """
     keys, token = ["--key-file", str(folder / "key")], uuid.uuid4().hex
-    words = [f"task.witness={folder / 'witness'}", f"task.slow_s={step_s}", f"privacy.steps={STEPS}", f"privacy.spare_steps={STEPS}",
-             f"performance.checkpoint_every={EVERY}", "performance.micro_batch_size=200", "performance.charge_chunk=4"]  # fmt: skip
+    words = [f"task.witness={folder / 'witness'}", f"task.slow_s={step_s}",
+    f"privacy.steps={STEPS}", f"privacy.spare_steps={STEPS}",
+             f"performance.checkpoint_every={EVERY}", "performance.micro_batch_size=200",
+             "performance.charge_chunk=4"]  # fmt: skip
     sets = [w for word in words for w in ("--set", word)]
     storage = ["--storage", str(folder / "runs"), "--run", "r", "--workers", str(workers)]
     driver = program("train", "tests.witness:witnessed", *storage, *sets, *keys, token=token)
     deadline_s = time.monotonic() + 300
-    while not (folder / "runs" / "r" / "run.json").exists() or sum(1 for _ in witnesses(folder / "witness")) < after_steps * (workers or 1):
+    while not (folder / "runs" / "r" / "run.json").exists() or sum(
+        1 for _ in witnesses(folder / "witness")
+    ) < after_steps * (workers or 1):
         assert time.monotonic() < deadline_s
         time.sleep(0.01)
     time.sleep(after_s)
@@ -54,19 +66,24 @@ def killed_and_resumed(folder: Path, workers: int, after_steps: int, after_s: fl
     driver.communicate()
     if workers:
         deadline_s = time.monotonic() + 60
-        while left := [pid for pid, command in processes_with(token).items() if "RayTrainWorker" in command]:
+        while left := [
+            pid for pid, command in processes_with(token).items() if "RayTrainWorker" in command
+        ]:
             assert time.monotonic() < deadline_s, left
             time.sleep(0.2)
         for pid in processes_with(token):  # an agent of Ray's may outlive its cluster
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
     before = list(steps_by_key(folder / "witness"))
-    resumed = program("resume", str(folder / "runs" / "r"), *keys, "--trust-module", "tests", "--json")
+    resumed = program(
+        "resume", str(folder / "runs" / "r"), *keys, "--trust-module", "tests", "--json"
+    )
     output, error = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, error[-2000:]
     result = json.loads(output.splitlines()[-1])
     after = list(steps_by_key(folder / "witness"))
-    assert all(len(set(steps)) == len(steps) for steps in after)  # no noise was drawn twice under one key
+    # no noise was drawn twice under one key
+    assert all(len(set(steps)) == len(steps) for steps in after)
     taken = max(before[-1]) + 1 if before else 0
     first = after[-1][0] if len(after) > len(before) else taken
     assert verify(result["ledger"]).ok

@@ -1,4 +1,6 @@
-"""The dry run: what would fail late fails before anything is written or charged, and what only looks odd trains."""
+"""The dry run: what would fail late fails before anything is written or charged, and what only
+looks odd trains.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,9 @@ class Odd(Tiny):
 
 @dataclasses.dataclass(frozen=True)
 class Texts(Tiny):
-    """Sequences of ids for a model with eight positions; one is longer, in training or in validation."""
+    """Sequences of ids for a model with eight positions; one is longer, in training or in
+    validation.
+    """
 
     long_in: str = "train"
 
@@ -82,15 +86,25 @@ class Texts(Tiny):
         def with_ids(records, split):
             return Records({**records.columns, "ids": ragged(len(records), self.long_in == split)})
 
-        return dataclasses.replace(data, train=with_ids(data.train, "train"), validation=with_ids(data.validation, "validation"))
+        return dataclasses.replace(
+            data,
+            train=with_ids(data.train, "train"),
+            validation=with_ids(data.validation, "validation"),
+        )
 
     def build_model(self, seed):
         torch.manual_seed(seed)
-        return nn.ModuleDict({"words": nn.Embedding(5, 16), "places": nn.Embedding(8, 16), "head": nn.Linear(16, 10)}).eval()
+        return nn.ModuleDict(
+            {"words": nn.Embedding(5, 16), "places": nn.Embedding(8, 16), "head": nn.Linear(16, 10)}
+        ).eval()
 
     def collate(self, records, indices):
         ids, mask = records.sequences("ids").padded(indices, 0)
-        return {"ids": ids, "mask": mask, "labels": torch.from_numpy(records.array("labels")[indices])}
+        return {
+            "ids": ids,
+            "mask": mask,
+            "labels": torch.from_numpy(records.array("labels")[indices]),
+        }
 
     def per_example_loss(self, model, batch):
         logits = self._logits(model, batch)
@@ -103,7 +117,9 @@ class Texts(Tiny):
 
     def evaluate(self, model, records):
         batch = self.collate(records, np.arange(len(records)))
-        return {"accuracy": (self._logits(model, batch).argmax(1) == batch["labels"]).double().mean()}
+        return {
+            "accuracy": (self._logits(model, batch).argmax(1) == batch["labels"]).double().mean()
+        }
 
 
 def config(task) -> Config:
@@ -117,7 +133,11 @@ class Place:
     folder: Path
 
     def options(self):
-        return {"storage": str(self.folder / "runs"), "ledger": str(self.folder / "ledger"), "key_path": str(self.folder / "key")}
+        return {
+            "storage": str(self.folder / "runs"),
+            "ledger": str(self.folder / "ledger"),
+            "key_path": str(self.folder / "key"),
+        }
 
     def left(self):
         return sorted(str(p.relative_to(self.folder)) for p in self.folder.rglob("*"))
@@ -149,12 +169,28 @@ def local_class():
         (Odd(path=b"x"), ConfigError, ["task.path", "bytes"]),
         (local_class(), ConfigError, ["the task of the run cannot be rebuilt", "local_class"]),
         (Odd(odd="raises"), TaskFailed, ["the evaluation of validation records", "only one class"]),
-        (Odd(odd="raises", public=False), TaskFailed, ["the evaluation of validation records", "ValueError", "test_dry_run.py"]),
+        (
+            Odd(odd="raises", public=False),
+            TaskFailed,
+            ["the evaluation of validation records", "ValueError", "test_dry_run.py"],
+        ),
         (Odd(odd="text"), ConfigError, ["metric 'accuracy'", "'str'"]),
         (Odd(odd="no save"), ConfigError, ["task.save wrote nothing"]),
         (Odd(odd="save raises"), TaskFailed, ["the export of the model", "shared tensors"]),
-        (Texts(long_in="train"), TaskFailed, ["a step on the shortest and the longest training records", "IndexError", "task.max_tokens"]),
-        (Texts(long_in="validation"), TaskFailed, ["the evaluation of validation records", "IndexError"]),
+        (
+            Texts(long_in="train"),
+            TaskFailed,
+            [
+                "a step on the shortest and the longest training records",
+                "IndexError",
+                "task.max_tokens",
+            ],
+        ),
+        (
+            Texts(long_in="validation"),
+            TaskFailed,
+            ["the evaluation of validation records", "IndexError"],
+        ),
     ],
     ids=lambda value: getattr(value, "odd", None) or getattr(value, "long_in", None) or None,
 )
@@ -166,7 +202,11 @@ def test_what_would_fail_late_fails_before_anything_is_written(place, task, erro
     assert place.left() == []
 
 
-@pytest.mark.parametrize("task", [Odd(odd="needs all classes"), Odd(odd="nan"), Odd(odd="complex buffer"), Texts(long_in="")], ids=repr)
+@pytest.mark.parametrize(
+    "task",
+    [Odd(odd="needs all classes"), Odd(odd="nan"), Odd(odd="complex buffer"), Texts(long_in="")],
+    ids=repr,
+)
 def test_what_only_looks_odd_trains_and_is_resumed(place, task):
     result = train(config(task), run="a", **place.options())
     assert (result["steps"], result["problems"]) == (12, [])
@@ -208,7 +248,10 @@ def test_a_failed_start_can_be_repaired_under_its_name(place):
 def test_the_dry_run_can_be_left_out_but_for_the_preflight(place):
     with pytest.raises(Exception, match="index out of range"):
         prepare(config(Texts(long_in="train")), run="a", rehearse=False, **place.options())
-    assert prepare(config(Odd(odd="raises")), run="a", rehearse=False, **place.options()).rehearsal is None
+    assert (
+        prepare(config(Odd(odd="raises")), run="a", rehearse=False, **place.options()).rehearsal
+        is None
+    )
 
 
 def test_a_dry_run_sees_what_a_run_will_have(tmp_path):
@@ -223,11 +266,23 @@ def test_a_dry_run_sees_what_a_run_will_have(tmp_path):
 
 
 def test_the_program_says_what_it_is_about_to_do(tmp_path):
-    words = ["train", "tests.tiny:tiny", "--run", "a", "--storage", str(tmp_path / "runs"), "--key-file", str(tmp_path / "key"), "--json"]
+    words = [
+        "train",
+        "tests.tiny:tiny",
+        "--run",
+        "a",
+        "--storage",
+        str(tmp_path / "runs"),
+        "--key-file",
+        str(tmp_path / "key"),
+        "--json",
+    ]
     result = CliRunner(env={"XDG_DATA_HOME": str(tmp_path)}).invoke(main, words)
     assert result.exit_code == 0, result.output
-    for part in ("200 records, the unit is one record", "sampling_prob 0.25", "delta 1e-05 (0.002 over the records)", "signal to noise",
-                 "epsilon 8, 8 free before this run and 0 after it", "dry run passed in"):  # fmt: skip
+    for part in ("200 records, the unit is one record", "sampling_prob 0.25",
+    "delta 1e-05 (0.002 over the records)", "signal to noise",
+                 "epsilon 8, 8 free before this run and 0 after it",
+                 "dry run passed in"):  # fmt: skip
         assert part in result.stderr
     facts = json.loads(result.stdout.splitlines()[-1])["plan"]
     assert facts["budget"] == {"epsilon": 8.0, "left_before": 8.0, "left_after": 0.0}
@@ -236,8 +291,8 @@ def test_the_program_says_what_it_is_about_to_do(tmp_path):
     assert facts["signal_to_noise"] == pytest.approx(50 / noise / numbers**0.5)
     again = CliRunner(env={"XDG_DATA_HOME": str(tmp_path)}).invoke(main, [*words, "--no-dry-run"])
     assert (
-        "goes on from step 12: 0 steps that were paid for are taken and paid for again; 12 steps are charged so far and 12 more"
-        in again.stderr
+        "goes on from step 12: 0 steps that were paid for are taken and paid for again; 12 steps"
+        " are charged so far and 12 more" in again.stderr
     )
     assert json.loads(again.stdout.splitlines()[-1])["plan"]["dry_run_seconds"] is None
 
@@ -246,9 +301,12 @@ def test_the_program_says_what_it_is_about_to_do(tmp_path):
 def test_what_a_dry_run_writes_has_seen_no_record_and_no_noise(tmp_path, monkeypatch, method):
     """A dry run that is killed may leave its checkpoint behind."""
     kept = []
-    monkeypatch.setattr(Storage, "remove", lambda self, name: None)  # killed before it has tidied up
+    # killed before it has tidied up
+    monkeypatch.setattr(Storage, "remove", lambda self, name: None)
     started = tiny().task.build_model(0).state_dict()
-    monkeypatch.setattr("grape_ray.privacy.noise.NoiseStream.claim", lambda self, step: kept.append(step))
+    monkeypatch.setattr(
+        "grape_ray.privacy.noise.NoiseStream.claim", lambda self, step: kept.append(step)
+    )
     config = dataclasses.replace(tiny(), method=dataclasses.replace(tiny().method, name=method))
     dry_run(config, config.task.load(), Storage(tmp_path), 1.0, True)
     assert kept == []
@@ -256,4 +314,8 @@ def test_what_a_dry_run_writes_has_seen_no_record_and_no_noise(tmp_path, monkeyp
     found = checkpoint.latest(Storage(folder))
     assert found is not None
     assert all(torch.equal(tensor, started[name]) for name, tensor in found.model.items())
-    assert all(not tensor.any() for name, tensor in found.optimizer.items() if name.startswith(("first/", "second/")))
+    assert all(
+        not tensor.any()
+        for name, tensor in found.optimizer.items()
+        if name.startswith(("first/", "second/"))
+    )

@@ -1,4 +1,6 @@
-"""Storage that throttles, times out, refuses, tears, loses answers or dies for a while: recovered from, or one clear error in time."""
+"""Storage that throttles, times out, refuses, tears, loses answers or dies for a while: recovered
+from, or one clear error in time.
+"""
 
 import multiprocessing
 import resource
@@ -46,8 +48,9 @@ def test_what_passes_is_tried_again(server, url, kind):
     store = Storage(url, 30)
     store.write("a", b"one")
     for call in (
-        lambda: store.write("a", b"two"), lambda: store.read("a"), lambda: store.list(), lambda: store.exists("a"),
-        lambda: store.create("b", b"x"), lambda: store.upload("c", lambda: [b"part"] * 3), lambda: store.remove("b"),
+        lambda: store.write("a", b"two"), lambda: store.read("a"), lambda: store.list(),
+        lambda: store.exists("a"), lambda: store.create("b", b"x"),
+        lambda: store.upload("c", lambda: [b"part"] * 3), lambda: store.remove("b"),
     ):  # fmt: skip
         server.plan(kind, times=4)
         call()
@@ -96,7 +99,10 @@ def test_storage_that_dies_for_a_while_is_waited_for(server, url):
 def test_storage_that_stays_away_is_one_clear_error_in_time(server, url):
     store = Storage(url, 2)
     began = time.monotonic()
-    with server.down(), pytest.raises(StorageError, match=r"cannot write a in s3://.*tried for 2 s.*resume"):
+    with (
+        server.down(),
+        pytest.raises(StorageError, match=r"cannot write a in s3://.*tried for 2 s.*resume"),
+    ):
         store.write("a", b"one")
     assert time.monotonic() - began < 20
 
@@ -104,7 +110,12 @@ def test_storage_that_stays_away_is_one_clear_error_in_time(server, url):
 def test_the_first_contact_with_storage_is_short_and_advises_no_resume(server, url, tmp_path):
     config = tiny(public=False).override(["performance.storage_timeout_s=1"])
     began = time.monotonic()
-    with server.down(), pytest.raises(StorageError, match=r"cannot create probe.*tried for 1 s.*check the address") as caught:
+    with (
+        server.down(),
+        pytest.raises(
+            StorageError, match=r"cannot create probe.*tried for 1 s.*check the address"
+        ) as caught,
+    ):
         train(config, storage=url, key_path=str(tmp_path / "key"))
     assert "resume" not in str(caught.value)
     assert time.monotonic() - began < 15
@@ -164,10 +175,14 @@ def test_a_checkpoint_is_never_torn_by_storage_that_fails_under_it(server, url):
     place = Storage(url, 1.0)
     tensors = {"w": torch.randn(64, 8)}
     writer = Writer(place, Comms.local(), 5, 60)
-    writer.begin(checkpoint.folder_of(1), 1, State({"model": share(tensors, 0, 1)}, {"optimizer": {}}))
+    writer.begin(
+        checkpoint.folder_of(1), 1, State({"model": share(tensors, 0, 1)}, {"optimizer": {}})
+    )
     writer.settle()
     server.plan("torn", times=500, method="PUT", path="step-00000002")
-    writer.begin(checkpoint.folder_of(2), 2, State({"model": share(tensors, 0, 1)}, {"optimizer": {}}))
+    writer.begin(
+        checkpoint.folder_of(2), 2, State({"model": share(tensors, 0, 1)}, {"optimizer": {}})
+    )
     with pytest.raises(StorageError, match="step-00000002"):
         writer.settle()
     server.forget()
@@ -177,7 +192,9 @@ def test_a_checkpoint_is_never_torn_by_storage_that_fails_under_it(server, url):
 
 
 def test_a_run_on_storage_that_fails_all_the_time_ends_with_everything_paid(server, url, tmp_path):
-    config = tiny(8, slow_s=0.02).override(["performance.checkpoint_every=2", "performance.charge_chunk=2"])
+    config = tiny(8, slow_s=0.02).override(
+        ["performance.checkpoint_every=2", "performance.charge_chunk=2"]
+    )
     for kind, times in (("throttle", 3), ("torn", 2), ("lost", 3), ("error", 2)):
         server.plan(kind, times=times)
     before = sum(server.injected.values())
@@ -202,7 +219,12 @@ def test_a_run_on_storage_that_fails_all_the_time_ends_with_everything_paid(serv
 
 
 def test_a_soak_fails_where_a_promise_is_broken_or_faults_are_missing():
-    found = {"ledger_ok": True, "noises_drawn_twice": 0, "noises_unpaid": 0, "faults": {"torn": 2, "kill worker": 3}}
+    found = {
+        "ledger_ok": True,
+        "noises_drawn_twice": 0,
+        "noises_unpaid": 0,
+        "faults": {"torn": 2, "kill worker": 3},
+    }
     assert soak.broken(found, 5) == []
     assert soak.broken(found, 6) == ["faults injected: got 5, expected 6"]
     for name, value in (("ledger_ok", False), ("noises_drawn_twice", 1), ("noises_unpaid", 1)):

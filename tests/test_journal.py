@@ -1,4 +1,6 @@
-"""The journal of an attempt: everything that happened, in lines of JSON, nothing private, and never in the way of training."""
+"""The journal of an attempt: everything that happened, in lines of JSON, nothing private, and never
+in the way of training.
+"""
 
 import json
 import threading
@@ -18,7 +20,11 @@ from tests.tiny import tiny
 
 
 def lines(folder):
-    return [json.loads(line) for file in sorted(folder.glob("logs/*.jsonl")) for line in file.read_text().splitlines()]
+    return [
+        json.loads(line)
+        for file in sorted(folder.glob("logs/*.jsonl"))
+        for line in file.read_text().splitlines()
+    ]
 
 
 def test_a_run_tells_what_happened_and_nothing_private(tmp_path):
@@ -29,10 +35,13 @@ def test_a_run_tells_what_happened_and_nothing_private(tmp_path):
     assert (names[0], names[-1]) == ("begun", "ended")
     assert sum(e["steps"] for e in events if e["event"] == "charged") == 12
     assert [e["step"] for e in events if e["event"] == "checkpoint committed"][-1] == 12
-    assert all(e["attempt"] == 1 and e["rank"] == 0 and e["time"].endswith("+00:00") for e in events)
+    assert all(
+        e["attempt"] == 1 and e["rank"] == 0 and e["time"].endswith("+00:00") for e in events
+    )
     allowed = {
-        "time", "event", "attempt", "rank", "host", "pid", "run", "step", "world_size", "method", "resumed_from", "first_step", "steps",
-        "epsilon", "tokens_left", "occasion", "name", "seconds", "exhausted", "interrupted",
+        "time", "event", "attempt", "rank", "host", "pid", "run", "step", "world_size", "method",
+        "resumed_from", "first_step", "steps", "epsilon", "tokens_left", "occasion", "name",
+        "seconds", "exhausted", "interrupted",
     }  # fmt: skip
     assert set().union(*events) <= allowed  # a new field: is it known without the data?
 

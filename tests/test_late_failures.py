@@ -1,4 +1,6 @@
-"""What fails while a run is on its way, and need not end it: evaluations, trackers, a disk that is full for a time."""
+"""What fails while a run is on its way, and need not end it: evaluations, trackers, a disk that is
+full for a time.
+"""
 
 import contextlib
 import dataclasses
@@ -40,7 +42,10 @@ class Moody(Tiny):
 
     def evaluate(self, model, records):
         MOODS.append(1)
-        if len(MOODS) > self.good and np.random.default_rng([self.seed, len(MOODS)]).random() < self.fails:
+        if (
+            len(MOODS) > self.good
+            and np.random.default_rng([self.seed, len(MOODS)]).random() < self.fails
+        ):
             raise KeyError("row 17: a secret")
         return {"accuracy": np.float32(0.5), "loss": torch.tensor([1.5]), "n": len(records)}
 
@@ -55,7 +60,11 @@ def _fresh():
 
 def moody(**task):
     config = tiny()
-    return dataclasses.replace(config, task=Moody(**task), performance=dataclasses.replace(config.performance, eval_every=3))
+    return dataclasses.replace(
+        config,
+        task=Moody(**task),
+        performance=dataclasses.replace(config.performance, eval_every=3),
+    )
 
 
 def whole(result, folder, tmp_path):
@@ -63,7 +72,10 @@ def whole(result, folder, tmp_path):
     assert (result["steps"], result["charged_steps"], result["executed_steps"]) == (12, 12, 12)
     assert verify(result["ledger"]).ok
     assert checkpoint.latest(Storage(folder)).step == 12
-    assert export(str(folder), tmp_path / "out", trust=("tests.test_late_failures", "tests.tiny")) == 12
+    assert (
+        export(str(folder), tmp_path / "out", trust=("tests.test_late_failures", "tests.tiny"))
+        == 12
+    )
 
 
 def test_an_evaluation_that_raises_is_told_and_costs_nothing(tmp_path):
@@ -96,10 +108,15 @@ def no_room(size=0):
 
 
 def make_room():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE,
+        (resource.RLIM_INFINITY, resource.getrlimit(resource.RLIMIT_FSIZE)[1]),
+    )
 
 
-@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 20))])
+@pytest.mark.parametrize(
+    "seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 20))]
+)
 def test_chaos_of_evaluations_trackers_and_a_full_disk_leaves_a_whole_run(tmp_path, seed):
     chance = np.random.default_rng(seed)
     full_at, dead_from = int(chance.integers(1, 12)), int(chance.integers(1, 12))
@@ -181,7 +198,9 @@ def test_a_failed_evaluation_is_made_up_for_later_free_of_privacy_cost(tmp_path)
     result = train(moody(), run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
     assert (result["metrics"], len(result["problems"])) == ({}, 1)
     head = verify(result["ledger"]).head
-    call = CliRunner().invoke(main, ["evaluate", str(folder), "--trust-module", "tests.test_late_failures"])
+    call = CliRunner().invoke(
+        main, ["evaluate", str(folder), "--trust-module", "tests.test_late_failures"]
+    )
     assert call.exit_code != 0
     MOODS.clear()
     words = ["evaluate", str(folder), "--trust-module", "tests.test_late_failures", "--json"]
@@ -191,7 +210,12 @@ def test_a_failed_evaluation_is_made_up_for_later_free_of_privacy_cost(tmp_path)
     assert (kept["metrics"], kept["metrics_step"]) == (found["metrics"], 12)
     assert verify(result["ledger"]).head == head
     description = json.loads((folder / "run.json").read_text())
-    description["validation"] = {"metric": "accuracy", "noise_multiplier": 1.0, "ledger": str(tmp_path), "study": "s"}
+    description["validation"] = {
+        "metric": "accuracy",
+        "noise_multiplier": 1.0,
+        "ledger": str(tmp_path),
+        "study": "s",
+    }
     (folder / "run.json").write_text(json.dumps(description))
     with pytest.raises(ConfigError, match="validation records are private"):
         evaluate(str(folder), trust=("tests.test_late_failures",))

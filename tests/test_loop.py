@@ -1,4 +1,6 @@
-"""The loop and the session around it, in one process: charge before noise, clean ends, resume, and what nothing may depend on."""
+"""The loop and the session around it, in one process: charge before noise, clean ends, resume, and
+what nothing may depend on.
+"""
 
 import dataclasses
 import json
@@ -24,7 +26,8 @@ from grape_ray.training.run import execute
 from grape_ray.training.session import Around, Attempt, begin_attempt
 from tests.tiny import Tiny, tiny
 
-WANTED = ["run", "method", "epsilon", "epsilon_spent", "delta", "steps", "noise_multiplier", "metrics", "seconds", "peak_bytes",
+WANTED = ["run", "method", "epsilon", "epsilon_spent", "delta", "steps", "noise_multiplier",
+"metrics", "seconds", "peak_bytes",
           "checkpoint", "ledger"]  # fmt: skip
 NAN, INF = float("nan"), float("inf")
 FIXED = Attempt(1, b"s" * 32, b"d" * 32, b"n" * 32, b"p" * 32)
@@ -40,7 +43,9 @@ def run(tmp_path):
     """Runs a config, in one storage with one key."""
 
     def go(config: Config, **options):
-        return train(config, storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"), **options)
+        return train(
+            config, storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"), **options
+        )
 
     return go
 
@@ -55,7 +60,13 @@ class Recorder:
     """Hooks that write down what the loop asks for."""
 
     def __init__(self, budget=10**9, stop_at=None, busy_at=(), notices=None):
-        self.budget, self.stop_at, self.busy_at, self.notices, self.calls = budget, stop_at, busy_at, notices or {}, []
+        self.budget, self.stop_at, self.busy_at, self.notices, self.calls = (
+            budget,
+            stop_at,
+            busy_at,
+            notices or {},
+            [],
+        )
 
     def reserve(self, step, count):
         self.calls.append(("reserve", step, count))
@@ -75,7 +86,11 @@ class Recorder:
     def checkpoint(self, progress, occasion):
         if occasion is Occasion.DUE and progress.step in self.busy_at:
             return False
-        self.calls.append(("checkpoint", progress.step) if occasion is not Occasion.URGENT else ("urgent", progress.step))
+        self.calls.append(
+            ("checkpoint", progress.step)
+            if occasion is not Occasion.URGENT
+            else ("urgent", progress.step)
+        )
         return True
 
     def settle(self):
@@ -96,7 +111,14 @@ class Recorder:
 
 def test_every_step_is_reserved_before_it_is_taken():
     hooks = Recorder()
-    outcome = run_loop(hooks.take, hooks, Performance(charge_chunk=3, checkpoint_every=4, eval_every=5), 2, 9, Comms.local())
+    outcome = run_loop(
+        hooks.take,
+        hooks,
+        Performance(charge_chunk=3, checkpoint_every=4, eval_every=5),
+        2,
+        9,
+        Comms.local(),
+    )
     assert hooks.calls == [
         ("reserve", 2, 3), ("step", 2), ("step", 3), ("checkpoint", 4), ("step", 4), "evaluate",
         ("reserve", 5, 3), ("step", 5), ("step", 6), ("step", 7), ("checkpoint", 8),
@@ -110,10 +132,12 @@ def test_the_end_of_the_budget_is_a_clean_end():
     outcome = run_loop(hooks.take, hooks, Performance(charge_chunk=3), 0, 9, Comms.local())
     assert outcome.exhausted
     assert outcome.progress.step == 4
-    assert hooks.calls[-2:] == [("checkpoint", 4), "evaluate"]  # no evaluation can lose what was trained
+    # no evaluation can lose what was trained
+    assert hooks.calls[-2:] == [("checkpoint", 4), "evaluate"]
     again = Recorder(budget=0)
     run_loop(again.take, again, Performance(), 4, 9, Comms.local())
-    assert again.calls == [("reserve", 4, 5), "evaluate"]  # the checkpoint it began from is not written again
+    # the checkpoint it began from is not written again
+    assert again.calls == [("reserve", 4, 5), "evaluate"]
 
 
 class Second(Comms):
@@ -143,22 +167,41 @@ def test_ranks_that_evaluate_together_have_one_score():
 def test_a_checkpoint_left_out_is_made_at_the_end():
     hooks = Recorder(busy_at=(4, 6), budget=6)
     run_loop(hooks.take, hooks, Performance(checkpoint_every=2), 0, 9, Comms.local())
-    assert [c for c in hooks.calls if c[0] == "checkpoint"] == [("checkpoint", 2), ("checkpoint", 6)]
+    assert [c for c in hooks.calls if c[0] == "checkpoint"] == [
+        ("checkpoint", 2),
+        ("checkpoint", 6),
+    ]
 
 
 def test_a_notice_brings_a_checkpoint_at_once_and_a_stop_ends_the_run_unevaluated():
     hooks = Recorder(notices={3: Notice.SAVE, 5: Notice.STOP})
     outcome = run_loop(hooks.take, hooks, Performance(charge_chunk=9), 0, 9, Comms.local())
-    assert [c for c in hooks.calls if c[0] in ("urgent", "checkpoint")] == [("urgent", 3), ("urgent", 5)]
+    assert [c for c in hooks.calls if c[0] in ("urgent", "checkpoint")] == [
+        ("urgent", 3),
+        ("urgent", 5),
+    ]
     assert (outcome.interrupted, outcome.progress.step, outcome.paid_until) == (True, 5, 9)
     assert "evaluate" not in hooks.calls
 
 
 def test_a_run_that_is_told_to_stop_takes_no_further_step():
     hooks = Recorder(stop_at=4)
-    outcome = run_loop(hooks.take, hooks, Performance(charge_chunk=3, checkpoint_every=4, eval_every=2), 0, 9, Comms.local())
-    assert (outcome.stopped, outcome.exhausted, outcome.progress.step, outcome.paid_until) == (True, False, 4, 6)
-    assert hooks.calls[-2:] == ["evaluate", ("checkpoint", 4)]  # once each, though the loop ends here
+    outcome = run_loop(
+        hooks.take,
+        hooks,
+        Performance(charge_chunk=3, checkpoint_every=4, eval_every=2),
+        0,
+        9,
+        Comms.local(),
+    )
+    assert (outcome.stopped, outcome.exhausted, outcome.progress.step, outcome.paid_until) == (
+        True,
+        False,
+        4,
+        6,
+    )
+    # once each, though the loop ends here
+    assert hooks.calls[-2:] == ["evaluate", ("checkpoint", 4)]
     assert ("step", 4) not in hooks.calls
 
 
@@ -166,28 +209,44 @@ def test_an_evaluation_that_fails_ends_nothing_and_asks_nobody():
     hooks = Recorder(stop_at=2)
     hooks.evaluate = lambda: None
     outcome = run_loop(hooks.take, hooks, Performance(eval_every=2), 0, 6, Comms.local())
-    assert (outcome.progress.step, outcome.stopped, outcome.progress.metrics_step) == (6, False, None)
+    assert (outcome.progress.step, outcome.stopped, outcome.progress.metrics_step) == (
+        6,
+        False,
+        None,
+    )
     assert hooks.calls[-1] == ("checkpoint", 6)
 
 
-@pytest.mark.parametrize(("values", "end"), [((0, 1, NAN, NAN), 8), ((0, NAN, 1, NAN, 1), 12), ((1, INF, NAN), 6)])
+@pytest.mark.parametrize(
+    ("values", "end"), [((0, 1, NAN, NAN), 8), ((0, NAN, 1, NAN, 1), 12), ((1, INF, NAN), 6)]
+)
 def test_a_metric_that_is_twice_not_finite_ends_the_run_before_more_is_paid(values, end):
     hooks, found = Recorder(), iter(values)
     hooks.score = lambda metrics: {"loss": float(next(found, 0)), "other": 1.0}
-    outcome = run_loop(hooks.take, hooks, Performance(eval_every=2, charge_chunk=1), 0, 12, Comms.local())
+    outcome = run_loop(
+        hooks.take, hooks, Performance(eval_every=2, charge_chunk=1), 0, 12, Comms.local()
+    )
     assert outcome.progress.step == end
     assert outcome.stopped == (end < 12)
     assert outcome.progress.diverged == (("loss",) if end < 12 else ())
     assert ("checkpoint", end) in hooks.calls
     assert max(call[1] for call in hooks.calls if call[0] == "reserve") == end - 1
     hooks.score = lambda metrics: {"loss": float("nan")}
-    assert run_loop(hooks.take, hooks, Performance(eval_every=2, stop_on_nan=False), 0, 12, Comms.local()).progress.step == 12
+    assert (
+        run_loop(
+            hooks.take, hooks, Performance(eval_every=2, stop_on_nan=False), 0, 12, Comms.local()
+        ).progress.step
+        == 12
+    )
 
 
 def test_a_checkpoint_that_time_asks_for_is_made_in_the_background():
     hooks = Recorder(notices={3: Notice.DUE, 5: Notice.SAVE}, busy_at=(3,))
     run_loop(hooks.take, hooks, Performance(), 0, 9, Comms.local())
-    assert [c for c in hooks.calls if c[0] in ("urgent", "checkpoint")] == [("urgent", 5), ("checkpoint", 9)]
+    assert [c for c in hooks.calls if c[0] in ("urgent", "checkpoint")] == [
+        ("urgent", 5),
+        ("checkpoint", 9),
+    ]
 
 
 def test_a_stopped_run_gets_back_what_never_started(tmp_path):
@@ -203,35 +262,63 @@ def test_a_stopped_run_gets_back_what_never_started(tmp_path):
     assert attempt.refunds == {1: 4}
     assert attempt.closed
     again = execute(plan, Comms.local())
-    assert (again["stopped"], again["steps"], again["charged_steps"], again["attempts"]) == (False, 12, 12, 2)
+    assert (again["stopped"], again["steps"], again["charged_steps"], again["attempts"]) == (
+        False,
+        12,
+        12,
+        2,
+    )
 
 
 def test_a_run_begins_from_the_checkpoint_of_another_with_a_key_of_its_own(tmp_path):
-    options = {"storage": str(tmp_path / "runs"), "ledger": str(tmp_path / "ledger"), "key_path": str(tmp_path / "key")}
+    options = {
+        "storage": str(tmp_path / "runs"),
+        "ledger": str(tmp_path / "ledger"),
+        "key_path": str(tmp_path / "key"),
+    }
     first = prepare(tiny(), run="a", **options)
     execute(first, Comms.local(), around=Around(go_on=lambda progress: False))
     assert first.ledger is not None
     study = Ledger.open(first.ledger).state.study("a").study
     config = tiny().override(["method.learning_rate=0.02"])
-    second = prepare(config, run="b", study=study, origin=(first.folder().url, checkpoint.folder_of(8)), **options)
+    second = prepare(
+        config,
+        run="b",
+        study=study,
+        origin=(first.folder().url, checkpoint.folder_of(8)),
+        **options,
+    )
     taken = []
     result = execute(second, Comms.local(), around=Around(on_step=taken.append))
     assert taken == [8, 9, 10, 11]
     assert (result["steps"], result["charged_steps"], second.study) == (12, 4, "a")
-    assert 0 < result["epsilon_spent"] < result["epsilon"] == study.epsilon  # of all runs of the study
-    before, after = weights(tmp_path, "a").model, checkpoint.load(second.folder(), checkpoint.folder_of(8)).model
+    # of all runs of the study
+    assert 0 < result["epsilon_spent"] < result["epsilon"] == study.epsilon
+    before, after = (
+        weights(tmp_path, "a").model,
+        checkpoint.load(second.folder(), checkpoint.folder_of(8)).model,
+    )
     whole = checkpoint.load(first.folder(), checkpoint.folder_of(8)).model
-    assert all(torch.equal(whole[n], after[n]) and not torch.equal(before[n], weights(tmp_path, "b").model[n]) for n in after)
+    assert all(
+        torch.equal(whole[n], after[n])
+        and not torch.equal(before[n], weights(tmp_path, "b").model[n])
+        for n in after
+    )
     with pytest.raises(ConfigError, match="another sampling_prob than study 'a'"):
-        prepare(config.override(["privacy.expected_batch_size=40"]), run="c", study=study, **options)
+        prepare(
+            config.override(["privacy.expected_batch_size=40"]), run="c", study=study, **options
+        )
 
 
 def test_a_run_is_charged_for_its_steps_and_verifies(run, tmp_path):
     seen = []
-    result = run(tiny(), run="a", on_progress=lambda progress, epsilon: seen.append((progress.step, epsilon)))
+    result = run(
+        tiny(), run="a", on_progress=lambda progress, epsilon: seen.append((progress.step, epsilon))
+    )
     assert set(WANTED) <= set(result)
     assert (result["steps"], result["charged_steps"], result["executed_steps"]) == (12, 12, 12)
-    assert 0 < result["epsilon_spent"] < result["epsilon"] == 8  # spare steps are unspent, and can still be
+    # spare steps are unspent, and can still be
+    assert 0 < result["epsilon_spent"] < result["epsilon"] == 8
     assert verify(result["ledger"], weights(tmp_path, "a").facts["ledger_head"]).ok
     assert [step for step, _ in seen] == list(range(1, 13))
     assert json.loads((tmp_path / "runs" / "a" / "result.json").read_text()) == result
@@ -241,10 +328,21 @@ def test_a_run_is_charged_for_its_steps_and_verifies(run, tmp_path):
 def test_two_attempts_share_no_key(run, tmp_path):
     plan = prepare(tiny(), run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
     one, two = begin_attempt(plan, Comms.local()), begin_attempt(plan, Comms.local())
-    secrets = [one.noise_key, one.sampling_key, one.probe_key, two.noise_key, two.sampling_key, two.probe_key]
+    secrets = [
+        one.noise_key,
+        one.sampling_key,
+        one.probe_key,
+        two.noise_key,
+        two.sampling_key,
+        two.probe_key,
+    ]
     assert len(set(secrets)) == 6
     assert (one.number, two.number) == (1, 2)
-    assert not any(key.hex() in repr(attempt) or repr(key) in repr(attempt) for key in secrets for attempt in (one, two))
+    assert not any(
+        key.hex() in repr(attempt) or repr(key) in repr(attempt)
+        for key in secrets
+        for attempt in (one, two)
+    )
     master = keys.master_key(tmp_path / "key")
     stored = b"".join(f.read_bytes() for f in (tmp_path / "runs").rglob("*") if f.is_file())
     assert not any(key in stored or key.hex().encode() in stored for key in [*secrets, master])
@@ -252,7 +350,9 @@ def test_two_attempts_share_no_key(run, tmp_path):
 
 @pytest.mark.parametrize("method", ["grape", "dp_galore", "none"])
 def test_resumed_weights_are_bitwise_those_of_an_uninterrupted_run(tmp_path, method):
-    config = dataclasses.replace(tiny(dropout=0.1, slow_s=0.02), method=dataclasses.replace(tiny().method, name=method))
+    config = dataclasses.replace(
+        tiny(dropout=0.1, slow_s=0.02), method=dataclasses.replace(tiny().method, name=method)
+    )
 
     class Stop(BaseException):
         pass
@@ -271,9 +371,16 @@ def test_resumed_weights_are_bitwise_those_of_an_uninterrupted_run(tmp_path, met
     result = execute(cut, Comms.local(), begin=begin)
     one, two = weights(tmp_path, "whole"), weights(tmp_path, "cut")
     assert all(torch.equal(one.model[name], two.model[name]) for name in one.model)
-    assert all(torch.equal(torch.as_tensor(one.optimizer[n]), torch.as_tensor(two.optimizer[n])) for n in one.optimizer)
+    assert all(
+        torch.equal(torch.as_tensor(one.optimizer[n]), torch.as_tensor(two.optimizer[n]))
+        for n in one.optimizer
+    )
     if method != "none":  # 12 charged before the crash at step 10, then 8..12 again
-        assert (result["attempts"], result["charged_steps"], result["executed_steps"]) == (2, 16, 12)
+        assert (result["attempts"], result["charged_steps"], result["executed_steps"]) == (
+            2,
+            16,
+            12,
+        )
         assert verify(result["ledger"]).ok
 
 
@@ -286,16 +393,30 @@ def test_an_attempt_with_its_own_key_draws_other_noise(run, tmp_path):
 
 def test_performance_moves_no_more_than_rounding(tmp_path):
     models = []
-    for name, changes in {"a": {}, "b": {"micro_batch_size": 7, "charge_chunk": 5, "checkpoint_every": 3, "eval_every": 2}}.items():
-        config = dataclasses.replace(tiny(), performance=dataclasses.replace(tiny().performance, **changes))
-        execute(prepare(config, run=name, storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key")), Comms.local(), begin=fixed_keys)
+    for name, changes in {
+        "a": {},
+        "b": {"micro_batch_size": 7, "charge_chunk": 5, "checkpoint_every": 3, "eval_every": 2},
+    }.items():
+        config = dataclasses.replace(
+            tiny(), performance=dataclasses.replace(tiny().performance, **changes)
+        )
+        execute(
+            prepare(
+                config, run=name, storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key")
+            ),
+            Comms.local(),
+            begin=fixed_keys,
+        )
         models.append(weights(tmp_path, name).model)
     for name in models[0]:
         torch.testing.assert_close(models[0][name], models[1][name], rtol=0, atol=2e-4)
 
 
 def test_exhausted_budget_keeps_what_was_trained(run, tmp_path):
-    config = dataclasses.replace(tiny(), privacy=dataclasses.replace(tiny().privacy, noise_multiplier=1.0, epsilon=4.0, steps=500))
+    config = dataclasses.replace(
+        tiny(),
+        privacy=dataclasses.replace(tiny().privacy, noise_multiplier=1.0, epsilon=4.0, steps=500),
+    )
     result = run(config, run="a")
     plan = prepare(config, run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
     assert result["exhausted"]
@@ -307,14 +428,19 @@ def test_exhausted_budget_keeps_what_was_trained(run, tmp_path):
 
 
 def test_empty_batches_are_steps_like_any_other(run):
-    config = dataclasses.replace(tiny(), privacy=dataclasses.replace(tiny().privacy, expected_batch_size=1))
+    config = dataclasses.replace(
+        tiny(), privacy=dataclasses.replace(tiny().privacy, expected_batch_size=1)
+    )
     assert run(config)["executed_steps"] == 12  # each is empty with probability 0.37
 
 
 def test_a_run_name_with_another_config_is_refused(run):
     run(tiny(), run="a")
     with pytest.raises(ConfigError, match="another privacy"):
-        run(dataclasses.replace(tiny(), privacy=dataclasses.replace(tiny().privacy, clip_norm=2.0)), run="a")
+        run(
+            dataclasses.replace(tiny(), privacy=dataclasses.replace(tiny().privacy, clip_norm=2.0)),
+            run="a",
+        )
     with pytest.raises(ConfigError, match="letters, digits"):
         run(tiny(), run="../a")
 
@@ -351,7 +477,11 @@ def test_no_hash_of_the_data_stands_beside_the_results(run, tmp_path, monkeypatc
     assert not any(data.dataset_id.encode() in content for content in published)
     changed = dataclasses.replace(data, dataset_id="0" * 32)
     monkeypatch.setattr(type(config.task), "load", lambda self: changed)
-    options = {"storage": str(tmp_path / "runs"), "key_path": str(tmp_path / "key"), "second_ledger": True}
+    options = {
+        "storage": str(tmp_path / "runs"),
+        "key_path": str(tmp_path / "key"),
+        "second_ledger": True,
+    }
     plan = prepare(config, run="b", **options)
     monkeypatch.setattr(type(config.task), "load", lambda self: data)
     with pytest.raises(DataError, match="the training data changed") as caught:
@@ -368,15 +498,26 @@ def test_of_many_that_make_a_salt_all_find_one_ledger(tmp_path, monkeypatch):
         before = ledger_place(None, "data", False, storage, "r")
         assert Storage(before).list() == []
         with ThreadPoolExecutor(8) as pool:
-            found = list(pool.map(lambda n, s=storage: ledger_place(None, "data", False, s, f"r{n}", make=True), range(8)))
+            found = list(
+                pool.map(
+                    lambda n, s=storage: ledger_place(None, "data", False, s, f"r{n}", make=True),
+                    range(8),
+                )
+            )
         assert len(set(found)) == 1
-        assert ledger_place(None, "data", False, storage, "r") == found[0] != ledger_place(None, "datb", False, storage, "r")
+        assert (
+            ledger_place(None, "data", False, storage, "r")
+            == found[0]
+            != ledger_place(None, "datb", False, storage, "r")
+        )
     (tmp_path / "share" / "grape-ray" / "ledgers" / "salt").write_bytes(b"short")
     with pytest.raises(StorageError, match=r"salt of the ledgers.*5 bytes"):
         ledger_place(None, "data", False, str(tmp_path / "runs"), "r")
 
 
-@pytest.mark.parametrize("make", [lambda path: path.mkdir(), lambda path: path.write_bytes(b"short")])
+@pytest.mark.parametrize(
+    "make", [lambda path: path.mkdir(), lambda path: path.write_bytes(b"short")]
+)
 def test_a_key_that_cannot_be_used_costs_no_budget(tmp_path, monkeypatch, make):
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
     make(tmp_path / "key")
@@ -388,7 +529,9 @@ def test_a_key_that_cannot_be_used_costs_no_budget(tmp_path, monkeypatch, make):
 def test_a_model_that_only_trains_in_another_mode_costs_no_budget(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
     layers = [torch.nn.Linear(64, 32), torch.nn.BatchNorm1d(32), torch.nn.Linear(32, 10)]
-    monkeypatch.setattr(Tiny, "build_model", lambda self, seed: torch.nn.Sequential(*layers).train())
+    monkeypatch.setattr(
+        Tiny, "build_model", lambda self, seed: torch.nn.Sequential(*layers).train()
+    )
     with pytest.raises(GrapeRayError, match="batch normalisation"):
         prepare(tiny(public=False), storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,6 @@
-"""A run in this process that is told to end: a checkpoint, a clear word, and a resume that loses nothing."""
+"""A run in this process that is told to end: a checkpoint, a clear word, and a resume that loses
+nothing.
+"""
 
 import json
 import os
@@ -22,7 +24,9 @@ def program(*words: str, **environment: str) -> subprocess.Popen[str]:
     """The program in a process of its own."""
     command = [sys.executable, "-c", "from grape_ray.cli.main import main; main()", *words]
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env=env)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env=env
+    )
 
 
 def wait_for_lines(trace: Path, count: int, process: subprocess.Popen[str]) -> None:
@@ -35,7 +39,11 @@ def wait_for_lines(trace: Path, count: int, process: subprocess.Popen[str]) -> N
     raise AssertionError(process.communicate()[1])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)],
+    ids=lambda n: n.name,
+)
 def test_a_signal_brings_a_checkpoint_and_resume_goes_on(tmp_path, number):
     keys = ["--key-file", str(tmp_path / "key")]
     words = [
@@ -60,13 +68,28 @@ def test_a_signal_brings_a_checkpoint_and_resume_goes_on(tmp_path, number):
     kept = checkpoint.latest(Storage(tmp_path / "runs" / "r"))
     assert 1 <= kept.step < 60
     resumed = program(
-        "resume", str(tmp_path / "runs" / "r"), *keys, "--trust-module", "tests.tiny", "--set", "performance.eval_every=0", "--json"
+        "resume",
+        str(tmp_path / "runs" / "r"),
+        *keys,
+        "--trust-module",
+        "tests.tiny",
+        "--set",
+        "performance.eval_every=0",
+        "--json",
     )
     output, error = resumed.communicate(timeout=120)
     assert resumed.returncode == 0, error
-    assert f"goes on from step {kept.step}: 0 steps that were paid for are taken and paid for again" in error
+    assert (
+        f"goes on from step {kept.step}: 0 steps that were paid for are taken and paid for again"
+        in error
+    )
     result = json.loads(output.splitlines()[-1])
-    assert (result["steps"], result["executed_steps"], result["charged_steps"], result["attempts"]) == (60, 60, 60, 2)
+    assert (
+        result["steps"],
+        result["executed_steps"],
+        result["charged_steps"],
+        result["attempts"],
+    ) == (60, 60, 60, 2)
     assert verify(result["ledger"]).ok
 
 
@@ -86,7 +109,17 @@ def test_what_cannot_be_resumed_is_told(tmp_path, words, part):
 
     runner = CliRunner()
     done = runner.invoke(
-        main, ["train", "tests.tiny:tiny", "--run", "r", "--storage", str(tmp_path / "runs"), "--key-file", str(tmp_path / "key")]
+        main,
+        [
+            "train",
+            "tests.tiny:tiny",
+            "--run",
+            "r",
+            "--storage",
+            str(tmp_path / "runs"),
+            "--key-file",
+            str(tmp_path / "key"),
+        ],
     )
     assert done.exit_code == 0, done.output
     filled = [w.format(run=tmp_path / "runs" / "r", other=tmp_path / "other") for w in words]
@@ -122,8 +155,24 @@ def test_a_ledger_that_was_moved_is_found_and_an_old_copy_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_a_second_signal_ends_at_once(tmp_path):
-    words = ["--set", "task.slow_s=1.5", "--set", f"task.trace={tmp_path / 'trace'}", "--run", "r", "--no-dry-run"]
-    cut = program("train", "tests.tiny:tiny", *words, "--storage", str(tmp_path / "runs"), "--key-file", str(tmp_path / "key"))
+    words = [
+        "--set",
+        "task.slow_s=1.5",
+        "--set",
+        f"task.trace={tmp_path / 'trace'}",
+        "--run",
+        "r",
+        "--no-dry-run",
+    ]
+    cut = program(
+        "train",
+        "tests.tiny:tiny",
+        *words,
+        "--storage",
+        str(tmp_path / "runs"),
+        "--key-file",
+        str(tmp_path / "key"),
+    )
     wait_for_lines(tmp_path / "trace", 6, cut)
     for _ in range(2):
         cut.send_signal(signal.SIGINT)
@@ -137,14 +186,35 @@ def test_a_second_signal_ends_at_once(tmp_path):
 @pytest.mark.slow
 def test_one_interrupt_ends_two_workers_in_good_order(tmp_path):
     folder, key = tmp_path / "runs" / "r", str(tmp_path / "key")
-    words = ["--set", "task.slow_s=0.05", "--set", f"task.trace={tmp_path / 'trace'}", "--set", "privacy.steps=300", "--workers", "2"]
-    words += ["--set", "performance.checkpoint_every=0", "--run", "r", "--storage", str(tmp_path / "runs"), "--key-file", key]
+    words = [
+        "--set",
+        "task.slow_s=0.05",
+        "--set",
+        f"task.trace={tmp_path / 'trace'}",
+        "--set",
+        "privacy.steps=300",
+        "--workers",
+        "2",
+    ]
+    words += [
+        "--set",
+        "performance.checkpoint_every=0",
+        "--run",
+        "r",
+        "--storage",
+        str(tmp_path / "runs"),
+        "--key-file",
+        key,
+    ]
     cut = program("train", "tests.tiny:tiny", *words)
     wait_for_lines(tmp_path / "trace", 40, cut)
     cut.send_signal(signal.SIGINT)
     _, error = cut.communicate(timeout=60)
     assert cut.returncode == 2, error
     kept = checkpoint.latest(Storage(folder))
-    assert f"run r was told to end, and is kept at step {kept.step}; run `grape-ray resume {folder}" in error.splitlines()[-1]
+    assert (
+        f"run r was told to end, and is kept at step {kept.step}; run `grape-ray resume {folder}"
+        in error.splitlines()[-1]
+    )
     assert 1 <= kept.step < 300
     assert sum(t.used for t in Ledger.open(str(folder / "ledger")).attempts("r", "r")) == kept.step

@@ -1,4 +1,6 @@
-"""Optimizers: schedules, moment policies at a refresh, GaLore's subspace, state that survives a checkpoint."""
+"""Optimizers: schedules, moment policies at a refresh, GaLore's subspace, state that survives a
+checkpoint.
+"""
 
 import pytest
 import torch
@@ -18,14 +20,21 @@ def trained(method, steps=6, resume_at=None, **options):
     """A small model after some private steps, going through a saved state at `resume_at`."""
     method = Method(name=method, rank=3, project_min_numel=100, learning_rate=0.05, **options)
     model = zoo.build_layer("reused module")
-    engine = make_engine(model, method.name, 1.0, key=b"o", rank=3, project_min_numel=100, refresh=method.refresh)
+    engine = make_engine(
+        model, method.name, 1.0, key=b"o", rank=3, project_min_numel=100, refresh=method.refresh
+    )
     optimizer = make_optimizer(model, engine, method, steps)
     stream = NoiseStream(KEY)
     for step in range(steps):
         if step == resume_at:
-            state = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in optimizer.state_dict().items()}
-            optimizer = make_optimizer(model, make_engine(model, method.name, 1.0, key=b"o", rank=3, project_min_numel=100,
-                                                          refresh=method.refresh), method, steps)  # fmt: skip
+            state = {
+                k: v.clone() if isinstance(v, torch.Tensor) else v
+                for k, v in optimizer.state_dict().items()
+            }
+            optimizer = make_optimizer(model,
+            make_engine(model, method.name, 1.0, key=b"o", rank=3, project_min_numel=100,
+                                                          refresh=method.refresh), method,
+                                                          steps)  # fmt: skip
             optimizer.load_state_dict(state)
         summed = engine.clipped_sum(zoo.layer_loss, zoo.layer_batch(seed=step), step=step)
         optimizer.step(privatize(summed, stream, noise_multiplier=0.3, expected_batch_size=6))
@@ -53,7 +62,10 @@ def test_noise_and_update_are_those_of_the_step_that_was_summed():
     method = Method(name="grape", rank=3, project_min_numel=100, refresh=2)
     model = zoo.build_layer("reused module")
     engine = make_engine(model, "grape", 1.0, rank=3, project_min_numel=100, refresh=2)
-    optimizer, noise = make_optimizer(model, engine, method, 9), {"noise_multiplier": 1.0, "expected_batch_size": 6}
+    optimizer, noise = (
+        make_optimizer(model, engine, method, 9),
+        {"noise_multiplier": 1.0, "expected_batch_size": 6},
+    )
     before = [p.detach().clone() for p in model.parameters()]
     summed = engine.clipped_sum(zoo.layer_loss, zoo.layer_batch(), step=5)
     with pytest.raises(GrapeRayError, match="step 5, for which it was made"):
@@ -64,7 +76,12 @@ def test_noise_and_update_are_those_of_the_step_that_was_summed():
     assert (released.step, released.period) == (5, 2)
     with pytest.raises(GrapeRayError, match="step 5, for which it was made"):
         optimizer.step(released, 4)
-    slower = make_optimizer(model, make_engine(model, "grape", 1.0, rank=3, project_min_numel=100, refresh=100), method, 9)
+    slower = make_optimizer(
+        model,
+        make_engine(model, "grape", 1.0, rank=3, project_min_numel=100, refresh=100),
+        method,
+        9,
+    )
     with pytest.raises(GrapeRayError, match=r"period 2., expected period 0 of step 5"):
         slower.step(released)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
@@ -74,15 +91,28 @@ def test_noise_and_update_are_those_of_the_step_that_was_summed():
 
 def test_a_loop_that_forgets_to_count_its_steps_ends_at_the_second():
     engine, stream = make_engine(zoo.build_layer("Linear"), "dp_adam", 1.0), NoiseStream(KEY)
-    privatize(engine.clipped_sum(zoo.layer_loss, zoo.layer_batch()), stream, noise_multiplier=1.0, expected_batch_size=6)
+    privatize(
+        engine.clipped_sum(zoo.layer_loss, zoo.layer_batch()),
+        stream,
+        noise_multiplier=1.0,
+        expected_batch_size=6,
+    )
     with pytest.raises(NoiseReuse, match="give clipped_sum each step once"):
-        privatize(engine.clipped_sum(zoo.layer_loss, zoo.layer_batch()), stream, noise_multiplier=1.0, expected_batch_size=6)
+        privatize(
+            engine.clipped_sum(zoo.layer_loss, zoo.layer_batch()),
+            stream,
+            noise_multiplier=1.0,
+            expected_batch_size=6,
+        )
 
 
 def test_a_state_of_another_rank_is_refused():
     model = zoo.build_layer("Linear")
     pair = [make_engine(model, "grape", 1.0, rank=r, project_min_numel=100) for r in (3, 4)]
-    first, second = (make_optimizer(model, e, Method(rank=r, project_min_numel=100), 1) for e, r in zip(pair, (3, 4)))
+    first, second = (
+        make_optimizer(model, e, Method(rank=r, project_min_numel=100), 1)
+        for e, r in zip(pair, (3, 4))
+    )
     with pytest.raises(CheckpointError, match=r"layer\.weight"):
         second.load_state_dict(first.state_dict())
 
@@ -113,7 +143,9 @@ def test_the_gaussian_projection_keeps_norms_and_its_lift_is_unbiased():
     assert abs(mean - 1 / 8) > 0.5  # the authors' scale would give 1/r
     assert float((total - vector).norm() / vector.norm()) < 0.1
     paper = Gaussian({"w": Projection(1, 50, 1, 8)}, b"k", refresh=1, scale="paper")
-    torch.testing.assert_close(paper.matrix("w", 3, vector) * 8**0.5, subspace.matrix("w", 3, vector))
+    torch.testing.assert_close(
+        paper.matrix("w", 3, vector) * 8**0.5, subspace.matrix("w", 3, vector)
+    )
 
 
 def test_galore_finds_the_leading_directions_of_the_private_gradient():
@@ -132,7 +164,14 @@ def test_galore_finds_the_leading_directions_of_the_private_gradient():
 
 def test_schedules():
     method = Method(learning_rate=1.0, warmup_steps=4, schedule="linear")
-    assert [learning_rate(method, s, 14) for s in (0, 1, 3, 4, 9, 14)] == [0.25, 0.5, 1.0, 1.0, 0.5, 0.0]
+    assert [learning_rate(method, s, 14) for s in (0, 1, 3, 4, 9, 14)] == [
+        0.25,
+        0.5,
+        1.0,
+        1.0,
+        0.5,
+        0.0,
+    ]
     cosine = Method(learning_rate=2.0, schedule="cosine")
     assert learning_rate(cosine, 5, 10) == pytest.approx(1.0)
     assert learning_rate(Method(learning_rate=0.3), 99, 10) == 0.3
@@ -149,7 +188,10 @@ def test_sgd_with_momentum_is_torchs():
     twin.load_state_dict(model.state_dict())
     method = Method(name="none", optimizer="sgd", momentum=0.9, learning_rate=0.1)
     engine = make_engine(model, "none")
-    optimizer, reference = make_optimizer(model, engine, method, 3), torch.optim.SGD(twin.parameters(), 0.1, momentum=0.9)
+    optimizer, reference = (
+        make_optimizer(model, engine, method, 3),
+        torch.optim.SGD(twin.parameters(), 0.1, momentum=0.9),
+    )
     from grape_ray.privacy.noise import nonprivate_mean
 
     def loss(model, batch):
@@ -168,4 +210,7 @@ def test_rank_must_be_below_the_side_it_compresses():
     with pytest.raises(ConfigError, match=r"rank.*'0\.weight'.*64"):
         plan_projections(nn.Sequential(nn.Linear(64, 256)), rank=64)
     assert plan_projections(nn.Sequential(nn.Linear(64, 256)), rank=64, dense=("0.*",)) == {}
-    assert plan_projections(nn.Sequential(nn.Linear(64, 256)), rank=64, side="out")["0.weight"].axis == 0
+    assert (
+        plan_projections(nn.Sequential(nn.Linear(64, 256)), rank=64, side="out")["0.weight"].axis
+        == 0
+    )

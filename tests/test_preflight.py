@@ -24,7 +24,11 @@ def test_a_real_model_passes_under_every_method(method, clipping):
     model, loss, make_batch = zoo.build_family("GPT-2 (tied)")
     model.float().train()
     report = preflight(
-        model, loss, make_batch(), Privacy(clip_norm=0.5, clipping=clipping), Method(name=method, rank=3, project_min_numel=100)
+        model,
+        loss,
+        make_batch(),
+        Privacy(clip_norm=0.5, clipping=clipping),
+        Method(name=method, rank=3, project_min_numel=100),
     )
     assert model.training
     assert report.examples == 3
@@ -48,7 +52,9 @@ class Leaky(nn.Module):
 @pytest.mark.parametrize("method", ["grape", "ghost", "randomized"])
 def test_a_model_that_mixes_examples_is_refused_by_name(method):
     with pytest.raises(UnsupportedLayer, match=r"'inner\."):
-        preflight(Leaky(), zoo.layer_loss, {"x": torch.randn(4, 6, 5)}, Privacy(), Method(name=method))
+        preflight(
+            Leaky(), zoo.layer_loss, {"x": torch.randn(4, 6, 5)}, Privacy(), Method(name=method)
+        )
 
 
 def test_a_tap_that_lost_a_use_is_found(monkeypatch):
@@ -66,7 +72,10 @@ def test_a_tap_that_lost_a_use_is_found(monkeypatch):
 
 def test_a_clip_that_does_not_hold_is_found(monkeypatch):
     model, loss, make_batch = zoo.build_family("BERT")
-    monkeypatch.setattr("grape_ray.engines.engine.factors", lambda squared, *rest: {n: torch.ones_like(s) for n, s in squared.items()})
+    monkeypatch.setattr(
+        "grape_ray.engines.engine.factors",
+        lambda squared, *rest: {n: torch.ones_like(s) for n, s in squared.items()},
+    )
     with pytest.raises(UnsupportedLayer):
         preflight(model, loss, make_batch(), Privacy(clip_norm=1e-3), Method(name="bookkeeping"))
 
@@ -106,7 +115,10 @@ def test_the_command_checks_a_folder_under_several_methods(saved_model):
 
 
 def test_the_command_refuses_in_one_line(saved_model):
-    for args in (["check", saved_model, "--set", "method.rank=4000", "--set", "method.project_min_numel=9"], ["check", "./nowhere"]):
+    for args in (
+        ["check", saved_model, "--set", "method.rank=4000", "--set", "method.project_min_numel=9"],
+        ["check", "./nowhere"],
+    ):
         ran = CliRunner().invoke(main, args)
         assert ran.exit_code == 2
         assert len(ran.stderr.strip().splitlines()) == 1

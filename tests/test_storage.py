@@ -17,13 +17,19 @@ from grape_ray.storage import Storage
 @pytest.fixture(scope="module")
 def s3_bucket():
     """A bucket on a loopback server that honours conditional writes."""
-    server_module = pytest.importorskip("moto.server", reason="needs moto[server]: pip install grape-ray[s3]")
+    server_module = pytest.importorskip(
+        "moto.server", reason="needs moto[server]: pip install grape-ray[s3]"
+    )
     boto3 = pytest.importorskip("boto3", reason="needs boto3: pip install grape-ray[s3]")
     pytest.importorskip("s3fs", reason="needs s3fs: pip install grape-ray[s3]")
     server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    settings = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+    }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**settings, "AWS_DEFAULT_REGION": "us-east-1"}.items():
             patch.setenv(name, value)
@@ -38,7 +44,11 @@ def url(request, tmp_path):
     if request.param == "local":
         return str(tmp_path / "store")
     name = uuid.uuid4().hex
-    return f"memory://{name}" if request.param == "memory" else f"{request.getfixturevalue('s3_bucket')}/{name}/deep"
+    return (
+        f"memory://{name}"
+        if request.param == "memory"
+        else f"{request.getfixturevalue('s3_bucket')}/{name}/deep"
+    )
 
 
 def test_create_read_write_list_remove(url):
@@ -139,7 +149,10 @@ def test_a_ledger_on_each_storage(url):
     for ledger, run in ((first, "a"), (second, "b")):
         ledger.ensure_study(study)
         attempts.append(ledger.begin_attempt("s", run, "id"))
-    granted = [first.charge("s", "a", attempts[0], 0, 6).steps, second.charge("s", "b", attempts[1], 0, 6).steps]
+    granted = [
+        first.charge("s", "a", attempts[0], 0, 6).steps,
+        second.charge("s", "b", attempts[1], 0, 6).steps,
+    ]
     assert granted == [6, 4]
     assert first.charge("s", "a", attempts[0], 0, 6).steps == 6
     assert verify(url, second.head).ok
@@ -197,7 +210,10 @@ def _create_in_a_process(url, name, wins):
 def test_of_two_processes_one_wins(tmp_path):
     context = multiprocessing.get_context("spawn")
     wins = context.Queue()
-    processes = [context.Process(target=_create_in_a_process, args=(str(tmp_path), "n", wins)) for _ in range(2)]
+    processes = [
+        context.Process(target=_create_in_a_process, args=(str(tmp_path), "n", wins))
+        for _ in range(2)
+    ]
     for process in processes:
         process.start()
     assert sum(wins.get(timeout=60) for _ in processes) == 1
@@ -210,7 +226,9 @@ def test_many_files_are_read_in_order_and_missing_ones_told(tmp_path, url):
     storage = Storage(url or tmp_path)
     for number in range(0, 40, 2):
         storage.create(f"f{number}", b"%d" % number)
-    assert storage.read_many(f"f{n}" for n in range(40)) == [b"%d" % n if n % 2 == 0 else None for n in range(40)]
+    assert storage.read_many(f"f{n}" for n in range(40)) == [
+        b"%d" % n if n % 2 == 0 else None for n in range(40)
+    ]
 
 
 def test_storage_that_fails_is_not_asked_for_all_the_rest(monkeypatch):

@@ -1,4 +1,6 @@
-"""What a sweep may vary, what it costs, what is refused by name, and what its private scores and traces promise; no cluster needed."""
+"""What a sweep may vary, what it costs, what is refused by name, and what its private scores and
+traces promise; no cluster needed.
+"""
 
 import json
 import math
@@ -76,7 +78,9 @@ def test_there_is_no_third_source_of_scores(source):
 def test_a_private_score_is_one_that_the_task_calls_bounded(monkeypatch):
     assert SweepStudy(tiny(), (), "private").metric == "accuracy"
     assert SweepStudy(tiny(), (), "public", metric="loss").metric == "loss"
-    with pytest.raises(ConfigError, match=r"metric of private scores, got 'loss', expected accuracy"):
+    with pytest.raises(
+        ConfigError, match=r"metric of private scores, got 'loss', expected accuracy"
+    ):
         SweepStudy(tiny(), (), "private", metric="loss")  # its mean may lie in [0, 1], too
     monkeypatch.delattr(Tiny, "bounded_metrics")
     with pytest.raises(ConfigError, match=r"got 'accuracy', expected a bounded metric"):
@@ -111,10 +115,19 @@ def test_compose_prices_noise_for_tokens_or_tokens_for_noise():
 
 
 REFUSED = [
-    ({"scheduler": "asha"}, "mode select refuses --scheduler asha: it stops a trial because of the scores of others"),
+    (
+        {"scheduler": "asha"},
+        "mode select refuses --scheduler asha: it stops a trial because of the scores of others",
+    ),
     ({"scheduler": "median"}, "refuses --scheduler median"),
-    ({"scheduler": "pbt"}, "refuses --scheduler pbt: it continues one trial from the weights of another"),
-    ({"search": "optuna"}, "refuses --search optuna: it proposes a trial because of the scores of earlier ones"),
+    (
+        {"scheduler": "pbt"},
+        "refuses --scheduler pbt: it continues one trial from the weights of another",
+    ),
+    (
+        {"search": "optuna"},
+        "refuses --search optuna: it proposes a trial because of the scores of earlier ones",
+    ),
     ({"tokens": 5}, "refuses --tokens"),
     ({"trials": 1}, "mean number of trials"),
 ]
@@ -129,10 +142,15 @@ def test_select_refuses_by_name_what_breaks_its_theorem(changes, part):
 
 @pytest.mark.parametrize(
     ("assignment", "part"),
-    [("method.name=randomized", "refuses method randomized"), ("performance.num_workers=2", "refuses --workers")],
+    [
+        ("method.name=randomized", "refuses method randomized"),
+        ("performance.num_workers=2", "refuses --workers"),
+    ],
 )
 def test_select_refuses_default_runs_that_cannot_be_sealed(assignment, part, tmp_path):
-    options = Options("tests.tiny_space", mode="select", scheduler="none", storage=str(tmp_path / "s"))
+    options = Options(
+        "tests.tiny_space", mode="select", scheduler="none", storage=str(tmp_path / "s")
+    )
     domains, study = spaces.load("tests.tiny_space", [assignment])
     with pytest.raises(ConfigError, match=part):
         prepare(options, domains, study)
@@ -140,7 +158,13 @@ def test_select_refuses_default_runs_that_cannot_be_sealed(assignment, part, tmp
 
 
 def test_a_selection_is_priced_for_whole_trials(tmp_path):
-    options = Options("tests.tiny_space", mode="select", scheduler="none", storage=str(tmp_path / "s"), key_path=str(tmp_path / "k"))
+    options = Options(
+        "tests.tiny_space",
+        mode="select",
+        scheduler="none",
+        storage=str(tmp_path / "s"),
+        key_path=str(tmp_path / "k"),
+    )
     sweep = prepare(options, *spaces.load("tests.tiny_space"))
     paid = sweep.steps.paid
     assert isinstance(paid, Selection)
@@ -149,7 +173,9 @@ def test_a_selection_is_priced_for_whole_trials(tmp_path):
     assert sweep.study.config.performance.eval_every == 0  # one score a trial, at its end
 
 
-def test_the_description_of_a_sweep_holds_no_hash_of_the_data_and_is_resumed_without(tmp_path, monkeypatch):
+def test_the_description_of_a_sweep_holds_no_hash_of_the_data_and_is_resumed_without(
+    tmp_path, monkeypatch
+):
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
     monkeypatch.setenv("TINY_SCORES", "private")
     options = Options("tests.tiny_space", storage=str(tmp_path / "s"), key_path=str(tmp_path / "k"))
@@ -172,14 +198,19 @@ def test_the_description_of_a_sweep_holds_no_hash_of_the_data_and_is_resumed_wit
 @pytest.mark.parametrize(
     ("resources", "assignments", "concurrent", "wanted"),
     [
-        ({"CPU": 2.0}, [], None, 2), ({"CPU": 2.0}, ["performance.num_workers=2"], None, 1), ({"CPU": 200.0}, [], None, 10),
-        ({"CPU": 200.0}, [], 3, 3), ({"CPU": 2.0, "GPU": 200.0}, ["performance.use_gpu=true"], None, 10),
-        ({"CPU": 64.0, "GPU": 8.0}, ["performance.use_gpu=true", "performance.num_workers=2:4"], None, 2),
+        ({"CPU": 2.0}, [], None, 2), ({"CPU": 2.0}, ["performance.num_workers=2"], None, 1),
+        ({"CPU": 200.0}, [], None, 10), ({"CPU": 200.0}, [], 3, 3),
+        ({"CPU": 2.0, "GPU": 200.0}, ["performance.use_gpu=true"], None, 10),
+        ({"CPU": 64.0, "GPU": 8.0}, ["performance.use_gpu=true", "performance.num_workers=2:4"],
+        None, 2),
         ({"CPU": 2.0}, ["performance.num_workers=3"], None, "'2 CPUs', expected at least 3"),
-        ({"CPU": 2.0}, ["performance.use_gpu=true"], None, "'0 GPUs', expected at least 1"), ({}, [], None, "'0 CPUs'"),
+        ({"CPU": 2.0}, ["performance.use_gpu=true"], None, "'0 GPUs', expected at least 1"),
+        ({}, [], None, "'0 CPUs'"),
     ],
 )  # fmt: skip
-def test_as_many_trials_at_a_time_as_the_cluster_holds(monkeypatch, resources, assignments, concurrent, wanted):
+def test_as_many_trials_at_a_time_as_the_cluster_holds(
+    monkeypatch, resources, assignments, concurrent, wanted
+):
     from grape_ray.ray_backend.tuner import concurrency
 
     monkeypatch.setattr("ray.cluster_resources", lambda: resources)
@@ -192,14 +223,25 @@ def test_as_many_trials_at_a_time_as_the_cluster_holds(monkeypatch, resources, a
         concurrency(study, options)
 
 
-def test_a_machine_too_small_for_one_trial_is_told_before_anything_is_registered(tmp_path, monkeypatch):
+def test_a_machine_too_small_for_one_trial_is_told_before_anything_is_registered(
+    tmp_path, monkeypatch
+):
     started = {}
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setattr("ray.init", lambda **options: started.update(options))
     monkeypatch.setattr("ray.shutdown", lambda: None)
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": float(started["num_cpus"])})
-    words = ["tune", "tests.tiny_space", "--workers", "64", "--storage", tmp_path / "s", "--key-file", tmp_path / "key"]
+    words = [
+        "tune",
+        "tests.tiny_space",
+        "--workers",
+        "64",
+        "--storage",
+        tmp_path / "s",
+        "--key-file",
+        tmp_path / "key",
+    ]
     result = CliRunner().invoke(main, [*map(str, words)])
     assert result.exit_code == 2
     assert "expected at least 64; lower --workers" in result.stderr
@@ -224,7 +266,16 @@ def test_a_sweep_beyond_the_budget_is_refused_before_any_work(tmp_path):
         Study("other", Mechanism("poisson_gaussian", 1.0, 50.0), 3.0, 1e-5, 10)
     )
     before = sorted(p.name for p in (tmp_path / "ledger").iterdir())
-    words = ["tune", "tests.tiny_space", "--storage", tmp_path / "s", "--ledger", tmp_path / "ledger", "--key-file", tmp_path / "k"]
+    words = [
+        "tune",
+        "tests.tiny_space",
+        "--storage",
+        tmp_path / "s",
+        "--ledger",
+        tmp_path / "ledger",
+        "--key-file",
+        tmp_path / "k",
+    ]
     result = CliRunner().invoke(main, [*map(str, words), "--budget-epsilon", "2.1", "--name", "n"])
     assert result.exit_code == 2
     assert "costs too much" in result.stderr
@@ -235,37 +286,57 @@ def test_a_sweep_beyond_the_budget_is_refused_before_any_work(tmp_path):
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["tune_spaces.digit"], "did you mean 'tune_spaces.digits'"), (["nosuch"], "known names: tune_spaces.digits"),
+        (["tune_spaces.digit"], "did you mean 'tune_spaces.digits'"),
+        (["nosuch"], "known names: tune_spaces.digits"),
         (["pipelines.digits_vit"], "has no function space()"),
-        (["tests.tiny_space", "--budget-epsilon", "nan"], "--budget-epsilon"), (["tests.tiny_space", "--trials", "0"], "--trials"),
-        (["tests.tiny_space", "--resume", "nothing"], "there is no sweep"), (["tests.tiny_space", "--set", "method.rank=0"], "method.rank"),
+        (["tests.tiny_space", "--budget-epsilon", "nan"], "--budget-epsilon"),
+        (["tests.tiny_space", "--trials", "0"], "--trials"),
+        (["tests.tiny_space", "--resume", "nothing"], "there is no sweep"),
+        (["tests.tiny_space", "--set", "method.rank=0"], "method.rank"),
         (["tests.tiny_space", "--scheduler", "pbt", "--search", "optuna"], "one of the two"),
         (["tests.tiny_space", "--mode", "select", "--scheduler", "asha"], "mode select refuses"),
-        (["tests.tiny_space", "--set", "performance.eval_every=0"], "trials are compared at evaluations"),
-        (["tests.tiny_space", "--mode", "select", "--storage", "memory://x"], "no place for its secrets"),
+        (["tests.tiny_space", "--set", "performance.eval_every=0"],
+        "trials are compared at evaluations"),
+        (["tests.tiny_space", "--mode", "select", "--storage", "memory://x"],
+        "no place for its secrets"),
         *((["tests.tiny_space", f"--{name}", "0"], f"--{name} is out of range")
           for name in ("budget-epsilon", "budget-delta", "ledger-epsilon", "ledger-delta")),
         (["tests.tiny_space", "--budget-epsilon", "4", "--ledger-epsilon", "2"], "epsilon <= 2"),
-        (["tests.tiny_space", "--ledger", "/proc/nope"], "cannot create"), (["tests.tiny_space", "--key-file", "/proc/nope"], "master key"),
-        (["tests.wide_space", "--scheduler", "pbt"], "population-based training has nothing to vary"),
+        (["tests.tiny_space", "--ledger", "/proc/nope"], "cannot create"),
+        (["tests.tiny_space", "--key-file", "/proc/nope"], "master key"),
+        (["tests.wide_space", "--scheduler", "pbt"],
+        "population-based training has nothing to vary"),
     ],
 )  # fmt: skip
 def test_bad_words_cost_one_line_and_leave_nothing(tmp_path, monkeypatch, words, part):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("ray.init", lambda *args, **options: pytest.fail("Ray is started"))
-    result = CliRunner(env={"XDG_DATA_HOME": str(tmp_path / "share")}).invoke(main, ["tune", "--key-file", str(tmp_path / "key"), *words])
+    result = CliRunner(env={"XDG_DATA_HOME": str(tmp_path / "share")}).invoke(
+        main, ["tune", "--key-file", str(tmp_path / "key"), *words]
+    )
     assert result.exit_code == 2, result.output
     (line,) = result.stderr.strip().splitlines()
     assert part in line
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_search_that_is_not_installed_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+def test_a_search_that_is_not_installed_is_refused_before_anything_is_written(
+    tmp_path, monkeypatch
+):
     def missing(*arguments, **options):
         raise AssertionError("optuna must be installed")
 
     monkeypatch.setattr("ray.tune.search.optuna.OptunaSearch", missing)
-    words = ["tune", "tests.tiny_space", "--search", "optuna", "--storage", tmp_path / "s", "--key-file", tmp_path / "key"]
+    words = [
+        "tune",
+        "tests.tiny_space",
+        "--search",
+        "optuna",
+        "--storage",
+        tmp_path / "s",
+        "--key-file",
+        tmp_path / "key",
+    ]
     result = CliRunner().invoke(main, [*map(str, words)])
     assert result.exit_code == 2
     assert "pip install optuna" in result.stderr
@@ -276,7 +347,10 @@ def row(run, score, steps=12):
     return results.TrialRow(run, run, {"method.rank": 4}, steps, score, steps, steps, 1, (), True)
 
 
-@pytest.mark.parametrize("scores", [(math.nan, 0.3, 0.5), (0.5, math.nan, None), (math.inf, 0.5, -math.inf), (0.5, 0.5, math.nan)])
+@pytest.mark.parametrize(
+    "scores",
+    [(math.nan, 0.3, 0.5), (0.5, math.nan, None), (math.inf, 0.5, -math.inf), (0.5, 0.5, math.nan)],
+)
 def test_a_score_that_is_not_finite_is_never_the_best(scores):
     best = results.best([row(str(place), score, steps=place) for place, score in enumerate(scores)])
     assert best is not None
@@ -295,15 +369,34 @@ def test_a_sweep_of_scores_that_are_not_finite_has_no_best_and_says_why(tmp_path
     book = Ledger.open(sweep.steps.ledger)
     book.ensure_study(sweep.steps.paid)
     sweep.register()
-    for run, reports in (("x", [0.25, math.nan]), ("y", [math.nan, math.nan]), ("z", [math.nan, 0.125])):
+    for run, reports in (
+        ("x", [0.25, math.nan]),
+        ("y", [math.nan, math.nan]),
+        ("z", [math.nan, 0.125]),
+    ):
         place = sweep.folder().child(results.RUNS).child(run)
         config = sweep.study.with_values({"method.rank": 4})
-        place.write("run.json", json.dumps({"run": run, **json.loads(json.dumps(describe(config)))}).encode())
+        place.write(
+            "run.json",
+            json.dumps({"run": run, **json.loads(json.dumps(describe(config)))}).encode(),
+        )
         trace = Trace(place, results.REPORTS)
         for step, score in enumerate(reports, 1):
-            trace.line(json.dumps({"step": step, "accuracy": score, "run": run, "time": float(step), "done": step == 2}))
+            trace.line(
+                json.dumps(
+                    {
+                        "step": step,
+                        "accuracy": score,
+                        "run": run,
+                        "time": float(step),
+                        "done": step == 2,
+                    }
+                )
+            )
         trace.close()
-    rows = {found.run: found for found in results.trials(sweep.folder(), results.read(sweep.folder()))}
+    rows = {
+        found.run: found for found in results.trials(sweep.folder(), results.read(sweep.folder()))
+    }
     assert (rows["x"].score, rows["y"].score, rows["z"].score) == (None, None, 0.125)
     best = results.best(list(rows.values()))
     assert best is not None
@@ -314,13 +407,23 @@ def test_a_sweep_of_scores_that_are_not_finite_has_no_best_and_says_why(tmp_path
 
 
 def test_a_selection_never_releases_a_score_that_is_not_finite(tmp_path):
-    options = Options("tests.tiny_space", mode="select", scheduler="none", storage=str(tmp_path / "s"), key_path=str(tmp_path / "k"))
+    options = Options(
+        "tests.tiny_space",
+        mode="select",
+        scheduler="none",
+        storage=str(tmp_path / "s"),
+        key_path=str(tmp_path / "k"),
+    )
     sweep = prepare(options, *spaces.load("tests.tiny_space"), name="a")
     secret = Storage(tmp_path / "secret")
     trials = [Sealed(name, {"method.rank": 4}) for name in "abc"]
     for trial, score in zip(trials, (math.nan, 0.25, math.inf)):
         runs = secret.child(results.RUNS)
-        result = {"metrics": {"accuracy": score}, "steps": 12, "checkpoint": f"x/{trial.name}/checkpoints/1"}
+        result = {
+            "metrics": {"accuracy": score},
+            "steps": 12,
+            "checkpoint": f"x/{trial.name}/checkpoints/1",
+        }
         runs.write(f"{trial.name}/result.json", json.dumps(result).encode())
         runs.write(f"{trial.name}/run.json", b"{}")
     best = _release(sweep, secret, trials)
@@ -332,17 +435,26 @@ def test_a_selection_never_releases_a_score_that_is_not_finite(tmp_path):
 def test_a_metric_with_a_slip_costs_nothing(tmp_path):
     domains, study = spaces.load("tests.tiny_space")
     options = Options("tests.tiny_space", storage=str(tmp_path / "s"), key_path=str(tmp_path / "k"))
-    with pytest.raises(ConfigError, match=r"no such metric, got 'acuracy'.*did you mean 'accuracy'"):
+    with pytest.raises(
+        ConfigError, match=r"no such metric, got 'acuracy'.*did you mean 'accuracy'"
+    ):
         prepare(options, domains, replace(study, metric="acuracy"))
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
 def scored(tmp_path):
-    """(A function that makes a private score, the ledger that pays for it): 40 tokens, noise multiplier 30."""
+    """(A function that makes a private score, the ledger that pays for it): 40 tokens, noise
+    multiplier 30.
+    """
     ledger = Ledger.open(tmp_path / "scores", "validation", 9.0, 1e-4)
     ledger.ensure_study(Study("s", Mechanism("poisson_gaussian", 1.0, 30.0), 9.0, 1e-5, 40))
-    return lambda run: PrivateScore(lambda: ledger, "s", run, str(tmp_path / "key"), "accuracy", 30.0, "validation"), ledger
+    return (
+        lambda run: PrivateScore(
+            lambda: ledger, "s", run, str(tmp_path / "key"), "accuracy", 30.0, "validation"
+        ),
+        ledger,
+    )
 
 
 @pytest.mark.statistical
@@ -352,17 +464,23 @@ def test_private_scores_are_noised_charged_and_end_with_their_budget(scored):
     metrics = {"accuracy": 0.5, "loss": 1.25}
     found = [one(metrics, 100) for _ in range(20)] + [two(metrics, 100) for _ in range(20)]
     assert all(set(score) == {"accuracy"} for score in found)  # nothing else is released
-    assert all(len(f"{score['accuracy']!r}".strip("-").split("e")[0].replace(".", "").lstrip("0")) <= 6 for score in found)
+    assert all(
+        len(f"{score['accuracy']!r}".strip("-").split("e")[0].replace(".", "").lstrip("0")) <= 6
+        for score in found
+    )
     noise = np.array([100 * score["accuracy"] - 50 for score in found]) / 30
     assert len(set(noise)) == 40
-    # A sum of 40 squares lies outside (16, 76) with probability 8e-4; at half the scale it lies inside with probability 6e-3.
+    # A sum of 40 squares lies outside (16, 76) with probability 8e-4; at half the scale it lies
+    # inside with probability 6e-3.
     assert 16 < (noise**2).sum() < 76
     assert ledger.state.study("s").left == 0
     assert one(metrics, 100) == {}
     assert verify(ledger._chain.storage).ok
 
 
-@pytest.mark.parametrize("metrics", [{}, {"loss": 0.5}, {"accuracy": 1.5}, {"accuracy": -0.1}, {"accuracy": math.nan}])
+@pytest.mark.parametrize(
+    "metrics", [{}, {"loss": 0.5}, {"accuracy": 1.5}, {"accuracy": -0.1}, {"accuracy": math.nan}]
+)
 def test_a_score_whose_sensitivity_is_unknown_is_refused_and_not_told(scored, metrics):
     make, ledger = scored
     with pytest.raises(ConfigError, match="private score") as caught:
@@ -373,8 +491,9 @@ def test_a_score_whose_sensitivity_is_unknown_is_refused_and_not_told(scored, me
 
 def test_traced_lines_outlive_a_kill(tmp_path):
     code = (
-        "import os, signal; from grape_ray.storage import Storage; from grape_ray.training.trace import Trace; "
-        f"t = Trace(Storage({str(tmp_path)!r}), 'executed'); [t.line(str(n)) for n in range(50)]; os.kill(os.getpid(), signal.SIGKILL)"
+        "import os, signal; from grape_ray.storage import Storage; from grape_ray.training.trace"
+        f" import Trace; t = Trace(Storage({str(tmp_path)!r}), 'executed'); [t.line(str(n)) for n"
+        " in range(50)]; os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False)
     assert done.returncode == -signal.SIGKILL

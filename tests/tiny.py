@@ -1,4 +1,6 @@
-"""A task that trains in milliseconds on real digits, with switches for what the tests of the loop and of Ray need."""
+"""A task that trains in milliseconds on real digits, with switches for what the tests of the loop
+and of Ray need.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ class Tiny:
 
     Attributes:
         records: how many training images. dropout: of the hidden layer.
-        trace: a file to which each micro-batch appends a line with its process id. slow_s: how long each micro-batch sleeps.
+        trace: a file to which each micro-batch appends a line with its process id. slow_s: how long
+            each micro-batch sleeps.
     """
 
     records: int = 200
@@ -45,7 +48,12 @@ class Tiny:
         labels = labels[: self.records + 50].astype(np.int64)
         train = Records({"x": images[: self.records], "labels": labels[: self.records]})
         validation = Records({"x": images[self.records :], "labels": labels[self.records :]})
-        return Data(train, validation, fingerprint_arrays(images[: self.records], labels[: self.records]), self.public)
+        return Data(
+            train,
+            validation,
+            fingerprint_arrays(images[: self.records], labels[: self.records]),
+            self.public,
+        )
 
     def build_model(self, seed: int) -> nn.Module:
         with torch.random.fork_rng([]):
@@ -65,7 +73,9 @@ class Tiny:
 
     def evaluate(self, model: nn.Module, records: Records) -> dict[str, float]:
         with torch.inference_mode():
-            right = model(torch.from_numpy(records.array("x"))).argmax(-1) == torch.from_numpy(records.array("labels"))
+            right = model(torch.from_numpy(records.array("x"))).argmax(-1) == torch.from_numpy(
+                records.array("labels")
+            )
         return {"accuracy": float(right.float().mean())}
 
     def save(self, model: nn.Module, folder: Path) -> None:
@@ -78,6 +88,10 @@ def tiny(steps: int = 12, **task) -> Config:
     return Config(
         task=Tiny(**task),
         privacy=Privacy(epsilon=8.0, expected_batch_size=50, steps=steps, spare_steps=12),
-        method=Method(rank=8, refresh=5, moments="transfer", learning_rate=0.01, project_min_numel=1024),
-        performance=Performance(micro_batch_size=32, charge_chunk=3, checkpoint_every=4, threads_per_worker=1),
+        method=Method(
+            rank=8, refresh=5, moments="transfer", learning_rate=0.01, project_min_numel=1024
+        ),
+        performance=Performance(
+            micro_batch_size=32, charge_chunk=3, checkpoint_every=4, threads_per_worker=1
+        ),
     )

@@ -20,9 +20,17 @@ def space() -> dict[str, Any]:
 
 
 def study() -> SweepStudy:
-    """Twelve steps, compared every fourth; the environment may make the steps slow and the scores private."""
+    """Twelve steps, compared every fourth; the environment may make the steps slow and the scores
+    private.
+    """
     config = tiny(slow_s=float(os.environ.get("TINY_SLOW_S", "0"))).override(
         ["performance.eval_every=4", "performance.charge_chunk=3", "privacy.spare_steps=12"]
     )
-    tunable = ("method.rank", "method.learning_rate", "method.name", "privacy.clip_norm", "privacy.steps")
+    tunable = (
+        "method.rank",
+        "method.learning_rate",
+        "method.name",
+        "privacy.clip_norm",
+        "privacy.steps",
+    )
     return SweepStudy(config, tunable, os.environ.get("TINY_SCORES", "public"), score_epsilon=4.0)

@@ -1,4 +1,6 @@
-"""A tune space of trials as different as one mechanism allows; no running trial can take up another value of it."""
+"""A tune space of trials as different as one mechanism allows; no running trial can take up another
+value of it.
+"""
 
 from __future__ import annotations
 
@@ -21,4 +23,6 @@ def space() -> dict[str, Any]:
 
 def study() -> SweepStudy:
     config = tiny().override(["performance.eval_every=4"])
-    return SweepStudy(config, ("privacy.steps", "method.refresh", "method.moments", "method.name"), "public")
+    return SweepStudy(
+        config, ("privacy.steps", "method.refresh", "method.moments", "method.name"), "public"
+    )

@@ -1,4 +1,6 @@
-"""A task whose workers write down every noise that they draw: key, rank and step, so that a soak can hold them against the ledger."""
+"""A task whose workers write down every noise that they draw: key, rank and step, so that a soak
+can hold them against the ledger.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from tests.tiny import Tiny, tiny
 
 @dataclass(frozen=True)
 class Witness(Tiny):
-    """Tiny, and from the first batch on each claim of a noise appends a line to the file `witness`."""
+    """Tiny, and from the first batch on each claim of a noise appends a line to the file
+    `witness`.
+    """
 
     witness: str = ""
 
@@ -38,7 +42,13 @@ def _witnessed(path: str):
     def claim(stream: NoiseStream, step: int) -> None:
         _claim(stream, step)
         line = json.dumps(
-            {"key": name_of(stream._key), "time": time.time(), "rank": int(os.environ.get("RANK", "0")), "step": step, "pid": os.getpid()}
+            {
+                "key": name_of(stream._key),
+                "time": time.time(),
+                "rank": int(os.environ.get("RANK", "0")),
+                "step": step,
+                "pid": os.getpid(),
+            }
         )
         with open(path, "a") as file:
             file.write(line + "\n")

@@ -1,1 +1,3 @@
-"""Tune spaces: each module has ``space() -> dict`` of Ray Tune domains, and ``study()``, what all trials have in common."""
+"""Tune spaces: each module has ``space() -> dict`` of Ray Tune domains, and ``study()``, what all
+trials have in common.
+"""

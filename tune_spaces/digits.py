@@ -20,12 +20,18 @@ def space() -> dict[str, Any]:
 
 def study() -> SweepStudy:
     """Trials of 200 steps, compared first after 25. The held-out images count as public."""
-    settings = ["privacy.steps=200", "privacy.spare_steps=25", "performance.eval_every=25", "performance.charge_chunk=25"]
+    settings = [
+        "privacy.steps=200",
+        "privacy.spare_steps=25",
+        "performance.eval_every=25",
+        "performance.charge_chunk=25",
+    ]
     return SweepStudy(
         config=digits_vit().override(settings),
         tunable=(
-            "method.name", "method.rank", "method.side", "method.refresh", "method.moments", "method.optimizer", "method.learning_rate",
-            "method.schedule", "privacy.clip_norm", "privacy.clipping", "privacy.steps", "task.width",
+            "method.name", "method.rank", "method.side", "method.refresh", "method.moments",
+            "method.optimizer", "method.learning_rate", "method.schedule", "privacy.clip_norm",
+            "privacy.clipping", "privacy.steps", "task.width",
         ),
         score_source="public",
     )  # fmt: skip

@@ -20,15 +20,20 @@ def space() -> dict[str, Any]:
 
 
 def study() -> SweepStudy:
-    """Trials of 300 steps of 256 records, compared first after 50. GLUE's validation phrases count as public."""
+    """Trials of 300 steps of 256 records, compared first after 50. GLUE's validation phrases count
+    as public.
+    """
     settings = [
-        "task.name=sst2-opt", "task.model=facebook/opt-1.3b", "privacy.expected_batch_size=256", "privacy.steps=300",
-        "privacy.spare_steps=100", "method.rank=64", "method.learning_rate=1e-4", "method.warmup_steps=20", "method.refresh=200",
-        "performance.num_workers=1", "performance.use_gpu=true", "performance.micro_batch_size=16", "performance.eval_every=50",
+        "task.name=sst2-opt", "task.model=facebook/opt-1.3b", "privacy.expected_batch_size=256",
+        "privacy.steps=300", "privacy.spare_steps=100", "method.rank=64",
+        "method.learning_rate=1e-4", "method.warmup_steps=20", "method.refresh=200",
+        "performance.num_workers=1", "performance.use_gpu=true", "performance.micro_batch_size=16",
+        "performance.eval_every=50",
     ]  # fmt: skip
     return SweepStudy(
         config=sst2().override(settings),
-        tunable=("method.rank", "method.side", "method.refresh", "method.moments", "method.learning_rate", "method.weight_decay",
+        tunable=("method.rank", "method.side", "method.refresh", "method.moments",
+        "method.learning_rate", "method.weight_decay",
                  "privacy.clip_norm", "privacy.clipping", "privacy.steps"),
         score_source="public",
     )  # fmt: skip

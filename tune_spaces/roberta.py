@@ -1,4 +1,6 @@
-"""RoBERTa-large on a GLUE task, all layers, against the validation records' own budget: both splits are private."""
+"""RoBERTa-large on a GLUE task, all layers, against the validation records' own budget: both splits
+are private.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ def space() -> dict[str, Any]:
 
 
 def study() -> SweepStudy:
-    """Trials of 1,000 steps of 1,024 records; accuracy is noised, and costs the validation records epsilon 0.5 in all."""
+    """Trials of 1,000 steps of 1,024 records; accuracy is noised, and costs the validation records
+    epsilon 0.5 in all.
+    """
     return SweepStudy(
         config=Config(
             task=TextClassification(
@@ -32,11 +36,15 @@ def study() -> SweepStudy:
                 text_column="question",
                 max_tokens=128,
             ),
-            privacy=Privacy(epsilon=3.0, delta=1e-6, expected_batch_size=1024, steps=1000, spare_steps=250),
-            method=Method(name="grape", rank=64, refresh=200, learning_rate=5e-4, warmup_steps=50, schedule="linear"),
-            performance=Performance(micro_batch_size=64, charge_chunk=50, eval_every=100, num_workers=1, use_gpu=True),
+            privacy=Privacy(epsilon=3.0, delta=1e-6, expected_batch_size=1024, steps=1000,
+            spare_steps=250),
+            method=Method(name="grape", rank=64, refresh=200, learning_rate=5e-4, warmup_steps=50,
+            schedule="linear"),
+            performance=Performance(micro_batch_size=64, charge_chunk=50, eval_every=100,
+            num_workers=1, use_gpu=True),
         ),
-        tunable=("method.name", "method.rank", "method.side", "method.refresh", "method.moments", "method.learning_rate",
+        tunable=("method.name", "method.rank", "method.side", "method.refresh", "method.moments",
+        "method.learning_rate",
                  "method.weight_decay", "privacy.clip_norm", "privacy.clipping", "privacy.steps"),
         score_source="private",
         score_epsilon=0.5,

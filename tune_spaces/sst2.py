@@ -25,8 +25,9 @@ def study() -> SweepStudy:
     return SweepStudy(
         config=sst2().override(["performance.eval_every=20", "performance.charge_chunk=20"]),
         tunable=(
-            "method.name", "method.rank", "method.side", "method.refresh", "method.moments", "method.learning_rate", "method.warmup_steps",
-            "method.schedule", "method.weight_decay", "privacy.clip_norm", "privacy.clipping", "privacy.steps",
+            "method.name", "method.rank", "method.side", "method.refresh", "method.moments",
+            "method.learning_rate", "method.warmup_steps", "method.schedule", "method.weight_decay",
+            "privacy.clip_norm", "privacy.clipping", "privacy.steps",
         ),
         score_source="public",
     )  # fmt: skip

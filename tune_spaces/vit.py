@@ -1,4 +1,6 @@
-"""Shape and optimizer of the vision transformer on handwritten digits, among all methods of one mechanism."""
+"""Shape and optimizer of the vision transformer on handwritten digits, among all methods of one
+mechanism.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,16 @@ def space() -> dict[str, Any]:
 
 def study() -> SweepStudy:
     """Trials of 150 steps, compared first after 25. The held-out images count as public."""
-    settings = ["privacy.steps=150", "privacy.spare_steps=25", "performance.eval_every=25", "performance.charge_chunk=25"]
+    settings = [
+        "privacy.steps=150",
+        "privacy.spare_steps=25",
+        "performance.eval_every=25",
+        "performance.charge_chunk=25",
+    ]
     return SweepStudy(
         config=digits_vit().override([*settings, "method.rank=8"]),
-        tunable=("method.name", "method.rank", "method.learning_rate", "method.moments", "privacy.clip_norm", "privacy.clipping",
+        tunable=("method.name", "method.rank", "method.learning_rate", "method.moments",
+        "privacy.clip_norm", "privacy.clipping",
                  "task.width", "task.layers", "task.heads", "task.mlp_ratio"),
         score_source="public",
     )  # fmt: skip

@@ -14,8 +14,14 @@ _FORMAT = 2  # to be raised whenever the accountant's answers change
 
 
 def folder() -> Path:
-    """Where answers lie: ``$XDG_CACHE_HOME/grape-ray/calibration``; it may be removed at any time."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grape-ray" / "calibration"
+    """Where answers lie: ``$XDG_CACHE_HOME/grape-ray/calibration``; it may be removed at any
+    time.
+    """
+    return (
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        / "grape-ray"
+        / "calibration"
+    )
 
 
 def recall(question: dict[str, Any]) -> float | None:

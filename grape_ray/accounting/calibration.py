@@ -1,4 +1,6 @@
-"""Epsilon, noise and number of steps, each from the other two and always from above, with privacy loss distributions."""
+"""Epsilon, noise and number of steps, each from the other two and always from above, with privacy
+loss distributions.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ if TYPE_CHECKING:
     from grape_ray.accounting.composition import Composition
     from grape_ray.accounting.losses import Losses
 
-_FINEST, _COARSEST = 1e-5, 1e-2  # spacing of privacy losses: needless work below, needless error above
+# spacing of privacy losses: needless work below, needless error above
+_FINEST, _COARSEST = 1e-5, 1e-2
 _MAX_CELLS = 1_000_000
 _ENOUGH = 5e-4  # relative change of epsilon under a halved spacing that ends the refinement
 _PRECISION = 1e-4  # relative width of the bracket that ends the search for a noise multiplier
@@ -34,11 +37,13 @@ _LOOSE = 1e-3  # a remembered noise multiplier that is so much above what would 
 
 
 def epsilon(mechanism: Mechanism, steps: int, delta: float) -> float:
-    """An upper bound, tight to about 0.1 %, on the epsilon of ``steps`` adaptively composed steps at this delta.
+    """An upper bound, tight to about 0.1 %, on the epsilon of ``steps`` adaptively composed steps
+    at this delta.
 
-    Add/remove adjacency only. Pessimistic connect-the-dots discretisation (Doroshenko et al. 2022), composed by FFT with every rounding
-    error added (`accounting.composition`); each spacing bounds from above, so refining stops when it no longer pays. Without subsampling
-    the closed form is used.
+    Add/remove adjacency only. Pessimistic connect-the-dots discretisation (Doroshenko et al. 2022),
+    composed by FFT with every rounding error added (`accounting.composition`); each spacing bounds
+    from above, so refining stops when it no longer pays. Without subsampling the closed form is
+    used.
 
     Returns:
         epsilon >= 0; infinity where no finite one holds.
@@ -53,7 +58,8 @@ def epsilon(mechanism: Mechanism, steps: int, delta: float) -> float:
 
 
 def affords(mechanism: Mechanism, steps: int, epsilon: float, delta: float) -> bool:
-    """Whether ``steps`` steps are (epsilon, delta)-differentially private; True is proved, False may be off by 0.05 % of epsilon.
+    """Whether ``steps`` steps are (epsilon, delta)-differentially private; True is proved, False
+    may be off by 0.05 % of epsilon.
 
     Raises:
         ConfigError: a number is out of range.
@@ -62,7 +68,8 @@ def affords(mechanism: Mechanism, steps: int, epsilon: float, delta: float) -> b
     if _plain(mechanism):
         return _gaussian_delta(math.sqrt(steps) / mechanism.noise_multiplier, epsilon) <= delta
     spacing = _first_spacing(mechanism)
-    while _excess(mechanism, steps, epsilon, delta, spacing) > 0:  # any spacing proves it, so a failure only means to look closer
+    # any spacing proves it, so a failure only means to look closer
+    while _excess(mechanism, steps, epsilon, delta, spacing) > 0:
         spacing /= 2
         if spacing < _FINEST or _cells(mechanism, steps, spacing) > _MAX_CELLS:
             return False
@@ -79,10 +86,11 @@ def noise_multiplier(
     probes: int = 0,
     probes_shared: bool = False,
 ) -> float:
-    """The least noise multiplier, to 0.01 % from above, with which ``steps`` steps cost at most (epsilon, delta).
+    """The least noise multiplier, to 0.01 % from above, with which ``steps`` steps cost at most
+    (epsilon, delta).
 
-    Answers are remembered on disk (``accounting.cache``). One that is recalled is proved again by ``affords``, and searched anew where
-    0.1 % less would do, as where an older version found it.
+    Answers are remembered on disk (``accounting.cache``). One that is recalled is proved again by
+    ``affords``, and searched anew where 0.1 % less would do, as where an older version found it.
 
     Raises:
         ConfigError: a number is out of range.
@@ -102,7 +110,9 @@ def noise_multiplier(
 
 
 def _loose(mechanism: Mechanism, steps: int, epsilon: float, delta: float) -> bool:
-    """Whether clearly less noise than the mechanism's is enough, as far as one look at a fine spacing tells."""
+    """Whether clearly less noise than the mechanism's is enough, as far as one look at a fine
+    spacing tells.
+    """
     less = mechanism.noise_multiplier * (1 - _LOOSE)
     if less < MIN_NOISE_MULTIPLIER:
         return False
@@ -118,26 +128,38 @@ def _least_noise(most: Mechanism, epsilon: float, delta: float, steps: int) -> f
 
     def search(start: float, width: float, reach: float, spacing: float | None = None) -> float:
         def excess(log_quiet: float) -> float:
-            at = replace(most, noise_multiplier=min(MAX_NOISE_MULTIPLIER, max(MIN_NOISE_MULTIPLIER, math.exp(-log_quiet))))
+            at = replace(
+                most,
+                noise_multiplier=min(
+                    MAX_NOISE_MULTIPLIER, max(MIN_NOISE_MULTIPLIER, math.exp(-log_quiet))
+                ),
+            )
             return _excess(at, steps, epsilon, delta, spacing or _first_spacing(at))
 
         bounds = -math.log(MAX_NOISE_MULTIPLIER), -math.log(MIN_NOISE_MULTIPLIER)
         found = boundary(excess, -math.log(start), bounds, width, reach)
         if found is None:
             fix = "raise epsilon or delta, or lower sampling_prob or steps"
-            raise BudgetExceeded("no noise multiplier is large enough", None, f"one up to {MAX_NOISE_MULTIPLIER:g}", fix)
+            raise BudgetExceeded(
+                "no noise multiplier is large enough",
+                None,
+                f"one up to {MAX_NOISE_MULTIPLIER:g}",
+                fix,
+            )
         return min(MAX_NOISE_MULTIPLIER, max(MIN_NOISE_MULTIPLIER, math.exp(-found)))
 
     if _plain(most):
         return search(math.sqrt(steps), 1e-7, 1.0)
-    # A coarse search finds the neighbourhood, where the spacing that is needed can be told; the fine search starts from there.
+    # A coarse search finds the neighbourhood, where the spacing that is needed can be told; the
+    # fine search starts from there.
     rough = search(1.0, 0.02, 0.5)
     spacing = _refined(replace(most, noise_multiplier=rough), steps, delta)[1]
     return search(rough, _PRECISION, 0.02, spacing)
 
 
 def steps_within(mechanism: Mechanism, epsilon: float, delta: float) -> int:
-    """The largest number of steps, up to 10^6 and to 0.01 % from below, that is (epsilon, delta)-private; 0 where not one step is.
+    """The largest number of steps, up to 10^6 and to 0.01 % from below, that is (epsilon,
+    delta)-private; 0 where not one step is.
 
     Raises:
         ConfigError: a number is out of range.
@@ -156,7 +178,11 @@ def steps_within(mechanism: Mechanism, epsilon: float, delta: float) -> int:
     if not _plain(mechanism):
         spacing = _refined(mechanism, guess, delta)[1]
     count = search(guess, _PRECISION, 0.02, spacing)
-    return count + 1 if count < MAX_STEPS and _excess(mechanism, count + 1, epsilon, delta, spacing) <= 0 else count
+    return (
+        count + 1
+        if count < MAX_STEPS and _excess(mechanism, count + 1, epsilon, delta, spacing) <= 0
+        else count
+    )
 
 
 def _refined(mechanism: Mechanism, steps: int, delta: float) -> tuple[float, float]:
@@ -172,8 +198,12 @@ def _refined(mechanism: Mechanism, steps: int, delta: float) -> tuple[float, flo
     return best, spacing
 
 
-def _excess(mechanism: Mechanism, steps: int, epsilon: float, delta: float, spacing: float) -> float:
-    """Logarithm of (an upper bound on the composition's delta at epsilon, over delta): not above 0 where the steps fit."""
+def _excess(
+    mechanism: Mechanism, steps: int, epsilon: float, delta: float, spacing: float
+) -> float:
+    """Logarithm of (an upper bound on the composition's delta at epsilon, over delta): not above 0
+    where the steps fit.
+    """
     if _plain(mechanism):
         reached = _gaussian_delta(math.sqrt(steps) / mechanism.noise_multiplier, epsilon)
     else:
@@ -194,7 +224,9 @@ def _composed_epsilon(mechanism: Mechanism, steps: int, spacing: float, delta: f
 
 @functools.lru_cache(maxsize=4)
 def _one_step(mechanism: Mechanism, spacing: float) -> tuple[Losses, Losses]:
-    """The losses of one step, on multiples of the spacing, for removing and for adding an example."""
+    """The losses of one step, on multiples of the spacing, for removing and for adding an
+    example.
+    """
     # Imported here: scipy, which a ledger's reader need not wait for.
     if mechanism.name == RANDOMIZED:
         from grape_ray.accounting.randomized import one_step
@@ -206,7 +238,9 @@ def _one_step(mechanism: Mechanism, spacing: float) -> tuple[Losses, Losses]:
 
 
 def _first_spacing(mechanism: Mechanism) -> float:
-    """A quarter of the standard deviation of one step's privacy loss, roughly: coarser spacings lose more than they save."""
+    """A quarter of the standard deviation of one step's privacy loss, roughly: coarser spacings
+    lose more than they save.
+    """
     inverse = 1 / mechanism.noise_multiplier
     loss = min(mechanism.sampling_prob * math.sqrt(math.expm1(min(inverse**2, 100.0))), inverse)
     return min(_COARSEST, max(_FINEST, loss / 4))
@@ -221,15 +255,22 @@ def _cells(mechanism: Mechanism, steps: int, spacing: float) -> float:
 
 
 def _plain(mechanism: Mechanism) -> bool:
-    """Whether each step is a Gaussian mechanism on the whole dataset, whose composition is one Gaussian mechanism."""
+    """Whether each step is a Gaussian mechanism on the whole dataset, whose composition is one
+    Gaussian mechanism.
+    """
     return mechanism.name == GAUSSIAN and mechanism.sampling_prob == 1.0
 
 
 def _gaussian_delta(mu: float, epsilon: float) -> float:
-    """The delta of a Gaussian mechanism of sensitivity over noise mu (Balle and Wang 2018, theorem 8)."""
+    """The delta of a Gaussian mechanism of sensitivity over noise mu (Balle and Wang 2018, theorem
+    8).
+    """
     from scipy.special import log_ndtr
 
-    upper, lower = float(log_ndtr(mu / 2 - epsilon / mu)), epsilon + float(log_ndtr(-mu / 2 - epsilon / mu))
+    upper, lower = (
+        float(log_ndtr(mu / 2 - epsilon / mu)),
+        epsilon + float(log_ndtr(-mu / 2 - epsilon / mu)),
+    )
     return math.exp(upper) * -math.expm1(min(0.0, lower - upper))
 
 

@@ -1,12 +1,14 @@
-"""Many steps together: the sum of independent losses by FFT, tilted so that no rounding reaches the tail, and every error added to delta.
+"""Many steps together: the sum of independent losses by FFT, tilted so that no rounding reaches the
+tail, and every error added to delta.
 
-For a sum S of T losses with finite part of distribution p, delta(e) = P(S = inf) + sum over x > e of p^T(x) (1 - e^(e - x)). With
-p_tilted(x) = p(x) e^(theta x) / M, M = sum p(x) e^(theta x), it is
+For a sum S of T losses with finite part of distribution p, delta(e) = P(S = inf) + sum over x > e
+of p^T(x) (1 - e^(e - x)). With p_tilted(x) = p(x) e^(theta x) / M, M = sum p(x) e^(theta x), it is
 
-    delta(e) - P(S = inf) = M^T e^(-theta e) sum over x > e of p_tilted^T(x) e^(-theta (x - e)) (1 - e^(e - x)).
+    delta(e) - P(S = inf) = M^T e^(-theta e) sum over x > e of p_tilted^T(x) e^(-theta (x - e)) (1 -
+    e^(e - x)).
 
-With theta near the saddle point the sum runs over the middle of the tilted distribution, so that an error of the convolution counts in
-proportion to delta, not beside it.
+With theta near the saddle point the sum runs over the middle of the tilted distribution, so that an
+error of the convolution counts in proportion to delta, not beside it.
 """
 
 from __future__ import annotations
@@ -23,18 +25,25 @@ from grape_ray.accounting.roots import boundary
 
 _UNIT = np.finfo(np.float64).eps / 2
 _OUTSIDE = 1e-17  # tilted probability beyond either end of the window; it is added
-_FFT = 16  # times u log2(N) the 2-norm: an FFT's error in 2-norm; about 7 for radix 2 (Higham 2002, theorem 24.2)
+# times u log2(N) the 2-norm: an FFT's error in 2-norm; about 7 for radix 2 (Higham 2002, theorem
+# 24.2)
+_FFT = 16
 _TILTS = np.concatenate([[0.0], np.geomspace(1e-4, 1e5, 80)])
 _BLOCKS = 4096
-_BLURRED = 1e-3  # share of delta above which a convolution's error bound is worth extended precision
-_MOST_CELLS = 1 << 23  # of a window; where more are needed, as for epsilons of many thousands, Chernoff's bound stands alone
+# share of delta above which a convolution's error bound is worth extended precision
+_BLURRED = 1e-3
+# of a window; where more are needed, as for epsilons of many thousands, Chernoff's bound stands
+# alone
+_MOST_CELLS = 1 << 23
 
 # Shapes: n cells of one step, N cells of the composition's window.
 
 
 @dataclass(frozen=True)
 class _Tilted:
-    """The tilted sum on a window: losses (N,), cells (N,) within `off` of the truth in 2-norm, and what its numbers are good to."""
+    """The tilted sum on a window: losses (N,), cells (N,) within `off` of the truth in 2-norm, and
+    what its numbers are good to.
+    """
 
     theta: float
     log_scale: float  # T log M
@@ -45,7 +54,9 @@ class _Tilted:
 
 
 class Composition:
-    """`steps` adaptively composed steps whose losses are dominated by `losses`, in one direction."""
+    """`steps` adaptively composed steps whose losses are dominated by `losses`, in one
+    direction.
+    """
 
     def __init__(self, losses: Losses, steps: int):
         self._one, self._steps = losses, steps
@@ -67,7 +78,9 @@ class Composition:
         return self._bound(tilted, epsilon)
 
     def epsilon(self, delta: float) -> float:
-        """An epsilon at which `delta` holds; infinite where rounding or infinite losses leave none."""
+        """An epsilon at which `delta` holds; infinite where rounding or infinite losses leave
+        none.
+        """
         if self._infinite >= delta:
             return math.inf
         theta = self._tilt(np.full_like(_TILTS, -math.log(delta)), divide=True)
@@ -82,11 +95,14 @@ class Composition:
         if self._bound(tilted, 0.0) <= delta:
             return 0.0
         # Chernoff's bound, at which all of the tilted sum would do.
-        high = 1.01 * ((tilted.log_scale - math.log(delta - self._infinite)) / tilted.theta + self._slip)
+        high = 1.01 * (
+            (tilted.log_scale - math.log(delta - self._infinite)) / tilted.theta + self._slip
+        )
         if self._bound(tilted, high) > delta:
             return math.inf
 
-        # A logarithm, since that is nearly straight: each value is a sum over the window, and a few of them lead to the end.
+        # A logarithm, since that is nearly straight: each value is a sum over the window, and a few
+        # of them lead to the end.
         def excess(negated: float) -> float:
             return math.log(max(self._bound(tilted, -negated), 1e-300) / delta)
 
@@ -96,7 +112,9 @@ class Composition:
 
     @functools.cached_property
     def _log_moments(self) -> np.ndarray:
-        """T log M at each of `_TILTS`, roughly: from blocks of cells at their means; infinite where blocks are too wide to tell."""
+        """T log M at each of `_TILTS`, roughly: from blocks of cells at their means; infinite where
+        blocks are too wide to tell.
+        """
         size = -(-len(self._probs) // _BLOCKS)
         blocks, places = (np.pad(values, (0, -len(values) % size)).reshape(-1, size).sum(1)
                           for values in (self._probs, self._probs * self._numbers))  # fmt: skip
@@ -107,7 +125,9 @@ class Composition:
         return np.where((size == 1) | (_TILTS * size * self._one.spacing < 1), found, np.inf)
 
     def _tilt(self, beside: np.ndarray, divide: bool = False) -> float:
-        """The tilt at which Chernoff's bound is best; any other one gives a bound, too, but a less exact one."""
+        """The tilt at which Chernoff's bound is best; any other one gives a bound, too, but a less
+        exact one.
+        """
         bound = self._log_moments + beside
         if divide:
             bound = np.append(np.inf, (self._log_moments + beside)[1:] / _TILTS[1:])
@@ -131,15 +151,26 @@ class Composition:
         length = float(np.linalg.norm(folded))
         unit = float(np.finfo(dtype).eps) / 2
         lost = _FFT * unit * math.log2(size)
-        # |(F + e)^T - F^T| <= T |e| (1 + |e|)^(T - 1) for |F| <= 1, where |e| is at most the transform's error in 2-norm.
+        # |(F + e)^T - F^T| <= T |e| (1 + |e|)^(T - 1) for |F| <= 1, where |e| is at most the
+        # transform's error in 2-norm.
         largest = lost * math.sqrt(size) * length
-        off = length * (steps * (lost * math.exp(min(steps * largest, 700.0)) + 3 * unit) + 2 * lost)
+        off = length * (
+            steps * (lost * math.exp(min(steps * largest, 700.0)) + 3 * unit) + 2 * lost
+        )
         exponent = theta * float(np.abs(x).max()) + 750 + abs(log_mass)
-        relative = 4 * _UNIT * (steps * exponent + size + len(tilted) + theta * float(np.abs(losses).max()))
-        return _Tilted(theta, steps * log_mass, losses, np.roll(cells, -(start % size)), off, relative)
+        relative = (
+            4
+            * _UNIT
+            * (steps * exponent + size + len(tilted) + theta * float(np.abs(losses).max()))
+        )
+        return _Tilted(
+            theta, steps * log_mass, losses, np.roll(cells, -(start % size)), off, relative
+        )
 
     def _window(self, tilted: np.ndarray, x: np.ndarray) -> tuple[int, int]:
-        """The number of the first cell and the count, a power of two, outside of which the sum lies with probability 2e-17 at most."""
+        """The number of the first cell and the count, a power of two, outside of which the sum lies
+        with probability 2e-17 at most.
+        """
         mean = float(tilted @ x)
         spread = math.sqrt(max(float(tilted @ (x - mean) ** 2), self._one.spacing**2))
         ends = []
@@ -156,22 +187,33 @@ class Composition:
                     reach = found
                 rate /= 2
             ends.append(self._steps * mean + sign * reach)
-        first, last = math.floor(ends[0] / self._one.spacing) - 1, math.ceil(ends[1] / self._one.spacing) + 1
+        first, last = (
+            math.floor(ends[0] / self._one.spacing) - 1,
+            math.ceil(ends[1] / self._one.spacing) + 1,
+        )
         return first, 1 << max(4, (last - first).bit_length())
 
     def _inside(self, tilted: _Tilted, epsilon: float) -> tuple[float, float]:
-        """The tilted sum over losses above epsilon as it was computed, and how far the convolution may have been off."""
+        """The tilted sum over losses above epsilon as it was computed, and how far the convolution
+        may have been off.
+        """
         level = epsilon - self._slip
         first, count = int(np.searchsorted(tilted.losses, level, side="right")), len(tilted.losses)
         reach = tilted.theta * self._one.spacing
         last = min(count, first + math.ceil(-math.log(_OUTSIDE) / reach)) if reach > 0 else count
         over = tilted.losses[first:last] - level
         weights = np.exp(-tilted.theta * over) * -np.expm1(-over)
-        # Beyond the last, all of the probability together weighs less than _OUTSIDE; and so does what lies beyond either end of the window.
-        return float(tilted.cells[first:last] @ weights), tilted.off * float(np.linalg.norm(weights)) + 3 * _OUTSIDE
+        # Beyond the last, all of the probability together weighs less than _OUTSIDE; and so does
+        # what lies beyond either end of the window.
+        return (
+            float(tilted.cells[first:last] @ weights),
+            tilted.off * float(np.linalg.norm(weights)) + 3 * _OUTSIDE,
+        )
 
     def _blurred(self, tilted: _Tilted, epsilon: float) -> bool:
-        """Whether the convolution's error bound is a good part of delta here, and a longer float, where there is one, would help."""
+        """Whether the convolution's error bound is a good part of delta here, and a longer float,
+        where there is one, would help.
+        """
         if not len(tilted.cells) or np.finfo(np.longdouble).eps == np.finfo(np.float64).eps:
             return False
         computed, off = self._inside(tilted, min(epsilon, float(tilted.losses[-1])))
@@ -188,7 +230,9 @@ class Composition:
 
 
 def _power(values: np.ndarray, exponent: int) -> np.ndarray:
-    """values^exponent by squaring: exponent - 1 products, each good to sqrt(5) u of its magnitude (Brent, Percival and Zimmermann 2007)."""
+    """values^exponent by squaring: exponent - 1 products, each good to sqrt(5) u of its magnitude
+    (Brent, Percival and Zimmermann 2007).
+    """
     result = None
     while exponent:
         if exponent & 1:

@@ -1,14 +1,24 @@
-"""The last point at which an increasing function is not above zero, found with few of its values: each costs a composition."""
+"""The last point at which an increasing function is not above zero, found with few of its values:
+each costs a composition.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 
-def boundary(excess: Callable[[float], float], start: float, bounds: tuple[float, float], width: float, reach: float) -> float | None:
-    """The largest x within bounds with excess(x) <= 0, to the width and from below, for an increasing excess; None where there is none.
+def boundary(
+    excess: Callable[[float], float],
+    start: float,
+    bounds: tuple[float, float],
+    width: float,
+    reach: float,
+) -> float | None:
+    """The largest x within bounds with excess(x) <= 0, to the width and from below, for an
+    increasing excess; None where there is none.
 
-    Gallops from the start, then halves by false position (Illinois), kept off both ends so that the bracket closes from both sides.
+    Gallops from the start, then halves by false position (Illinois), kept off both ends so that the
+    bracket closes from both sides.
     """
     x, fx = start, excess(start)
     sign = 1.0 if fx <= 0 else -1.0

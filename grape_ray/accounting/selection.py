@@ -1,4 +1,6 @@
-"""Private selection: what releasing the best of a secret, random number of trials costs (Papernot and Steinke 2022)."""
+"""Private selection: what releasing the best of a secret, random number of trials costs (Papernot
+and Steinke 2022).
+"""
 
 from __future__ import annotations
 
@@ -26,9 +28,25 @@ from grape_ray.errors import BudgetExceeded, ConfigError
 
 NEGATIVE_BINOMIAL, POISSON = "truncated_negative_binomial", "poisson"
 _PRECISION = 1e-4
-_MAX_MEAN = {NEGATIVE_BINOMIAL: 1e4, POISSON: 500.0}  # beyond, the first probabilities leave the range of floats
-# Any set of Renyi orders gives an upper bound; with all of dp_accounting's own it is 0.1 % lower, and takes twice as long.
-_ORDERS = (1.25, 1.5, 1.75, *(n / 4 for n in range(8, 49)), *range(13, 64), 72, 80, 96, 128, 192, 256, 512, 1024)
+# beyond, the first probabilities leave the range of floats
+_MAX_MEAN = {NEGATIVE_BINOMIAL: 1e4, POISSON: 500.0}
+# Any set of Renyi orders gives an upper bound; with all of dp_accounting's own it is 0.1 % lower,
+# and takes twice as long.
+_ORDERS = (
+    1.25,
+    1.5,
+    1.75,
+    *(n / 4 for n in range(8, 49)),
+    *range(13, 64),
+    72,
+    80,
+    96,
+    128,
+    192,
+    256,
+    512,
+    1024,
+)
 
 
 @dataclass(frozen=True)
@@ -36,9 +54,11 @@ class Law:
     """The law of the number K of trials.
 
     Args:
-        name: ``truncated_negative_binomial`` (K >= 1), or ``poisson`` (K may be 0, and then nothing is released).
+        name: ``truncated_negative_binomial`` (K >= 1), or ``poisson`` (K may be 0, and then nothing
+            is released).
         mean: the mean of K, above 1 and up to 10,000 (500 for ``poisson``).
-        shape: of the negative binomial: 0 is the logarithmic law, the cheapest; 1 the geometric. Always 0 for ``poisson``.
+        shape: of the negative binomial: 0 is the logarithmic law, the cheapest; 1 the geometric.
+            Always 0 for ``poisson``.
 
     Raises:
         ConfigError: an unknown name, or a number out of range.
@@ -50,18 +70,35 @@ class Law:
 
     def __post_init__(self) -> None:
         if self.name not in (NEGATIVE_BINOMIAL, POISSON):
-            raise ConfigError("unknown law of the number of trials", self.name, f"{NEGATIVE_BINOMIAL} or {POISSON}", "correct its name")
-        mean, shape = finite("mean number of trials", self.mean), finite("shape of the law", self.shape)
+            raise ConfigError(
+                "unknown law of the number of trials",
+                self.name,
+                f"{NEGATIVE_BINOMIAL} or {POISSON}",
+                "correct its name",
+            )
+        mean, shape = (
+            finite("mean number of trials", self.mean),
+            finite("shape of the law", self.shape),
+        )
         most = _MAX_MEAN[self.name]
         if not 1 < mean <= most:
-            raise ConfigError("mean number of trials", mean, f"1 < mean <= {most:g}", "ask for another number of trials")
+            raise ConfigError(
+                "mean number of trials",
+                mean,
+                f"1 < mean <= {most:g}",
+                "ask for another number of trials",
+            )
         if not 0 <= shape <= (100 if self.name == NEGATIVE_BINOMIAL else 0):
-            raise ConfigError("shape of the law", shape, "0 to 100, and 0 for poisson", "0 is the logarithmic law")
+            raise ConfigError(
+                "shape of the law", shape, "0 to 100, and 0 for poisson", "0 is the logarithmic law"
+            )
         object.__setattr__(self, "mean", mean)
         object.__setattr__(self, "shape", shape)
 
     def draw(self) -> int:
-        """A number of trials, from the operating system's generator, by inversion. It must stay secret."""
+        """A number of trials, from the operating system's generator, by inversion. It must stay
+        secret.
+        """
         uniform, k, mass = secrets.randbits(53) / 2**53, *self._first()
         total = mass
         while total <= uniform and mass > 1e-300:
@@ -85,16 +122,26 @@ class Law:
         if self.name == POISSON:
             return 0, math.exp(-self.mean)
         gamma, eta = _gamma(self.mean, self.shape), self.shape
-        return 1, (1 - gamma) / math.log(1 / gamma) if eta == 0 else (1 - gamma) * eta / math.expm1(-eta * math.log(gamma))
+        return 1, (
+            (1 - gamma) / math.log(1 / gamma)
+            if eta == 0
+            else (1 - gamma) * eta / math.expm1(-eta * math.log(gamma))
+        )
 
     def _ratio(self, k: int) -> float:
         """P(K = k + 1) / P(K = k)."""
-        return self.mean / (k + 1) if self.name == POISSON else (1 - _gamma(self.mean, self.shape)) * (k + self.shape) / (k + 1)
+        return (
+            self.mean / (k + 1)
+            if self.name == POISSON
+            else (1 - _gamma(self.mean, self.shape)) * (k + self.shape) / (k + 1)
+        )
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without dp_accounting's warnings of Renyi orders that it leaves out: with fewer orders the bound is larger, never wrong."""
+    """Without dp_accounting's warnings of Renyi orders that it leaves out: with fewer orders the
+    bound is larger, never wrong.
+    """
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -106,21 +153,29 @@ def _quiet() -> Iterator[None]:
 
 @functools.lru_cache(maxsize=8)
 def _gamma(mean: float, shape: float) -> float:
-    """The parameter of the truncated negative binomial that has this mean, by halving; the mean falls in gamma."""
+    """The parameter of the truncated negative binomial that has this mean, by halving; the mean
+    falls in gamma.
+    """
     low, high = -60.0, -1e-12  # of log gamma
     while high - low > 1e-14 * abs(low):
         middle = (low + high) / 2
-        found = math.expm1(-middle) / -middle if shape == 0 else shape * math.expm1(-middle) / -math.expm1(shape * middle)
+        found = (
+            math.expm1(-middle) / -middle
+            if shape == 0
+            else shape * math.expm1(-middle) / -math.expm1(shape * middle)
+        )
         low, high = (middle, high) if found > mean else (low, middle)
     return math.exp(low)
 
 
 @dataclass(frozen=True)
 class Selection:
-    """A share of the dataset's budget that pays for the release of the best of K trials, whatever K turns out to be.
+    """A share of the dataset's budget that pays for the release of the best of K trials, whatever K
+    turns out to be.
 
-    Guarantees: (epsilon, delta) for the winner alone, where every trial is drawn from one fixed distribution, takes at most
-    ``trial_tokens`` steps of the mechanism, and nothing but the winner is released. The whole is charged when the ledger takes it in.
+    Guarantees: (epsilon, delta) for the winner alone, where every trial is drawn from one fixed
+    distribution, takes at most ``trial_tokens`` steps of the mechanism, and nothing but the winner
+    is released. The whole is charged when the ledger takes it in.
 
     Args:
         name: unique in its ledger, also among studies.
@@ -142,7 +197,12 @@ class Selection:
         check_name("selection", self.name)
         if self.mechanism.name != GAUSSIAN:
             expected = "a method with exact norms"
-            raise ConfigError("private selection needs Renyi bounds", self.mechanism.name, expected, "use another method, or mode compose")
+            raise ConfigError(
+                "private selection needs Renyi bounds",
+                self.mechanism.name,
+                expected,
+                "use another method, or mode compose",
+            )
         object.__setattr__(self, "epsilon", check_epsilon(self.epsilon))
         object.__setattr__(self, "delta", check_delta(self.delta))
         object.__setattr__(self, "trial_tokens", check_count("trial_tokens", self.trial_tokens))
@@ -159,10 +219,11 @@ class Selection:
 
 
 def epsilon(mechanism: Mechanism, trial_steps: int, law: Law, delta: float) -> float:
-    """An upper bound on the epsilon of releasing the best of K trials of ``trial_steps`` steps each; infinity where none holds.
+    """An upper bound on the epsilon of releasing the best of K trials of ``trial_steps`` steps
+    each; infinity where none holds.
 
-    Renyi bounds, with the theorems 2 (truncated negative binomial) and 6 (Poisson) of Papernot and Steinke (2022). It does not depend
-    on how many trials really run.
+    Renyi bounds, with the theorems 2 (truncated negative binomial) and 6 (Poisson) of Papernot and
+    Steinke (2022). It does not depend on how many trials really run.
 
     Raises:
         ConfigError: a number is out of range, or the mechanism has no Renyi bound.
@@ -171,33 +232,56 @@ def epsilon(mechanism: Mechanism, trial_steps: int, law: Law, delta: float) -> f
     from dp_accounting.rdp import RdpAccountant
 
     if mechanism.name != GAUSSIAN:
-        raise ConfigError("private selection needs Renyi bounds", mechanism.name, "a method with exact norms", "use mode compose")
-    step = dp_event.PoissonSampledDpEvent(mechanism.sampling_prob, dp_event.GaussianDpEvent(mechanism.noise_multiplier))
+        raise ConfigError(
+            "private selection needs Renyi bounds",
+            mechanism.name,
+            "a method with exact norms",
+            "use mode compose",
+        )
+    step = dp_event.PoissonSampledDpEvent(
+        mechanism.sampling_prob, dp_event.GaussianDpEvent(mechanism.noise_multiplier)
+    )
     trial = dp_event.SelfComposedDpEvent(step, check_count("trial_steps", trial_steps))
     accountant = RdpAccountant(_ORDERS)
     with _quiet():
-        accountant.compose(dp_event.RepeatAndSelectDpEvent(trial, law.mean, math.inf if law.name == POISSON else law.shape))
+        accountant.compose(
+            dp_event.RepeatAndSelectDpEvent(
+                trial, law.mean, math.inf if law.name == POISSON else law.shape
+            )
+        )
     found = float(accountant.get_epsilon(check_delta(delta)))
     return found if found >= 0 else math.inf  # also where it is NaN
 
 
-def noise_multiplier(wanted: float, delta: float, sampling_prob: float, trial_steps: int, law: Law) -> float:
-    """The least noise multiplier, to 0.01 % from above, with which the selection costs at most (wanted, delta).
+def noise_multiplier(
+    wanted: float, delta: float, sampling_prob: float, trial_steps: int, law: Law
+) -> float:
+    """The least noise multiplier, to 0.01 % from above, with which the selection costs at most
+    (wanted, delta).
 
     Raises:
-        ConfigError: a number is out of range. BudgetExceeded: not even the largest noise multiplier suffices.
+        ConfigError: a number is out of range. BudgetExceeded: not even the largest noise multiplier
+            suffices.
     """
     wanted, most = check_epsilon(wanted), Mechanism(GAUSSIAN, sampling_prob, MAX_NOISE_MULTIPLIER)
 
     def fits(log_sigma: float) -> bool:
-        return epsilon(replace(most, noise_multiplier=math.exp(log_sigma)), trial_steps, law, delta) <= wanted
+        return (
+            epsilon(replace(most, noise_multiplier=math.exp(log_sigma)), trial_steps, law, delta)
+            <= wanted
+        )
 
     least, largest = math.log(MIN_NOISE_MULTIPLIER), math.log(MAX_NOISE_MULTIPLIER) - 1e-12
     high = 0.0
     while not fits(high):
         if high == largest:
             what = "no noise multiplier is large enough for the selection"
-            raise BudgetExceeded(what, None, "a budget that pays for one", "raise epsilon or delta, or ask for fewer trials")
+            raise BudgetExceeded(
+                what,
+                None,
+                "a budget that pays for one",
+                "raise epsilon or delta, or ask for fewer trials",
+            )
         high = min(largest, high + 1)
     low = high - 1
     while low > least and fits(low):

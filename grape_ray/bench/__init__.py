@@ -1,1 +1,3 @@
-"""Measurements that anyone can repeat: every method beside the non-private loop and the peers, in one run on one machine."""
+"""Measurements that anyone can repeat: every method beside the non-private loop and the peers, in
+one run on one machine.
+"""

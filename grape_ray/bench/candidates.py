@@ -1,7 +1,9 @@
-"""The one table of what is measured: every method, the loops to compare with, and the peers where they are installed.
+"""The one table of what is measured: every method, the loops to compare with, and the peers where
+they are installed.
 
-A private step is a whole one: clipped sum, secure noise, update. Projections and singular vectors are renewed every 100 steps,
-which the few timed steps do not reach: their cost falls on step 0, which is in the peak bytes and not in the seconds.
+A private step is a whole one: clipped sum, secure noise, update. Projections and singular vectors
+are renewed every 100 steps, which the few timed steps do not reach: their cost falls on step 0,
+which is in the peak bytes and not in the seconds.
 """
 
 from __future__ import annotations
@@ -44,7 +46,11 @@ class PrivateStep:
     def __call__(self) -> None:
         summed = self.engine.clipped_sum(self.loss, self.batch, step=self.count)
         rows = len(self.batch["labels"])
-        self.optimizer.step(self.privatize(summed, self.stream, noise_multiplier=NOISE_MULTIPLIER, expected_batch_size=rows))
+        self.optimizer.step(
+            self.privatize(
+                summed, self.stream, noise_multiplier=NOISE_MULTIPLIER, expected_batch_size=rows
+            )
+        )
         self.count += 1
 
 
@@ -65,7 +71,9 @@ class PlainStep:
 
 @dataclass
 class FloorStep:
-    """Forward and input gradients alone: every parameter frozen, the embeddings' output asks for its gradient, no optimizer."""
+    """Forward and input gradients alone: every parameter frozen, the embeddings' output asks for
+    its gradient, no optimizer.
+    """
 
     model: nn.Module
     loss: Loss
@@ -88,9 +96,11 @@ class Candidate:
     """One row of a table.
 
     Attributes:
-        method: its name in results. make: (model, loss, batch, rank) -> a function that takes one step.
+        method: its name in results. make: (model, loss, batch, rank) -> a function that takes one
+            step.
         ranks: the ranks that are measured unless asked for otherwise; empty where there is none.
-        package: what must be installed. about: one line. usual: whether it is measured where no method is named.
+        package: what must be installed. about: one line. usual: whether it is measured where no
+            method is named.
     """
 
     method: str
@@ -110,17 +120,29 @@ class Candidate:
 
 def _private(name: str, routes: tuple[str, ...] = ()) -> Callable[..., Step]:
     def make(model: nn.Module, loss: Loss, batch: dict[str, Tensor], rank: int | None) -> Step:
-        method = Method(name=name, learning_rate=LEARNING_RATE, rank=rank or Method.rank, routes=routes)
+        method = Method(
+            name=name, learning_rate=LEARNING_RATE, rank=rank or Method.rank, routes=routes
+        )
         engine = from_config(model, Privacy(clip_norm=CLIP_NORM), method, key=_KEY)
         engine.use_secret(_KEY)
-        return PrivateStep(model, loss, batch, engine, make_optimizer(model, engine, method, 10**6), privatize, NoiseStream(_KEY))
+        return PrivateStep(
+            model,
+            loss,
+            batch,
+            engine,
+            make_optimizer(model, engine, method, 10**6),
+            privatize,
+            NoiseStream(_KEY),
+        )
 
     return make
 
 
 def _adamw(**options: Any) -> Callable[..., Step]:
     def make(model: nn.Module, loss: Loss, batch: dict[str, Tensor], rank: int | None) -> Step:
-        return PlainStep(model, loss, batch, torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, **options))
+        return PlainStep(
+            model, loss, batch, torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, **options)
+        )
 
     return make
 
@@ -143,19 +165,41 @@ CANDIDATES: dict[str, Candidate] = {
     c.method: c
     for c in (
         Candidate("none", _adamw(), "torch.optim.AdamW as it comes, all parameters"),
-        Candidate("none_fused", _adamw(fused=True), "torch.optim.AdamW(fused=True), all parameters"),
+        Candidate(
+            "none_fused", _adamw(fused=True), "torch.optim.AdamW(fused=True), all parameters"
+        ),
         Candidate("floor", _floor, "forward and input gradients alone, no optimizer"),
-        *(Candidate(n, _private(n), info.title, _RANKS.get(n, ())) for n, info in METHODS.items() if info.private),
-        Candidate("ghost_gram", _private("ghost", ("*:gram",)), "ghost clipping, Gram norms alone", usual=False),
-        Candidate("bookkeeping_gram", _private("bookkeeping", ("*:gram",)), "Book-Keeping, Gram norms alone", usual=False),
-        Candidate("opacus_hooks", _opacus("hooks"), "Opacus, per-example gradients by hooks", package="opacus"),
+        *(
+            Candidate(n, _private(n), info.title, _RANKS.get(n, ()))
+            for n, info in METHODS.items()
+            if info.private
+        ),
+        Candidate(
+            "ghost_gram",
+            _private("ghost", ("*:gram",)),
+            "ghost clipping, Gram norms alone",
+            usual=False,
+        ),
+        Candidate(
+            "bookkeeping_gram",
+            _private("bookkeeping", ("*:gram",)),
+            "Book-Keeping, Gram norms alone",
+            usual=False,
+        ),
+        Candidate(
+            "opacus_hooks",
+            _opacus("hooks"),
+            "Opacus, per-example gradients by hooks",
+            package="opacus",
+        ),
         Candidate("opacus_ghost", _opacus("ghost"), "Opacus, ghost clipping", package="opacus"),
     )
 }
 
 
 def chosen(names: Iterable[str]) -> list[tuple[str, int | None]]:
-    """(method, rank) of each name, `method` or `method:rank`; every candidate for no name. `none` is always first: it is the yardstick.
+    """(method, rank) of each name, `method` or `method:rank`; every candidate for no name. `none`
+    is always first: it is the yardstick.
 
     Raises:
         ConfigError: an unknown method, or a rank where the method has none.
@@ -164,10 +208,17 @@ def chosen(names: Iterable[str]) -> list[tuple[str, int | None]]:
     for text in list(names) or [c.method for c in CANDIDATES.values() if c.usual]:
         name, _, rank = text.strip().partition(":")
         if name not in CANDIDATES:
-            raise ConfigError("method of the benchmark", name, "one of " + ", ".join(CANDIDATES), nearest(name, CANDIDATES))
+            raise ConfigError(
+                "method of the benchmark",
+                name,
+                "one of " + ", ".join(CANDIDATES),
+                nearest(name, CANDIDATES),
+            )
         ranks = CANDIDATES[name].ranks
         if rank and not (ranks and rank.isdecimal() and int(rank) > 0):
-            raise ConfigError(f"rank of {name}", rank, "a rank >= 1" if ranks else "no rank: the method has none")
+            raise ConfigError(
+                f"rank of {name}", rank, "a rank >= 1" if ranks else "no rank: the method has none"
+            )
         found += [(name, int(rank))] if rank else [(name, r) for r in ranks or (None,)]
     return list(dict.fromkeys(found))
 

@@ -1,4 +1,6 @@
-"""What checkpoints cost training: steps with one every few steps beside steps without, in turns, in one run against an object store."""
+"""What checkpoints cost training: steps with one every few steps beside steps without, in turns, in
+one run against an object store.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +31,14 @@ _BUCKET = "bench"
 
 @dataclass(frozen=True)
 class Stall:
-    """Seconds a step without and with checkpoints (medians over rounds), their ratio, and what was written.
+    """Seconds a step without and with checkpoints (medians over rounds), their ratio, and what was
+    written.
 
     Attributes:
-        rate: steps a second with checkpoints over that without, the median over rounds of neighbouring blocks.
-        full_bytes, delta_bytes: of one checkpoint. copy_s: the longest that `save` held training up. written, skipped: checkpoints.
+        rate: steps a second with checkpoints over that without, the median over rounds of
+            neighbouring blocks.
+        full_bytes, delta_bytes: of one checkpoint. copy_s: the longest that `save` held training
+            up. written, skipped: checkpoints.
     """
 
     without_s: float
@@ -46,15 +51,22 @@ class Stall:
     skipped: int
 
 
-def measure(where: Setting, storage: str, rank: int, every: int, deltas: int, rounds: int, block: int) -> Stall:
+def measure(
+    where: Setting, storage: str, rank: int, every: int, deltas: int, rounds: int, block: int
+) -> Stall:
     """Takes `rounds` blocks of `block` steps without and as many with checkpoints, in turns.
 
-    A checkpoint is begun before every `every` steps of its block, so that each is written while steps of that block are taken, as in a
-    long run; what is still on its way at the block's end is waited for before the next block begins, and is not timed.
+    A checkpoint is begun before every `every` steps of its block, so that each is written while
+    steps of that block are taken, as in a long run; what is still on its way at the block's end is
+    waited for before the next block begins, and is not timed.
     """
     model, loss, batch = build(where)
     method = Method(rank=rank, refresh=10 * block)
-    config = Config(task=None, method=method, performance=Performance(delta_checkpoints=deltas, keep_checkpoints=2))
+    config = Config(
+        task=None,
+        method=method,
+        performance=Performance(delta_checkpoints=deltas, keep_checkpoints=2),
+    )
     engine = from_config(model, config.privacy, method, b"public")
     optimizer, noise = make_optimizer(model, engine, method, 10**6), NoiseStream(bytes(32))
     place = Storage(storage)
@@ -67,7 +79,12 @@ def measure(where: Setting, storage: str, rank: int, every: int, deltas: int, ro
                 asked = time.monotonic()
                 written += saver.save(step, {}, Occasion.DUE)
                 copies.append(time.monotonic() - asked)
-            released = privatize(engine.clipped_sum(loss, batch, step=step), noise, noise_multiplier=1.0, expected_batch_size=where.rows)
+            released = privatize(
+                engine.clipped_sum(loss, batch, step=step),
+                noise,
+                noise_multiplier=1.0,
+                expected_batch_size=where.rows,
+            )
             optimizer.step(released)
             step += 1
         if index:  # the first block warms up
@@ -79,12 +96,22 @@ def measure(where: Setting, storage: str, rank: int, every: int, deltas: int, ro
             if manifest.base:
                 sizes[False] = checkpoint.read_manifest(place, manifest.base).bytes
     rate = statistics.median(a / b for a, b in zip(plain, saving))
-    return Stall(statistics.median(plain), statistics.median(saving), rate, sizes[False], sizes[True], max(copies), written, saver.skipped)
+    return Stall(
+        statistics.median(plain),
+        statistics.median(saving),
+        rate,
+        sizes[False],
+        sizes[True],
+        max(copies),
+        written,
+        saver.skipped,
+    )
 
 
 @contextlib.contextmanager
 def object_store() -> Iterator[str]:
-    """URL of a bucket on an S3-compatible server that runs, on the loopback interface, in a process of its own for the time of the block.
+    """URL of a bucket on an S3-compatible server that runs, on the loopback interface, in a process
+    of its own for the time of the block.
 
     Raises:
         StorageError: moto[server] is not installed, or does not start.
@@ -92,11 +119,17 @@ def object_store() -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    settings = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "bench", "AWS_SECRET_ACCESS_KEY": "bench"}
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "bench",
+        "AWS_SECRET_ACCESS_KEY": "bench",
+    }
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     try:
         _await_port(port, server)
@@ -116,7 +149,10 @@ def _await_port(port: int, server: Any) -> None:
             return
         time.sleep(0.1)
     raise StorageError(
-        "the object store of the benchmark does not start", None, "moto[server]", "pip install 'grape-ray[s3]', or pass --storage"
+        "the object store of the benchmark does not start",
+        None,
+        "moto[server]",
+        "pip install 'grape-ray[s3]', or pass --storage",
     )
 
 

@@ -1,4 +1,6 @@
-"""The clock of the benchmarks: CPU-seconds of this process (user and system, all threads), or seconds of a synchronised GPU."""
+"""The clock of the benchmarks: CPU-seconds of this process (user and system, all threads), or
+seconds of a synchronised GPU.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ import torch
 def clock(device: str) -> Callable[[], float]:
     """A function that tells the time in seconds, from an arbitrary origin.
 
-    CPU-seconds leave out what other processes do on the machine, and count every thread; idle threads must sleep rather than spin
-    (OMP_WAIT_POLICY=passive, which `processes` sets).
+    CPU-seconds leave out what other processes do on the machine, and count every thread; idle
+    threads must sleep rather than spin (OMP_WAIT_POLICY=passive, which `processes` sets).
     """
     if device == "cpu":
         return time.process_time

@@ -18,7 +18,9 @@ _STUDY = Study("study", Mechanism(GAUSSIAN, 1e-3, 2.0), 8.0, 1e-5, 10**6)  # of 
 
 
 def costs(entries: int) -> dict[str, Any]:
-    """CPU-seconds of opening a ledger with that many entries of one study in a local folder, of verifying it, and of its epsilon spent."""
+    """CPU-seconds of opening a ledger with that many entries of one study in a local folder, of
+    verifying it, and of its epsilon spent.
+    """
     with tempfile.TemporaryDirectory() as folder:
         _write(Path(folder), entries)
         opened, ledger = _timed(lambda: Ledger.open(folder, create=False))

@@ -1,4 +1,6 @@
-"""Interleaved rounds: every candidate takes a few steps in turn while the others sleep, so that a drift of the machine meets all."""
+"""Interleaved rounds: every candidate takes a few steps in turn while the others sleep, so that a
+drift of the machine meets all.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ class Row:
     """One candidate's figures; those that could not be had are None and `error` says why.
 
     Attributes:
-        method, rank: the candidate. seconds: median over rounds of a step's CPU-seconds (GPU: seconds).
+        method, rank: the candidate. seconds: median over rounds of a step's CPU-seconds (GPU:
+            seconds).
         time_ratio: median over rounds of seconds / those of `none` in the same round.
         peak_bytes: above the loaded model. memory_ratio: over those of `none`.
     """
@@ -39,8 +42,12 @@ class Row:
         return {name: value for name, value in vars(self).items() if name != "error" or value}
 
 
-def measure(where: Setting, named: Named, rounds: int, steps: int, say: Say = lambda text: None) -> list[Row]:
-    """Times and peaks of the candidates, in separate processes and passes; `none` must be the first."""
+def measure(
+    where: Setting, named: Named, rounds: int, steps: int, say: Say = lambda text: None
+) -> list[Row]:
+    """Times and peaks of the candidates, in separate processes and passes; `none` must be the
+    first.
+    """
     peaks = [_peak(where, method, rank, say) for method, rank in named]
     times = _times(where, named, rounds, steps, say)
     rows = []
@@ -67,8 +74,12 @@ def _peak(where: Setting, method: str, rank: int | None, say: Say) -> tuple[int 
     return answer.get("peak_bytes"), answer.get("error", "")
 
 
-def _times(where: Setting, named: Named, rounds: int, steps: int, say: Say) -> list[tuple[list[float], str]]:
-    """Per candidate (seconds a step in each round, error); no seconds where it failed in any round."""
+def _times(
+    where: Setting, named: Named, rounds: int, steps: int, say: Say
+) -> list[tuple[list[float], str]]:
+    """Per candidate (seconds a step in each round, error); no seconds where it failed in any
+    round.
+    """
     processes = [Process(where, method, rank) for method, rank in named]
     seconds: list[list[float]] = [[] for _ in named]
     try:

@@ -1,6 +1,8 @@
-"""Opacus as its own documentation runs it, on the same model, batch and optimizer; needs the extra `peers`.
+"""Opacus as its own documentation runs it, on the same model, batch and optimizer; needs the extra
+`peers`.
 
-Its noise is torch's ordinary generator (`secure_mode` off, its default), where the private methods here draw theirs from AES.
+Its noise is torch's ordinary generator (`secure_mode` off, its default), where the private methods
+here draw theirs from AES.
 """
 
 from __future__ import annotations
@@ -37,8 +39,12 @@ def hooks(model: nn.Module, loss: Loss, batch: dict[str, Tensor]) -> Callable[[]
 
 def ghost(model: nn.Module, loss: Loss, batch: dict[str, Tensor]) -> Callable[[], None]:
     """Ghost clipping: norms in a first backward pass, the sum in a second one."""
-    wrapped, optimizer = _wrap(model, batch, _BY_GHOST, {"max_grad_norm": CLIP_NORM, "use_ghost_clipping": True})
-    tensor = importlib.import_module("opacus.utils.fast_gradient_clipping_utils").DPTensorFastGradientClipping
+    wrapped, optimizer = _wrap(
+        model, batch, _BY_GHOST, {"max_grad_norm": CLIP_NORM, "use_ghost_clipping": True}
+    )
+    tensor = importlib.import_module(
+        "opacus.utils.fast_gradient_clipping_utils"
+    ).DPTensorFastGradientClipping
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -48,13 +54,18 @@ def ghost(model: nn.Module, loss: Loss, batch: dict[str, Tensor]) -> Callable[[]
     return step
 
 
-def _wrap(model: nn.Module, batch: dict[str, Tensor], kinds: tuple, options: dict[str, Any]) -> tuple[Any, Any]:
-    """Opacus's module and optimizer; its hooks record in training mode alone, and the models here have no dropout."""
+def _wrap(
+    model: nn.Module, batch: dict[str, Tensor], kinds: tuple, options: dict[str, Any]
+) -> tuple[Any, Any]:
+    """Opacus's module and optimizer; its hooks record in training mode alone, and the models here
+    have no dropout.
+    """
     logging.disable(logging.WARNING)
     module, optimizer = (getattr(importlib.import_module(place), name) for place, name in kinds)
     wrapped = module(model.train(), loss_reduction="mean", strict=False, **options)
     inner = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     rows = len(batch["labels"])
     return wrapped, optimizer(
-        inner, noise_multiplier=NOISE_MULTIPLIER, max_grad_norm=CLIP_NORM, expected_batch_size=rows, loss_reduction="mean"
+        inner, noise_multiplier=NOISE_MULTIPLIER, max_grad_norm=CLIP_NORM, expected_batch_size=rows,
+        loss_reduction="mean"
     )  # fmt: skip

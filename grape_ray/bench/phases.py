@@ -1,7 +1,9 @@
-"""Where a step's seconds go: each part of a step is wrapped, and counts the time that no part inside it counts.
+"""Where a step's seconds go: each part of a step is wrapped, and counts the time that no part
+inside it counts.
 
-Nothing in the engines knows of it: what is wrapped are the step's own fields, the sink's verbs (engines.sink) and torch's backward.
-Projections are found by their matrix: the profile marks it, and times every product that it takes part in.
+Nothing in the engines knows of it: what is wrapped are the step's own fields, the sink's verbs
+(engines.sink) and torch's backward. Projections are found by their matrix: the profile marks it,
+and times every product that it takes part in.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from grape_ray.bench.clock import clock
 from grape_ray.engines.ghost import TwoPasses
 
 PHASES = (
-    "forward", "backward", "per-example contraction", "projection", "norms", "weighted sum", "noise", "optimizer", "other",
+    "forward", "backward", "per-example contraction", "projection", "norms", "weighted sum",
+    "noise", "optimizer", "other",
 )  # fmt: skip
 
 
@@ -62,7 +65,9 @@ class Stopwatch:
 
 
 class Marked(Tensor):
-    """A projection matrix that times the products it takes part in; its views and casts are marked, too."""
+    """A projection matrix that times the products it takes part in; its views and casts are marked,
+    too.
+    """
 
     watch: Stopwatch
 
@@ -70,7 +75,8 @@ class Marked(Tensor):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         tensors = [t for t in tree_flatten((args, kwargs or {}))[0] if isinstance(t, Tensor)]
         watch = next(t for t in tensors if isinstance(t, Marked)).watch
-        name = watch.current if watch.current == "optimizer" else "projection"  # the lift belongs to the update
+        # the lift belongs to the update
+        name = watch.current if watch.current == "optimizer" else "projection"
         with watch.phase(name), torch._C.DisableTorchFunctionSubclass():
             out = func(*args, **(kwargs or {}))
         if isinstance(out, Tensor) and all(isinstance(t, Marked) for t in tensors):
@@ -87,7 +93,9 @@ def mark(matrix: Tensor, watch: Stopwatch) -> Tensor:
 
 
 def measure_phases(step: Step, device: str, steps: int) -> dict[str, float]:
-    """Seconds a step in each of PHASES. The step's parts are wrapped for good: call it in a process that ends afterwards."""
+    """Seconds a step in each of PHASES. The step's parts are wrapped for good: call it in a process
+    that ends afterwards.
+    """
     watch = Stopwatch(clock(device))
     backward = torch.autograd.backward
     _wrap(step, watch)
@@ -126,7 +134,9 @@ def _making(watch: Stopwatch) -> str:
 
 
 def _wrap_sink(sink: Any, watch: Stopwatch) -> Any:
-    """Wraps the sink's verbs. A sink of two passes takes norms in the first and sums in the second, on the spot."""
+    """Wraps the sink's verbs. A sink of two passes takes norms in the first and sums in the second,
+    on the spot.
+    """
     taking = "weighted sum" if isinstance(sink, TwoPasses) else "per-example contraction"
     names = {
         "pair": taking,

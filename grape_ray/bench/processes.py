@@ -16,14 +16,20 @@ from grape_ray.bench.models import Setting
 from grape_ray.bench.worker import opening
 
 # Idle threads sleep, so that a process's CPU-seconds are work alone.
-_QUIET = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+_QUIET = {
+    "OMP_WAIT_POLICY": "passive",
+    "GOMP_SPINCOUNT": "0",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONWARNINGS": "ignore",
+}
 
 
 class Process:
     """A worker in a fresh process.
 
     Args:
-        for_memory: start it with the allocator's settings of `memory`; they cost time, so never time such a process.
+        for_memory: start it with the allocator's settings of `memory`; they cost time, so never
+            time such a process.
     """
 
     def __init__(self, where: Setting, method: str, rank: int | None, for_memory: bool = False):
@@ -36,7 +42,8 @@ class Process:
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (lives as long as the child)
         command = [sys.executable, "-m", "grape_ray.bench.worker"]
         self._child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
+            env=environment
         )  # fmt: skip
         self._say(opening(where, method, rank))
 

@@ -1,4 +1,6 @@
-"""The results file: one section a benchmark, replaced when it is run again, each with its command, hardware, versions and commit."""
+"""The results file: one section a benchmark, replaced when it is run again, each with its command,
+hardware, versions and commit.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ import torch
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 _HEADER = (
-    "# Results\n\nMade by `grape-ray bench`; a section is replaced when its benchmark is run again. Ratios are to `none` of the same run.\n"
+    "# Results\n\nMade by `grape-ray bench`; a section is replaced when its benchmark is run again."
+    " Ratios are to `none` of the same run.\n"
 )
 _PACKAGES = ("torch", "transformers", "opacus", "numpy", "cryptography")
 
@@ -41,10 +44,15 @@ def _hardware() -> str:
 
 def _commit() -> str:
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent, check=True
+        ).stdout.strip()
 
     try:
-        commit, changed = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
+        commit, changed = (
+            git("rev-parse", "--short", "HEAD"),
+            git("status", "--porcelain", "--untracked-files=no", "--", "*.py"),
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit + ("+changes" if changed else "")
@@ -84,7 +92,10 @@ def save(title: str, body: str, command: str, path: Path = RESULTS) -> None:
     where = surroundings()
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     date = datetime.datetime.now(datetime.UTC).date()
-    section = f"## {title}\n\n`{command}`\n\n{where['hardware']}; {versions}; commit {where['commit']}; {date}.\n\n{body}\n"
+    section = (
+        f"## {title}\n\n`{command}`\n\n{where['hardware']}; {versions}; commit {where['commit']};"
+        f" {date}.\n\n{body}\n"
+    )
     text = path.read_text() if path.exists() else _HEADER
     parts = re.split(r"(?m)^(?=## )", text)
     kept = [part.rstrip("\n") + "\n" for part in parts[1:] if not part.startswith(f"## {title}\n")]

@@ -1,7 +1,8 @@
-"""Which bytes a step holds: saved for backward, kept by the method, the sum, the optimizer's state. Kinds overlap where memory is shared.
+"""Which bytes a step holds: saved for backward, kept by the method, the sum, the optimizer's state.
+Kinds overlap where memory is shared.
 
-They are counted as distinct storages, without the model's own, and do not add up to the peak: not all are held at once, and
-temporaries are in none.
+They are counted as distinct storages, without the model's own, and do not add up to the peak: not
+all are held at once, and temporaries are in none.
 """
 
 from __future__ import annotations
@@ -32,9 +33,14 @@ def measure_holdings(step: Step) -> dict[str, int]:
         _watch(step, own, found)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         step()
-    result = {"saved for backward": sum(n for place, n in saved.items() if place not in own), **found}
+    result = {
+        "saved for backward": sum(n for place, n in saved.items() if place not in own),
+        **found,
+    }
     if hasattr(held, "optimizer"):
-        state = held.optimizer._state if isinstance(step, PrivateStep) else dict(held.optimizer.state)
+        state = (
+            held.optimizer._state if isinstance(step, PrivateStep) else dict(held.optimizer.state)
+        )
         result["optimizer state"] = _bytes(state, own)
     return result
 
@@ -50,7 +56,9 @@ def _watch(step: PrivateStep, own: set[int], found: dict[str, int]) -> None:
 
         def squared_norms() -> Any:
             kept = [value for name, value in vars(sink).items() if name != "params"]
-            found["kept for norms and sum"] = max(found.get("kept for norms and sum", 0), _bytes(kept, own))
+            found["kept for norms and sum"] = max(
+                found.get("kept for norms and sum", 0), _bytes(kept, own)
+            )
             return norms()
 
         sink.squared_norms = squared_norms
@@ -80,4 +88,8 @@ def _leaves(values: Any) -> Iterable[Tensor]:
 
 def _bytes(values: Any, own: set[int]) -> int:
     """Bytes of distinct storages, without the model's own."""
-    return sum({_place(t): t.untyped_storage().nbytes() for t in _leaves(values) if _place(t) not in own}.values())
+    return sum(
+        {
+            _place(t): t.untyped_storage().nbytes() for t in _leaves(values) if _place(t) not in own
+        }.values()
+    )

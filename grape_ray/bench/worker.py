@@ -1,8 +1,10 @@
-"""One candidate in a process of its own: `python -m grape_ray.bench.worker`, spoken to in lines of JSON.
+"""One candidate in a process of its own: `python -m grape_ray.bench.worker`, spoken to in lines of
+JSON.
 
-The first line says what to build: {"setting": {...}, "method": "grape", "rank": 16}. Every later line asks for one thing and gets one
-line: {"do": "time", "steps": n} -> {"seconds": a step}; "memory" -> {"peak_bytes": ...}; "phases" -> {"phases": {...}}; "bytes" ->
-{"bytes": {...}}. Whatever fails is answered {"error": first line}. Between the lines the process sleeps.
+The first line says what to build: {"setting": {...}, "method": "grape", "rank": 16}. Every later
+line asks for one thing and gets one line: {"do": "time", "steps": n} -> {"seconds": a step};
+"memory" -> {"peak_bytes": ...}; "phases" -> {"phases": {...}}; "bytes" -> {"bytes": {...}}.
+Whatever fails is answered {"error": first line}. Between the lines the process sleeps.
 """
 
 from __future__ import annotations
@@ -77,7 +79,12 @@ class Worker:
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """One request's answer."""
-        verbs = {"time": self.time, "memory": self.memory, "phases": self.phases, "bytes": self.bytes}
+        verbs = {
+            "time": self.time,
+            "memory": self.memory,
+            "phases": self.phases,
+            "bytes": self.bytes,
+        }
         return verbs[request["do"]](request["steps"])
 
 

@@ -1,8 +1,10 @@
 """Delta checkpoints: how far projected weights have moved since a full checkpoint, in coordinates.
 
-Within a projection period p a step changes a weight by W <- c W + lift_p(a u): c is its weight decay and u the update in coordinates. So
-since a full checkpoint W_0 of it, W = f W_0 + sum_p f_p lift_p(S_p), and the sums S_p, which are of the coordinates' size, with the
-numbers f hold all of the change; the projections come anew from their public key. Rounding apart, which the tests bound by 1e-6.
+Within a projection period p a step changes a weight by W <- c W + lift_p(a u): c is its weight
+decay and u the update in coordinates. So since a full checkpoint W_0 of it, W = f W_0 + sum_p f_p
+lift_p(S_p), and the sums S_p, which are of the coordinates' size, with the numbers f hold all of
+the change; the projections come anew from their public key. Rounding apart, which the tests bound
+by 1e-6.
 """
 
 from __future__ import annotations
@@ -15,15 +17,18 @@ from torch import Tensor
 
 from grape_ray.engines.subspace import Subspace
 
-# Beyond either the next checkpoint is a full one: a delta would no longer be small, or differ by more than 1e-6, since the rounding of
-# the steps themselves, which a delta does not repeat, adds up.
+# Beyond either the next checkpoint is a full one: a delta would no longer be small, or differ by
+# more than 1e-6, since the rounding of the steps themselves, which a delta does not repeat, adds
+# up.
 MAX_PERIODS, MAX_STEPS = 4, 500
 
 
 class Coordinates:
-    """The change of every projected weight since the full checkpoint `base`; nothing is kept while there is none.
+    """The change of every projected weight since the full checkpoint `base`; nothing is kept while
+    there is none.
 
-    Costs one tensor of the coordinates' size a weight beside the weights, and as much host memory for each earlier period.
+    Costs one tensor of the coordinates' size a weight beside the weights, and as much host memory
+    for each earlier period.
 
     Attributes:
         base: name of the full checkpoint, or None. deltas: how many deltas of it were made.
@@ -47,7 +52,9 @@ class Coordinates:
         self._clear(None)
 
     def begin_step(self, period: int, decay: float) -> None:
-        """Before the records of a step: every weight is multiplied by `decay`, then moves in the subspace of `period`."""
+        """Before the records of a step: every weight is multiplied by `decay`, then moves in the
+        subspace of `period`.
+        """
         if self.base is None:
             return
         self._steps += 1
@@ -58,7 +65,8 @@ class Coordinates:
             for earlier in self._sums.values():
                 earlier.update({name: tensor.cpu() for name, tensor in earlier.items()})
             self._sums[period], self._factors[period] = {}, 1.0
-        decay = float(torch.tensor(decay, dtype=torch.float32))  # as it is rounded before fp32 weights are multiplied: each step alike
+        # as it is rounded before fp32 weights are multiplied: each step alike
+        decay = float(torch.tensor(decay, dtype=torch.float32))
         self._factor *= decay
         for known in self._factors:
             self._factors[known] *= decay
@@ -74,7 +82,11 @@ class Coordinates:
 
     def tensors(self) -> dict[str, Tensor]:
         """`<period>/<weight>` -> sum of coordinates."""
-        return {f"{period}/{name}": tensor for period, named in self._sums.items() for name, tensor in named.items()}
+        return {
+            f"{period}/{name}": tensor
+            for period, named in self._sums.items()
+            for name, tensor in named.items()
+        }
 
     def counters(self) -> dict[str, Any]:
         """The numbers that go with `tensors`."""
@@ -85,16 +97,30 @@ class Coordinates:
             "steps": self._steps,
         }
 
-    def load(self, base: str, tensors: Mapping[str, Tensor], counters: Mapping[str, Any], like: Mapping[str, Tensor]) -> None:
-        """Takes up a delta's sums, so that later deltas start from the same full checkpoint; `like` holds the weights, by name."""
+    def load(
+        self,
+        base: str,
+        tensors: Mapping[str, Tensor],
+        counters: Mapping[str, Any],
+        like: Mapping[str, Tensor],
+    ) -> None:
+        """Takes up a delta's sums, so that later deltas start from the same full checkpoint; `like`
+        holds the weights, by name.
+        """
         self._clear(base)
-        self.deltas, self._steps, self._factor = int(counters["deltas"]), int(counters["steps"]), float(counters["factor"])
+        self.deltas, self._steps, self._factor = (
+            int(counters["deltas"]),
+            int(counters["steps"]),
+            float(counters["factor"]),
+        )
         self._factors = {int(p): float(f) for p, f in counters["factors"].items()}
         self._sums = {period: {} for period in self._factors}
         newest = max(self._sums, default=0)
         for key, tensor in tensors.items():
             period, name = key.split("/", 1)
-            self._sums[int(period)][name] = tensor.to(like[name].device) if int(period) == newest else tensor
+            self._sums[int(period)][name] = (
+                tensor.to(like[name].device) if int(period) == newest else tensor
+            )
 
     def apply_(self, weights: Mapping[str, Tensor]) -> None:
         """Moves the base's weights, in place, to where the sums say that they are."""
@@ -103,4 +129,6 @@ class Coordinates:
             weight.mul_(self._factor)
             for period, named in self._sums.items():
                 if name in named:
-                    self._subspace.lift_(weight, name, period, named[name].to(weight.device), self._factors[period])
+                    self._subspace.lift_(
+                        weight, name, period, named[name].to(weight.device), self._factors[period]
+                    )

@@ -1,4 +1,6 @@
-"""The part of a run's state that one rank writes and reads: its rows of what is sharded, its share of what every rank holds."""
+"""The part of a run's state that one rank writes and reads: its rows of what is sharded, its share
+of what every rank holds.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,21 @@ from grape_ray.errors import CheckpointError
 from grape_ray.optim import Optimizer
 
 
-def shards_of(tensors: Mapping[str, Tensor], places: Mapping[str, tuple[tuple[int, ...], int]], comms: Comms) -> dict[str, Shard]:
+def shards_of(
+    tensors: Mapping[str, Tensor], places: Mapping[str, tuple[tuple[int, ...], int]], comms: Comms
+) -> dict[str, Shard]:
     """What this rank writes, so that all ranks together write each row once.
 
     Args:
-        places: of tensors of which a rank holds some rows alone: (shape of the whole, first row). The others are the same everywhere.
+        places: of tensors of which a rank holds some rows alone: (shape of the whole, first row).
+            The others are the same everywhere.
     """
     common = {name: tensor for name, tensor in tensors.items() if name not in places}
-    own = {name: Shard(tensors[name], *place) for name, place in places.items() if name in tensors and len(tensors[name])}
+    own = {
+        name: Shard(tensors[name], *place)
+        for name, place in places.items()
+        if name in tensors and len(tensors[name])
+    }
     return {**checkpoint.share(common, comms.rank, comms.world_size), **own}
 
 
@@ -31,7 +40,11 @@ def model_places(model: nn.Module) -> dict[str, tuple[tuple[int, ...], int]]:
     """Where this rank's rows of a sharded model's tensors lie; empty for a whole one."""
     if not sharding.is_sharded(model):
         return {}
-    return {name: (tuple(p.shape), sharding.rows(p).start) for name, p in model.named_parameters() if isinstance(p, DTensor)}
+    return {
+        name: (tuple(p.shape), sharding.rows(p).start)
+        for name, p in model.named_parameters()
+        if isinstance(p, DTensor)
+    }
 
 
 def held(model: nn.Module) -> dict[str, Tensor]:
@@ -40,27 +53,52 @@ def held(model: nn.Module) -> dict[str, Tensor]:
 
 
 def restore_rows(reader: Reader, model: nn.Module, optimizer: Optimizer) -> None:
-    """Reads a full checkpoint into a sharded model and its optimizer; each rank reads only the rows that it holds.
+    """Reads a full checkpoint into a sharded model and its optimizer; each rank reads only the rows
+    that it holds.
 
     Raises:
         CheckpointError: names or shapes differ, or a file is damaged.
     """
     if reader.manifest.base:
-        raise CheckpointError(f"checkpoint {reader.manifest.name} is a delta", None, "a full one", "resume without performance.sharded")
+        raise CheckpointError(
+            f"checkpoint {reader.manifest.name} is a delta",
+            None,
+            "a full one",
+            "resume without performance.sharded",
+        )
     places, mine = model_places(model), held(model)
     wrong = sorted(set(mine) ^ set(reader.names("model")))
     if wrong:
-        raise CheckpointError("the checkpoint holds another model", ", ".join(wrong[:3]), "the run's own model", "resume with its own task")
+        raise CheckpointError(
+            "the checkpoint holds another model",
+            ", ".join(wrong[:3]),
+            "the run's own model",
+            "resume with its own task",
+        )
     with torch.no_grad():
         for name, tensor in mine.items():
             tensor.copy_(_rows(reader, "model", name, places, tensor))
     state, own = optimizer.state_dict(), optimizer.places()
-    saved = {name: _rows(reader, "optimizer", name, own, t) for name, t in state.items() if isinstance(t, Tensor)}
+    saved = {
+        name: _rows(reader, "optimizer", name, own, t)
+        for name, t in state.items()
+        if isinstance(t, Tensor)
+    }
     optimizer.load_state_dict({**saved, **reader.manifest.counters["optimizer"]})
 
 
-def _rows(reader: Reader, kind: str, name: str, places: Mapping[str, tuple[tuple[int, ...], int]], like: Tensor) -> Tensor:
+def _rows(
+    reader: Reader,
+    kind: str,
+    name: str,
+    places: Mapping[str, tuple[tuple[int, ...], int]],
+    like: Tensor,
+) -> Tensor:
     """What the checkpoint holds for this rank's part of a tensor."""
     if name not in places:
         return reader.read(kind, name)
-    return reader.read(kind, name, places[name][1], len(like)) if len(like) else torch.empty_like(like, device="cpu")
+    return (
+        reader.read(kind, name, places[name][1], len(like))
+        if len(like)
+        else torch.empty_like(like, device="cpu")
+    )

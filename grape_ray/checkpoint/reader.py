@@ -24,7 +24,8 @@ class Reader:
     """One committed checkpoint, from which tensors are read by name, on any number of ranks.
 
     Raises:
-        CheckpointError: no manifest, a file is missing or of another size, or the base is no full checkpoint; nothing else was read then.
+        CheckpointError: no manifest, a file is missing or of another size, or the base is no full
+            checkpoint; nothing else was read then.
     """
 
     def __init__(self, storage: Storage, name: str):
@@ -33,9 +34,19 @@ class Reader:
             try:
                 found = storage.size(f"{name}/{file}")
             except FileNotFoundError as error:
-                raise CheckpointError(f"checkpoint file {name}/{file} is missing", None, "all that its manifest names", _INSTEAD) from error
+                raise CheckpointError(
+                    f"checkpoint file {name}/{file} is missing",
+                    None,
+                    "all that its manifest names",
+                    _INSTEAD,
+                ) from error
             if found != expected:
-                raise CheckpointError(f"checkpoint file {name}/{file} is torn", f"{found} bytes", f"{expected} bytes", _INSTEAD)
+                raise CheckpointError(
+                    f"checkpoint file {name}/{file} is torn",
+                    f"{found} bytes",
+                    f"{expected} bytes",
+                    _INSTEAD,
+                )
         self._base = self._full(self.manifest.base) if self.manifest.base else None
 
     def _full(self, base: str) -> Reader:
@@ -51,19 +62,26 @@ class Reader:
         return sorted({piece.name for piece in self.manifest.pieces.get(kind, [])} | set(inherited))
 
     def read(self, kind: str, name: str, start: int = 0, rows: int | None = None) -> Tensor:
-        """Rows `start .. start + rows` (all by default) of a tensor; only pieces that hold some of them are read, each verified.
+        """Rows `start .. start + rows` (all by default) of a tensor; only pieces that hold some of
+        them are read, each verified.
 
-        Of a delta's projected weights these are the base's values, which `Coordinates.apply_` moves.
+        Of a delta's projected weights these are the base's values, which `Coordinates.apply_`
+        moves.
 
         Raises:
             CheckpointError: no such tensor, rows that nobody saved, or a damaged file.
         """
-        pieces = sorted((p for p in self.manifest.pieces.get(kind, []) if p.name == name), key=lambda p: p.start)
+        pieces = sorted(
+            (p for p in self.manifest.pieces.get(kind, []) if p.name == name), key=lambda p: p.start
+        )
         if not pieces and self._base and kind == "model":
             return self._base.read(kind, name, start, rows)
         if not pieces:
             raise CheckpointError(
-                f"checkpoint {self.manifest.name} holds no {kind} tensor", name, "a saved name", "resume the run's own model"
+                f"checkpoint {self.manifest.name} holds no {kind} tensor",
+                name,
+                "a saved name",
+                "resume the run's own model",
             )
         if not pieces[0].global_shape:
             return read(self.storage, self.manifest.name, pieces[0])
@@ -77,7 +95,12 @@ class Reader:
             parts.append(tensor[max(place - piece.start, 0) : end - piece.start])
             place = max(place, piece.start + piece.rows)
         if place < end:
-            raise CheckpointError(f"checkpoint {self.manifest.name} lacks rows of '{name}'", f"up to {place}", f"up to {end}", _INSTEAD)
+            raise CheckpointError(
+                f"checkpoint {self.manifest.name} lacks rows of '{name}'",
+                f"up to {place}",
+                f"up to {end}",
+                _INSTEAD,
+            )
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -86,9 +109,11 @@ class Checkpoint:
     """A whole checkpoint, verified.
 
     Attributes:
-        step: steps that its model has taken. name: folder below the run's storage. facts: what was saved beside the state.
+        step: steps that its model has taken. name: folder below the run's storage. facts: what was
+            saved beside the state.
         model: parameter and buffer name -> tensor. optimizer: what Optimizer.load_state_dict takes.
-        base: of a delta, the full checkpoint whose projected weights `model` holds. coordinates, counters: what moves them on.
+        base: of a delta, the full checkpoint whose projected weights `model` holds. coordinates,
+            counters: what moves them on.
     """
 
     step: int
@@ -102,17 +127,33 @@ class Checkpoint:
 
 
 def load(storage: Storage, name: str) -> Checkpoint:
-    """A checkpoint, every byte of it verified. Raises CheckpointError where anything is missing or differs."""
+    """A checkpoint, every byte of it verified. Raises CheckpointError where anything is missing or
+    differs.
+    """
     reader = Reader(storage, name)
-    tensors = {kind: {n: reader.read(kind, n) for n in reader.names(kind)} for kind in ("model", "optimizer", "coordinates")}
+    tensors = {
+        kind: {n: reader.read(kind, n) for n in reader.names(kind)}
+        for kind in ("model", "optimizer", "coordinates")
+    }
     saved = reader.manifest
     optimizer = {**tensors["optimizer"], **saved.counters["optimizer"]}
     counters = saved.counters.get("coordinates", {})
-    return Checkpoint(saved.step, name, saved.facts, tensors["model"], optimizer, saved.base, tensors["coordinates"], counters)
+    return Checkpoint(
+        saved.step,
+        name,
+        saved.facts,
+        tensors["model"],
+        optimizer,
+        saved.base,
+        tensors["coordinates"],
+        counters,
+    )
 
 
 def latest(storage: Storage) -> Checkpoint | None:
-    """The newest whole checkpoint of a run, or None; torn or damaged ones are passed over with a warning."""
+    """The newest whole checkpoint of a run, or None; torn or damaged ones are passed over with a
+    warning.
+    """
     for name in names(storage):
         try:
             return load(storage, name)
@@ -136,8 +177,11 @@ def distinct(model: nn.Module) -> dict[str, Tensor]:
     return kept
 
 
-def restore(model: nn.Module, saved: Checkpoint, subspace: Subspace | None = None) -> Coordinates | None:
-    """Puts a checkpoint's weights into a model, in place; of a delta it returns the coordinates, to be counted on.
+def restore(
+    model: nn.Module, saved: Checkpoint, subspace: Subspace | None = None
+) -> Coordinates | None:
+    """Puts a checkpoint's weights into a model, in place; of a delta it returns the coordinates, to
+    be counted on.
 
     Args:
         subspace: of the run's own engine; a delta needs it.
@@ -146,12 +190,21 @@ def restore(model: nn.Module, saved: Checkpoint, subspace: Subspace | None = Non
         CheckpointError: names or shapes differ; nothing was changed then.
     """
     mine = distinct(model)
-    wrong = sorted(set(mine) ^ set(saved.model)) or sorted(n for n in mine if mine[n].shape != saved.model[n].shape)
+    wrong = sorted(set(mine) ^ set(saved.model)) or sorted(
+        n for n in mine if mine[n].shape != saved.model[n].shape
+    )
     if wrong:
         fix = "resume with the run's own task"
-        raise CheckpointError("the checkpoint holds another model", ", ".join(wrong[:3]), "the run's own model", fix)
+        raise CheckpointError(
+            "the checkpoint holds another model", ", ".join(wrong[:3]), "the run's own model", fix
+        )
     if saved.base and subspace is None:
-        raise CheckpointError(f"checkpoint {saved.name} is a delta", None, "the subspace that it was made in", "pass the engine's")
+        raise CheckpointError(
+            f"checkpoint {saved.name} is a delta",
+            None,
+            "the subspace that it was made in",
+            "pass the engine's",
+        )
     with torch.no_grad():
         for name, tensor in mine.items():
             tensor.copy_(saved.model[name])

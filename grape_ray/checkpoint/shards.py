@@ -1,4 +1,6 @@
-"""Shards: the rows of a tensor that a rank holds, and the safetensors files that they are streamed into and read from."""
+"""Shards: the rows of a tensor that a rank holds, and the safetensors files that they are streamed
+into and read from.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +20,20 @@ from grape_ray.storage import Storage
 _BLOCK_BYTES = 8 << 20
 _ALIGNMENT = 8
 _DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
-    torch.int16: "I16", torch.int8: "I8", torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
-    torch.bool: "BOOL", torch.complex64: "C64", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
+    torch.bool: "BOOL", torch.complex64: "C64", torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
 _BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Rows `start .. start + len(tensor)` of dimension 0 of a tensor of `global_shape`; a tensor without dimensions is one shard."""
+    """Rows `start .. start + len(tensor)` of dimension 0 of a tensor of `global_shape`; a tensor
+    without dimensions is one shard.
+    """
 
     tensor: Tensor
     global_shape: tuple[int, ...]
@@ -44,8 +50,10 @@ class Piece:
     """Where a shard lies in storage, as the manifest says it.
 
     Attributes:
-        file: below the checkpoint's folder. offset, bytes: its place in the file. sha256: of these bytes.
-        name: of its tensor. start, rows: what it holds of dimension 0 of `global_shape`; both 0 for a tensor without dimensions.
+        file: below the checkpoint's folder. offset, bytes: its place in the file. sha256: of these
+            bytes.
+        name: of its tensor. start, rows: what it holds of dimension 0 of `global_shape`; both 0 for
+            a tensor without dimensions.
         dtype: as safetensors names it.
     """
 
@@ -71,14 +79,21 @@ class Piece:
 
 
 def share(tensors: Mapping[str, Tensor], rank: int, world_size: int) -> dict[str, Shard]:
-    """What one rank of a replicated state writes, so that all ranks together write each byte once and about the same number of bytes.
+    """What one rank of a replicated state writes, so that all ranks together write each byte once
+    and about the same number of bytes.
 
-    Tensors of more than a rank's part are cut by rows; the others go, the largest first, to the rank that has least so far.
+    Tensors of more than a rank's part are cut by rows; the others go, the largest first, to the
+    rank that has least so far.
     """
     total = sum(_size(t) for t in tensors.values())
     taken, mine = [0] * world_size, {}
     for name, tensor in sorted(tensors.items(), key=lambda item: (-_size(item[1]), item[0])):
-        if world_size > 1 and tensor.ndim and len(tensor) >= world_size and _size(tensor) * world_size > total:
+        if (
+            world_size > 1
+            and tensor.ndim
+            and len(tensor) >= world_size
+            and _size(tensor) * world_size > total
+        ):
             low, high = (len(tensor) * r // world_size for r in (rank, rank + 1))
             mine[name] = Shard(tensor[low:high], tuple(tensor.shape), low)
             taken = [t + _size(tensor) // world_size for t in taken]
@@ -92,13 +107,19 @@ def share(tensors: Mapping[str, Tensor], rank: int, world_size: int) -> dict[str
 
 def snapshot(shards: Mapping[str, Shard]) -> dict[str, Shard]:
     """The shards as they are now, copied to host memory."""
-    return {n: Shard(s.tensor.detach().to("cpu", copy=True).contiguous(), s.global_shape, s.start) for n, s in shards.items()}
+    return {
+        n: Shard(s.tensor.detach().to("cpu", copy=True).contiguous(), s.global_shape, s.start)
+        for n, s in shards.items()
+    }
 
 
-def write(storage: Storage, folder: str, file: str, shards: Mapping[str, Shard]) -> tuple[int, list[Piece]]:
+def write(
+    storage: Storage, folder: str, file: str, shards: Mapping[str, Shard]
+) -> tuple[int, list[Piece]]:
     """Streams shards in host memory as one safetensors file; returns its bytes and its pieces.
 
-    The header holds each shard's own shape, so that any reader of safetensors opens the file; nothing is copied but a block at a time.
+    The header holds each shard's own shape, so that any reader of safetensors opens the file;
+    nothing is copied but a block at a time.
     """
     header, pieces = _header(file, shards)
     digests = {name: hashlib.sha256() for name in shards}
@@ -119,38 +140,78 @@ def write(storage: Storage, folder: str, file: str, shards: Mapping[str, Shard])
 
 
 def _header(file: str, shards: Mapping[str, Shard]) -> tuple[bytes, list[Piece]]:
-    """The header of the file (8 bytes of length, then JSON, padded), and its pieces without their digests."""
+    """The header of the file (8 bytes of length, then JSON, padded), and its pieces without their
+    digests.
+    """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     pieces, end = [], 0
     for name, shard in shards.items():
         if shard.tensor.dtype not in _DTYPES:
-            expected, fix = "one of safetensors: " + ", ".join(_BY_NAME), "keep it in another type, or register it with persistent=False"
-            raise CheckpointError(f"tensor '{name}' has a type that no checkpoint holds", str(shard.tensor.dtype), expected, fix)
+            expected, fix = (
+                "one of safetensors: " + ", ".join(_BY_NAME),
+                "keep it in another type, or register it with persistent=False",
+            )
+            raise CheckpointError(
+                f"tensor '{name}' has a type that no checkpoint holds",
+                str(shard.tensor.dtype),
+                expected,
+                fix,
+            )
         size, rows = _size(shard.tensor), len(shard.tensor) if shard.tensor.ndim else 0
-        entries[name] = {"dtype": _DTYPES[shard.tensor.dtype], "shape": list(shard.tensor.shape), "data_offsets": [end, end + size]}
-        pieces.append(Piece(name, file, end, size, "", _DTYPES[shard.tensor.dtype], shard.global_shape, shard.start, rows))
+        entries[name] = {
+            "dtype": _DTYPES[shard.tensor.dtype],
+            "shape": list(shard.tensor.shape),
+            "data_offsets": [end, end + size],
+        }
+        pieces.append(
+            Piece(
+                name,
+                file,
+                end,
+                size,
+                "",
+                _DTYPES[shard.tensor.dtype],
+                shard.global_shape,
+                shard.start,
+                rows,
+            )
+        )
         end += size
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text, [dataclasses.replace(p, offset=p.offset + 8 + len(text)) for p in pieces]
+    return len(text).to_bytes(8, "little") + text, [
+        dataclasses.replace(p, offset=p.offset + 8 + len(text)) for p in pieces
+    ]
 
 
 def read(storage: Storage, folder: str, piece: Piece) -> Tensor:
-    """A piece's tensor. Raises CheckpointError where it is missing, short or differs from what was written."""
+    """A piece's tensor. Raises CheckpointError where it is missing, short or differs from what was
+    written.
+    """
     where = f"{folder}/{piece.file}"
     data, digest = bytearray(), hashlib.sha256()
     try:
         for start in range(piece.offset, piece.offset + piece.bytes, _BLOCK_BYTES):
-            block = storage.read(where, start, min(start + _BLOCK_BYTES, piece.offset + piece.bytes))
+            block = storage.read(
+                where, start, min(start + _BLOCK_BYTES, piece.offset + piece.bytes)
+            )
             digest.update(block)
             data += block
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"checkpoint file {where} is missing", None, "all that its manifest names", "an earlier one is used instead"
+            f"checkpoint file {where} is missing",
+            None,
+            "all that its manifest names",
+            "an earlier one is used instead",
         ) from error
     if len(data) != piece.bytes or digest.hexdigest() != piece.sha256:
         got = f"{len(data)} bytes of '{piece.name}'"
-        raise CheckpointError(f"checkpoint file {where} is damaged", got, f"{piece.bytes} bytes, intact", "an earlier one is used instead")
+        raise CheckpointError(
+            f"checkpoint file {where} is damaged",
+            got,
+            f"{piece.bytes} bytes, intact",
+            "an earlier one is used instead",
+        )
     if not data:
         return torch.empty(piece.shape, dtype=_BY_NAME[piece.dtype])
     return torch.frombuffer(data, dtype=_BY_NAME[piece.dtype]).view(piece.shape)

@@ -1,4 +1,6 @@
-"""Writing checkpoints in the background: a copy of a rank's own shards, streamed while training goes on, the manifest last."""
+"""Writing checkpoints in the background: a copy of a rank's own shards, streamed while training
+goes on, the manifest last.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,8 @@ class State:
     """What one rank contributes to a checkpoint.
 
     Attributes:
-        shards: kind of state (`model`, `optimizer`, `coordinates`) -> tensor name -> this rank's rows of it. All ranks' shards together
-            are the whole state, each row once.
+        shards: kind of state (`model`, `optimizer`, `coordinates`) -> tensor name -> this rank's
+            rows of it. All ranks' shards together are the whole state, each row once.
         counters, facts, base: as in Manifest; those of rank 0 are kept.
     """
 
@@ -51,14 +53,17 @@ class _Upload:
 
 
 class Writer:
-    """Streams one checkpoint at a time to storage; `begin`, `ready` and `settle` are called by every rank, at the same steps.
+    """Streams one checkpoint at a time to storage; `begin`, `ready` and `settle` are called by
+    every rank, at the same steps.
 
-    Guarantees: `begin` returns when the state is copied to host memory, and what is written is the state of that moment. A
-    checkpoint has a manifest only when every rank's files are whole. What fails in the background is raised on every rank by the next
-    `ready` or `settle`. Nothing is waited for beyond `deadline_s`.
+    Guarantees: `begin` returns when the state is copied to host memory, and what is written is the
+    state of that moment. A checkpoint has a manifest only when every rank's files are whole. What
+    fails in the background is raised on every rank by the next `ready` or `settle`. Nothing is
+    waited for beyond `deadline_s`.
 
     Args:
-        storage: the run's folder. keep: committed checkpoints kept. deadline_s: from a checkpoint's copy to its manifest.
+        storage: the run's folder. keep: committed checkpoints kept. deadline_s: from a checkpoint's
+            copy to its manifest.
     """
 
     def __init__(self, storage: Storage, comms: Comms, keep: int, deadline_s: float):
@@ -76,14 +81,22 @@ class Writer:
         """Copies the state and starts to write it. Call it when `ready` says so."""
         copies = {kind: snapshot(shards) for kind, shards in state.shards.items()}
         upload = self._current = _Upload(name, step, time.monotonic())
-        threading.Thread(target=self._run, args=(upload, copies, state), name="checkpoint", daemon=True).start()
+        threading.Thread(
+            target=self._run, args=(upload, copies, state), name="checkpoint", daemon=True
+        ).start()
 
     def ready(self) -> bool:
-        """Whether no checkpoint is on its way on any rank. Raises CheckpointError or StorageError where one has failed on any rank."""
+        """Whether no checkpoint is on its way on any rank. Raises CheckpointError or StorageError
+        where one has failed on any rank.
+        """
         states = self._comms.gather_objects(self._look())
         for rank, (_, error) in enumerate(states):
             if error is not None:
-                raise error if isinstance(error, GrapeRayError) else _failed(self._current, rank, error)
+                raise (
+                    error
+                    if isinstance(error, GrapeRayError)
+                    else _failed(self._current, rank, error)
+                )
         if any(busy for busy, _ in states):
             return False
         self.committed = self._current.name if self._current else self.committed
@@ -101,7 +114,9 @@ class Writer:
         return upload.name if upload else None
 
     def linger(self) -> None:
-        """Gives the checkpoint on its way a little time, when this rank ends by an error; speaks to no other rank."""
+        """Gives the checkpoint on its way a little time, when this rank ends by an error; speaks to
+        no other rank.
+        """
         if self._current:
             self._current.done.wait(self._deadline_s if self._comms.world_size == 1 else _LINGER_S)
 
@@ -114,34 +129,56 @@ class Writer:
             return False, upload.error
         if time.monotonic() - upload.began_s > self._deadline_s:
             fix = "raise performance.checkpoint_timeout_s, or checkpoint to faster storage"
-            return False, CheckpointError(f"{upload.name} was not written in time", f"{self._deadline_s:g} s", "an end of the upload", fix)
+            return False, CheckpointError(
+                f"{upload.name} was not written in time",
+                f"{self._deadline_s:g} s",
+                "an end of the upload",
+                fix,
+            )
         return True, None
 
-    def _run(self, upload: _Upload, copies: Mapping[str, Mapping[str, Shard]], state: State) -> None:
+    def _run(
+        self, upload: _Upload, copies: Mapping[str, Mapping[str, Shard]], state: State
+    ) -> None:
         try:
             pieces, files = {}, {}
             for kind, shards in copies.items():
-                file = f"{kind}-{self._comms.rank + 1:05d}-of-{self._comms.world_size:05d}.safetensors"
+                file = (
+                    f"{kind}-{self._comms.rank + 1:05d}-of-{self._comms.world_size:05d}.safetensors"
+                )
                 files[file], pieces[kind] = write(self._storage, upload.name, file, shards)
             if self._comms.rank == 0:
                 self._commit(upload, pieces, files, state)
             else:
-                receipt = {"files": files, "pieces": {k: [dataclasses.asdict(p) for p in listed] for k, listed in pieces.items()}}
-                self._storage.write(_receipt(upload.name, self._comms.rank), json.dumps(receipt).encode())
+                receipt = {
+                    "files": files,
+                    "pieces": {
+                        k: [dataclasses.asdict(p) for p in listed] for k, listed in pieces.items()
+                    },
+                }
+                self._storage.write(
+                    _receipt(upload.name, self._comms.rank), json.dumps(receipt).encode()
+                )
             upload.bytes = sum(files.values())
         except Exception as error:
             upload.error = error
         upload.ended_s = time.monotonic()
         upload.done.set()
 
-    def _commit(self, upload: _Upload, pieces: dict[str, list[Piece]], files: dict[str, int], state: State) -> None:
-        """Rank 0: when all ranks have written theirs, the manifest, and then away with what is no longer kept."""
+    def _commit(
+        self, upload: _Upload, pieces: dict[str, list[Piece]], files: dict[str, int], state: State
+    ) -> None:
+        """Rank 0: when all ranks have written theirs, the manifest, and then away with what is no
+        longer kept.
+        """
         for rank in range(1, self._comms.world_size):
             theirs = self._await_receipt(upload, rank)
             files |= theirs["files"]
             for kind, listed in theirs["pieces"].items():
                 pieces[kind] += [Piece.from_json(p) for p in listed]
-        Manifest(upload.step, upload.name, pieces, files, state.counters, state.facts, state.base).commit(self._storage)
+        Manifest(
+            upload.step, upload.name, pieces, files, state.counters, state.facts, state.base
+        ).commit(self._storage)
         try:
             for rank in range(1, self._comms.world_size):
                 self._storage.remove(_receipt(upload.name, rank))
@@ -157,14 +194,26 @@ class Writer:
             except FileNotFoundError:
                 time.sleep(pause_s)
                 pause_s = min(1.5 * pause_s, 1.0)
-        raise CheckpointError(f"rank {rank} did not finish {upload.name}", f"{self._deadline_s:g} s", "its files in storage", "run again")
+        raise CheckpointError(
+            f"rank {rank} did not finish {upload.name}",
+            f"{self._deadline_s:g} s",
+            "its files in storage",
+            "run again",
+        )
 
 
 def _receipt(name: str, rank: int) -> str:
-    """Where a rank says what it has written; a folder belongs to one attempt, so no other attempt's is found there."""
+    """Where a rank says what it has written; a folder belongs to one attempt, so no other attempt's
+    is found there.
+    """
     return f"{name}/rank-{rank + 1:05d}.json"
 
 
 def _failed(upload: _Upload | None, rank: int, error: Exception) -> CheckpointError:
     what = f"{upload.name if upload else 'a checkpoint'} could not be written by rank {rank}"
-    return CheckpointError(what, f"{type(error).__name__}: {error}", "storage that takes it", "see the cause, then run again")
+    return CheckpointError(
+        what,
+        f"{type(error).__name__}: {error}",
+        "storage that takes it",
+        "see the cause, then run again",
+    )

@@ -1,4 +1,6 @@
-"""``grape-ray bench``: time, memory and traffic of every method, beside the non-private loop and the peers."""
+"""``grape-ray bench``: time, memory and traffic of every method, beside the non-private loop and
+the peers.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +20,27 @@ def command() -> None:
 def _shape(function: Any) -> Any:
     """The options that choose a model and its shape."""
     for option in (
-        click.option("--model", default="encoder", show_default=True, help="A row of grape_ray.bench.models."),
+        click.option(
+            "--model", default="encoder", show_default=True, help="A row of grape_ray.bench.models."
+        ),
         click.option("--rows", type=int, help="Examples B in a batch."),
         click.option("--tokens", type=int, help="Positions T of a text."),
         click.option("--vocabulary", type=int, default=1000, show_default=True),
-        click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True),
+        click.option(
+            "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True
+        ),
         click.option("--bf16", is_flag=True, help="Run the loss under bf16 autocast."),
-        click.option("--threads", type=int, default=0, help="torch threads; 0 leaves torch's choice."),
-        click.option("--out", type=click.Path(path_type=Path), help="Write the section into this results file."),
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line."),
+        click.option(
+            "--threads", type=int, default=0, help="torch threads; 0 leaves torch's choice."
+        ),
+        click.option(
+            "--out",
+            type=click.Path(path_type=Path),
+            help="Write the section into this results file.",
+        ),
+        click.option(
+            "--json", "as_json", is_flag=True, help="Print one JSON object as the last line."
+        ),
     ):
         function = option(function)
     return function
@@ -35,11 +49,21 @@ def _shape(function: Any) -> Any:
 def _setting(options: dict[str, Any]) -> Any:
     from grape_ray.bench.models import setting
 
-    return setting(**{k: options[k] for k in ("model", "rows", "tokens", "vocabulary", "device", "bf16", "threads")})
+    return setting(
+        **{
+            k: options[k]
+            for k in ("model", "rows", "tokens", "vocabulary", "device", "bf16", "threads")
+        }
+    )
 
 
 def _finish(
-    title: str, columns: Sequence[str], rows: list[list[str]], facts: dict[str, Any], options: dict[str, Any], note: str = ""
+    title: str,
+    columns: Sequence[str],
+    rows: list[list[str]],
+    facts: dict[str, Any],
+    options: dict[str, Any],
+    note: str = "",
 ) -> None:
     """Prints the table, keeps it if asked to, and ends with the JSON line."""
     from grape_ray.bench import report
@@ -60,9 +84,13 @@ def _finish(
 
 @command.command("methods")
 @_shape
-@click.option("--methods", default="", help="Comma list of method or method:rank; left out, all of them.")
+@click.option(
+    "--methods", default="", help="Comma list of method or method:rank; left out, all of them."
+)
 @click.option("--rounds", type=int, default=7, show_default=True)
-@click.option("--steps", type=int, default=1, show_default=True, help="Steps a candidate takes in a round.")
+@click.option(
+    "--steps", type=int, default=1, show_default=True, help="Steps a candidate takes in a round."
+)
 def methods(methods: str, rounds: int, steps: int, **options: Any) -> None:
     """Seconds a step and peak bytes above the model, in interleaved rounds, as ratios to `none`."""
     from grape_ray.bench.candidates import chosen
@@ -70,17 +98,37 @@ def methods(methods: str, rounds: int, steps: int, **options: Any) -> None:
     from grape_ray.bench.report import METHOD_COLUMNS, method_rows, surroundings
 
     where = _setting(options)
-    found = measure(where, chosen([m for m in methods.split(",") if m]), rounds, steps, lambda text: click.echo(text, err=True))
+    found = measure(
+        where,
+        chosen([m for m in methods.split(",") if m]),
+        rounds,
+        steps,
+        lambda text: click.echo(text, err=True),
+    )
     rows = [row.to_json() for row in found]
-    note = "Seconds are CPU-seconds of the process, all threads." if where.device == "cpu" else "Seconds are of the synchronised GPU."
+    note = (
+        "Seconds are CPU-seconds of the process, all threads."
+        if where.device == "cpu"
+        else "Seconds are of the synchronised GPU."
+    )
     _finish(
-        f"Methods: {where.title}", METHOD_COLUMNS, method_rows(rows), {"model": where.model, **surroundings(), "rows": rows}, options, note
+        f"Methods: {where.title}",
+        METHOD_COLUMNS,
+        method_rows(rows),
+        {"model": where.model, **surroundings(), "rows": rows},
+        options,
+        note,
     )
 
 
 @command.command("profile")
 @_shape
-@click.option("--methods", default="none,grape:16,bookkeeping,ghost", show_default=True, help="Comma list of method or method:rank.")
+@click.option(
+    "--methods",
+    default="none,grape:16,bookkeeping,ghost",
+    show_default=True,
+    help="Comma list of method or method:rank.",
+)
 @click.option("--steps", type=int, default=3, show_default=True)
 def profile(methods: str, steps: int, **options: Any) -> None:
     """Where a step's seconds and bytes go."""
@@ -96,20 +144,37 @@ def profile(methods: str, steps: int, **options: Any) -> None:
             facts.append({"method": label(method, rank), **phases, **process.ask("bytes", 1)})
     rows = [[f"`{fact['method']}`", "error", fact["error"]] for fact in facts if "error" in fact]
     for fact in facts:
-        rows += [[f"`{fact['method']}`", name, f"{seconds:.4f} s"] for name, seconds in fact.get("phases", {}).items() if seconds > 5e-5]
-        rows += [[f"`{fact['method']}`", name, f"{size / 2**20:.1f} MiB"] for name, size in fact.get("bytes", {}).items()]
+        rows += [
+            [f"`{fact['method']}`", name, f"{seconds:.4f} s"]
+            for name, seconds in fact.get("phases", {}).items()
+            if seconds > 5e-5
+        ]
+        rows += [
+            [f"`{fact['method']}`", name, f"{size / 2**20:.1f} MiB"]
+            for name, size in fact.get("bytes", {}).items()
+        ]
     _finish(
-        f"Profile: {where.title}", ("method", "where", "a step"), rows, {"model": where.model, **surroundings(), "rows": facts}, options
+        f"Profile: {where.title}",
+        ("method", "where", "a step"),
+        rows,
+        {"model": where.model, **surroundings(), "rows": facts},
+        options,
     )
 
 
 @command.command("length")
 @_shape
-@click.option("--methods", default="none,ghost_gram,bookkeeping_gram,ghost,bookkeeping,randomized", show_default=True)
+@click.option(
+    "--methods",
+    default="none,ghost_gram,bookkeeping_gram,ghost,bookkeeping,randomized",
+    show_default=True,
+)
 @click.option("--lengths", default="256,512,1024,2048,4096", show_default=True)
 @click.option("--steps", type=int, default=1, show_default=True)
 def length(methods: str, lengths: str, steps: int, **options: Any) -> None:
-    """Peak bytes and the seconds that norms take, against the number of tokens; ratios to `none` of the same length."""
+    """Peak bytes and the seconds that norms take, against the number of tokens; ratios to `none` of
+    the same length.
+    """
     from grape_ray.bench.candidates import chosen, label
     from grape_ray.bench.processes import Process
     from grape_ray.bench.report import surroundings
@@ -124,7 +189,15 @@ def length(methods: str, lengths: str, steps: int, **options: Any) -> None:
                 norms = process.ask("phases", steps).get("phases", {}).get("norms")
             base = base or peak.get("peak_bytes")
             ratio = peak["peak_bytes"] / base if base and "peak_bytes" in peak else None
-            facts.append({"tokens": tokens, "method": label(method, rank), "memory_ratio": ratio, "norm_seconds": norms, **peak})
+            facts.append(
+                {
+                    "tokens": tokens,
+                    "method": label(method, rank),
+                    "memory_ratio": ratio,
+                    "norm_seconds": norms,
+                    **peak,
+                }
+            )
             click.echo(json.dumps(facts[-1]), err=True)
     rows = [
         [
@@ -137,7 +210,13 @@ def length(methods: str, lengths: str, steps: int, **options: Any) -> None:
         for f in facts
     ]
     facts_out = {"model": options["model"], **surroundings(), "rows": facts}
-    _finish(f"Length: {options['model']}, T = {lengths}", ("T", "method", "peak MiB", "memory ratio", "norm s"), rows, facts_out, options)
+    _finish(
+        f"Length: {options['model']}, T = {lengths}",
+        ("T", "method", "peak MiB", "memory ratio", "norm s"),
+        rows,
+        facts_out,
+        options,
+    )
 
 
 @command.command("comm")
@@ -151,18 +230,44 @@ def comm(rank: int, **options: Any) -> None:
     sent = {method: bytes_per_step(where, method, rank) for method in ("grape", "dp_adam")}
     rows = [[f"`{m}`", f"{b:,}", f"{b / sent['dp_adam']:.4f}"] for m, b in sent.items()]
     facts = {"bytes_per_step": sent, "model": where.model, "rank": rank}
-    _finish(f"Traffic: {where.model}, rank {rank}", ("method", "bytes a step", "ratio"), rows, facts, options)
+    _finish(
+        f"Traffic: {where.model}, rank {rank}",
+        ("method", "bytes a step", "ratio"),
+        rows,
+        facts,
+        options,
+    )
 
 
 @command.command("checkpoint")
 @_shape
-@click.option("--storage", help="Folder or URL to write to; left out, an S3-compatible server on loopback, in a process of its own.")
+@click.option(
+    "--storage",
+    help=(
+        "Folder or URL to write to; left out, an S3-compatible server on loopback, in a process of"
+        " its own."
+    ),
+)
 @click.option("--rank", type=int, default=12, show_default=True)
 @click.option("--every", type=int, default=5, show_default=True, help="Steps between checkpoints.")
-@click.option("--deltas", type=int, default=20, show_default=True, help="Delta checkpoints between two full ones.")
+@click.option(
+    "--deltas",
+    type=int,
+    default=20,
+    show_default=True,
+    help="Delta checkpoints between two full ones.",
+)
 @click.option("--rounds", type=int, default=5, show_default=True)
-@click.option("--block", type=int, default=20, show_default=True, help="Steps of a block; blocks with and without checkpoints take turns.")
-def checkpoint(storage: str | None, rank: int, every: int, deltas: int, rounds: int, block: int, **options: Any) -> None:
+@click.option(
+    "--block",
+    type=int,
+    default=20,
+    show_default=True,
+    help="Steps of a block; blocks with and without checkpoints take turns.",
+)
+def checkpoint(
+    storage: str | None, rank: int, every: int, deltas: int, rounds: int, block: int, **options: Any
+) -> None:
     """Rate of steps with checkpoints over the rate without, in interleaved blocks of one run."""
     import contextlib
     import dataclasses
@@ -174,13 +279,40 @@ def checkpoint(storage: str | None, rank: int, every: int, deltas: int, rounds: 
     with contextlib.nullcontext(storage) if storage else object_store() as url:
         found = measure(where, url, rank, every, deltas, rounds, block)
     rows = [
-        [str(every), f"{found.without_s:.4f}", f"{found.with_s:.4f}", f"{found.rate:.3f}", f"{found.copy_s:.3f}", f"{found.full_bytes:,}",
+        [str(every), f"{found.without_s:.4f}", f"{found.with_s:.4f}", f"{found.rate:.3f}",
+        f"{found.copy_s:.3f}", f"{found.full_bytes:,}",
          f"{found.delta_bytes:,}", f"{found.written} ({found.skipped})"]
     ]  # fmt: skip
-    columns = ("every", "s/step without", "s/step with", "rate", "longest copy s", "full bytes", "delta bytes", "written (left out)")
-    facts = {"model": where.model, "rank": rank, "every": every, "deltas": deltas, **surroundings(), **dataclasses.asdict(found)}
-    note = "The rate is the median over neighbouring blocks. A checkpoint left out fell due while the one before was on its way."
-    _finish(f"Checkpoints: {where.title}, grape rank {rank}, {deltas} deltas a full one", columns, rows, facts, options, note)
+    columns = (
+        "every",
+        "s/step without",
+        "s/step with",
+        "rate",
+        "longest copy s",
+        "full bytes",
+        "delta bytes",
+        "written (left out)",
+    )
+    facts = {
+        "model": where.model,
+        "rank": rank,
+        "every": every,
+        "deltas": deltas,
+        **surroundings(),
+        **dataclasses.asdict(found),
+    }
+    note = (
+        "The rate is the median over neighbouring blocks. A checkpoint left out fell due while the"
+        " one before was on its way."
+    )
+    _finish(
+        f"Checkpoints: {where.title}, grape rank {rank}, {deltas} deltas a full one",
+        columns,
+        rows,
+        facts,
+        options,
+        note,
+    )
 
 
 @command.command("scaling")
@@ -192,19 +324,38 @@ def scaling(rank: int, **options: Any) -> None:
     from grape_ray.bench.scaling import weak
 
     where, rows = _setting(options), []
-    facts = [{"method": m, "ranks": n, **weak(where, m, rank, n)} for m in ("grape", "dp_adam") for n in (1, 2)]
+    facts = [
+        {"method": m, "ranks": n, **weak(where, m, rank, n)}
+        for m in ("grape", "dp_adam")
+        for n in (1, 2)
+    ]
     for fact in facts:
         base = next(f for f in facts if f["method"] == fact["method"])
         shown = [f"{fact[k]:.4f}" for k in ("cpu_s", "wall_s")]
-        rows.append([f"`{fact['method']}`", str(fact["ranks"]), *shown, f"{fact['cpu_s'] / base['cpu_s']:.3f}"])
+        rows.append(
+            [
+                f"`{fact['method']}`",
+                str(fact["ranks"]),
+                *shown,
+                f"{fact['cpu_s'] / base['cpu_s']:.3f}",
+            ]
+        )
     columns = ("method", "ranks", "CPU-s an example", "wall s an example", "CPU ratio to one rank")
-    _finish(f"Weak scaling: {where.title}", columns, rows, {"model": where.model, **surroundings(), "rows": facts}, options)
+    _finish(
+        f"Weak scaling: {where.title}",
+        columns,
+        rows,
+        {"model": where.model, **surroundings(), "rows": facts},
+        options,
+    )
 
 
 @command.command("shell")
 @click.option("--steps", type=int, default=150, show_default=True)
 @click.option("--rounds", type=int, default=3, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), help="Write the section into this results file.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Write the section into this results file."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
 def shell(steps: int, rounds: int, **options: Any) -> None:
     """What the program, the loop and Ray add to a step and to a start, on the digits pipeline."""
@@ -215,24 +366,51 @@ def shell(steps: int, rounds: int, **options: Any) -> None:
     rows = [
         ["`grape-ray --help`", f"{found['help_s']:.2f} s"],
         ["a step on one Ray worker / in this process", f"{found['step_ratio']:.3f}"],
-        *([f"start to first step and end, {w} workers", f"{s:.1f} s"] for w, s in found["start_s"].items()),
+        *(
+            [f"start to first step and end, {w} workers", f"{s:.1f} s"]
+            for w, s in found["start_s"].items()
+        ),
     ]
-    _finish("Shell", ("what", "figure"), rows, {"model": "digits_vit", **surroundings(), **found}, options)
+    _finish(
+        "Shell",
+        ("what", "figure"),
+        rows,
+        {"model": "digits_vit", **surroundings(), **found},
+        options,
+    )
 
 
 @command.command("ledger")
-@click.option("--entries", default="25000,50000,100000", show_default=True, help="Comma list of numbers of entries.")
-@click.option("--out", type=click.Path(path_type=Path), help="Write the section into this results file.")
+@click.option(
+    "--entries",
+    default="25000,50000,100000",
+    show_default=True,
+    help="Comma list of numbers of entries.",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Write the section into this results file."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
 def ledger(entries: str, **options: Any) -> None:
-    """CPU-seconds of opening and verifying a ledger in a local folder, against the number of its entries."""
+    """CPU-seconds of opening and verifying a ledger in a local folder, against the number of its
+    entries.
+    """
     from grape_ray.bench.ledger import costs
     from grape_ray.bench.report import surroundings
 
     rows = [costs(count) for count in _counts("--entries", entries)]
-    shown = [[f"{r['entries']:,}", *(f"{r[k]:.2f}" for k in ("open_s", "verify_s", "epsilon_spent_s"))] for r in rows]
+    shown = [
+        [f"{r['entries']:,}", *(f"{r[k]:.2f}" for k in ("open_s", "verify_s", "epsilon_spent_s"))]
+        for r in rows
+    ]
     columns = ("entries", "open, CPU-s", "verify, CPU-s", "epsilon spent, CPU-s")
-    _finish("Ledger: entries of one study, in a local folder", columns, shown, {**surroundings(), "rows": rows}, options)
+    _finish(
+        "Ledger: entries of one study, in a local folder",
+        columns,
+        shown,
+        {**surroundings(), "rows": rows},
+        options,
+    )
 
 
 def _counts(option: str, text: str) -> list[int]:

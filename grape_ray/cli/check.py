@@ -1,4 +1,6 @@
-"""``grape-ray check``: whether a model or pipeline can be trained privately, before anything is paid for."""
+"""``grape-ray check``: whether a model or pipeline can be trained privately, before anything is
+paid for.
+"""
 
 from __future__ import annotations
 
@@ -17,33 +19,52 @@ if TYPE_CHECKING:
 
 @click.command("check")
 @click.argument("model_or_pipeline")
-@click.option("--method", "methods", multiple=True, help="Check this method; repeat for more. Default: the pipeline's own, or grape.")
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override a field, such as method.rank=8.")
+@click.option(
+    "--method",
+    "methods",
+    multiple=True,
+    help="Check this method; repeat for more. Default: the pipeline's own, or grape.",
+)
+@click.option(
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a field, such as method.rank=8.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
-def command(model_or_pipeline: str, methods: tuple[str, ...], assignments: tuple[str, ...], as_json: bool) -> None:
-    """Compare a few examples with separate backward passes, bound their norms, and see that every trainable tensor is noised.
+def command(
+    model_or_pipeline: str, methods: tuple[str, ...], assignments: tuple[str, ...], as_json: bool
+) -> None:
+    """Compare a few examples with separate backward passes, bound their norms, and see that every
+    trainable tensor is noised.
 
-    MODEL_OR_PIPELINE is a pipeline (pipelines.sst2, module:function, FILE.py), of which everything is done once that `train` will do, or a
-    Hugging Face hub name or folder.
+    MODEL_OR_PIPELINE is a pipeline (pipelines.sst2, module:function, FILE.py), of which everything
+    is done once that `train` will do, or a Hugging Face hub name or folder.
     """
     config, look = _target(model_or_pipeline, assignments)
     reports = []
     for name in methods or (config.method.name,):
         began = time.perf_counter()
         report = look(config.override([f"method.name={name}"]))
-        reports.append({**dataclasses.asdict(report), "seconds": round(time.perf_counter() - began, 3)})
+        reports.append(
+            {**dataclasses.asdict(report), "seconds": round(time.perf_counter() - began, 3)}
+        )
         if not as_json:
             click.echo(
-                f"{name}: {report.tensors} tensors ({report.projected} projected), {report.parameters:,} parameters noised as "
-                f"{report.coordinates:,} numbers; largest difference from {report.examples} separate backward passes "
-                f"{report.worst:.1e} ({report.worst_tensor})"
+                f"{name}: {report.tensors} tensors ({report.projected} projected),"
+                f" {report.parameters:,} parameters noised as {report.coordinates:,} numbers;"
+                f" largest difference from {report.examples} separate backward passes"
+                f" {report.worst:.1e} ({report.worst_tensor})"
             )
     if as_json:
         click.echo(json.dumps({"target": model_or_pipeline, "ok": True, "reports": reports}))
 
 
 def _target(reference: str, assignments: tuple[str, ...]) -> tuple[Config, Callable[[Config], Any]]:
-    """The config, and what gives a preflight's report for it: of a pipeline by a dry run, of a model with a made-up batch."""
+    """The config, and what gives a preflight's report for it: of a pipeline by a dry run, of a
+    model with a made-up batch.
+    """
     from grape_ray.config.pipelines import pipeline
     from grape_ray.config.schema import Config, Method
     from grape_ray.errors import ConfigError
@@ -53,12 +74,19 @@ def _target(reference: str, assignments: tuple[str, ...]) -> tuple[Config, Calla
     try:
         return pipeline(reference).override(assignments), _rehearsed
     except ConfigError as missing:
-        if ":" in reference or reference.startswith("pipelines.") or reference.endswith(".py") or "not found" not in missing.what:
+        if (
+            ":" in reference
+            or reference.startswith("pipelines.")
+            or reference.endswith(".py")
+            or "not found" not in missing.what
+        ):
             raise
         try:
             model, loss, batch = sample(reference)
         except ConfigError as error:
-            raise ConfigError("neither a pipeline nor a model", reference, str(missing), str(error)) from error
+            raise ConfigError(
+                "neither a pipeline nor a model", reference, str(missing), str(error)
+            ) from error
     config = Config(task=None, method=Method(project_min_numel=4096)).override(assignments)
     return config, lambda config: preflight(model, loss, batch, config.privacy, config.method)
 

@@ -14,10 +14,15 @@ from grape_ray.cli.options import trust_module
 @trust_module
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
 def command(run, trust, as_json) -> None:
-    """Evaluate the newest checkpoint of RUN (a run's folder or URL) on its public validation records, free of privacy cost."""
+    """Evaluate the newest checkpoint of RUN (a run's folder or URL) on its public validation
+    records, free of privacy cost.
+    """
     from grape_ray.training.evaluate import evaluate
 
     found = evaluate(run, trust)
-    click.echo(f"{found['run']} at step {found['step']}: " + ", ".join(f"{name} {value:.4f}" for name, value in found["metrics"].items()))
+    click.echo(
+        f"{found['run']} at step {found['step']}: "
+        + ", ".join(f"{name} {value:.4f}" for name, value in found["metrics"].items())
+    )
     if as_json:
         click.echo(json.dumps(found))

@@ -15,9 +15,14 @@ from grape_ray.cli.options import trust_module
 @click.argument("folder")
 @trust_module
 def command(run, folder, trust) -> None:
-    """Write the model of RUN (a run's folder or URL) to FOLDER, for AutoModel....from_pretrained."""
+    """Write the model of RUN (a run's folder or URL) to FOLDER, for
+    AutoModel....from_pretrained.
+    """
     from grape_ray.training.export import PRIVACY_FILE, export
 
     step = export(run, folder, trust)
     promise = json.loads(Path(folder, PRIVACY_FILE).read_text())
-    click.echo(f"{folder}: the model after step {step}" + ("" if promise["private"] else f"; {promise['statement']}"))
+    click.echo(
+        f"{folder}: the model after step {step}"
+        + ("" if promise["private"] else f"; {promise['statement']}")
+    )

@@ -26,7 +26,9 @@ def command() -> None:
 @command.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def list_all(as_json: bool) -> None:
-    """All ledgers of your private datasets: budget, what is taken, spent and left, and their runs."""
+    """All ledgers of your private datasets: budget, what is taken, spent and left, and their
+    runs.
+    """
     from grape_ray.ledger import registry
 
     rows = [_row(known) for known in registry.ledgers()]
@@ -34,7 +36,10 @@ def list_all(as_json: bool) -> None:
         click.echo(json.dumps({"ledgers": rows}))
         return
     if not rows:
-        click.echo("no ledger is known: a private run makes one, and public data keep theirs in each run's own folder")
+        click.echo(
+            "no ledger is known: a private run makes one, and public data keep theirs in each run's"
+            " own folder"
+        )
     for row in rows:
         click.echo(f"{row['dataset'] or 'unnamed records'}: {row['ledger']}")
         click.echo(f"  {row['problem'] or _balance(row)}")
@@ -44,7 +49,9 @@ def list_all(as_json: bool) -> None:
 @click.argument("place", metavar="LEDGER_OR_RUN")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def show(place: str, as_json: bool) -> None:
-    """The budget of a dataset, its studies, and what their runs were charged; of RUN, its own charges first."""
+    """The budget of a dataset, its studies, and what their runs were charged; of RUN, its own
+    charges first.
+    """
     where, run = ledger_of(place)
     found = {"ledger": where, **summary(Ledger.open(where, create=False))}
     if run is not None:
@@ -54,12 +61,21 @@ def show(place: str, as_json: bool) -> None:
         return
     if run is not None:
         own = found["run"]
-        click.echo(f"run {run}: {own['used']} steps charged in {own['attempts']} attempts, to study {own['study']} of {where}")
-    click.echo(f"dataset {found['dataset_id']}: epsilon {found['epsilon']:g}, delta {found['delta']:g}, {found['entries']} entries")
+        click.echo(
+            f"run {run}: {own['used']} steps charged in {own['attempts']} attempts, to study"
+            f" {own['study']} of {where}"
+        )
+    click.echo(
+        f"dataset {found['dataset_id']}: epsilon {found['epsilon']:g}, delta {found['delta']:g},"
+        f" {found['entries']} entries"
+    )
     for extension in found["extensions"]:
         budget = f"epsilon {extension['epsilon']:g}, delta {extension['delta']:g}"
         click.echo(f"raised by entry {extension['seq']} to {budget}: {extension['reason']}")
-    click.echo(f"left for further studies: epsilon {found['epsilon_left']:.6g}, delta {found['delta_left']:.3g}")
+    click.echo(
+        f"left for further studies: epsilon {found['epsilon_left']:.6g}, delta"
+        f" {found['delta_left']:.3g}"
+    )
     _show_studies(found)
     if found["holder"]:
         click.echo(f"last held by {found['holder']}, epoch {found['epoch']}")
@@ -78,10 +94,20 @@ def check(place: str, head: str | None, as_json: bool) -> None:
         if report.ok:
             click.echo(f"{report.url}: {report.entries} entries, all in order, head {report.head}")
     else:
-        fields = {"ok": report.ok, "entries": report.entries, "head": report.head, "problems": list(report.problems)}
+        fields = {
+            "ok": report.ok,
+            "entries": report.entries,
+            "head": report.head,
+            "problems": list(report.problems),
+        }
         click.echo(json.dumps({"ledger": report.url, **fields}))
     if not report.ok:
-        raise LedgerError("the ledger does not verify", f"{len(report.problems)} problems", "none", "restore it from a copy")
+        raise LedgerError(
+            "the ledger does not verify",
+            f"{len(report.problems)} problems",
+            "none",
+            "restore it from a copy",
+        )
 
 
 @command.command("extend")
@@ -90,10 +116,14 @@ def check(place: str, head: str | None, as_json: bool) -> None:
 @click.option("--delta", type=float, help="The dataset's new whole delta; left out, it stays.")
 @click.option("--reason", help="Who wanted it, and why; it stays in the ledger.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def extend(place: str, epsilon: float | None, delta: float | None, reason: str | None, as_json: bool) -> None:
-    """Raise the whole budget of a dataset, for further studies; those that are registered keep their shares.
+def extend(
+    place: str, epsilon: float | None, delta: float | None, reason: str | None, as_json: bool
+) -> None:
+    """Raise the whole budget of a dataset, for further studies; those that are registered keep
+    their shares.
 
-    Everything that was ever trained on these records, together, is then promised under the new epsilon and delta, not under the old.
+    Everything that was ever trained on these records, together, is then promised under the new
+    epsilon and delta, not under the old.
     """
     if epsilon is None and delta is None:
         fix = "name the new whole budget, not what is added"
@@ -104,28 +134,57 @@ def extend(place: str, epsilon: float | None, delta: float | None, reason: str |
     if as_json:
         click.echo(json.dumps(found))
         return
-    click.echo(f"dataset {found['dataset_id']}: epsilon {found['epsilon']:g}, delta {found['delta']:g} from now on")
-    click.echo(f"left for further studies: epsilon {found['epsilon_left']:.6g}, delta {found['delta_left']:.3g}")
+    click.echo(
+        f"dataset {found['dataset_id']}: epsilon {found['epsilon']:g}, delta {found['delta']:g}"
+        " from now on"
+    )
+    click.echo(
+        f"left for further studies: epsilon {found['epsilon_left']:.6g}, delta"
+        f" {found['delta_left']:.3g}"
+    )
 
 
 def _row(known: Any) -> dict[str, Any]:
     """A line of the list; a ledger that cannot be read is listed with its problem."""
-    row: dict[str, Any] = {"dataset": known.dataset, "ledger": known.place, "ledger_id": known.ledger_id, "problem": None}
+    row: dict[str, Any] = {
+        "dataset": known.dataset,
+        "ledger": known.place,
+        "ledger_id": known.ledger_id,
+        "problem": None,
+    }
     try:
         found = summary(Ledger.open(Storage(known.place).first_contact(), create=False))
     except GrapeRayError as error:
         return {**row, "problem": str(error)}
     if found["ledger_id"] != known.ledger_id:
-        return {**row, "problem": "another ledger lies in its place: restore the one that these records were charged to"}
+        return {
+            **row,
+            "problem": (
+                "another ledger lies in its place: restore the one that these records were"
+                " charged to"
+            ),
+        }
     runs = [run for study in found["studies"].values() for run in study["runs"]]
     fields = ("epsilon", "delta", "epsilon_left", "delta_left", "epsilon_spent", "extensions")
-    return {**row, **{name: found[name] for name in fields}, "studies": len(found["studies"]) + len(found["selections"]), "runs": runs}
+    return {
+        **row,
+        **{name: found[name] for name in fields},
+        "studies": len(found["studies"]) + len(found["selections"]),
+        "runs": runs,
+    }
 
 
 def _balance(row: dict[str, Any]) -> str:
     """What a dataset has and has left, in a line."""
-    taken = f"{row['epsilon'] - row['epsilon_left']:.4g} taken by {row['studies']} studies ({row['epsilon_spent']:.4g} spent so far)"
-    raised = f"; raised {len(row['extensions'])} times, last: {row['extensions'][-1]['reason']}" if row["extensions"] else ""
+    taken = (
+        f"{row['epsilon'] - row['epsilon_left']:.4g} taken by {row['studies']} studies"
+        f" ({row['epsilon_spent']:.4g} spent so far)"
+    )
+    raised = (
+        f"; raised {len(row['extensions'])} times, last: {row['extensions'][-1]['reason']}"
+        if row["extensions"]
+        else ""
+    )
     left = f"{row['epsilon_left']:.4g} left; delta {row['delta']:g}, {row['delta_left']:.3g} left"
     return f"epsilon {row['epsilon']:g}, {taken}, {left}; {len(row['runs'])} runs{raised}"
 
@@ -135,14 +194,25 @@ def _run_of(found: dict[str, Any], run: str) -> dict[str, Any]:
     for name, study in found["studies"].items():
         if run in study["runs"]:
             return {"name": run, "study": name, **study["runs"][run]}
-    return {"name": run, "study": run if run in found["studies"] else None, "attempts": 0, "used": 0}
+    return {
+        "name": run,
+        "study": run if run in found["studies"] else None,
+        "attempts": 0,
+        "used": 0,
+    }
 
 
 def _show_studies(found: dict[str, Any]) -> None:
     for name, study in found["studies"].items():
         steps = f"{study['used']} of {study['tokens']} steps charged, {study['left']} left"
-        spent = f"epsilon {study['epsilon_spent']:.4g} of {study['epsilon']:g} at delta {study['delta']:g}"
-        click.echo(f"study {name}: {steps}; {spent}; noise multiplier {study['mechanism']['noise_multiplier']:.6g}")
+        spent = (
+            f"epsilon {study['epsilon_spent']:.4g} of {study['epsilon']:g} at delta"
+            f" {study['delta']:g}"
+        )
+        click.echo(
+            f"study {name}: {steps}; {spent}; noise multiplier"
+            f" {study['mechanism']['noise_multiplier']:.6g}"
+        )
         for run, counts in study["runs"].items():
             click.echo(f"  run {run}: {counts['used']} steps in {counts['attempts']} attempts")
     for name, selection in found["selections"].items():

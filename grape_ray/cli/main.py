@@ -13,7 +13,8 @@ import click
 
 from grape_ray.errors import Caution, GrapeRayError, nearest
 
-# A command lives in grape_ray/cli/<name>.py as `command`; its line here is what --help shows, so that --help imports none.
+# A command lives in grape_ray/cli/<name>.py as `command`; its line here is what --help shows, so
+# that --help imports none.
 COMMANDS = {
     "account": "Noise, epsilon or number of steps, each from the others.",
     "ledger": "List, show, verify or extend the ledgers of datasets.",
@@ -31,8 +32,9 @@ COMMANDS = {
 class LazyGroup(click.Group):
     """A group that knows its commands' names and helps, and imports a command on demand.
 
-    An error raised on purpose, or by a task, becomes one line on stderr and exit status 2; any other becomes one line, too, and status 1.
-    Tracebacks are shown with `--debug` alone: what they quote may be a record.
+    An error raised on purpose, or by a task, becomes one line on stderr and exit status 2; any
+    other becomes one line, too, and status 1. Tracebacks are shown with `--debug` alone: what they
+    quote may be a record.
     """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -43,7 +45,9 @@ class LazyGroup(click.Group):
             return None
         return importlib.import_module(f"grape_ray.cli.{cmd_name}").command
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and not args[0].startswith("-") and args[0] not in COMMANDS:
             ctx.fail(f"no such command {args[0]!r}; {nearest(args[0], COMMANDS)}")
         return super().resolve_command(ctx, args)
@@ -69,7 +73,9 @@ class LazyGroup(click.Group):
 
 @contextlib.contextmanager
 def _cautions_told() -> Iterator[None]:
-    """For the time of a block, cautions are lines of the program's own, and other warnings are shown as ever."""
+    """For the time of a block, cautions are lines of the program's own, and other warnings are
+    shown as ever.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("always", Caution)
         before = warnings.showwarning
@@ -94,6 +100,8 @@ def _fail(ctx: click.Context, told: GrapeRayError, error: Exception, status: int
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="grape-ray")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error, with whatever it may quote.")
+@click.option(
+    "--debug", is_flag=True, help="Show the traceback of an error, with whatever it may quote."
+)
 def main(debug: bool) -> None:
     """Differentially private training on Ray."""

@@ -8,4 +8,6 @@ trust_module = click.option(
     "--trust-module", "trust", multiple=True, metavar="MODULE",
     help="A module of yours, or its FILE.py, that the run's task may be imported from; repeatable.",
 )  # fmt: skip
-no_dry_run = click.option("--no-dry-run", is_flag=True, help="Skip the dry run of everything that can fail late.")
+no_dry_run = click.option(
+    "--no-dry-run", is_flag=True, help="Skip the dry run of everything that can fail late."
+)

@@ -9,9 +9,17 @@ import click
 
 @click.command("report")
 @click.argument("sweep")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default="sweep.html", show_default=True, help="The page to write.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default="sweep.html",
+    show_default=True,
+    help="The page to write.",
+)
 def command(sweep: str, out: Path) -> None:
-    """Write one self-contained HTML page about SWEEP (a sweep's folder or URL), and beside it its runs as Parquet."""
+    """Write one self-contained HTML page about SWEEP (a sweep's folder or URL), and beside it its
+    runs as Parquet.
+    """
     from grape_ray.errors import StorageError
     from grape_ray.tuning.page import report
 
@@ -21,5 +29,7 @@ def command(sweep: str, out: Path) -> None:
         out.write_text(page)
         out.with_suffix(".parquet").write_bytes(table)
     except OSError as error:
-        raise StorageError(f"cannot write {out}", str(error), "a place for two files", "name another with --out") from error
+        raise StorageError(
+            f"cannot write {out}", str(error), "a place for two files", "name another with --out"
+        ) from error
     click.echo(f"{out} and {out.with_suffix('.parquet')}")

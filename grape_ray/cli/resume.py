@@ -10,18 +10,34 @@ from grape_ray.cli.options import no_dry_run, trust_module
 @click.command("resume")
 @click.argument("run")
 @click.option("--ledger", help="Where the dataset's ledger lies now, if it was moved.")
-@click.option("--second-ledger", is_flag=True, help="Let the ledger differ from the one that is known for these records.")
-@click.option("--workers", metavar="N|MIN:MAX", help="Ray Train workers, if another number than before.")
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override a performance.* field; repeatable.")
+@click.option(
+    "--second-ledger",
+    is_flag=True,
+    help="Let the ledger differ from the one that is known for these records.",
+)
+@click.option(
+    "--workers", metavar="N|MIN:MAX", help="Ray Train workers, if another number than before."
+)
+@click.option(
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a performance.* field; repeatable.",
+)
 @click.option("--key-file", help="Master key; left out, ~/.config/grape-ray/master.key.")
 @trust_module
 @no_dry_run
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
-def command(run, ledger, second_ledger, workers, assignments, key_file, trust, no_dry_run, as_json) -> None:
-    """Go on with RUN (a run's folder or URL) from its newest whole checkpoint, as a new attempt with keys of its own.
+def command(
+    run, ledger, second_ledger, workers, assignments, key_file, trust, no_dry_run, as_json
+) -> None:
+    """Go on with RUN (a run's folder or URL) from its newest whole checkpoint, as a new attempt
+    with keys of its own.
 
-    Steps after that checkpoint are taken again, and paid for again: plan privacy.spare_steps for them. How many they are, what they cost
-    and where the budget will end is said before the first of them.
+    Steps after that checkpoint are taken again, and paid for again: plan privacy.spare_steps for
+    them. How many they are, what they cost and where the budget will end is said before the first
+    of them.
     """
     from grape_ray.cli.train import run_and_report, worker_assignments
     from grape_ray.errors import ConfigError
@@ -30,10 +46,15 @@ def command(run, ledger, second_ledger, workers, assignments, key_file, trust, n
 
     for text in assignments:
         if not text.strip().startswith("performance."):
-            raise ConfigError("--set of a resumed run", text, "performance.KEY=VALUE", "give a run with other settings a name of its own")
+            raise ConfigError(
+                "--set of a resumed run",
+                text,
+                "performance.KEY=VALUE",
+                "give a run with other settings a name of its own",
+            )
     changes = [*assignments, *worker_assignments(workers)]
     plan = plan_resume(
-        run, ledger=ledger, key_path=key_file, second_ledger=second_ledger, assignments=changes, trust=trust, rehearse=not no_dry_run,
-        reach=reach,
+        run, ledger=ledger, key_path=key_file, second_ledger=second_ledger, assignments=changes,
+        trust=trust, rehearse=not no_dry_run, reach=reach,
     )  # fmt: skip
     run_and_report(plan, as_json)

@@ -14,40 +14,86 @@ from grape_ray.cli.options import no_dry_run
 
 @click.command("train")
 @click.argument("pipeline")
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override a field, such as method.rank=8; repeatable.")
-@click.option("--workers", metavar="N|MIN:MAX", help="Ray Train workers; 0 trains in this process, 2:8 follows the cluster.")
-@click.option("--storage", default="runs", show_default=True, help="Folder or URL (s3://...) of runs and their checkpoints.")
-@click.option("--ledger", help="Folder or URL of the dataset's ledger; left out, your own ledger of this dataset.")
-@click.option("--second-ledger", is_flag=True, help="Let a dataset that has a ledger get another, with a budget of its own.")
-@click.option("--ledger-epsilon", type=float, help="Whole budget of the dataset, where its ledger is made; left out, the run's.")
-@click.option("--ledger-delta", type=float, help="Its delta; left out, the run's, in proportion to --ledger-epsilon.")
-@click.option("--allow-large-delta", is_flag=True, help="Let delta be one over the number of records, or more.")
-@click.option("--not-private", is_flag=True, help="Let method none train on private data, without any guarantee.")
-@click.option("--run", "name", help="Name of the run; an existing one with the same config is resumed.")
-@click.option("--key-file", help="Master key, made if missing; left out, ~/.config/grape-ray/master.key.")
+@click.option(
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a field, such as method.rank=8; repeatable.",
+)
+@click.option(
+    "--workers",
+    metavar="N|MIN:MAX",
+    help="Ray Train workers; 0 trains in this process, 2:8 follows the cluster.",
+)
+@click.option(
+    "--storage",
+    default="runs",
+    show_default=True,
+    help="Folder or URL (s3://...) of runs and their checkpoints.",
+)
+@click.option(
+    "--ledger",
+    help="Folder or URL of the dataset's ledger; left out, your own ledger of this dataset.",
+)
+@click.option(
+    "--second-ledger",
+    is_flag=True,
+    help="Let a dataset that has a ledger get another, with a budget of its own.",
+)
+@click.option(
+    "--ledger-epsilon",
+    type=float,
+    help="Whole budget of the dataset, where its ledger is made; left out, the run's.",
+)
+@click.option(
+    "--ledger-delta",
+    type=float,
+    help="Its delta; left out, the run's, in proportion to --ledger-epsilon.",
+)
+@click.option(
+    "--allow-large-delta",
+    is_flag=True,
+    help="Let delta be one over the number of records, or more.",
+)
+@click.option(
+    "--not-private",
+    is_flag=True,
+    help="Let method none train on private data, without any guarantee.",
+)
+@click.option(
+    "--run", "name", help="Name of the run; an existing one with the same config is resumed."
+)
+@click.option(
+    "--key-file", help="Master key, made if missing; left out, ~/.config/grape-ray/master.key."
+)
 @no_dry_run
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
 def command(
-    pipeline, assignments, workers, storage, ledger, second_ledger, ledger_epsilon, ledger_delta, allow_large_delta, not_private, name,
-    key_file, no_dry_run, as_json,
+    pipeline, assignments, workers, storage, ledger, second_ledger, ledger_epsilon, ledger_delta,
+    allow_large_delta, not_private, name, key_file, no_dry_run, as_json,
 ) -> None:  # fmt: skip
     """Train PIPELINE, a module such as pipelines.digits_vit, module:function, or a FILE.py.
 
-    A dry run comes first: what could fail late fails before anything is paid for. Every step is charged to the ledger before its noise is
-    drawn. Validation metrics are computed on data that counts as public.
+    A dry run comes first: what could fail late fails before anything is paid for. Every step is
+    charged to the ledger before its noise is drawn. Validation metrics are computed on data that
+    counts as public.
     """
     from grape_ray.config.pipelines import pipeline as resolve
 
     config = resolve(pipeline).override([*assignments, *worker_assignments(workers)])
-    # From here on torch is needed, and its import takes seconds; what could be wrong with the words above was told before.
+    # From here on torch is needed, and its import takes seconds; what could be wrong with the words
+    # above was told before.
     from grape_ray.config.cautions import Consent
     from grape_ray.ray_backend.reachability import reach
     from grape_ray.training.plan import prepare
 
     budget = ledger_budget(ledger_epsilon, ledger_delta)
     plan = prepare(
-        config, run=name, storage=storage, ledger=ledger, key_path=key_file, second_ledger=second_ledger, ledger_budget=budget,
-        consent=Consent(allow_large_delta, not_private), rehearse=not no_dry_run, reach=partial(reach, config),
+        config, run=name, storage=storage, ledger=ledger, key_path=key_file,
+        second_ledger=second_ledger, ledger_budget=budget,
+        consent=Consent(allow_large_delta, not_private), rehearse=not no_dry_run,
+        reach=partial(reach, config),
     )  # fmt: skip
     run_and_report(plan, as_json)
 

@@ -16,41 +16,124 @@ from grape_ray.tuning.options import COMPOSE, LAWS, SCHEDULERS, SEARCHES, SELECT
 
 @click.command("tune")
 @click.argument("space")
-@click.option("--budget-epsilon", "epsilon", type=float, help="What the whole sweep may cost; left out, the space's epsilon.")
+@click.option(
+    "--budget-epsilon",
+    "epsilon",
+    type=float,
+    help="What the whole sweep may cost; left out, the space's epsilon.",
+)
 @click.option("--budget-delta", "delta", type=float, help="Its delta; left out, the space's.")
-@click.option("--trials", type=int, default=10, show_default=True, help="Trials; with --mode select the mean of their secret number.")
-@click.option("--scheduler", type=click.Choice(SCHEDULERS), help="Who stops trials.  [default: asha; none with --mode select]")
-@click.option("--search", type=click.Choice(SEARCHES), default="random", show_default=True, help="Who proposes trials.")
+@click.option(
+    "--trials",
+    type=int,
+    default=10,
+    show_default=True,
+    help="Trials; with --mode select the mean of their secret number.",
+)
+@click.option(
+    "--scheduler",
+    type=click.Choice(SCHEDULERS),
+    help="Who stops trials.  [default: asha; none with --mode select]",
+)
+@click.option(
+    "--search",
+    type=click.Choice(SEARCHES),
+    default="random",
+    show_default=True,
+    help="Who proposes trials.",
+)
 @click.option("--seed", type=int, help="Seed of the proposals.")
-@click.option("--mode", type=click.Choice([COMPOSE, SELECT]), default=COMPOSE, show_default=True,
-              help="Pay for every step of every trial, or for the release of the winner alone.")  # fmt: skip
-@click.option("--law", type=click.Choice(list(LAWS)), default="logarithmic", show_default=True, help="Of the secret number of trials.")
-@click.option("--tokens", type=int, help="Step tokens of the sweep; left out, what the scheduler is expected to use.")
-@click.option("--storage", default="sweeps", show_default=True, help="Folder or URL (s3://...) of sweeps.")
-@click.option("--ledger", help="Folder or URL of the dataset's ledger; left out, your own ledger of this dataset.")
+@click.option(
+    "--mode",
+    type=click.Choice([COMPOSE, SELECT]),
+    default=COMPOSE,
+    show_default=True,
+    help="Pay for every step of every trial, or for the release of the winner alone.",
+)
+@click.option(
+    "--law",
+    type=click.Choice(list(LAWS)),
+    default="logarithmic",
+    show_default=True,
+    help="Of the secret number of trials.",
+)
+@click.option(
+    "--tokens",
+    type=int,
+    help="Step tokens of the sweep; left out, what the scheduler is expected to use.",
+)
+@click.option(
+    "--storage", default="sweeps", show_default=True, help="Folder or URL (s3://...) of sweeps."
+)
+@click.option(
+    "--ledger",
+    help="Folder or URL of the dataset's ledger; left out, your own ledger of this dataset.",
+)
 @click.option("--score-ledger", help="The same for private validation records.")
-@click.option("--second-ledger", is_flag=True, help="Let a dataset that has a ledger get another, with a budget of its own.")
-@click.option("--ledger-epsilon", type=float, help="Whole budget of the dataset, where its ledger is made; left out, the sweep's.")
-@click.option("--ledger-delta", type=float, help="Its delta; left out, the sweep's, in proportion to --ledger-epsilon.")
-@click.option("--allow-large-delta", is_flag=True, help="Let delta be one over the number of records, or more.")
-@click.option("--workers", type=int, help="Ray Train workers a trial; 0 trains in the trial's own process.")
+@click.option(
+    "--second-ledger",
+    is_flag=True,
+    help="Let a dataset that has a ledger get another, with a budget of its own.",
+)
+@click.option(
+    "--ledger-epsilon",
+    type=float,
+    help="Whole budget of the dataset, where its ledger is made; left out, the sweep's.",
+)
+@click.option(
+    "--ledger-delta",
+    type=float,
+    help="Its delta; left out, the sweep's, in proportion to --ledger-epsilon.",
+)
+@click.option(
+    "--allow-large-delta",
+    is_flag=True,
+    help="Let delta be one over the number of records, or more.",
+)
+@click.option(
+    "--workers", type=int, help="Ray Train workers a trial; 0 trains in the trial's own process."
+)
 @click.option("--concurrent", type=int, help="Trials at a time; left out, as many as fit.")
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override a field of the default run; repeatable.")
-@click.option("--key-file", "key_path", help="Master key, made if missing; left out, ~/.config/grape-ray/master.key.")
+@click.option(
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a field of the default run; repeatable.",
+)
+@click.option(
+    "--key-file",
+    "key_path",
+    help="Master key, made if missing; left out, ~/.config/grape-ray/master.key.",
+)
 @click.option("--sealed", help="Folder for the secrets of --mode select; left out, your own.")
 @click.option("--name", help="Name of the new sweep.")
 @click.option("--resume", metavar="NAME", help="Go on with a sweep that was cut off.")
-@click.option("--trust-state", is_flag=True, help="Load Ray Tune's state (pickles) also of a sweep that was not begun from here.")
+@click.option(
+    "--trust-state",
+    is_flag=True,
+    help="Load Ray Tune's state (pickles) also of a sweep that was not begun from here.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
 @click.pass_context
 def command(
-    context: click.Context, workers: int | None, name: str | None, resume: str | None, trust_state: bool, as_json: bool, **words: Any
+    context: click.Context,
+    workers: int | None,
+    name: str | None,
+    resume: str | None,
+    trust_state: bool,
+    as_json: bool,
+    **words: Any,
 ) -> None:
     """Tune SPACE, a module such as tune_spaces.digits, or a FILE.py, with space() and study().
 
-    Every step of every trial is charged to one study before its noise is drawn, so the epsilon of the winner is that of the sweep.
+    Every step of every trial is charged to one study before its noise is drawn, so the epsilon of
+    the winner is that of the sweep.
     """
-    words["assignments"] = (*words["assignments"], *([] if workers is None else [f"performance.num_workers={workers}"]))
+    words["assignments"] = (
+        *words["assignments"],
+        *([] if workers is None else [f"performance.num_workers={workers}"]),
+    )
     words["scheduler"] = words["scheduler"] or ("none" if words["mode"] == SELECT else "asha")
     words["space"] = located(words["space"], "tune space")
     from grape_ray.cli.progress import Reporter
@@ -63,10 +146,18 @@ def command(
             result = run(options, reporter.say, name)
         else:
             if name not in (None, resume):
-                raise ConfigError("--name with --resume", name, f"{resume}, or nothing", "a sweep keeps its name")
+                raise ConfigError(
+                    "--name with --resume", name, f"{resume}, or nothing", "a sweep keeps its name"
+                )
             from grape_ray.ray_backend.sweep import resume as go_on
 
-            result = go_on(words["storage"], resume, _given(context, words, workers), reporter.say, trust_state=trust_state)
+            result = go_on(
+                words["storage"],
+                resume,
+                _given(context, words, workers),
+                reporter.say,
+                trust_state=trust_state,
+            )
     for line in _summary(result):
         click.echo(line)
     if as_json:
@@ -75,22 +166,45 @@ def command(
 
 def _given(context: click.Context, words: dict[str, Any], workers: int | None) -> dict[str, Any]:
     """The options that were written on the command line, but for where the sweep lies."""
-    given = {name: value for name, value in words.items() if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}
-    given |= {"space": words["space"]} | ({"assignments": words["assignments"]} if workers is not None else {})
+    given = {
+        name: value
+        for name, value in words.items()
+        if context.get_parameter_source(name) == ParameterSource.COMMANDLINE
+    }
+    given |= {"space": words["space"]} | (
+        {"assignments": words["assignments"]} if workers is not None else {}
+    )
     return {name: value for name, value in given.items() if name != "storage"}
 
 
 def _summary(result: dict[str, Any]) -> list[str]:
     """The result in lines for a person."""
     best = result["best"]
-    lines = [f"sweep {result['sweep']}: epsilon {result['epsilon']:g} at delta {result['delta']:g} for all of it"]
+    lines = [
+        f"sweep {result['sweep']}: epsilon {result['epsilon']:g} at delta {result['delta']:g} for"
+        " all of it"
+    ]
     if result["tokens_total"] is not None:
         tokens = f"{result['tokens_charged']} of {result['tokens_total']} step tokens charged"
-        lines.append(f"{result['trials']} trials, {tokens}, {result['steps_executed']} steps executed")
+        lines.append(
+            f"{result['trials']} trials, {tokens}, {result['steps_executed']} steps executed"
+        )
     if best is None:
-        return [*lines, "no trial has a finite score, so none is the best: look at the metric and at the learning rates of the space"]
-    values = ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in best["config"].items())
+        return [
+            *lines,
+            (
+                "no trial has a finite score, so none is the best: look at the metric and at the"
+                " learning rates of the space"
+            ),
+        ]
+    values = ", ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in best["config"].items()
+    )
     lines.append(f"best: score {best['score']:.4f} after {best['steps']} steps with {values}")
     if best["naive_epsilon"] is not None:
-        lines.append(f"its own steps alone would cost epsilon {best['naive_epsilon']:.3f}: that is not what tuning costs")
+        lines.append(
+            f"its own steps alone would cost epsilon {best['naive_epsilon']:.3f}: that is not what"
+            " tuning costs"
+        )
     return [*lines, f"ledger {result['ledger']}; run {best['run']}"]

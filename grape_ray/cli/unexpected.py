@@ -1,4 +1,6 @@
-"""What nobody foresaw, told in one line; where it came through is kept in a file of the user's own, without what it may quote."""
+"""What nobody foresaw, told in one line; where it came through is kept in a file of the user's own,
+without what it may quote.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ _NAMED = 2  # frames that the one line names
 
 
 class Unexpected(GrapeRayError):
-    """An error of no class of this project, as the command line tells it. `status`: of the process; 2 where it is the task's own."""
+    """An error of no class of this project, as the command line tells it. `status`: of the process;
+    2 where it is the task's own.
+    """
 
     status = 1
 
@@ -26,44 +30,63 @@ class Unexpected(GrapeRayError):
 def foreseen(error: Exception, command: str) -> Unexpected:
     """The one line for an error that is not this project's, once its traceback is kept.
 
-    The text of an error may quote a record, so neither the line nor the file holds it, unless all records that the failing code had seen
-    are public (`withheld.told`); then it is the task's own code that failed. The lines of code that it came through are told in any case.
+    The text of an error may quote a record, so neither the line nor the file holds it, unless all
+    records that the failing code had seen are public (`withheld.told`); then it is the task's own
+    code that failed. The lines of code that it came through are told in any case.
 
     Args:
         command: that was called, without its values.
     """
     frames, public = where(error, _FRAMES), shown(error)
-    what = f"the task failed with {type(error).__name__}" if public else f"an unexpected {type(error).__name__}"
+    what = (
+        f"the task failed with {type(error).__name__}"
+        if public
+        else f"an unexpected {type(error).__name__}"
+    )
     if public and str(error):
         what += f" ({' '.join(str(error).split())[:300]})"
     try:
         kept = f"its traceback is kept in {_keep(error, command)}"
     except OSError as failure:
         kept = f"its traceback could not be kept: {type(failure).__name__}"
-    expected = "a task that runs" if public else "errors that say what to do: this one is a fault of grape-ray"
+    expected = (
+        "a task that runs"
+        if public
+        else "errors that say what to do: this one is a fault of grape-ray"
+    )
     fix = f"{kept}; `grape-ray --debug` shows it whole, with whatever it may quote"
-    found = Unexpected(what, "at " + " < ".join(reversed(frames[-_NAMED:])) if frames else None, expected, fix)
+    found = Unexpected(
+        what, "at " + " < ".join(reversed(frames[-_NAMED:])) if frames else None, expected, fix
+    )
     found.status = 2 if public else 1
     return found
 
 
 def state_folder() -> Path:
     """Where tracebacks are kept: `$XDG_STATE_HOME/grape-ray`, or `~/.local/state/grape-ray`."""
-    return (Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "grape-ray").absolute()
+    return (
+        Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "grape-ray"
+    ).absolute()
 
 
 def _keep(error: Exception, command: str) -> Path:
-    """Writes a file of its own that only the user may read, in a folder that only the user may list. Raises OSError."""
+    """Writes a file of its own that only the user may read, in a folder that only the user may
+    list. Raises OSError.
+    """
     folder = state_folder()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path = folder / f"error-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{os.urandom(4).hex()}.txt"
+    path = (
+        folder / f"error-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{os.urandom(4).hex()}.txt"
+    )
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write("\n".join(_lines(error, command)) + "\n")
     return path
 
 
 def _lines(error: Exception, command: str) -> Iterator[str]:
-    """Versions, and for each error of the chain, the innermost first, its type and the lines it came through."""
+    """Versions, and for each error of the chain, the innermost first, its type and the lines it
+    came through.
+    """
     for name in ("grape-ray", "torch", "transformers", "ray", "pyarrow"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             yield f"{name} {metadata.version(name)}"
@@ -71,7 +94,9 @@ def _lines(error: Exception, command: str) -> Iterator[str]:
     yield f"command: {command}"
     for link in reversed(list(_chain(error))):
         yield ""
-        yield f"{type(link).__module__}.{type(link).__qualname__}" + (f": {link}" if shown(error) else "")
+        yield f"{type(link).__module__}.{type(link).__qualname__}" + (
+            f": {link}" if shown(error) else ""
+        )
         yield from (f"  {frame}" for frame in where(link, _FRAMES))
 
 

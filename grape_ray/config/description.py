@@ -11,11 +11,12 @@ from grape_ray.ledger.location import RUN_FILE
 from grape_ray.storage import Storage
 
 _RUN = {  # fields of a run's description, and their types
-    "run": (str,), "ledger": (str, type(None)), "study": (str,), "seed": (int,), "task": (dict,), "privacy": (dict,), "method": (dict,),
-    "performance": (dict,),
+    "run": (str,), "ledger": (str, type(None)), "study": (str,), "seed": (int,), "task": (dict,),
+    "privacy": (dict,), "method": (dict,), "performance": (dict,),
 }  # fmt: skip
 _LATER = ("performance",)  # a field that early descriptions lack
-# Tasks of this package that moved: where descriptions of older runs and sweeps say that they live, and where they live.
+# Tasks of this package that moved: where descriptions of older runs and sweeps say that they live,
+# and where they live.
 _OLD_HOMES = {
     "grape_ray.models.text_classification": "grape_ray.tasks.text_classification",
     "grape_ray.models.text_generation": "grape_ray.tasks.text_generation",
@@ -28,10 +29,14 @@ def read_run(folder: Storage) -> dict[str, Any]:
         return _parsed(folder.read(RUN_FILE))
     except FileNotFoundError as error:
         fix = "name the folder below --storage"
-        raise CheckpointError("no run there", folder.url, f"a run's folder, with {RUN_FILE}", fix) from error
+        raise CheckpointError(
+            "no run there", folder.url, f"a run's folder, with {RUN_FILE}", fix
+        ) from error
     except ValueError as error:
         expected = "the JSON that its beginning wrote"
-        raise CheckpointError(f"{RUN_FILE} of the run is damaged", str(error), expected, "restore it from a copy") from error
+        raise CheckpointError(
+            f"{RUN_FILE} of the run is damaged", str(error), expected, "restore it from a copy"
+        ) from error
 
 
 def _parsed(data: bytes) -> dict[str, Any]:
@@ -48,7 +53,9 @@ def _parsed(data: bytes) -> dict[str, Any]:
             raise ValueError(f"no {name}")
         if name in known and not isinstance(known[name], kinds):
             raise ValueError(f"{name} is a {type(known[name]).__name__}")
-    if not isinstance(known["task"].get("class"), str) or not isinstance(known["task"].get("fields"), dict):
+    if not isinstance(known["task"].get("class"), str) or not isinstance(
+        known["task"].get("fields"), dict
+    ):
         raise ValueError("a task without its class and fields")
     known["task"] = at_home(known["task"])
     return known

@@ -34,11 +34,20 @@ def load_module(name: str, reference: str, kind: str = "pipeline", here: bool = 
     except ModuleNotFoundError as error:
         if error.name is None or not (name == error.name or name.startswith(f"{error.name}.")):
             what = f"{kind} {reference} needs a module"
-            raise ConfigError(what, error.name, "an installed module", f"pip install {error.name}") from error
-        raise ConfigError(f"{kind} not found", reference, "an importable module", nearest(name, _neighbours(name, kind))) from error
+            raise ConfigError(
+                what, error.name, "an installed module", f"pip install {error.name}"
+            ) from error
+        raise ConfigError(
+            f"{kind} not found",
+            reference,
+            "an importable module",
+            nearest(name, _neighbours(name, kind)),
+        ) from error
     except Exception as error:  # its code may raise anything; no record has been read by now
         reason = f"{type(error).__name__}: {error}, at {(where(error) or ['?'])[-1]}"
-        raise ConfigError(f"{kind} cannot be imported", reference, "an importable module", reason) from error
+        raise ConfigError(
+            f"{kind} cannot be imported", reference, "an importable module", reason
+        ) from error
 
 
 def call(function: Callable[[], Any], what: str, expected: str) -> Any:
@@ -48,7 +57,12 @@ def call(function: Callable[[], Any], what: str, expected: str) -> Any:
     except GrapeRayError:
         raise
     except Exception as error:  # no record has been read by now
-        raise ConfigError(f"{what} failed", f"{type(error).__name__}: {error}", expected, f"see {where(error)[-1]}") from error
+        raise ConfigError(
+            f"{what} failed",
+            f"{type(error).__name__}: {error}",
+            expected,
+            f"see {where(error)[-1]}",
+        ) from error
 
 
 def is_file(reference: str) -> bool:
@@ -57,7 +71,8 @@ def is_file(reference: str) -> bool:
 
 
 def located(reference: str, kind: str = "pipeline") -> str:
-    """The name of a module; one that is given by its file can be imported by that name from now on, here and in processes begun here.
+    """The name of a module; one that is given by its file can be imported by that name from now on,
+    here and in processes begun here.
 
     Raises:
         ConfigError: there is no such file, or its name is that of another module.
@@ -74,12 +89,16 @@ def located(reference: str, kind: str = "pipeline") -> str:
         found = getattr(loaded, "__file__", None) if loaded else spec and spec.origin
     except Exception as error:  # of the packages that it lies in
         reason = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"{kind} cannot be imported", reference, "an importable module", reason) from error
+        raise ConfigError(
+            f"{kind} cannot be imported", reference, "an importable module", reason
+        ) from error
     if not found or os.path.realpath(found) != os.path.realpath(path):
         if added:
             sys.path.remove(str(folder))
         got, fix = f"{name}, which is {found or 'built in'}", "give the file another name"
-        raise ConfigError(f"{kind} {reference} has the name of another module", got, "a name of its own", fix)
+        raise ConfigError(
+            f"{kind} {reference} has the name of another module", got, "a name of its own", fix
+        )
     if str(folder) != os.getcwd():  # which every process of a run looks into
         _FILES[name] = str(path)
         _tell_processes(str(folder))
@@ -95,13 +114,25 @@ def _file(reference: str, kind: str) -> Path:
     for path in (Path(reference).expanduser(), Path(f"{reference}.py").expanduser()):
         if path.is_file() and path.suffix == ".py":
             return path.absolute()
-    beside = [str(path) for path in Path(reference).expanduser().parent.glob("*.py") if path.stem != "__init__"]
-    fix = nearest(reference, beside) if 0 < len(beside) <= _MOST_NAMED else "check the path, or name a module such as pipelines.digits_vit"
-    raise ConfigError(f"{kind} not found", reference, "a module, or the path of its file, which ends in .py", fix)
+    beside = [
+        str(path)
+        for path in Path(reference).expanduser().parent.glob("*.py")
+        if path.stem != "__init__"
+    ]
+    fix = (
+        nearest(reference, beside)
+        if 0 < len(beside) <= _MOST_NAMED
+        else "check the path, or name a module such as pipelines.digits_vit"
+    )
+    raise ConfigError(
+        f"{kind} not found", reference, "a module, or the path of its file, which ends in .py", fix
+    )
 
 
 def _place(path: Path) -> tuple[str, Path]:
-    """The module that a file is, with the packages it lies in, and the folder from which that name finds it."""
+    """The module that a file is, with the packages it lies in, and the folder from which that name
+    finds it.
+    """
     parts, folder = [path.stem], path.parent
     while (folder / "__init__.py").is_file():
         parts.insert(0, folder.name)
@@ -117,7 +148,9 @@ def _tell_processes(folder: str) -> None:
 
 
 def _neighbours(name: str, kind: str) -> list[str]:
-    """Modules beside the one that is missing; where a bare name is missing, those beside the kind's own examples."""
+    """Modules beside the one that is missing; where a bare name is missing, those beside the kind's
+    own examples.
+    """
     example = "tune_spaces.digits" if kind == "tune space" else "pipelines.digits_vit"
     package = (name.rpartition(".")[0] or example).split(".")[0]
     try:

@@ -1,4 +1,6 @@
-"""The frozen configuration of a run, in three parts: what moves the mechanism, what moves the model, what may move speed alone."""
+"""The frozen configuration of a run, in three parts: what moves the mechanism, what moves the
+model, what may move speed alone.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,15 @@ from typing import Any
 from grape_ray.config.methods import METHODS
 from grape_ray.errors import ConfigError, nearest
 
-# What underflows in single precision is below 1e-12 for the widest layers (docs/privacy.md, "Norms are taken from above"): a millionth
-# of the least clip norm. Gradients whose squares overflow, beyond 1e19, contribute nothing: far above the largest.
+# What underflows in single precision is below 1e-12 for the widest layers (docs/privacy.md, "Norms
+# are taken from above"): a millionth of the least clip norm. Gradients whose squares overflow,
+# beyond 1e19, contribute nothing: far above the largest.
 MIN_CLIP_NORM, MAX_CLIP_NORM = 1e-6, 1e12
-MAX_RATE = 1e36  # single precision holds up to 3e38, and Adam's first step multiplies by up to 10 or so
+# single precision holds up to 3e38, and Adam's first step multiplies by up to 10 or so
+MAX_RATE = 1e36
 MAX_THREADS = 1024  # with very many, torch ends the process
-# As Python writes and as JSON reads them: what is out of range is told by the range check, which knows what to do.
+# As Python writes and as JSON reads them: what is out of range is told by the range check, which
+# knows what to do.
 _NOT_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 
 
@@ -41,14 +46,18 @@ class Privacy:
 
     Attributes:
         epsilon, delta: the promise for the whole run, adding or removing one record.
-        expected_batch_size: mean number of records in a Poisson batch; sampling_prob is this divided by the number of records.
+        expected_batch_size: mean number of records in a Poisson batch; sampling_prob is this
+            divided by the number of records.
         steps: optimizer steps planned.
         spare_steps: extra step tokens for the steps that a restart repeats.
         clip_norm: bound C on each example's contribution in L2 norm, from 1e-6 to 1e12.
-        clipping: `flat` (one norm over all tensors), `automatic` (every example scaled to norm just under C) or `per_layer`
-            (each tensor bounded by C / sqrt(number of tensors)); all three have sensitivity C.
-        noise_multiplier: standard deviation of the noise in units of C; None calibrates it from the fields above.
-        probes, shared_probes: of method `randomized`: probes a layer, and whether a batch shares them.
+        clipping: `flat` (one norm over all tensors), `automatic` (every example scaled to norm just
+            under C) or `per_layer` (each tensor bounded by C / sqrt(number of tensors)); all three
+            have sensitivity C.
+        noise_multiplier: standard deviation of the noise in units of C; None calibrates it from the
+            fields above.
+        probes, shared_probes: of method `randomized`: probes a layer, and whether a batch shares
+            them.
     """
 
     epsilon: float = 8.0
@@ -64,19 +73,47 @@ class Privacy:
 
     def __post_init__(self) -> None:
         fix = "typical values lie between 0.5 and 10"
-        _require(_number(self.epsilon) and self.epsilon > 0, "privacy.epsilon", self.epsilon, "a finite number > 0", fix)
+        _require(
+            _number(self.epsilon) and self.epsilon > 0,
+            "privacy.epsilon",
+            self.epsilon,
+            "a finite number > 0",
+            fix,
+        )
         fix = "choose it well below one over the number of records"
-        _require(_number(self.delta) and 1e-11 <= self.delta < 1, "privacy.delta", self.delta, "a number in [1e-11, 1)", fix)
+        _require(
+            _number(self.delta) and 1e-11 <= self.delta < 1,
+            "privacy.delta",
+            self.delta,
+            "a number in [1e-11, 1)",
+            fix,
+        )
         size, fix = self.expected_batch_size, "choose at most the number of records"
         _require(_count(size, 1), "privacy.expected_batch_size", size, "an integer >= 1", fix)
-        _require(_count(self.steps, 1), "privacy.steps", self.steps, "an integer >= 1", "choose how many optimizer steps to take")
-        _require(_count(self.spare_steps, 0), "privacy.spare_steps", self.spare_steps, "an integer >= 0")
-        expected, fix = f"a number from {MIN_CLIP_NORM:g} to {MAX_CLIP_NORM:g}", "multiply the loss to bring its gradients into range"
+        _require(
+            _count(self.steps, 1),
+            "privacy.steps",
+            self.steps,
+            "an integer >= 1",
+            "choose how many optimizer steps to take",
+        )
+        _require(
+            _count(self.spare_steps, 0), "privacy.spare_steps", self.spare_steps, "an integer >= 0"
+        )
+        expected, fix = (
+            f"a number from {MIN_CLIP_NORM:g} to {MAX_CLIP_NORM:g}",
+            "multiply the loss to bring its gradients into range",
+        )
         in_range = _number(self.clip_norm) and MIN_CLIP_NORM <= self.clip_norm <= MAX_CLIP_NORM
         _require(in_range, "privacy.clip_norm", self.clip_norm, expected, fix)
         _choice("privacy.clipping", self.clipping, ("flat", "automatic", "per_layer"))
         sigma = self.noise_multiplier
-        _require(sigma is None or (_number(sigma) and sigma > 0), "privacy.noise_multiplier", sigma, "None or a finite number > 0")
+        _require(
+            sigma is None or (_number(sigma) and sigma > 0),
+            "privacy.noise_multiplier",
+            sigma,
+            "None or a finite number > 0",
+        )
         _require(_count(self.probes, 1), "privacy.probes", self.probes, "an integer >= 1")
 
 
@@ -87,17 +124,23 @@ class Method:
     Attributes:
         name: a row of `grape_ray.config.methods.METHODS`.
         rank: coordinates kept of a projected weight's compressed side.
-        side: `in` compresses a linear layer's inputs (kept projected from the forward pass on), `out` its outputs, `smaller` the
-            smaller of the two (GaLore's rule, used by the DP-GRAPE paper).
+        side: `in` compresses a linear layer's inputs (kept projected from the forward pass on),
+            `out` its outputs, `smaller` the smaller of the two (GaLore's rule, used by the DP-GRAPE
+            paper).
         refresh: steps between new projections; 0 never refreshes.
-        moments: at a refresh `keep` (the paper's), `reset`, or `transfer` (lift the old coordinates and project them again).
-        scale: `unbiased` draws the projection from N(0, 1/r); `paper` from N(0, 1/r^2), as the authors' public code does.
+        moments: at a refresh `keep` (the paper's), `reset`, or `transfer` (lift the old coordinates
+            and project them again).
+        scale: `unbiased` draws the projection from N(0, 1/r); `paper` from N(0, 1/r^2), as the
+            authors' public code does.
         dense: name patterns (fnmatch) of tensors that are never projected.
         project_min_numel: tensors with fewer elements are kept in full.
         estimator: of method `randomized`: `hutchinson` or `hutch++`.
-        routes: `pattern:route` texts (fnmatch on names) that overrule how a layer's norm is had: gram, instantiate or sketch.
-        optimizer: `adam` or `sgd`; learning_rate, betas, eps, momentum, weight_decay (decoupled) are its own.
-        warmup_steps, schedule: linear warm-up, then `constant`, `linear` or `cosine` decay to zero at the last step.
+        routes: `pattern:route` texts (fnmatch on names) that overrule how a layer's norm is had:
+            gram, instantiate or sketch.
+        optimizer: `adam` or `sgd`; learning_rate, betas, eps, momentum, weight_decay (decoupled)
+            are its own.
+        warmup_steps, schedule: linear warm-up, then `constant`, `linear` or `cosine` decay to zero
+            at the last step.
         correct_noise_bias: subtract the known noise variance from Adam's second moment.
     """
 
@@ -123,7 +166,13 @@ class Method:
 
     def __post_init__(self) -> None:
         _choice("method.name", self.name, METHODS)
-        _require(_count(self.rank, 1), "method.rank", self.rank, "an integer >= 1", "typical values lie between 8 and 64")
+        _require(
+            _count(self.rank, 1),
+            "method.rank",
+            self.rank,
+            "an integer >= 1",
+            "typical values lie between 8 and 64",
+        )
         _choice("method.side", self.side, ("in", "out", "smaller"))
         _require(_count(self.refresh, 0), "method.refresh", self.refresh, "an integer >= 0")
         _choice("method.moments", self.moments, ("keep", "reset", "transfer"))
@@ -131,16 +180,42 @@ class Method:
         _choice("method.estimator", self.estimator, ("hutchinson", "hutch++"))
         _choice("method.optimizer", self.optimizer, ("adam", "sgd"))
         _choice("method.schedule", self.schedule, ("constant", "linear", "cosine"))
-        _require(_count(self.project_min_numel, 0), "method.project_min_numel", self.project_min_numel, "an integer >= 0")
+        _require(
+            _count(self.project_min_numel, 0),
+            "method.project_min_numel",
+            self.project_min_numel,
+            "an integer >= 0",
+        )
         rate, most = self.learning_rate, f"a number > 0, at most {MAX_RATE:g}"
-        _require(_number(rate) and 0 < rate <= MAX_RATE, "method.learning_rate", rate, most, "typical values lie between 1e-5 and 1")
+        _require(
+            _number(rate) and 0 < rate <= MAX_RATE,
+            "method.learning_rate",
+            rate,
+            most,
+            "typical values lie between 1e-5 and 1",
+        )
         betas_ok = len(self.betas) == 2 and all(_number(b) and 0 <= b < 1 for b in self.betas)
         _require(betas_ok, "method.betas", self.betas, "two numbers in [0, 1)")
         _require(_number(self.eps) and self.eps > 0, "method.eps", self.eps, "a number > 0")
-        _require(_number(self.momentum) and 0 <= self.momentum < 1, "method.momentum", self.momentum, "a number in [0, 1)")
-        decay, most = self.weight_decay, f"a number >= 0, times the learning rate at most {MAX_RATE:g}"
-        _require(_number(decay) and 0 <= decay * rate <= MAX_RATE, "method.weight_decay", decay, most)
-        _require(_count(self.warmup_steps, 0), "method.warmup_steps", self.warmup_steps, "an integer >= 0")
+        _require(
+            _number(self.momentum) and 0 <= self.momentum < 1,
+            "method.momentum",
+            self.momentum,
+            "a number in [0, 1)",
+        )
+        decay, most = (
+            self.weight_decay,
+            f"a number >= 0, times the learning rate at most {MAX_RATE:g}",
+        )
+        _require(
+            _number(decay) and 0 <= decay * rate <= MAX_RATE, "method.weight_decay", decay, most
+        )
+        _require(
+            _count(self.warmup_steps, 0),
+            "method.warmup_steps",
+            self.warmup_steps,
+            "an integer >= 0",
+        )
 
 
 @dataclass(frozen=True)
@@ -149,23 +224,30 @@ class Performance:
 
     Attributes:
         micro_batch_size: examples in one forward and backward pass.
-        num_workers: Ray Train workers; 0 runs in this process, without Ray; `2:8` lets their number follow the cluster.
+        num_workers: Ray Train workers; 0 runs in this process, without Ray; `2:8` lets their number
+            follow the cluster.
         use_gpu: one GPU a worker.
         charge_chunk: steps reserved in the ledger at a time; a crash loses at most one chunk.
-        checkpoint_every, eval_every: steps; 0 only at the end. checkpoint_every_s: seconds, beside it; 0 counts steps alone.
-        stop_on_nan: whether a metric that is not finite at two evaluations in a row ends the run, before more is paid for.
+        checkpoint_every, eval_every: steps; 0 only at the end. checkpoint_every_s: seconds, beside
+            it; 0 counts steps alone.
+        stop_on_nan: whether a metric that is not finite at two evaluations in a row ends the run,
+            before more is paid for.
         keep_checkpoints: committed checkpoints kept.
-        delta_checkpoints: of method `grape`: so many checkpoints between two full ones hold only coordinates, a few percent of the bytes;
-            weights restored from one differ from those saved by rounding. With `sharded`, or where projected weights are not fp32, all
+        delta_checkpoints: of method `grape`: so many checkpoints between two full ones hold only
+            coordinates, a few percent of the bytes; weights restored from one differ from those
+            saved by rounding. With `sharded`, or where projected weights are not fp32, all
             checkpoints are full ones.
-        checkpoint_timeout_s: how long a checkpoint may take from its copy in memory to its manifest.
+        checkpoint_timeout_s: how long a checkpoint may take from its copy in memory to its
+            manifest.
         storage_timeout_s: how long a call to remote storage is tried again.
         max_failures: worker failures that a run survives; each is a new attempt.
         start_timeout_s: how long to wait for the cluster's resources before giving up.
-        resize_every_s: how often a run with a range of workers looks for room to grow; growing costs the steps since the last checkpoint.
+        resize_every_s: how often a run with a range of workers looks for room to grow; growing
+            costs the steps since the last checkpoint.
         threads_per_worker: torch threads in a worker; 0 leaves torch's own choice.
         sharded: spread the model's weights over the workers (FSDP2), so that none holds it whole.
-        precision: `fp32`, or `bf16` for products and activations; norms, coordinates and noise are fp32 in either.
+        precision: `fp32`, or `bf16` for products and activations; norms, coordinates and noise are
+            fp32 in either.
         recompute: keep each block's input alone for the backward pass (activation checkpointing).
     """
 
@@ -190,24 +272,63 @@ class Performance:
     recompute: bool = False
 
     def __post_init__(self) -> None:
-        for name, low in (("micro_batch_size", 1), ("charge_chunk", 1), ("checkpoint_every", 0), ("eval_every", 0), ("keep_checkpoints", 1),
-                          ("delta_checkpoints", 0), ("max_failures", 0), ("threads_per_worker", 0)):  # fmt: skip
-            _require(_count(getattr(self, name), low), f"performance.{name}", getattr(self, name), f"an integer >= {low}")
+        for name, low in (("micro_batch_size", 1), ("charge_chunk", 1), ("checkpoint_every", 0),
+        ("eval_every", 0), ("keep_checkpoints", 1),
+                          ("delta_checkpoints", 0), ("max_failures", 0),
+                          ("threads_per_worker", 0)):  # fmt: skip
+            _require(
+                _count(getattr(self, name), low),
+                f"performance.{name}",
+                getattr(self, name),
+                f"an integer >= {low}",
+            )
         threads = self.threads_per_worker
-        _require(threads <= MAX_THREADS, "performance.threads_per_worker", threads, f"at most {MAX_THREADS}", "0 leaves torch's own choice")
+        _require(
+            threads <= MAX_THREADS,
+            "performance.threads_per_worker",
+            threads,
+            f"at most {MAX_THREADS}",
+            "0 leaves torch's own choice",
+        )
         _choice("performance.precision", self.precision, ("fp32", "bf16"))
-        for name in ("start_timeout_s", "resize_every_s", "checkpoint_timeout_s", "storage_timeout_s"):
+        for name in (
+            "start_timeout_s",
+            "resize_every_s",
+            "checkpoint_timeout_s",
+            "storage_timeout_s",
+        ):
             value = getattr(self, name)
-            _require(_number(value) and value > 0, f"performance.{name}", value, "a number of seconds > 0")
+            _require(
+                _number(value) and value > 0,
+                f"performance.{name}",
+                value,
+                "a number of seconds > 0",
+            )
         every_s = self.checkpoint_every_s
-        _require(_number(every_s) and every_s >= 0, "performance.checkpoint_every_s", every_s, "a number of seconds, 0 for never")
+        _require(
+            _number(every_s) and every_s >= 0,
+            "performance.checkpoint_every_s",
+            every_s,
+            "a number of seconds, 0 for never",
+        )
         low, high = self.workers
-        expected, fix = "an integer >= 0, or MIN:MAX", "0 trains in this process, 2:8 follows the cluster"
-        _require(0 <= low <= high and (low > 0 or high == 0), "performance.num_workers", self.num_workers, expected, fix)
+        expected, fix = (
+            "an integer >= 0, or MIN:MAX",
+            "0 trains in this process, 2:8 follows the cluster",
+        )
+        _require(
+            0 <= low <= high and (low > 0 or high == 0),
+            "performance.num_workers",
+            self.num_workers,
+            expected,
+            fix,
+        )
 
     @property
     def workers(self) -> tuple[int, int]:
-        """The fewest and the most workers; (-1, -1) where `num_workers` is neither a count nor a range."""
+        """The fewest and the most workers; (-1, -1) where `num_workers` is neither a count nor a
+        range.
+        """
         if _count(self.num_workers, 0):
             return int(self.num_workers), int(self.num_workers)
         found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", str(self.num_workers))
@@ -219,8 +340,10 @@ class Config:
     """A whole run: a task (model and data) and how to train it.
 
     Attributes:
-        task: a frozen dataclass with the methods of `grape_ray.tasks.task.Task`; its fields can be overridden as `task.<field>`.
-        seed: public seed of initialisation and projections; noise and sampling come from the secret master key instead.
+        task: a frozen dataclass with the methods of `grape_ray.tasks.task.Task`; its fields can be
+            overridden as `task.<field>`.
+        seed: public seed of initialisation and projections; noise and sampling come from the secret
+            master key instead.
     """
 
     task: Any
@@ -233,7 +356,8 @@ class Config:
         """This config with `key=value` assignments applied, such as `method.rank=8`.
 
         Raises:
-            ConfigError: an unknown key (with the nearest names), a value of the wrong type, or a value out of range.
+            ConfigError: an unknown key (with the nearest names), a value of the wrong type, or a
+                value out of range.
         """
         config = self
         for text in assignments:
@@ -248,21 +372,32 @@ def _assign(node: Any, path: list[str], value: str, key: str) -> Any:
     names = {f.name: f for f in dataclasses.fields(node)}
     if path[0] not in names:
         known = {".".join([*key.split(".")[: -len(path)], n]) for n in names}
-        raise ConfigError("--set: unknown key", key, "a field of the configuration", nearest(key, known))
+        raise ConfigError(
+            "--set: unknown key", key, "a field of the configuration", nearest(key, known)
+        )
     current = getattr(node, path[0])
     if len(path) > 1:
         if not dataclasses.is_dataclass(current):
-            raise ConfigError("--set: unknown key", key, f"{path[0]} has no fields of its own", "name the field itself")
+            raise ConfigError(
+                "--set: unknown key",
+                key,
+                f"{path[0]} has no fields of its own",
+                "name the field itself",
+            )
         return dataclasses.replace(node, **{path[0]: _assign(current, path[1:], value, key)})
     if dataclasses.is_dataclass(current):
         inner = ", ".join(f"{key}.{f.name}" for f in dataclasses.fields(current))
-        raise ConfigError("--set: a group is not a value", key, f"one of {inner}", "set its fields one by one")
+        raise ConfigError(
+            "--set: a group is not a value", key, f"one of {inner}", "set its fields one by one"
+        )
     hint = typing.get_type_hints(type(node))[path[0]]
     return dataclasses.replace(node, **{path[0]: _parse(value, hint, key)})
 
 
 def _parse(text: str, hint: Any, key: str) -> Any:
-    """`text` as the annotated type: str as it is, everything else as JSON (`none` and comma lists allowed)."""
+    """`text` as the annotated type: str as it is, everything else as JSON (`none` and comma lists
+    allowed).
+    """
     options = typing.get_args(hint) if typing.get_origin(hint) not in (None, tuple) else (hint,)
     if type(None) in options and text.lower() in ("none", "null"):
         return None
@@ -273,7 +408,13 @@ def _parse(text: str, hint: Any, key: str) -> Any:
         if origin is tuple:
             return tuple(_parse(part, typing.get_args(kind)[0], key) for part in _parts(text))
         try:
-            value = json.loads(text.lower() if origin is bool else _NOT_FINITE.get(text.lower(), text) if origin is float else text)
+            value = json.loads(
+                text.lower()
+                if origin is bool
+                else _NOT_FINITE.get(text.lower(), text)
+                if origin is float
+                else text
+            )
         except ValueError:
             continue
         if origin is float and _number(value):
@@ -281,11 +422,15 @@ def _parse(text: str, hint: Any, key: str) -> Any:
         if isinstance(value, origin) and isinstance(value, bool) == (origin is bool):
             return value
     names = " or ".join(getattr(o, "__name__", str(o)) for o in options)
-    raise ConfigError(f"--set {key}", text, f"a value of type {names}", "write it as in Python or JSON")
+    raise ConfigError(
+        f"--set {key}", text, f"a value of type {names}", "write it as in Python or JSON"
+    )
 
 
 def _parts(text: str) -> list[str]:
-    """The members of a list as texts: of one in JSON, or of one with commas, where `[!a]` is part of a pattern, not the list's own."""
+    """The members of a list as texts: of one in JSON, or of one with commas, where `[!a]` is part
+    of a pattern, not the list's own.
+    """
     try:
         found = json.loads(text)
     except ValueError:

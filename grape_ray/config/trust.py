@@ -1,4 +1,6 @@
-"""What may be imported or unpickled because a folder says so: only what the user, or a program of the user's, has named."""
+"""What may be imported or unpickled because a folder says so: only what the user, or a program of
+the user's, has named.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,11 @@ _ROOT = Path(__file__).resolve().parents[2]  # where this project's packages lie
 
 
 def check_module(name: str, trusted: Iterable[str], kind: str) -> None:
-    """Refuses, before it is imported, a module that a stored description names and nobody else does: importing runs its code.
+    """Refuses, before it is imported, a module that a stored description names and nobody else
+    does: importing runs its code.
 
-    Trusted are this project's own modules, those that the running program has imported already, and `trusted` with all below them.
+    Trusted are this project's own modules, those that the running program has imported already, and
+    `trusted` with all below them.
 
     Raises:
         ConfigError: which module to name, and how.
@@ -30,7 +34,12 @@ def check_module(name: str, trusted: Iterable[str], kind: str) -> None:
     if is_own(name) or names(trusted, name) or name in sys.modules:
         return
     fix = f"if you trust its code, say so: --trust-module {name} (in Python: trust=[{name!r}])"
-    raise ConfigError(f"the stored description names a {kind}'s module that you have not named", name, "a module that you trust", fix)
+    raise ConfigError(
+        f"the stored description names a {kind}'s module that you have not named",
+        name,
+        "a module that you trust",
+        fix,
+    )
 
 
 def names(trusted: Iterable[str], module: str) -> bool:
@@ -39,7 +48,9 @@ def names(trusted: Iterable[str], module: str) -> bool:
 
 
 def is_own(module: str) -> bool:
-    """Whether a module is this project's own: of one of its packages, and from where this one lies, not of a folder that has its name."""
+    """Whether a module is this project's own: of one of its packages, and from where this one lies,
+    not of a folder that has its name.
+    """
     top = module.partition(".")[0]
     if top not in OWN or not all(part.isidentifier() for part in module.split(".")):
         return False
@@ -47,23 +58,32 @@ def is_own(module: str) -> bool:
         spec = importlib.util.find_spec(top)  # of a top-level package: nothing is imported
     except (ImportError, ValueError):
         return False
-    return spec is not None and spec.origin is not None and Path(spec.origin).resolve().parents[1] == _ROOT
+    return (
+        spec is not None
+        and spec.origin is not None
+        and Path(spec.origin).resolve().parents[1] == _ROOT
+    )
 
 
 def words_for(module: str) -> str:
-    """What `resume` and `export` must be told beside the run's folder, so that its task's module may be imported; empty for our own."""
+    """What `resume` and `export` must be told beside the run's folder, so that its task's module
+    may be imported; empty for our own.
+    """
     return "" if is_own(module) else f" --trust-module {shlex.quote(file_of(module) or module)}"
 
 
 def remember_sweep(url: str, mark: str) -> None:
-    """Notes, in the user's own folder, that a sweep was begun there by this user. `mark` is a random text of the sweep's description."""
+    """Notes, in the user's own folder, that a sweep was begun there by this user. `mark` is a
+    random text of the sweep's description.
+    """
     Storage(home() / _SWEEPS).write(_name(url), mark.encode(), private=True)
 
 
 def check_sweep(url: str, mark: str, trusted: bool) -> None:
     """Refuses to restore a sweep that this user did not begin there.
 
-    Ray Tune keeps its state as pickles, and loading those runs code; the description says which folder of secrets is removed at the end.
+    Ray Tune keeps its state as pickles, and loading those runs code; the description says which
+    folder of secrets is removed at the end.
 
     Args:
         trusted: whether the user has said that the state may be loaded all the same.
@@ -78,8 +98,15 @@ def check_sweep(url: str, mark: str, trusted: bool) -> None:
     except FileNotFoundError:
         known = ""
     if not mark or known != mark:
-        what = "the sweep was not begun from here, and restoring its state runs whatever code it holds"
-        raise ConfigError(what, url, "a sweep of your own", "if you trust who can write there, say so: --trust-state (trust_state=True)")
+        what = (
+            "the sweep was not begun from here, and restoring its state runs whatever code it holds"
+        )
+        raise ConfigError(
+            what,
+            url,
+            "a sweep of your own",
+            "if you trust who can write there, say so: --trust-state (trust_state=True)",
+        )
 
 
 def _name(url: str) -> str:

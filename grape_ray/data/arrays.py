@@ -15,7 +15,8 @@ class Ragged:
     """Sequences of different lengths in one array.
 
     Attributes:
-        values: all sequences end to end, int32. offsets: (N + 1,) int64; sequence i is values[offsets[i]:offsets[i + 1]].
+        values: all sequences end to end, int32. offsets: (N + 1,) int64; sequence i is
+            values[offsets[i]:offsets[i + 1]].
     """
 
     values: np.ndarray
@@ -55,7 +56,9 @@ class Ragged:
 
 @dataclass(frozen=True)
 class Records:
-    """Columns of equal length; a fixed-size column is an array (N, ...), one of token sequences is Ragged."""
+    """Columns of equal length; a fixed-size column is an array (N, ...), one of token sequences is
+    Ragged.
+    """
 
     columns: Mapping[str, np.ndarray | Ragged]
 
@@ -68,14 +71,23 @@ class Records:
         return len(next(iter(self.columns.values())))
 
     def by_length(self, indices: np.ndarray) -> np.ndarray:
-        """The same indices, those of short sequences first, so that batches cut from them need little padding."""
-        lengths = [np.diff(column.offsets)[indices] for column in self.columns.values() if isinstance(column, Ragged)]
+        """The same indices, those of short sequences first, so that batches cut from them need
+        little padding.
+        """
+        lengths = [
+            np.diff(column.offsets)[indices]
+            for column in self.columns.values()
+            if isinstance(column, Ragged)
+        ]
         return indices[np.argsort(sum(lengths), kind="stable")] if lengths else indices
 
     def take(self, indices: np.ndarray) -> Records:
         """The records at `indices`, copied, in that order."""
         return Records(
-            {name: column.take(indices) if isinstance(column, Ragged) else column[indices] for name, column in self.columns.items()}
+            {
+                name: column.take(indices) if isinstance(column, Ragged) else column[indices]
+                for name, column in self.columns.items()
+            }
         )
 
     def array(self, name: str) -> np.ndarray:

@@ -16,18 +16,21 @@ _WEB = ("http://", "https://")
 _ENDS = (".parquet", ".pq")
 # As files of one dataset are called on the Hugging Face hub and elsewhere.
 _SPLITS = {
-    "train": "training", "training": "training", "test": "test", "testing": "test", "validation": "validation", "valid": "validation",
-    "val": "validation", "dev": "validation", "eval": "validation", "heldout": "validation", "holdout": "validation",
+    "train": "training", "training": "training", "test": "test", "testing": "test",
+    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
+    "eval": "validation", "heldout": "validation", "holdout": "validation",
 }  # fmt: skip
 
 
 def found_files(url: str) -> tuple[Any, list[str]]:
     """The file system of a location, and the files there, sorted.
 
-    What lies there under that very name is meant, whatever characters are in it; only where nothing does is a name with `*` a pattern.
+    What lies there under that very name is meant, whatever characters are in it; only where nothing
+    does is a name with `*` a pattern.
 
     Raises:
-        DataError: nothing there, out of reach, or a folder with files of several splits, which are not one dataset.
+        DataError: nothing there, out of reach, or a folder with files of several splits, which are
+            not one dataset.
     """
     if not url:
         raise DataError("data has no path", url, _EXPECTED, "name the file")
@@ -48,17 +51,22 @@ def found_files(url: str) -> tuple[Any, list[str]]:
 
 def _files(fs: Any, path: str) -> tuple[list[str], bool]:
     """The files, and whether they were all that a folder holds."""
-    if path.startswith(_WEB):  # its folders are pages of links, and `*` and `?` are parts of addresses
+    # its folders are pages of links, and `*` and `?` are parts of addresses
+    if path.startswith(_WEB):
         return ([path] if fs.exists(path) else []), False
     if fs.isdir(path):
         return sorted(file for file in fs.find(path) if file.endswith(_ENDS)), True
     if fs.exists(path):
         return [path], False
-    return (sorted(file for file in fs.glob(path) if not fs.isdir(file)) if "*" in path else []), False
+    return (
+        sorted(file for file in fs.glob(path) if not fs.isdir(file)) if "*" in path else []
+    ), False
 
 
 def _check_one_split(url: str, names: Sequence[str]) -> None:
-    """Refuses a folder of which some files are for training and others to look at the result. Raises DataError."""
+    """Refuses a folder of which some files are for training and others to look at the result.
+    Raises DataError.
+    """
     splits: dict[str, str] = {}
     for name in names:
         split = _split(name)
@@ -67,12 +75,17 @@ def _check_one_split(url: str, names: Sequence[str]) -> None:
     if len(splits) > 1:
         pattern = re.sub(r"\d+", "*", next(iter(splits.values())))
         got = ", ".join(f"{split}: {name}" for split, name in splits.items())
-        fix = f"name one of them, or a pattern such as {posixpath.join(url, re.sub(r'[*].*[*]', '*', pattern))}"
+        fix = (
+            "name one of them, or a pattern such as"
+            f" {posixpath.join(url, re.sub(r'[*].*[*]', '*', pattern))}"
+        )
         raise DataError(f"the folder {url} holds several splits", got, "files of one", fix)
 
 
 def _split(name: str) -> str | None:
-    """What a file is for, by the first word of its name, or else of the folders it lies in, that says so."""
+    """What a file is for, by the first word of its name, or else of the folders it lies in, that
+    says so.
+    """
     for part in reversed(name.split("/")):
         for word in re.split(r"[^a-z]+", part.lower()):
             if word in _SPLITS:

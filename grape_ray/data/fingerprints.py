@@ -1,4 +1,6 @@
-"""What tells datasets apart, and what they have in common: fingerprints of records, of their columns and of their rows."""
+"""What tells datasets apart, and what they have in common: fingerprints of records, of their
+columns and of their rows.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +14,30 @@ from grape_ray.data.tables import LOOKED_AT, fingerprint_arrays, tells
 
 
 def fingerprint_records(records: Records) -> str:
-    """32 hexadecimal digits that depend on every column's content and on the rows' order (SHA-256)."""
-    return fingerprint_arrays(*(part for column in records.columns.values() for part in _parts(column)))
+    """32 hexadecimal digits that depend on every column's content and on the rows' order
+    (SHA-256).
+    """
+    return fingerprint_arrays(
+        *(part for column in records.columns.values() for part in _parts(column))
+    )
 
 
 def column_fingerprints(records: Records) -> tuple[str, ...]:
-    """A fingerprint of each column that tells datasets apart, whatever it is called: see `tables.tells`."""
+    """A fingerprint of each column that tells datasets apart, whatever it is called: see
+    `tables.tells`.
+    """
     found = records.columns.values()
-    return tuple(fingerprint_arrays(*_parts(column)) for column in found if tells(len(column), _distinct(column), _numbers(column)))
+    return tuple(
+        fingerprint_arrays(*_parts(column))
+        for column in found
+        if tells(len(column), _distinct(column), _numbers(column))
+    )
 
 
 def rows_in_common(one: Records, other: Records) -> int:
-    """How many rows of `one` are, column by column, rows of `other`; 0 where they have other columns."""
+    """How many rows of `one` are, column by column, rows of `other`; 0 where they have other
+    columns.
+    """
     if one.columns.keys() != other.columns.keys():
         return 0
     rows = list(_rows(one))
@@ -55,7 +69,9 @@ def _distinct(column: np.ndarray | Ragged) -> set[bytes]:
 
 def _numbers(column: np.ndarray | Ragged) -> np.ndarray | None:
     """The first rows of a column of integers."""
-    return column[:LOOKED_AT] if isinstance(column, np.ndarray) and column.dtype.kind in "iu" else None
+    return (
+        column[:LOOKED_AT] if isinstance(column, np.ndarray) and column.dtype.kind in "iu" else None
+    )
 
 
 def _parts(column: np.ndarray | Ragged) -> tuple[np.ndarray, ...]:

@@ -1,4 +1,6 @@
-"""What ranks say to each other: reduce a flat sum by slices, gather the released slices, share small objects; a no-op at world size 1."""
+"""What ranks say to each other: reduce a flat sum by slices, gather the released slices, share
+small objects; a no-op at world size 1.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ class Comms:
 
     Attributes:
         rank, world_size: this process's place.
-        bytes_sent: payload bytes this rank has put on the wire in reductions and gathers, by the ring algorithm's count.
+        bytes_sent: payload bytes this rank has put on the wire in reductions and gathers, by the
+            ring algorithm's count.
     """
 
     def __init__(self, rank: int = 0, world_size: int = 1):
@@ -35,12 +38,16 @@ class Comms:
         return cls(dist.get_rank(), dist.get_world_size())
 
     def slice_of(self, length: int) -> tuple[int, int]:
-        """The half-open slice of a flat vector that this rank owns; the last ranks' may be shorter or empty."""
+        """The half-open slice of a flat vector that this rank owns; the last ranks' may be shorter
+        or empty.
+        """
         share = -(-length // self.world_size)
         return min(self.rank * share, length), min((self.rank + 1) * share, length)
 
     def reduce_slice(self, flat: Tensor) -> Tensor:
-        """Sum of `flat` (n,) over ranks, this rank's slice alone (at most ceil(n / world_size) elements)."""
+        """Sum of `flat` (n,) over ranks, this rank's slice alone (at most ceil(n / world_size)
+        elements).
+        """
         low, high = self.slice_of(flat.numel())
         if self.world_size == 1:
             return flat

@@ -1,4 +1,6 @@
-"""Models larger than one device: FSDP2 gathers a block's weights for its use alone, and every rank updates only the rows it holds."""
+"""Models larger than one device: FSDP2 gathers a block's weights for its use alone, and every rank
+updates only the rows it holds.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,15 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Gate:
-    """Stands in for the forward of a sharded module; tells a watcher each time the module's gathered weights are about to be used.
+    """Stands in for the forward of a sharded module; tells a watcher each time the module's
+    gathered weights are about to be used.
 
-    FSDP2 puts gathered weights into the module before its forward, also when a backward pass recomputes it, and takes them out again.
+    FSDP2 puts gathered weights into the module before its forward, also when a backward pass
+    recomputes it, and takes them out again.
 
     Args:
-        forward: the module's own. recompute: keep only its inputs for the backward pass, which computes the rest again.
+        forward: the module's own. recompute: keep only its inputs for the backward pass, which
+            computes the rest again.
     """
 
     def __init__(self, forward: Callable[..., Any], recompute: bool = False):
@@ -39,7 +44,9 @@ class Gate:
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated layers of a model: the entries of its longest outermost ModuleLists (encoder and decoder both, where it has both)."""
+    """The repeated layers of a model: the entries of its longest outermost ModuleLists (encoder and
+    decoder both, where it has both).
+    """
     found: list[nn.Module] = []
 
     def walk(module: nn.Module) -> None:
@@ -59,11 +66,18 @@ def recompute_blocks(model: nn.Module) -> None:
         block.forward = Gate(block.forward, recompute=True)
 
 
-def shard(model: nn.Module, device: torch.device, compute_dtype: torch.dtype | None = None, recompute: bool = False) -> None:
-    """Spreads a model's parameters over all ranks of the default group by rows (FSDP2), in place; every rank calls it.
+def shard(
+    model: nn.Module,
+    device: torch.device,
+    compute_dtype: torch.dtype | None = None,
+    recompute: bool = False,
+) -> None:
+    """Spreads a model's parameters over all ranks of the default group by rows (FSDP2), in place;
+    every rank calls it.
 
     Args:
-        device: where the shards live. compute_dtype: of gathered weights and activations, such as bfloat16; shards keep their own.
+        device: where the shards live. compute_dtype: of gathered weights and activations, such as
+            bfloat16; shards keep their own.
         recompute: activation checkpointing of each block.
     """
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
@@ -87,13 +101,17 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def close(model: nn.Module) -> None:
-    """Puts every module's own shards back in place, whatever a pass that broke off has left gathered."""
+    """Puts every module's own shards back in place, whatever a pass that broke off has left
+    gathered.
+    """
     for module, _ in gates(model):
         module.reshard()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
 
 
 def local(param: Tensor) -> Tensor:
-    """What this rank holds of a parameter, without history: its rows, or all of it where it is not sharded."""
+    """What this rank holds of a parameter, without history: its rows, or all of it where it is not
+    sharded.
+    """
     return param.to_local().detach() if isinstance(param, DTensor) else param.detach()
 
 
@@ -103,5 +121,7 @@ def rows(param: Tensor) -> slice:
         return slice(None)
     if not isinstance(param, DTensor):
         return slice(0, param.shape[0])
-    shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+    shape, offset = compute_local_shape_and_global_offset(
+        param.shape, param.device_mesh, param.placements
+    )
     return slice(offset[0], offset[0] + shape[0]) if shape[0] else slice(0, 0)

@@ -1,6 +1,8 @@
-"""Book-Keeping: one backward pass keeps (activation, output gradient) of every use; norms and the weighted sum come from that tape.
+"""Book-Keeping: one backward pass keeps (activation, output gradient) of every use; norms and the
+weighted sum come from that tape.
 
-Source: Bu et al. 2022, "Differentially Private Optimization on Large Model at Small Cost" (BK-MixOpt).
+Source: Bu et al. 2022, "Differentially Private Optimization on Large Model at Small Cost"
+(BK-MixOpt).
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from grape_ray.engines.subspace import Subspace
 class Tape(Sink):
     """Keeps pairs of factors of weights, and the per-example gradients of small tensors."""
 
-    def __init__(self, params: Mapping[str, nn.Parameter], rows: int, subspace: Subspace, period: int):
+    def __init__(
+        self, params: Mapping[str, nn.Parameter], rows: int, subspace: Subspace, period: int
+    ):
         super().__init__(params, rows, subspace, period)
         self.uses: dict[str, list[Pair]] = {}
         self.small: dict[str, Tensor] = {}
@@ -35,15 +39,24 @@ class Tape(Sink):
 
     def squared_norms(self) -> dict[str, Tensor]:
         names = [*self.uses, *(n for n in self.small if n not in self.uses)]
-        return {name: self._squared(name, factor_pairs.joined(self.uses.get(name, [])), self.small.get(name)) for name in names}
+        return {
+            name: self._squared(
+                name, factor_pairs.joined(self.uses.get(name, [])), self.small.get(name)
+            )
+            for name in names
+        }
 
     def _squared(self, name: str, uses: list[Pair], small: Tensor | None) -> Tensor:
-        """Squared norm (B,) of one tensor's gradient: all its uses, and what came as a per-example gradient, together."""
+        """Squared norm (B,) of one tensor's gradient: all its uses, and what came as a per-example
+        gradient, together.
+        """
         if not uses:
             assert small is not None
             return squared(small)
         left, right = uses[0]
-        route = overridden(name, self.overrides) or norm_route(factor_pairs.positions(uses), factor_pairs.width(left), right.shape[-1])
+        route = overridden(name, self.overrides) or norm_route(
+            factor_pairs.positions(uses), factor_pairs.width(left), right.shape[-1]
+        )
         if small is None and len(uses) == 1 and isinstance(left, Index):
             return factor_pairs.lookup_squared_norms(*factor_pairs.wide(left, right))  # pyright: ignore[reportArgumentType]
         if small is None and route == "gram":
@@ -54,14 +67,16 @@ class Tape(Sink):
         sums: dict[str, Tensor] = {}
         for name in list(self.uses):
             for use in self.uses.pop(name):  # freed as soon as summed
-                part = factor_pairs.summed(*factor_pairs.scaled(*factor_pairs.without(*use, bad), factors[name])).to(
-                    sum_dtype(self.params[name])
-                )
+                part = factor_pairs.summed(
+                    *factor_pairs.scaled(*factor_pairs.without(*use, bad), factors[name])
+                ).to(sum_dtype(self.params[name]))
                 sums[name] = sums[name] + part if name in sums else part
             sums[name] = sums[name].view(self.params[name].shape)
         for name, grads in self.small.items():
             grads.index_fill_(0, bad, 0.0)
-            part = (factors[name].to(grads.dtype) @ grads.reshape(self.rows, -1)).view(self.params[name].shape)
+            part = (factors[name].to(grads.dtype) @ grads.reshape(self.rows, -1)).view(
+                self.params[name].shape
+            )
             sums[name] = sums[name] + part if name in sums else part
         return sums
 

@@ -1,4 +1,6 @@
-"""The engine: per-example gradients of any model, clipped and summed, without touching the model object."""
+"""The engine: per-example gradients of any model, clipped and summed, without touching the model
+object.
+"""
 
 from __future__ import annotations
 
@@ -31,19 +33,23 @@ from grape_ray.privacy.clipping import factors
 from grape_ray.privacy.types import ClippedSum
 
 _ATTEMPTS = 4  # of a pass: as its sizes suggest, as its gradients show, and once more for each
-VERIFY_EVERY = 256  # passes of one kind between verifications, so that they cost less than a hundredth
-# What rounding explains where two computations of one loss differ in their shapes, over the largest loss.
+# passes of one kind between verifications, so that they cost less than a hundredth
+VERIFY_EVERY = 256
+# What rounding explains where two computations of one loss differ in their shapes, over the largest
+# loss.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _HALF_TOLERANCE = 0.1
 PerExampleLoss = Callable[[nn.Module, Any], Tensor]
 
 
 class Engine:
-    """Turns (model, batch) into a ClippedSum; subclasses choose the sink and how often to go backward.
+    """Turns (model, batch) into a ClippedSum; subclasses choose the sink and how often to go
+    backward.
 
     Args:
         model: any nn.Module; it stays the caller's object, unwrapped and unpatched between calls.
-        clip_norm: bound C on an example's contribution. clipping: a policy of `grape_ray.privacy.clipping`.
+        clip_norm: bound C on an example's contribution. clipping: a policy of
+            `grape_ray.privacy.clipping`.
         subspace: where weights are trained; the identity trains them in full.
         routes: (name pattern, route) pairs that overrule `routing.norm_route`.
 
@@ -69,27 +75,50 @@ class Engine:
         self.params = {name: param for name, (_, param) in owned_parameters(model).items()}
         self.layouts, self._may_verify, self._unsettled = Layouts(), True, False
         if not self.params:
-            raise ConfigError("model", "no trainable parameter", "at least one with requires_grad=True", "unfreeze what is to be trained")
+            raise ConfigError(
+                "model",
+                "no trainable parameter",
+                "at least one with requires_grad=True",
+                "unfreeze what is to be trained",
+            )
         check_kinds(model, self.params)
-        self._norms = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self._norms = [
+            (n, m)
+            for n, m in model.named_modules()
+            if isinstance(m, nn.modules.batchnorm._BatchNorm)
+        ]
         self._check_norms()
 
     def _check_norms(self) -> None:
-        """Refuses batch normalisation in training mode; asked again at each sum, because `model.train()` reaches frozen layers too."""
+        """Refuses batch normalisation in training mode; asked again at each sum, because
+        `model.train()` reaches frozen layers too.
+        """
         for name, module in self._norms:
             if module.training:
                 raise UnsupportedLayer(
-                    f"batch normalisation '{name}' in training mode", None, "no mixing of examples", "use GroupNorm or call .eval() on it"
+                    f"batch normalisation '{name}' in training mode",
+                    None,
+                    "no mixing of examples",
+                    "use GroupNorm or call .eval() on it",
                 )
 
     @staticmethod
-    def common(privacy: Privacy, method: Method, subspace: Subspace, estimates: bool = False) -> dict[str, Any]:
+    def common(
+        privacy: Privacy, method: Method, subspace: Subspace, estimates: bool = False
+    ) -> dict[str, Any]:
         """The arguments that every engine takes, from a run's config."""
         routes = parse_overrides(method.routes, estimates)
-        return {"clip_norm": privacy.clip_norm, "clipping": privacy.clipping, "subspace": subspace, "routes": routes}
+        return {
+            "clip_norm": privacy.clip_norm,
+            "clipping": privacy.clipping,
+            "subspace": subspace,
+            "routes": routes,
+        }
 
     @classmethod
-    def from_config(cls, model: nn.Module, privacy: Privacy, method: Method, subspace: Subspace) -> Engine:
+    def from_config(
+        cls, model: nn.Module, privacy: Privacy, method: Method, subspace: Subspace
+    ) -> Engine:
         """The engine that a run's config asks for."""
         return cls(model, **cls.common(privacy, method, subspace))
 
@@ -100,30 +129,49 @@ class Engine:
         return sum(math.prod(sink.shape(name)) for name in self.params)
 
     def use_secret(self, key: bytes, rank: int = 0) -> None:
-        """Takes this attempt's secret (32 bytes), for methods that draw secret numbers before the noise; the others need none."""
+        """Takes this attempt's secret (32 bytes), for methods that draw secret numbers before the
+        noise; the others need none.
+        """
 
-    def clipped_sum(self, per_example_loss: PerExampleLoss, batch: Any, step: int = 0, mask: Tensor | None = None) -> ClippedSum:
+    def clipped_sum(
+        self,
+        per_example_loss: PerExampleLoss,
+        batch: Any,
+        step: int = 0,
+        mask: Tensor | None = None,
+    ) -> ClippedSum:
         """Sum over the batch's examples of their clipped (projected) gradients.
 
         Args:
-            per_example_loss: `(model, batch) -> (B,)`, each entry a function of its own example alone.
-            batch: a tensor, or a dict, list or tuple of them; tensors that carry examples have B entries in dimension 0.
+            per_example_loss: `(model, batch) -> (B,)`, each entry a function of its own example
+                alone.
+            batch: a tensor, or a dict, list or tuple of them; tensors that carry examples have B
+                entries in dimension 0.
             step: the step to be taken: its projections are used, and its noise will be.
             mask: (B,) bool; False rows are padding and contribute nothing.
 
-        Guarantees: adding or removing one example moves the sum by at most clip_norm in L2 over all tensors; an example whose
-        gradient is not finite contributes zero; an empty batch gives zeros without running the model.
+        Guarantees: adding or removing one example moves the sum by at most clip_norm in L2 over all
+        tensors; an example whose gradient is not finite contributes zero; an empty batch gives
+        zeros without running the model.
 
         Raises:
-            UnsupportedLayer: a trainable tensor's per-example gradient cannot be had. ConfigError: the loss has another shape.
+            UnsupportedLayer: a trainable tensor's per-example gradient cannot be had. ConfigError:
+                the loss has another shape.
         """
         rows = batch_rows(batch)
         self._check_norms()
         if mask is not None and (mask.dtype != torch.bool or mask.shape != (rows,)):
-            raise ConfigError("mask", f"{mask.dtype} of shape {tuple(mask.shape)}", f"bool of shape ({rows},), one an example")
+            raise ConfigError(
+                "mask",
+                f"{mask.dtype} of shape {tuple(mask.shape)}",
+                f"bool of shape ({rows},), one an example",
+            )
         if owned_parameters(self.model).keys() != self.params.keys():
             raise UnsupportedLayer(
-                "the set of trainable parameters", "another than the engine was made for", "the same", "make a new engine"
+                "the set of trainable parameters",
+                "another than the engine was made for",
+                "the same",
+                "make a new engine",
             )
         if rows == 0:
             return self.empty_sum(step)
@@ -137,15 +185,23 @@ class Engine:
             except Unsettled as error:
                 if not self._may_verify:
                     fix = "train without performance.sharded"
-                    raise UnsupportedLayer("a use of a parameter", "a first gradient", "gradients that the start has seen", fix) from error
+                    raise UnsupportedLayer(
+                        "a use of a parameter",
+                        "a first gradient",
+                        "gradients that the start has seen",
+                        fix,
+                    ) from error
                 self._unsettled = True
             set_states(state)
         raise UnsupportedLayer(
-            "where shared values meet the batch", "another place in each pass", "a forward pass that is a function of shapes"
+            "where shared values meet the batch",
+            "another place in each pass",
+            "a forward pass that is a function of shapes",
         )
 
     def learn(self, per_example_loss: PerExampleLoss, batch: Any) -> Layouts:
-        """Verifies passes over one batch, with and without padded rows; `adopt` takes what was found to a sharded copy.
+        """Verifies passes over one batch, with and without padded rows; `adopt` takes what was
+        found to a sharded copy.
 
         Raises:
             UnsupportedLayer: as `clipped_sum`.
@@ -153,19 +209,37 @@ class Engine:
         rows = batch_rows(batch)
         several = max(rows, 2)
         with awake(self.model):
-            for picked in (torch.arange(rows), torch.full((several,), rows - 1), torch.zeros(several, dtype=torch.long)):
-                self.clipped_sum(per_example_loss, mapped(batch, lambda t, p=picked: t[p.to(t.device)]))
+            for picked in (
+                torch.arange(rows),
+                torch.full((several,), rows - 1),
+                torch.zeros(several, dtype=torch.long),
+            ):
+                self.clipped_sum(
+                    per_example_loss, mapped(batch, lambda t, p=picked: t[p.to(t.device)])
+                )
         return self.layouts
 
     def adopt(self, layouts: Layouts) -> None:
-        """Uses what was verified elsewhere, and never runs the model to verify more: ranks of a sharded model must run it together."""
+        """Uses what was verified elsewhere, and never runs the model to verify more: ranks of a
+        sharded model must run it together.
+        """
         self.layouts, self._may_verify = layouts, False
 
     def empty_sum(self, step: int | None = None) -> ClippedSum:
-        """The clipped sum of no example: zeros, to be noised like any other; with a step as `clipped_sum`, or of any."""
+        """The clipped sum of no example: zeros, to be noised like any other; with a step as
+        `clipped_sum`, or of any.
+        """
         return self._complete({}, {}, step)
 
-    def _pass(self, per_example_loss: PerExampleLoss, batch: Any, rows: int, step: int, mask: Tensor | None, state: list) -> ClippedSum:
+    def _pass(
+        self,
+        per_example_loss: PerExampleLoss,
+        batch: Any,
+        rows: int,
+        step: int,
+        mask: Tensor | None,
+        state: list,
+    ) -> ClippedSum:
         """One pass; `state`: random states from before it."""
         watch = Watch(self.model)
         session = self._session(rows, step, watch)
@@ -178,8 +252,18 @@ class Engine:
         with pinned(session.device.type):
             return self._clip(session.sink, losses, mask, step)
 
-    def _forward(self, session: Session, per_example_loss: PerExampleLoss, batch: Any, step: int, watch: Watch, state: list) -> Tensor:
-        """The losses (B,) of a pass whose taps all know whose rows they have: by an earlier pass of its kind, or verified now."""
+    def _forward(
+        self,
+        session: Session,
+        per_example_loss: PerExampleLoss,
+        batch: Any,
+        step: int,
+        watch: Watch,
+        state: list,
+    ) -> Tensor:
+        """The losses (B,) of a pass whose taps all know whose rows they have: by an earlier pass of
+        its kind, or verified now.
+        """
 
         def forward(other: Any, rows: int) -> Tensor:
             with _uncompiled():
@@ -193,7 +277,10 @@ class Engine:
         if not fitted and not self._may_verify and session.rows > 1:
             fix = "train without performance.sharded, or make the model's path a function of shapes"
             raise UnsupportedLayer(
-                "a pass that uses parameters as no verified one has", None, "passes of the kinds that the start verified", fix
+                "a pass that uses parameters as no verified one has",
+                None,
+                "passes of the kinds that the start verified",
+                fix,
             )
         passed = self.layouts.passes.get(signature, 0)
         if self._may_verify and (not fitted or self._unsettled or passed % VERIFY_EVERY == 0):
@@ -205,7 +292,8 @@ class Engine:
             losses = self._verified(session, forward, batch, held, state, watch, thorough, step)
             self.layouts.remember(signature, session)
         elif self._may_verify and session.dependence.exported and session.rows > 1:
-            ownership(session, losses, self._tolerance(session), thorough=True)  # what it did next may follow what they said
+            # what it did next may follow what they said
+            ownership(session, losses, self._tolerance(session), thorough=True)
         self.layouts.passes[signature] = passed + 1
         session.phase = Phase.BACKWARD
         return losses
@@ -219,7 +307,10 @@ class Engine:
             if "functorch" not in str(error) and "NestedTensor" not in str(error):
                 raise
             raise UnsupportedLayer(
-                "a use of the model under torch.func or in nested tensors", str(error).splitlines()[0], "plain calls", "call it as it is"
+                "a use of the model under torch.func or in nested tensors",
+                str(error).splitlines()[0],
+                "plain calls",
+                "call it as it is",
             ) from error
 
     def _verified(
@@ -233,7 +324,8 @@ class Engine:
         thorough: bool,
         step: int,
     ) -> Tensor:
-        """Verifies a pass (engines.ownership, engines.repetition) and makes it again, so that no two graphs are held at once.
+        """Verifies a pass (engines.ownership, engines.repetition) and makes it again, so that no
+        two graphs are held at once.
 
         Args:
             held: the losses of the pass, which are taken out of it.
@@ -253,15 +345,24 @@ class Engine:
         set_states(after)
         if [tap.key for tap in session.taps] != [tap.key for tap in taps]:
             raise UnsupportedLayer(
-                "the uses of parameters in a pass", "others when the same examples come again", "a forward pass that repeats", "seed it"
+                "the uses of parameters in a pass",
+                "others when the same examples come again",
+                "a forward pass that repeats",
+                "seed it",
             )
         for tap, known in zip(session.taps, taps):
             tap.layout, tap.settled = known.layout, known.settled
         return losses
 
     def _tolerance(self, session: Session) -> float:
-        """What rounding explains where two computations of one number differ in their shapes, relative to the largest."""
-        return _HALF_TOLERANCE if session.half else max(_TOLERANCE.get(p.dtype, _HALF_TOLERANCE) for p in self.params.values())
+        """What rounding explains where two computations of one number differ in their shapes,
+        relative to the largest.
+        """
+        return (
+            _HALF_TOLERANCE
+            if session.half
+            else max(_TOLERANCE.get(p.dtype, _HALF_TOLERANCE) for p in self.params.values())
+        )
 
     @torch.no_grad()
     def _clip(self, sink: Sink, losses: Tensor, mask: Tensor | None, step: int) -> ClippedSum:
@@ -271,18 +372,28 @@ class Engine:
         sums = sink.weighted_sum(weights, bad)
         return self._complete(sums, {"norms": norms, "losses": losses.detach()}, step)
 
-    def _factors(self, sink: Sink, losses: Tensor, mask: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
+    def _factors(
+        self, sink: Sink, losses: Tensor, mask: Tensor | None
+    ) -> tuple[dict[str, Tensor], Tensor]:
         found = sink.squared_norms()
         zeros = torch.zeros(losses.shape[0], dtype=torch.float64, device=losses.device)
         complete = {name: found.get(name, zeros) for name in self.params}
         norms = torch.stack(list(complete.values())).sum(0).sqrt()
         return factors(complete, self.clipping, self.clip_norm, mask), norms
 
-    def _complete(self, sums: dict[str, Tensor], unprotected: dict[str, Tensor], step: int | None) -> ClippedSum:
-        """The sum with zeros for every tensor that the batch left unused: it is noised all the same."""
+    def _complete(
+        self, sums: dict[str, Tensor], unprotected: dict[str, Tensor], step: int | None
+    ) -> ClippedSum:
+        """The sum with zeros for every tensor that the batch left unused: it is noised all the
+        same.
+        """
         sink = self.sink_type(self.params, 0, self.subspace, 0)
         tensors = {
-            name: sums[name].to(sum_dtype(p)) if name in sums else torch.zeros(sink.shape(name), dtype=sum_dtype(p), device=p.device)
+            name: (
+                sums[name].to(sum_dtype(p))
+                if name in sums
+                else torch.zeros(sink.shape(name), dtype=sum_dtype(p), device=p.device)
+            )
             for name, p in self.params.items()
         }
         period = self.subspace.period(step) if self.subspace.plan and step is not None else None
@@ -290,7 +401,12 @@ class Engine:
 
     def _session(self, rows: int, step: int, watch: Watch) -> Session:
         return Session(
-            rows, self._make_sink(rows, step), next(iter(self.params.values())).device, watch.constants(), self.layouts.inside, find
+            rows,
+            self._make_sink(rows, step),
+            next(iter(self.params.values())).device,
+            watch.constants(),
+            self.layouts.inside,
+            find,
         )
 
     def _make_sink(self, rows: int, step: int) -> Sink:
@@ -300,7 +416,9 @@ class Engine:
 
 
 def _uncompiled() -> contextlib.AbstractContextManager[Any]:
-    """What torch.compile has compiled runs as it was written: a compiled graph would show no use of a parameter."""
+    """What torch.compile has compiled runs as it was written: a compiled graph would show no use of
+    a parameter.
+    """
     if "torch._dynamo" not in sys.modules:
         return contextlib.nullcontext()
     return torch.compiler.set_stance("force_eager")
@@ -311,6 +429,9 @@ def check_losses(losses: Any, rows: int) -> Tensor:
     if not isinstance(losses, Tensor) or losses.shape != (rows,):
         got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise ConfigError(
-            "per_example_loss", got, f"a tensor of shape ({rows},), one loss an example", "reduce over tokens, not over examples"
+            "per_example_loss",
+            got,
+            f"a tensor of shape ({rows},), one loss an example",
+            "reduce over tokens, not over examples",
         )
     return losses

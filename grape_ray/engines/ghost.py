@@ -1,8 +1,10 @@
-"""Ghost clipping: a first backward pass finds the norms and keeps nothing, a second one makes the sum.
+"""Ghost clipping: a first backward pass finds the norms and keeps nothing, a second one makes the
+sum.
 
-Sources: Li et al. 2022 (ghost clipping), Lee and Kifer 2021 (fast gradient clipping); per layer the cheaper of the Gram trick and a
-gradient that lives for a moment. There the second pass goes back from the weighted loss; here it repeats the first, and factors are
-applied where gradients arrive. A weighted loss rounds differently on its way back, in bf16 by enough to break the clip where large
+Sources: Li et al. 2022 (ghost clipping), Lee and Kifer 2021 (fast gradient clipping); per layer the
+cheaper of the Gram trick and a gradient that lives for a moment. There the second pass goes back
+from the weighted loss; here it repeats the first, and factors are applied where gradients arrive. A
+weighted loss rounds differently on its way back, in bf16 by enough to break the clip where large
 gradients cancel, and it knows one factor an example, where per-layer clipping has one a layer.
 """
 
@@ -29,9 +31,13 @@ from grape_ray.privacy.types import ClippedSum
 
 
 class TwoPasses(Tape):
-    """Norms of a weight used once are taken on the spot; after `begin_sum` everything is weighted and summed on the spot."""
+    """Norms of a weight used once are taken on the spot; after `begin_sum` everything is weighted
+    and summed on the spot.
+    """
 
-    def __init__(self, params: Mapping[str, nn.Parameter], rows: int, subspace: Subspace, period: int):
+    def __init__(
+        self, params: Mapping[str, nn.Parameter], rows: int, subspace: Subspace, period: int
+    ):
         super().__init__(params, rows, subspace, period)
         self._expected: Counter[str] = Counter()
         self._norms: dict[str, Tensor] = {}
@@ -44,7 +50,14 @@ class TwoPasses(Tape):
 
     def pair(self, name: str, left: Left, right: Tensor) -> None:
         if self._factors is not None:
-            self._sum(name, factor_pairs.summed(*factor_pairs.scaled(*factor_pairs.without(left, right, self._bad), self._factors[name])))
+            self._sum(
+                name,
+                factor_pairs.summed(
+                    *factor_pairs.scaled(
+                        *factor_pairs.without(left, right, self._bad), self._factors[name]
+                    )
+                ),
+            )
         elif self._expected[name] == 1:
             self._norms[name] = self._squared(name, [(left, right)], None)
         else:
@@ -61,7 +74,9 @@ class TwoPasses(Tape):
         return {**self._norms, **super().squared_norms()}
 
     def begin_sum(self, factors: Mapping[str, Tensor], bad: Tensor) -> None:
-        """Forgets what the norms needed; from here on gradients are weighted as they arrive, and rows `bad` count as zero."""
+        """Forgets what the norms needed; from here on gradients are weighted as they arrive, and
+        rows `bad` count as zero.
+        """
         self.uses.clear()
         self.small.clear()
         self._factors, self._bad = factors, bad
@@ -77,7 +92,15 @@ class Ghost(Engine):
 
     sink_type = TwoPasses
 
-    def _pass(self, per_example_loss: PerExampleLoss, batch: Any, rows: int, step: int, mask: Tensor | None, state: list) -> ClippedSum:
+    def _pass(
+        self,
+        per_example_loss: PerExampleLoss,
+        batch: Any,
+        rows: int,
+        step: int,
+        mask: Tensor | None,
+        state: list,
+    ) -> ClippedSum:
         watch = Watch(self.model)
         session = self._session(rows, step, watch)
         with tracking(self.model, self.params, session, watch), torch.enable_grad():
@@ -88,7 +111,8 @@ class Ghost(Engine):
                 if losses.requires_grad:
                     losses.sum().backward(retain_graph=True)
                 session.flush()
-                set_states(forth)  # where the way back draws, as a recomputed dropout may, both draw the same
+                # where the way back draws, as a recomputed dropout may, both draw the same
+                set_states(forth)
                 weights, norms = self._factors(sink, losses, mask)
                 sink.begin_sum(weights, (~torch.isfinite(norms)).nonzero().squeeze(1))
                 if losses.requires_grad:

@@ -14,11 +14,19 @@ from grape_ray.privacy.types import ClippedSum
 
 
 class NonPrivate(Engine):
-    """Sums of ordinary gradients; its `sensitivity` is infinite, so that no noise could ever cover it."""
+    """Sums of ordinary gradients; its `sensitivity` is infinite, so that no noise could ever cover
+    it.
+    """
 
     private = False
 
-    def clipped_sum(self, per_example_loss: PerExampleLoss, batch: Any, step: int = 0, mask: Tensor | None = None) -> ClippedSum:
+    def clipped_sum(
+        self,
+        per_example_loss: PerExampleLoss,
+        batch: Any,
+        step: int = 0,
+        mask: Tensor | None = None,
+    ) -> ClippedSum:
         rows = batch_rows(batch)
         if rows == 0:
             return self.empty_sum(step)
@@ -29,5 +37,7 @@ class NonPrivate(Engine):
         sums = {name: grad for name, grad in zip(self.params, found) if grad is not None}
         return self._complete(sums, {"losses": losses.detach()}, step)
 
-    def _complete(self, sums: dict[str, Tensor], unprotected: dict[str, Tensor], step: int | None) -> ClippedSum:
+    def _complete(
+        self, sums: dict[str, Tensor], unprotected: dict[str, Tensor], step: int | None
+    ) -> ClippedSum:
         return replace(super()._complete(sums, unprotected, step), sensitivity=float("inf"))

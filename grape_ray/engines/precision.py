@@ -1,4 +1,6 @@
-"""The precision that the proof assumes for norms, factors and sums, whatever autocast or TF32 says outside."""
+"""The precision that the proof assumes for norms, factors and sums, whatever autocast or TF32 says
+outside.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,22 @@ import torch
 
 _cudnn: Any = torch.backends.cudnn
 _mkldnn: Any = torch.backends.mkldnn
-_BACKENDS: tuple[Any, ...] = (torch.backends.cuda.matmul, _cudnn.conv, _cudnn.rnn, _mkldnn.matmul, _mkldnn.conv, _mkldnn.rnn)
+_BACKENDS: tuple[Any, ...] = (
+    torch.backends.cuda.matmul,
+    _cudnn.conv,
+    _cudnn.rnn,
+    _mkldnn.matmul,
+    _mkldnn.conv,
+    _mkldnn.rnn,
+)
 _REDUCTIONS = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
 
 
 @contextlib.contextmanager
 def pinned(device: str) -> Iterator[None]:
-    """No autocast, and fp32 products that are fp32: TF32 and bf16 products have 10 and 7 bits of mantissa, not 23."""
+    """No autocast, and fp32 products that are fp32: TF32 and bf16 products have 10 and 7 bits of
+    mantissa, not 23.
+    """
     before = [backend.fp32_precision for backend in _BACKENDS]
     matmul = torch.backends.cuda.matmul
     reductions = {name: getattr(matmul, name) for name in _REDUCTIONS}

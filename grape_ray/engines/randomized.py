@@ -1,8 +1,10 @@
-"""DP-SGD with randomized clipping: norms of wide layers are estimated from fresh Gaussian probes, small ones are exact.
+"""DP-SGD with randomized clipping: norms of wide layers are estimated from fresh Gaussian probes,
+small ones are exact.
 
-Source: arXiv 2605.24879 (DP-SGD-RC); the accountant is `accounting.randomized`. An estimate may exceed or undercut the norm, so the
-clipped contribution is bounded in law, not surely: the noise multiplier must come from that accountant. Probes are secret by
-default, each example with its own; `shared` ones serve the whole batch at a larger noise multiplier.
+Source: arXiv 2605.24879 (DP-SGD-RC); the accountant is `accounting.randomized`. An estimate may
+exceed or undercut the norm, so the clipped contribution is bounded in law, not surely: the noise
+multiplier must come from that accountant. Probes are secret by default, each example with its own;
+`shared` ones serve the whole batch at a larger noise multiplier.
 """
 
 from __future__ import annotations
@@ -34,9 +36,11 @@ ESTIMATORS = {"hutchinson": sketch.hutchinson, "hutch++": sketch.hutch_plus_plus
 
 
 class ProbeStream:
-    """Fresh Gaussian probes from a secret stream: a function of (key, step, number of draws so far in the step).
+    """Fresh Gaussian probes from a secret stream: a function of (key, step, number of draws so far
+    in the step).
 
-    In shared mode every micro-batch and rank of a step must see the same probes, so a draw depends on (step, weight) alone.
+    In shared mode every micro-batch and rank of a step must see the same probes, so a draw depends
+    on (step, weight) alone.
     """
 
     def __init__(self, key: bytes, probes: int, shared: bool, rank: int = 0):
@@ -60,55 +64,97 @@ class ProbeStream:
         else:
             self._used += count
         flat = torch.from_numpy(normals(key, self._step, start, count))
-        return flat.mul_(1 / math.sqrt(self.probes)).view(rows, side, self.probes).to(like.device, sum_dtype(like))
+        return (
+            flat.mul_(1 / math.sqrt(self.probes))
+            .view(rows, side, self.probes)
+            .to(like.device, sum_dtype(like))
+        )
 
 
 class Estimated(TwoPasses):
-    """Norms by route: sketched where that is cheaper, else exact; the sum comes from the second pass."""
+    """Norms by route: sketched where that is cheaper, else exact; the sum comes from the second
+    pass.
+    """
 
     stream: ProbeStream
     estimator: Callable[[list[Pair], sketch.Draw], Tensor]
 
     def _squared(self, name: str, uses: list[Pair], small: Tensor | None) -> Tensor:
         lookups = [left for left, _ in uses if isinstance(left, Index)]
-        if not uses or small is not None or (lookups and len(uses) == 1):  # an embedding alone is exact by segment sums
+        # an embedding alone is exact by segment sums
+        if not uses or small is not None or (lookups and len(uses) == 1):
             return super()._squared(name, uses, small)
         left, right = uses[0]
-        route = norm_route(factor_pairs.positions(uses), factor_pairs.width(left), right.shape[-1], self.stream.probes)
+        route = norm_route(
+            factor_pairs.positions(uses),
+            factor_pairs.width(left),
+            right.shape[-1],
+            self.stream.probes,
+        )
         if (overridden(name, self.overrides) or route) != "sketch":
             return super()._squared(name, uses, small)
         number = count()
         estimate = sketch.hutchinson if lookups else self.estimator
         uses = [factor_pairs.wide(*use) for use in uses]
-        found = estimate(uses, lambda side: self.stream.draw(self.rows, side, f"{name}|{next(number)}", self.params[name]))
-        return sketch.from_above(found, uses) * (found > 0)  # zero bounds nothing, and must stay zero
+        found = estimate(
+            uses,
+            lambda side: self.stream.draw(
+                self.rows, side, f"{name}|{next(number)}", self.params[name]
+            ),
+        )
+        # zero bounds nothing, and must stay zero
+        return sketch.from_above(found, uses) * (found > 0)
 
 
 class Randomized(Ghost):
     """Ghost clipping's two passes with estimated norms.
 
     Args:
-        probes: K a layer. shared_probes: one set of probes for the whole batch. estimator: `hutchinson` or `hutch++`.
+        probes: K a layer. shared_probes: one set of probes for the whole batch. estimator:
+            `hutchinson` or `hutch++`.
     """
 
     sink_type = Estimated
 
-    def __init__(self, model: nn.Module, *, probes: int = 32, shared_probes: bool = False, estimator: str = "hutchinson", **common: Any):
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        probes: int = 32,
+        shared_probes: bool = False,
+        estimator: str = "hutchinson",
+        **common: Any,
+    ):
         super().__init__(model, **common)
-        self.probes, self.shared_probes, self._estimator = probes, shared_probes, ESTIMATORS[estimator]
+        self.probes, self.shared_probes, self._estimator = (
+            probes,
+            shared_probes,
+            ESTIMATORS[estimator],
+        )
         if self.clipping != "flat":
             raise ConfigError(
-                "privacy.clipping with method `randomized`", self.clipping, "flat, which its accountant covers", "set privacy.clipping=flat"
+                "privacy.clipping with method `randomized`",
+                self.clipping,
+                "flat, which its accountant covers",
+                "set privacy.clipping=flat",
             )
         self.use_secret(os.urandom(32))
 
     @classmethod
-    def from_config(cls, model: nn.Module, privacy: Privacy, method: Method, subspace: Subspace) -> Randomized:
-        own = {"probes": privacy.probes, "shared_probes": privacy.shared_probes, "estimator": method.estimator}
+    def from_config(
+        cls, model: nn.Module, privacy: Privacy, method: Method, subspace: Subspace
+    ) -> Randomized:
+        own = {
+            "probes": privacy.probes,
+            "shared_probes": privacy.shared_probes,
+            "estimator": method.estimator,
+        }
         return cls(model, **own, **cls.common(privacy, method, subspace, estimates=True))
 
     def use_secret(self, key: bytes, rank: int = 0) -> None:
-        """Draws probes from this attempt's secret `key` (32 bytes) from now on; ranks draw their own unless probes are shared."""
+        """Draws probes from this attempt's secret `key` (32 bytes) from now on; ranks draw their
+        own unless probes are shared.
+        """
         self._stream = ProbeStream(key, self.probes, self.shared_probes, rank)
 
     def _make_sink(self, rows: int, step: int) -> Sink:
@@ -117,12 +163,25 @@ class Randomized(Ghost):
         sink.stream, sink.estimator = self._stream, self._estimator
         return sink
 
-    def _pass(self, per_example_loss: PerExampleLoss, batch: Any, rows: int, step: int, mask: Tensor | None, state: list) -> ClippedSum:
+    def _pass(
+        self,
+        per_example_loss: PerExampleLoss,
+        batch: Any,
+        rows: int,
+        step: int,
+        mask: Tensor | None,
+        state: list,
+    ) -> ClippedSum:
         self._stream.at(step)
         done = super()._pass(per_example_loss, batch, rows, step, mask, state)
-        return replace(done, unprotected={"losses": done.unprotected["losses"]})  # estimates tell of secret probes
+        # estimates tell of secret probes
+        return replace(done, unprotected={"losses": done.unprotected["losses"]})
 
-    def _factors(self, sink: Sink, losses: Tensor, mask: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
+    def _factors(
+        self, sink: Sink, losses: Tensor, mask: Tensor | None
+    ) -> tuple[dict[str, Tensor], Tensor]:
         weights, norms = super()._factors(sink, losses, mask)
         seen = norms > 0  # an estimate of zero bounds nothing
-        return {name: torch.where(seen, w, torch.zeros_like(w)) for name, w in weights.items()}, norms
+        return {
+            name: torch.where(seen, w, torch.zeros_like(w)) for name, w in weights.items()
+        }, norms

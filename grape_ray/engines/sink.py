@@ -1,4 +1,6 @@
-"""What an engine does with the gradients that backward finds, told by three verbs: pair, dense, and then norms and a weighted sum."""
+"""What an engine does with the gradients that backward finds, told by three verbs: pair, dense, and
+then norms and a weighted sum.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,15 @@ class Sink:
     """Collects the per-example gradients of one micro-batch.
 
     Args:
-        params: the trainable tensors by name. rows: examples B. subspace, period: where projected weights live.
+        params: the trainable tensors by name. rows: examples B. subspace, period: where projected
+            weights live.
     """
 
     overrides: tuple[tuple[str, str], ...] = ()
 
-    def __init__(self, params: Mapping[str, nn.Parameter], rows: int, subspace: Subspace, period: int):
+    def __init__(
+        self, params: Mapping[str, nn.Parameter], rows: int, subspace: Subspace, period: int
+    ):
         self.params, self.rows, self.subspace, self.period = params, rows, subspace, period
 
     def compresses(self, name: str, axis: int) -> bool:
@@ -35,7 +40,9 @@ class Sink:
         return self.subspace.matrix(name, self.period, self.params[name]).to(like.dtype)
 
     def keep(self, name: str, axis: int, factor: Tensor) -> Tensor:
-        """What forward keeps of a factor (B,T,side) on `axis` of weight `name`: of a compressed side its projection (B,T,R)."""
+        """What forward keeps of a factor (B,T,side) on `axis` of weight `name`: of a compressed
+        side its projection (B,T,R).
+        """
         return factor @ self.matrix(name, factor) if self.compresses(name, axis) else factor
 
     def announce(self, name: str) -> None:
@@ -55,11 +62,15 @@ class Sink:
         self.pair(name, left, right)
 
     def squared_norms(self) -> dict[str, Tensor]:
-        """Per tensor the squared norm of each example's gradient, (B,) float64; unused tensors are left out."""
+        """Per tensor the squared norm of each example's gradient, (B,) float64; unused tensors are
+        left out.
+        """
         raise NotImplementedError
 
     def weighted_sum(self, factors: Mapping[str, Tensor], bad: Tensor) -> dict[str, Tensor]:
-        """Per tensor the sum over examples of factor * gradient; rows `bad` (indices) count as zero whatever they hold."""
+        """Per tensor the sum over examples of factor * gradient; rows `bad` (indices) count as zero
+        whatever they hold.
+        """
         raise NotImplementedError
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -74,15 +85,19 @@ def sum_dtype(param: Tensor) -> torch.dtype:
 
 
 class Materialised(Sink):
-    """Keeps every example's gradient, projected where the subspace says so: DP-GRAPE, or DP-SGD where it says nothing.
+    """Keeps every example's gradient, projected where the subspace says so: DP-GRAPE, or DP-SGD
+    where it says nothing.
 
-    A projected weight is projected first and contracted second, so (B, O, I) never exists: (B,T,R) then (B,R,I) or (B,R,O). The rank is
-    the leading side in either case: that product reads the long output gradient row by row, and a column of ones beside the
-    projected inputs gives the bias's gradient in the same reading. A table that is looked up once is kept as its look-ups: in
+    A projected weight is projected first and contracted second, so (B, O, I) never exists: (B,T,R)
+    then (B,R,I) or (B,R,O). The rank is the leading side in either case: that product reads the
+    long output gradient row by row, and a column of ones beside the projected inputs gives the
+    bias's gradient in the same reading. A table that is looked up once is kept as its look-ups: in
     full, it would be (B, vocabulary, width) of zeros.
     """
 
-    def __init__(self, params: Mapping[str, nn.Parameter], rows: int, subspace: Subspace, period: int):
+    def __init__(
+        self, params: Mapping[str, nn.Parameter], rows: int, subspace: Subspace, period: int
+    ):
         super().__init__(params, rows, subspace, period)
         self.stored: dict[str, Tensor] = {}
         self.lookups: dict[str, tuple[Index, Tensor]] = {}
@@ -126,24 +141,32 @@ class Materialised(Sink):
         return factor if factor.shape[-1] == plan.rank else factor @ self.matrix(name, factor)
 
     def _add(self, name: str, grads: Tensor) -> None:
-        if name in self.lookups:  # a second use of a table, as of a tied head: now it needs its full gradient
+        # a second use of a table, as of a tied head: now it needs its full gradient
+        if name in self.lookups:
             grads = grads + outer(*self.lookups.pop(name)).view(grads.shape)
         grads = grads.to(sum_dtype(self.params[name]))
         self.stored[name] = self.stored[name] + grads if name in self.stored else grads
 
     def squared_norms(self) -> dict[str, Tensor]:
         found = {name: squared(stored) for name, stored in self.stored.items()}
-        return found | {name: factor_pairs.lookup_squared_norms(*use) for name, use in self.lookups.items()}
+        return found | {
+            name: factor_pairs.lookup_squared_norms(*use) for name, use in self.lookups.items()
+        }
 
     def weighted_sum(self, factors: Mapping[str, Tensor], bad: Tensor) -> dict[str, Tensor]:
         sums = {}
         for name in list(self.stored):
             stored = self.stored.pop(name)  # freed as soon as summed
             stored.index_fill_(0, bad, 0.0)
-            total, plan = factors[name].to(stored.dtype) @ stored.reshape(self.rows, -1), self.subspace.plan.get(name)
+            total, plan = (
+                factors[name].to(stored.dtype) @ stored.reshape(self.rows, -1),
+                self.subspace.plan.get(name),
+            )
             if plan is not None and plan.axis == 1:
                 total = total.view(plan.rank, plan.other).T.contiguous()
             sums[name] = total.view(self.shape(name))
         for name, use in self.lookups.items():
-            sums[name] = factor_pairs.summed(*factor_pairs.scaled(*factor_pairs.without(*use, bad), factors[name])).view(self.shape(name))
+            sums[name] = factor_pairs.summed(
+                *factor_pairs.scaled(*factor_pairs.without(*use, bad), factors[name])
+            ).view(self.shape(name))
         return sums

@@ -1,4 +1,6 @@
-"""Subspaces in which weights are trained: which side of a weight is compressed, the matrix that does it, and the lift back."""
+"""Subspaces in which weights are trained: which side of a weight is compressed, the matrix that
+does it, and the lift back.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,12 @@ from grape_ray.privacy.random_streams import public_normals
 
 @dataclass(frozen=True)
 class Projection:
-    """How one weight, seen as a matrix (d0, d1), is compressed: d0 is its first dimension that is not 1, d1 all later ones.
+    """How one weight, seen as a matrix (d0, d1), is compressed: d0 is its first dimension that is
+    not 1, d1 all later ones.
 
     Attributes:
-        axis: the compressed side, 0 or 1. dim: its length. other: the other side's length. rank: coordinates left of it.
+        axis: the compressed side, 0 or 1. dim: its length. other: the other side's length. rank:
+            coordinates left of it.
     """
 
     axis: int
@@ -55,17 +59,25 @@ class Subspace:
         return step // self.refresh if self.refresh else 0
 
     def matrix(self, name: str, period: int, like: Tensor) -> Tensor:
-        """The projection (dim, rank) of weight `name` in `period`, on the device of `like`, fp32 (fp64 beside fp64 weights)."""
+        """The projection (dim, rank) of weight `name` in `period`, on the device of `like`, fp32
+        (fp64 beside fp64 weights).
+        """
         raise NotImplementedError
 
     def project(self, name: str, gradient: Tensor, period: int) -> Tensor:
-        """The coordinates of a released gradient; the identity where the gradient came in coordinates already."""
+        """The coordinates of a released gradient; the identity where the gradient came in
+        coordinates already.
+        """
         return gradient
 
     def change_of_basis(self, name: str, old: int, new: int, like: Tensor) -> Tensor:
-        """(rank, rank): coordinates @ it moves what was lifted by the old matrix onto the new one; see Optimizer, `transfer`."""
+        """(rank, rank): coordinates @ it moves what was lifted by the old matrix onto the new one;
+        see Optimizer, `transfer`.
+        """
         plan = self.plan[name]
-        return (self.matrix(name, old, like).T @ self.matrix(name, new, like)) * (plan.rank / plan.dim)
+        return (self.matrix(name, old, like).T @ self.matrix(name, new, like)) * (
+            plan.rank / plan.dim
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         """What cannot be made anew from keys; nothing here."""
@@ -78,34 +90,56 @@ class Subspace:
         """The rows of `matrix`, made alone where that is cheaper."""
         return self.matrix(name, period, like)[rows]
 
-    def lift_(self, weight: Tensor, name: str, period: int, coords: Tensor, alpha: float, rows: slice = slice(None)) -> None:
-        """weight += alpha * (coords lifted to the weight's shape), in place and without a full-size temporary.
+    def lift_(
+        self,
+        weight: Tensor,
+        name: str,
+        period: int,
+        coords: Tensor,
+        alpha: float,
+        rows: slice = slice(None),
+    ) -> None:
+        """weight += alpha * (coords lifted to the weight's shape), in place and without a full-size
+        temporary.
 
         Args:
-            weight: rows `rows` of the whole one. coords: its coordinates; those rows alone where axis 1 is compressed.
+            weight: rows `rows` of the whole one. coords: its coordinates; those rows alone where
+                axis 1 is compressed.
         """
         plan = self.plan.get(name)
         if plan is None:
             weight.add_(coords.to(weight.dtype), alpha=alpha)
             return
         compressed = rows if plan.axis == 0 else slice(None)
-        matrix, coords = self.matrix_rows(name, period, weight, compressed).to(weight.dtype), coords.to(weight.dtype)
+        matrix, coords = (
+            self.matrix_rows(name, period, weight, compressed).to(weight.dtype),
+            coords.to(weight.dtype),
+        )
         left, right = (matrix, coords) if plan.axis == 0 else (coords, matrix.T)
         weight.view(left.shape[0], right.shape[1]).addmm_(left, right, alpha=alpha)
 
 
 class Gaussian(Subspace):
-    """The DP-GRAPE projection: entries from N(0, 1/rank), a function of (public key, weight's name, period), never stored.
+    """The DP-GRAPE projection: entries from N(0, 1/rank), a function of (public key, weight's name,
+    period), never stored.
 
-    Norms are kept in expectation and the lift is unbiased: E[R R^T] = I. It depends on nothing private, and the clip comes after
-    it, so the sensitivity is the clip norm whatever the matrix holds (docs/privacy.md). `scale="paper"` draws from N(0, 1/rank^2),
-    as the authors' public code does.
+    Norms are kept in expectation and the lift is unbiased: E[R R^T] = I. It depends on nothing
+    private, and the clip comes after it, so the sensitivity is the clip norm whatever the matrix
+    holds (docs/privacy.md). `scale="paper"` draws from N(0, 1/rank^2), as the authors' public code
+    does.
 
     Args:
         cache_bytes: the current period's matrices are kept up to this size and made anew beyond it.
     """
 
-    def __init__(self, plan: Mapping[str, Projection], key: bytes, refresh: int, scale: str = "unbiased", cache_bytes: int = 1 << 28):
+    def __init__(
+        self,
+        plan: Mapping[str, Projection],
+        key: bytes,
+        refresh: int,
+        scale: str = "unbiased",
+        cache_bytes: int = 1 << 28,
+    ):
         super().__init__(plan, refresh)
         self._key, self._scale = key, scale
         self._cache: dict[str, tuple[int, Tensor]] = {}
@@ -115,7 +149,12 @@ class Gaussian(Subspace):
     def matrix(self, name: str, period: int, like: Tensor) -> Tensor:
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         held = self._cache.get(name)
-        if held is not None and held[0] == period and held[1].device == like.device and held[1].dtype == dtype:
+        if (
+            held is not None
+            and held[0] == period
+            and held[1].device == like.device
+            and held[1].dtype == dtype
+        ):
             return held[1]
         matrix = self._draw(name, period, slice(None)).to(like.device, dtype)
         if self._cached:
@@ -125,16 +164,21 @@ class Gaussian(Subspace):
     def matrix_rows(self, name: str, period: int, like: Tensor, rows: slice) -> Tensor:
         if self._cached:
             return self.matrix(name, period, like)[rows]
-        return self._draw(name, period, rows).to(like.device, torch.float64 if like.dtype == torch.float64 else torch.float32)
+        return self._draw(name, period, rows).to(
+            like.device, torch.float64 if like.dtype == torch.float64 else torch.float32
+        )
 
     def _draw(self, name: str, period: int, rows: slice) -> Tensor:
         plan = self.plan[name]
         std = 1 / plan.rank if self._scale == "paper" else 1 / math.sqrt(plan.rank)
-        return torch.from_numpy(public_normals(self._key, name, period, (plan.dim, plan.rank), rows)).mul_(std)
+        return torch.from_numpy(
+            public_normals(self._key, name, period, (plan.dim, plan.rank), rows)
+        ).mul_(std)
 
 
 class Svd(Subspace):
-    """GaLore's subspace (Zhao et al. 2024): leading singular vectors of the PRIVATE gradient at the start of each period.
+    """GaLore's subspace (Zhao et al. 2024): leading singular vectors of the PRIVATE gradient at the
+    start of each period.
 
     It looks only at released gradients, so it is post-processing and costs no privacy.
     """
@@ -157,7 +201,10 @@ class Svd(Subspace):
             if name in self._matrices:
                 self._before[name] = self._matrices[name][1]
             left, _, right = torch.linalg.svd(flat, full_matrices=False)
-            self._matrices[name] = (period, (left[:, : plan.rank] if plan.axis == 0 else right[: plan.rank].T).contiguous())
+            self._matrices[name] = (
+                period,
+                (left[:, : plan.rank] if plan.axis == 0 else right[: plan.rank].T).contiguous(),
+            )
         matrix = self._matrices[name][1]
         return matrix.T @ flat if plan.axis == 0 else flat @ matrix
 
@@ -165,7 +212,9 @@ class Svd(Subspace):
         return self._before[name].T @ self._matrices[name][1]
 
     def state_dict(self) -> dict[str, Any]:
-        return {f"subspace/{period}/{name}": matrix for name, (period, matrix) in self._matrices.items()}
+        return {
+            f"subspace/{period}/{name}": matrix for name, (period, matrix) in self._matrices.items()
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for key, value in state.items():
@@ -175,23 +224,24 @@ class Svd(Subspace):
 
 
 def plan_projections(
-    model: nn.Module,
-    rank: int,
-    side: str = "in",
-    dense: Iterable[str] = (),
-    min_numel: int = 4096,
+    model: nn.Module, rank: int, side: str = "in", dense: Iterable[str] = (), min_numel: int = 4096
 ) -> dict[str, Projection]:
     """Which trainable weights are projected and on which side.
 
-    Weights with two or more dimensions longer than 1 and at least `min_numel` elements are projected, unless their name matches a
-    pattern of `dense`. Embedding tables are always compressed on the vocabulary side; `side` decides for the rest (config.Method).
+    Weights with two or more dimensions longer than 1 and at least `min_numel` elements are
+    projected, unless their name matches a pattern of `dense`. Embedding tables are always
+    compressed on the vocabulary side; `side` decides for the rest (config.Method).
 
     Raises:
         ConfigError: the rank is not below the compressed side of a weight that should be projected.
     """
     plan, patterns = {}, tuple(dense)
     for name, (owner, param) in owned_parameters(model).items():
-        if param.ndim < 2 or param.numel() < min_numel or any(fnmatch.fnmatch(name, p) for p in patterns):
+        if (
+            param.ndim < 2
+            or param.numel() < min_numel
+            or any(fnmatch.fnmatch(name, p) for p in patterns)
+        ):
             continue
         leading = next((n for n in param.shape if n != 1), 1)
         sides = (leading, param.numel() // leading)
@@ -203,7 +253,8 @@ def plan_projections(
                 f"method.rank for layer '{name}' of shape {tuple(param.shape)}",
                 rank,
                 f"a rank below {sides[axis]}, the side it compresses",
-                "lower method.rank, raise method.project_min_numel, or name the layer in method.dense",
+                "lower method.rank, raise method.project_min_numel, or name the layer in"
+                " method.dense",
             )
         plan[name] = Projection(axis, sides[axis], sides[1 - axis], rank)
     return plan
@@ -220,14 +271,26 @@ def _axis(owner: nn.Module, sides: tuple[int, int], side: str) -> int:
 
 
 def owned_parameters(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter]]:
-    """Trainable parameters by their first name, with the module that holds them; a tied tensor appears once, an empty one never."""
+    """Trainable parameters by their first name, with the module that holds them; a tied tensor
+    appears once, an empty one never.
+    """
     found, seen = {}, set()
     for prefix, module in model.named_modules():
         for local, param in module._parameters.items():
             if param is not None and is_lazy(param):
                 name = f"{prefix}.{local}" if prefix else local
-                raise ConfigError(f"parameter '{name}'", "no shape yet", "a lazy layer that has met a batch", "run the model once")
-            if param is not None and param.requires_grad and param.numel() and id(param) not in seen:
+                raise ConfigError(
+                    f"parameter '{name}'",
+                    "no shape yet",
+                    "a lazy layer that has met a batch",
+                    "run the model once",
+                )
+            if (
+                param is not None
+                and param.requires_grad
+                and param.numel()
+                and id(param) not in seen
+            ):
                 seen.add(id(param))
                 found[f"{prefix}.{local}" if prefix else local] = (module, param)
     return found

@@ -1,4 +1,6 @@
-"""What was paid: the durable, hash-chained ledger of one dataset, and its audit. No torch, no ray."""
+"""What was paid: the durable, hash-chained ledger of one dataset, and its audit. No torch, no
+ray.
+"""
 
 from grape_ray.ledger.audit import Report, verify
 from grape_ray.ledger.entries import Study

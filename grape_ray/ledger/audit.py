@@ -18,7 +18,9 @@ _ENTRY = re.compile(r"\d{8}\.json")
 
 @dataclass(frozen=True)
 class Report:
-    """What an audit found: the problems, each naming its entry, and the number and last hash of the entries that hold."""
+    """What an audit found: the problems, each naming its entry, and the number and last hash of the
+    entries that hold.
+    """
 
     url: str
     problems: tuple[str, ...]
@@ -32,9 +34,11 @@ class Report:
 
 
 def verify(url: str | os.PathLike[str] | Storage, head: str | None = None) -> Report:
-    """Walk the chain, and report what is missing, reordered, edited, overdrawn, or not bought by a study's epsilon.
+    """Walk the chain, and report what is missing, reordered, edited, overdrawn, or not bought by a
+    study's epsilon.
 
-    Entries cut off at the end leave a chain that is whole in itself: only a hash kept elsewhere shows that.
+    Entries cut off at the end leave a chain that is whole in itself: only a hash kept elsewhere
+    shows that.
 
     Args:
         url: the ledger's folder.
@@ -47,20 +51,34 @@ def verify(url: str | os.PathLike[str] | Storage, head: str | None = None) -> Re
     entries, problems = _load(storage)
     problems += _replay(entries)
     if head is not None and head not in {entry.hash for entry in entries.values()}:
-        problems.append(f"the entry with hash {head[:12]} is gone: the ledger was cut off or replaced")
+        problems.append(
+            f"the entry with hash {head[:12]} is gone: the ledger was cut off or replaced"
+        )
     last = entries[max(entries)] if entries else None
     return Report(storage.url, tuple(problems), len(entries), last.hash if last else "")
 
 
 def _load(storage: Storage) -> tuple[dict[int, Entry], list[str]]:
-    """The entries that can be read, by the number in their name, and complaints about the others."""
+    """The entries that can be read, by the number in their name, and complaints about the
+    others.
+    """
     try:
         names = [name for name in storage.list() if _ENTRY.fullmatch(name)]
         if not names:
-            raise LedgerError("there is no ledger", storage.url, "a folder with 00000000.json", "check the location")
+            raise LedgerError(
+                "there is no ledger",
+                storage.url,
+                "a folder with 00000000.json",
+                "check the location",
+            )
         content = dict(zip(names, storage.read_many(names)))
     except (StorageError, OSError) as error:
-        raise LedgerError(f"the ledger {storage.url} cannot be reached", str(error), "storage that can be read", "try again") from error
+        raise LedgerError(
+            f"the ledger {storage.url} cannot be reached",
+            str(error),
+            "storage that can be read",
+            "try again",
+        ) from error
     entries, problems = {}, []
     for name in (entry_name(seq) for seq in range(int(names[-1][:8]) + 1)):
         data = content.get(name)
@@ -75,10 +93,14 @@ def _load(storage: Storage) -> tuple[dict[int, Entry], list[str]]:
 
 
 def _replay(entries: dict[int, Entry]) -> list[str]:
-    """Apply the entries in order; after a break, go on from the next entry, so that each fault is named."""
-    state, problems, affords = State(), [], functools.cache(calibration.affords)  # many studies are alike
+    """Apply the entries in order; after a break, go on from the next entry, so that each fault is
+    named.
+    """
+    # many studies are alike
+    state, problems, affords = State(), [], functools.cache(calibration.affords)
     for seq, entry in sorted(entries.items()):
-        if state.next_seq != seq:  # the missing entry was named before; its successor's link cannot be checked
+        # the missing entry was named before; its successor's link cannot be checked
+        if state.next_seq != seq:
             state.next_seq, state.head = seq, entry.prev
         try:
             state.apply(entry)
@@ -89,9 +111,15 @@ def _replay(entries: dict[int, Entry]) -> list[str]:
         if entry.kind == "study":
             study = state.studies[entry.payload["name"]].study
             if not affords(study.mechanism, study.tokens, study.epsilon, study.delta):
-                problems.append(f"{entry.name}: epsilon {study.epsilon:g} does not buy the {study.tokens} steps of study {study.name!r}")
+                problems.append(
+                    f"{entry.name}: epsilon {study.epsilon:g} does not buy the {study.tokens} steps"
+                    f" of study {study.name!r}"
+                )
         if entry.kind == "selection":
             selection = state.selections[entry.payload["name"]]
             if selection.cost() > selection.epsilon:
-                problems.append(f"{entry.name}: epsilon {selection.epsilon:g} does not buy selection {selection.name!r}")
+                problems.append(
+                    f"{entry.name}: epsilon {selection.epsilon:g} does not buy selection"
+                    f" {selection.name!r}"
+                )
     return problems

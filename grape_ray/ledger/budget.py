@@ -1,4 +1,6 @@
-"""The budget of a dataset: what its ledger is made with, and whether a share of it would be granted."""
+"""The budget of a dataset: what its ledger is made with, and whether a share of it would be
+granted.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,18 @@ from grape_ray.ledger.state import State
 from grape_ray.storage import Storage
 
 
-def made_for(share: tuple[float, float], epsilon: float | None, delta: float | None) -> tuple[float, float]:
-    """(epsilon, delta) as asked for, when a ledger is made for its first share; what was not asked for is the share's own.
+def made_for(
+    share: tuple[float, float], epsilon: float | None, delta: float | None
+) -> tuple[float, float]:
+    """(epsilon, delta) as asked for, when a ledger is made for its first share; what was not asked
+    for is the share's own.
 
-    Where epsilon alone was asked for, delta grows in proportion: with the share's own, nothing of it would be left for a second one.
+    Where epsilon alone was asked for, delta grows in proportion: with the share's own, nothing of
+    it would be left for a second one.
     """
     if epsilon is not None and delta is None:
-        delta = float(f"{min(0.5, share[1] * max(1.0, epsilon / share[0])):.14g}")  # three times 1e-5 is to be written as 3e-5
+        # three times 1e-5 is to be written as 3e-5
+        delta = float(f"{min(0.5, share[1] * max(1.0, epsilon / share[0])):.14g}")
     return share[0] if epsilon is None else epsilon, share[1] if delta is None else delta
 
 
@@ -26,7 +33,8 @@ def foresee(
     share: Study | Selection,
     asked: tuple[float | None, float | None] = (None, None),
 ) -> bool:
-    """Refuses, and writes nothing, what the dataset's ledger, or one made with `budget`, would refuse.
+    """Refuses, and writes nothing, what the dataset's ledger, or one made with `budget`, would
+    refuse.
 
     Args:
         asked: the budget in the user's own words, with which an existing ledger is compared.
@@ -35,7 +43,8 @@ def foresee(
         Whether there is a ledger already.
 
     Raises:
-        StorageError, LedgerError, BudgetExceeded: no ledger can be made there, it is another's, or the share exceeds what is left.
+        StorageError, LedgerError, BudgetExceeded: no ledger can be made there, it is another's, or
+            the share exceeds what is left.
     """
     existing = storage.exists(entry_name(0))
     if existing:

@@ -1,4 +1,6 @@
-"""A chain of entries in a folder: read anew before each decision, and extended by exclusive creation, so that all writers agree."""
+"""A chain of entries in a folder: read anew before each decision, and extended by exclusive
+creation, so that all writers agree.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from grape_ray.storage import Storage
 _MAX_RACES = 1000
 _MOST_AHEAD = 256  # entries asked for at once
 _Result = TypeVar("_Result")
-Wanted = tuple[str, dict[str, Any]] | None  # the kind and payload of an entry to be written, or nothing
+# the kind and payload of an entry to be written, or nothing
+Wanted = tuple[str, dict[str, Any]] | None
 
 
 class Chain:
@@ -34,7 +37,8 @@ class Chain:
         self._lock = threading.Lock()
 
     def refreshed(self, thorough: bool = False) -> State:
-        """The state with the entries that are new, up to the first missing name; ``thorough`` also finds a gap.
+        """The state with the entries that are new, up to the first missing name; ``thorough`` also
+        finds a gap.
 
         Raises:
             LedgerError: out of reach or damaged.
@@ -44,10 +48,12 @@ class Chain:
             return self.state
 
     def append(self, decide: Callable[[State], tuple[Wanted, _Result]]) -> _Result:
-        """Read what others wrote, decide on it, and write the next entry; begin again when another writer was faster.
+        """Read what others wrote, decide on it, and write the next entry; begin again when another
+        writer was faster.
 
         Raises:
-            GrapeRayError: what ``decide`` raises, or the entry breaks a rule. LedgerError: out of reach, damaged, or always outrun.
+            GrapeRayError: what ``decide`` raises, or the entry breaks a rule. LedgerError: out of
+                reach, damaged, or always outrun.
         """
         with self._lock:
             for _ in range(_MAX_RACES):
@@ -55,11 +61,18 @@ class Chain:
                 wanted, result = decide(self.state)
                 if wanted is None or self._write(*wanted):
                     return result
-        raise LedgerError("other writers were always faster", _MAX_RACES, "fewer tries", "let fewer processes charge this ledger")
+        raise LedgerError(
+            "other writers were always faster",
+            _MAX_RACES,
+            "fewer tries",
+            "let fewer processes charge this ledger",
+        )
 
     def _write(self, kind: str, payload: dict[str, Any]) -> bool:
         """Make the next entry durable, and only then believe it; False when its place was taken."""
-        entry = Entry(self.state.next_seq, self.state.head, kind, payload, time.time(), os.urandom(8).hex())
+        entry = Entry(
+            self.state.next_seq, self.state.head, kind, payload, time.time(), os.urandom(8).hex()
+        )
         self.state.check(decode(entry.name, entry.encode()))
         try:
             self.storage.create(entry.name, entry.encode(), private=True)
@@ -75,9 +88,12 @@ class Chain:
             self._check_head()
         self._extend()
         while thorough and (beyond := self._beyond()):
-            if not self._extend():  # not even now: another writer may have gone on between the two looks
+            # not even now: another writer may have gone on between the two looks
+            if not self._extend():
                 what = f"ledger entry {entry_name(self.state.next_seq)} is missing"
-                raise LedgerError(what, None, f"every entry up to {beyond}", "restore the ledger from a copy")
+                raise LedgerError(
+                    what, None, f"every entry up to {beyond}", "restore the ledger from a copy"
+                )
 
     def _extend(self) -> bool:
         """Take in the entries that follow; returns whether there were any."""
@@ -87,7 +103,12 @@ class Chain:
                 self.state.apply(entry)
             except GrapeRayError as error:
                 fix = "restore the ledger from a copy, and spend nothing from it until then"
-                raise LedgerError(f"ledger entry {entry.name} breaks a rule: {error}", None, "entries as they were written", fix) from error
+                raise LedgerError(
+                    f"ledger entry {entry.name} breaks a rule: {error}",
+                    None,
+                    "entries as they were written",
+                    fix,
+                ) from error
         return self.state.next_seq > before
 
     def _check_head(self) -> None:
@@ -95,20 +116,30 @@ class Chain:
         name = entry_name(self.state.next_seq - 1)
         (data,) = _read(self.storage, [name])
         if data is None or decode(name, data).hash != self.state.head:
-            what = f"ledger entry {name} was {'removed' if data is None else 'replaced'} under this process"
+            what = (
+                f"ledger entry {name} was {'removed' if data is None else 'replaced'} under this"
+                " process"
+            )
             raise LedgerError(what, None, "an append-only ledger", "restore the ledger from a copy")
 
     def _beyond(self) -> str | None:
-        """The last entry beyond the first missing one, if there is any: then an entry was removed."""
+        """The last entry beyond the first missing one, if there is any: then an entry was
+        removed.
+        """
         try:
-            found = [n for n in self.storage.list() if n[:8].isdigit() and n[8:] == ".json" and n > entry_name(self.state.next_seq)]
+            found = [
+                n
+                for n in self.storage.list()
+                if n[:8].isdigit() and n[8:] == ".json" and n > entry_name(self.state.next_seq)
+            ]
         except (StorageError, OSError) as error:
             raise _unreachable(self.storage, error) from error
         return found[-1] if found else None
 
 
 def entries(storage: Storage, first: int = 0) -> Iterator[Entry]:
-    """The entries from a number on, up to the first missing name; asked for by ones, twos, fours, as long as there are more.
+    """The entries from a number on, up to the first missing name; asked for by ones, twos, fours,
+    as long as there are more.
 
     Raises:
         LedgerError: out of reach, or an entry is damaged.
@@ -134,4 +165,6 @@ def _read(storage: Storage, names: Sequence[str]) -> list[bytes | None]:
 def _unreachable(storage: Storage, error: Exception) -> LedgerError:
     """Fail closed."""
     fix = "nothing was granted; check the location and try again"
-    return LedgerError(f"the ledger {storage.url} cannot be reached", str(error), "storage that can be used", fix)
+    return LedgerError(
+        f"the ledger {storage.url} cannot be reached", str(error), "storage that can be used", fix
+    )

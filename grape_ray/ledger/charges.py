@@ -1,4 +1,6 @@
-"""What the runs of a study were charged: sums that grow with each entry, so that no question walks over all charges."""
+"""What the runs of a study were charged: sums that grow with each entry, so that no question walks
+over all charges.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,10 @@ class Attempt:
     """What one attempt of a run has been charged; its books are kept by its study's.
 
     Attributes:
-        charges: by chunk, in the order of their growing numbers. refunds: steps given back, by chunk. closed: whether it is over.
-        used: steps charged less steps refunded. next_step: the first step whose noise the attempt has not paid for yet.
+        charges: by chunk, in the order of their growing numbers. refunds: steps given back, by
+            chunk. closed: whether it is over.
+        used: steps charged less steps refunded. next_step: the first step whose noise the attempt
+            has not paid for yet.
     """
 
     number: int
@@ -42,7 +46,9 @@ class Attempt:
 
 @dataclass
 class StudyState:
-    """A study and the attempts of its runs, by run name, in order. ``used``: its tokens that are gone, the sum over all attempts."""
+    """A study and the attempts of its runs, by run name, in order. ``used``: its tokens that are
+    gone, the sum over all attempts.
+    """
 
     study: Study
     runs: dict[str, list[Attempt]] = field(default_factory=dict)
@@ -54,14 +60,18 @@ class StudyState:
         return self.study.tokens - self.used
 
     def charge(self, attempt: Attempt, charge: Charge) -> None:
-        """Book a charge that the rules allow: its chunk and its steps lie beyond all earlier ones."""
+        """Book a charge that the rules allow: its chunk and its steps lie beyond all earlier
+        ones.
+        """
         attempt.charges[charge.chunk] = charge
         attempt.next_step = charge.first_step + charge.steps
         attempt.used += charge.steps
         self.used += charge.steps
 
     def refund(self, attempt: Attempt, chunk: int, steps: int) -> None:
-        """Book a refund that the rules allow, and end the attempt: what was refunded can never start any more."""
+        """Book a refund that the rules allow, and end the attempt: what was refunded can never
+        start any more.
+        """
         attempt.refunds[chunk] = steps
         attempt.closed = True
         attempt.used -= steps

@@ -1,4 +1,6 @@
-"""The entries of a ledger: their schema, their canonical JSON and the hash that chains each to the one before."""
+"""The entries of a ledger: their schema, their canonical JSON and the hash that chains each to the
+one before.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from grape_ray.accounting.mechanism import Mechanism, check_count, check_delta, check_epsilon, check_name
+from grape_ray.accounting.mechanism import (
+    Mechanism,
+    check_count,
+    check_delta,
+    check_epsilon,
+    check_name,
+)
 from grape_ray.accounting.selection import Law, Selection
 from grape_ray.errors import ConfigError, GrapeRayError, LedgerError
 
@@ -23,24 +31,48 @@ MAX_REASON = 1000
 SCHEMA: dict[str, dict[str, type]] = {
     "open": {"format": int, "ledger_id": str, "dataset_id": str, "epsilon": float, "delta": float},
     "study": {"name": str, "mechanism": dict, "epsilon": float, "delta": float, "tokens": int},
-    "selection": {"name": str, "mechanism": dict, "epsilon": float, "delta": float, "trial_tokens": int,
+    "selection": {"name": str, "mechanism": dict, "epsilon": float, "delta": float,
+    "trial_tokens": int,
                   "law": str, "mean": float, "shape": float},
     "extend": {"epsilon": float, "delta": float, "reason": str},
     "epoch": {"epoch": int, "holder": str},
     "attempt": {"study": str, "run": str, "attempt": int, "key_id": str},
-    "charge": {"study": str, "run": str, "attempt": int, "chunk": int, "first_step": int, "asked": int, "steps": int},
+    "charge": {"study": str, "run": str, "attempt": int, "chunk": int, "first_step": int,
+    "asked": int, "steps": int},
     "refund": {"study": str, "run": str, "attempt": int, "chunk": int, "steps": int},
     "close": {"study": str, "run": str, "attempt": int},
 }
 # fmt: on
-_ENTRY: dict[str, type] = {"seq": int, "prev": str, "kind": str, "payload": dict, "time": float, "nonce": str, "hash": str}
-_MECHANISM: dict[str, type] = {"name": str, "sampling_prob": float, "noise_multiplier": float, "probes": int, "probes_shared": bool}
+_ENTRY: dict[str, type] = {
+    "seq": int,
+    "prev": str,
+    "kind": str,
+    "payload": dict,
+    "time": float,
+    "nonce": str,
+    "hash": str,
+}
+_MECHANISM: dict[str, type] = {
+    "name": str,
+    "sampling_prob": float,
+    "noise_multiplier": float,
+    "probes": int,
+    "probes_shared": bool,
+}
 
 
 def check_reason(value: object) -> str:
     """A reason in words, of up to 1000 printable characters, or ConfigError."""
-    if not isinstance(value, str) or not value.strip() or len(value) > MAX_REASON or not value.isprintable():
-        expected, fix = f"1 to {MAX_REASON} printable characters", "say who wanted it and why, in one line: it stays in the ledger"
+    if (
+        not isinstance(value, str)
+        or not value.strip()
+        or len(value) > MAX_REASON
+        or not value.isprintable()
+    ):
+        expected, fix = (
+            f"1 to {MAX_REASON} printable characters",
+            "say who wanted it and why, in one line: it stays in the ledger",
+        )
         raise ConfigError("a budget is raised for a stated reason alone", value, expected, fix)
     return value
 
@@ -49,8 +81,9 @@ def check_reason(value: object) -> str:
 class Study:
     """A fixed mechanism and the number of its steps that a share of the dataset's budget buys.
 
-    Guarantees: all steps of all runs of the study together are (epsilon, delta)-differentially private, whatever made which run stop,
-    because every step is the same mechanism and there are at most ``tokens`` of them. Checked when the ledger takes the study in.
+    Guarantees: all steps of all runs of the study together are (epsilon, delta)-differentially
+    private, whatever made which run stop, because every step is the same mechanism and there are at
+    most ``tokens`` of them. Checked when the ledger takes the study in.
 
     Args:
         name: unique in its ledger.
@@ -99,9 +132,11 @@ def selection_from(payload: Mapping[str, Any]) -> Selection:
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of a ledger; ``prev`` is the hash of the entry before, ``time`` is in seconds since 1970.
+    """One line of a ledger; ``prev`` is the hash of the entry before, ``time`` is in seconds since
+    1970.
 
-    ``nonce`` is random, so that no two writers ever make the same bytes: storage tells by them whose entry it took.
+    ``nonce`` is random, so that no two writers ever make the same bytes: storage tells by them
+    whose entry it took.
     """
 
     seq: int
@@ -138,11 +173,14 @@ def decode(name: str, data: bytes) -> Entry:
     """The entry that a file holds, checked as far as one entry can be checked alone.
 
     Raises:
-        LedgerError: not JSON, not the schema, a number that is NaN, infinite, negative or huge, or a hash that does not fit.
+        LedgerError: not JSON, not the schema, a number that is NaN, infinite, negative or huge, or
+            a hash that does not fit.
     """
     try:
         if len(data) > MAX_ENTRY_BYTES:
-            raise LedgerError("entry is too long", f"{len(data)} bytes", f"at most {MAX_ENTRY_BYTES}")
+            raise LedgerError(
+                "entry is too long", f"{len(data)} bytes", f"at most {MAX_ENTRY_BYTES}"
+            )
         fields = _shaped("entry", _DECODER.decode(data.decode()), _ENTRY)
         if fields["kind"] not in SCHEMA:
             raise LedgerError("unknown kind", fields["kind"], ", ".join(SCHEMA))
@@ -153,8 +191,13 @@ def decode(name: str, data: bytes) -> Entry:
             raise LedgerError("its content does not fit its hash", claimed[:12], entry.hash[:12])
         return entry
     except (ValueError, RecursionError, GrapeRayError) as error:
-        fix = "the ledger was damaged or edited: restore it from a copy, and spend nothing from it until then"
-        raise LedgerError(f"ledger entry {name} cannot be used: {error}", None, "an entry as it was written", fix) from error
+        fix = (
+            "the ledger was damaged or edited: restore it from a copy, and spend nothing from it"
+            " until then"
+        )
+        raise LedgerError(
+            f"ledger entry {name} cannot be used: {error}", None, "an entry as it was written", fix
+        ) from error
 
 
 def _canonical(value: Mapping[str, Any]) -> bytes:
@@ -180,7 +223,9 @@ def _shaped(what: str, value: object, schema: Mapping[str, type]) -> dict[str, A
         item = value[field]
         accepted = (int, float) if kind is float else (kind,)
         if not isinstance(item, accepted) or (isinstance(item, bool) and kind is not bool):
-            raise LedgerError(f"{what}.{field} has a wrong type", type(item).__name__, kind.__name__)
+            raise LedgerError(
+                f"{what}.{field} has a wrong type", type(item).__name__, kind.__name__
+            )
         if kind in (int, float) and not 0 <= item <= 1e12:  # false for NaN, too
             raise LedgerError(f"{what}.{field} is out of range", item, "a number from 0 to 1e12")
     return value

@@ -1,4 +1,6 @@
-"""What a run needs of a ledger, so that the ledger itself and an accountant that keeps it elsewhere are interchangeable."""
+"""What a run needs of a ledger, so that the ledger itself and an accountant that keeps it elsewhere
+are interchangeable.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,11 @@ from grape_ray.ledger.ledger import Grant
 
 
 class Book(Protocol):
-    """The calls of `accounting.ledger.Ledger` that a run makes; their promises, arguments and errors are described there.
+    """The calls of `accounting.ledger.Ledger` that a run makes; their promises, arguments and
+    errors are described there.
 
-    Whoever begins an attempt or charges steps says which records are really used, so that no run pays from another dataset's budget.
+    Whoever begins an attempt or charges steps says which records are really used, so that no run
+    pays from another dataset's budget.
     """
 
     @property
@@ -24,7 +28,15 @@ class Book(Protocol):
     def begin_attempt(self, study: str, run: str, key_id: str, *, dataset_id: str) -> int: ...
 
     def charge(
-        self, study: str, run: str, attempt: int, chunk: int, steps: int, first_step: int | None = None, *, dataset_id: str
+        self,
+        study: str,
+        run: str,
+        attempt: int,
+        chunk: int,
+        steps: int,
+        first_step: int | None = None,
+        *,
+        dataset_id: str,
     ) -> Grant: ...
 
     def refund(self, study: str, run: str, attempt: int, chunk: int, steps: int) -> None: ...

@@ -20,11 +20,13 @@ _PATIENCE_BEATS = 4
 class Claim:
     """A file beside the entries that its holder rewrites every few seconds.
 
-    It keeps a second cluster out while the first lives, and lets it in when the first has died. It compares no clocks: a claim lives
-    while its beat changes. What must never happen does not rest on it: a holder that was overtaken is barred by the chain's epochs.
+    It keeps a second cluster out while the first lives, and lets it in when the first has died. It
+    compares no clocks: a claim lives while its beat changes. What must never happen does not rest
+    on it: a holder that was overtaken is barred by the chain's epochs.
 
     Args:
-        storage: the ledger's folder. cluster: a name that all processes of one cluster share, and no others.
+        storage: the ledger's folder. cluster: a name that all processes of one cluster share, and
+            no others.
     """
 
     def __init__(self, storage: Storage, cluster: str, beat_s: float = BEAT_S):
@@ -32,7 +34,8 @@ class Claim:
         self._beats, self._over = 0, threading.Event()
 
     def take(self) -> None:
-        """Hold the ledger from now on: at once where nobody else does, after some beats where the other holder is silent.
+        """Hold the ledger from now on: at once where nobody else does, after some beats where the
+        other holder is silent.
 
         Raises:
             LedgerError: another cluster holds it and lives, or storage cannot be reached.
@@ -45,9 +48,14 @@ class Claim:
                 seen, changes, quiet_since = now, changes + 1, time.monotonic()
             if seen is not None and changes >= 2:
                 got = f"process {seen['pid']} on {seen['host']}"
-                fix = "run in that cluster, wait for its end, or give this sweep a ledger of its own"
+                fix = (
+                    "run in that cluster, wait for its end, or give this sweep a ledger of its own"
+                )
                 raise LedgerError(
-                    f"another cluster holds the ledger {self._storage.url}", got, "a ledger that no other cluster charges", fix
+                    f"another cluster holds the ledger {self._storage.url}",
+                    got,
+                    "a ledger that no other cluster charges",
+                    fix,
                 )
             if time.monotonic() - quiet_since > _PATIENCE_BEATS * self._beat_s:
                 break
@@ -69,7 +77,9 @@ class Claim:
                     return
                 if seen is not None:  # a folder that is away is not to be made anew
                     self._write()
-            except GrapeRayError:  # storage is away: charges fail by themselves, and the beat goes on when it is back
+            except (
+                GrapeRayError
+            ):  # storage is away: charges fail by themselves, and the beat goes on when it is back
                 continue
 
     def _mine(self, seen: dict[str, Any] | None) -> bool:
@@ -82,9 +92,19 @@ class Claim:
             return None
         except (ValueError, OSError, GrapeRayError) as error:
             fix = "nothing was granted; check the location and try again"
-            raise LedgerError(f"the claim on {self._storage.url} cannot be read", str(error), "storage that can be used", fix) from error
+            raise LedgerError(
+                f"the claim on {self._storage.url} cannot be read",
+                str(error),
+                "storage that can be used",
+                fix,
+            ) from error
 
     def _write(self) -> None:
         self._beats += 1
-        claim = {"cluster": self._cluster, "pid": os.getpid(), "host": platform.node(), "beat": self._beats}
+        claim = {
+            "cluster": self._cluster,
+            "pid": os.getpid(),
+            "host": platform.node(),
+            "beat": self._beats,
+        }
         self._storage.write(CLAIM_FILE, json.dumps(claim).encode(), private=True)

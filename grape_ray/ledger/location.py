@@ -16,14 +16,20 @@ _SALT_BYTES = 32
 
 
 def absolute(url: str) -> str:
-    """A URL of remote storage as it is; a path, also as a `file://` URL, made absolute, so that workers agree on it."""
+    """A URL of remote storage as it is; a path, also as a `file://` URL, made absolute, so that
+    workers agree on it.
+    """
     if "://" not in url or Storage(url).local:
-        return str(Path(Storage(url).url if "://" in url or not url else url).expanduser().absolute())
+        return str(
+            Path(Storage(url).url if "://" in url or not url else url).expanduser().absolute()
+        )
     return url.rstrip("/")
 
 
 def really(url: str) -> str:
-    """Where a location really is: one text for all ways of writing it, through symbolic links, too."""
+    """Where a location really is: one text for all ways of writing it, through symbolic links,
+    too.
+    """
     place = absolute(url)
     if "://" not in place:
         return os.path.realpath(place)
@@ -32,21 +38,28 @@ def really(url: str) -> str:
 
 def home() -> Path:
     """The user's own folder of what must not lie among the runs."""
-    return (Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "grape-ray").absolute()
+    return (
+        Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "grape-ray"
+    ).absolute()
 
 
-def ledger_place(asked: str | None, dataset_id: str, public: bool, storage: str, run: str, make: bool = False) -> str:
-    """Where a dataset's ledger lies: where it was asked for, or in one place, so that all runs of a user on one dataset share one budget.
+def ledger_place(
+    asked: str | None, dataset_id: str, public: bool, storage: str, run: str, make: bool = False
+) -> str:
+    """Where a dataset's ledger lies: where it was asked for, or in one place, so that all runs of a
+    user on one dataset share one budget.
 
-    Local runs share a folder of the user's; runs on remote storage share one beside the runs, where every machine reaches it. A dataset
-    that is public has nothing to lose, so each of its runs gets a ledger of its own, and a demonstration can be repeated at will.
+    Local runs share a folder of the user's; runs on remote storage share one beside the runs, where
+    every machine reaches it. A dataset that is public has nothing to lose, so each of its runs gets
+    a ledger of its own, and a demonstration can be repeated at will.
 
-    A run's description names its ledger, and is published, so the folder's name is a keyed hash of the data: with a plain one, whoever
-    knows all records but one could confirm the last. The key is a file of random bytes beside the ledgers.
+    A run's description names its ledger, and is published, so the folder's name is a keyed hash of
+    the data: with a plain one, whoever knows all records but one could confirm the last. The key is
+    a file of random bytes beside the ledgers.
 
     Args:
-        make: keep those bytes, where there are none yet. Without it the answer is then a place where nothing lies and nothing will:
-            where there is no salt, there is no ledger.
+        make: keep those bytes, where there are none yet. Without it the answer is then a place
+            where nothing lies and nothing will: where there is no salt, there is no ledger.
 
     Raises:
         StorageError: the salt cannot be read or made.
@@ -56,14 +69,17 @@ def ledger_place(asked: str | None, dataset_id: str, public: bool, storage: str,
     if public:
         return f"{storage}/{run}/ledger"
     folder = str(home() / "ledgers") if Storage(storage).local else f"{storage}/ledgers"
-    return f"{folder}/{hmac.new(salt(folder, make), dataset_id.encode(), hashlib.sha256).hexdigest()[:32]}"
+    keyed = hmac.new(salt(folder, make), dataset_id.encode(), hashlib.sha256)
+    return f"{folder}/{keyed.hexdigest()[:32]}"
 
 
 def ledger_of(place: str) -> tuple[str, str | None]:
-    """(The ledger, the run's name) where a place is a run's folder; otherwise the place itself, and None.
+    """(The ledger, the run's name) where a place is a run's folder; otherwise the place itself, and
+    None.
 
     Raises:
-        LedgerError: the run has no ledger, as one of method `none`. StorageError: its description is damaged, or out of reach.
+        LedgerError: the run has no ledger, as one of method `none`. StorageError: its description
+            is damaged, or out of reach.
     """
     try:
         known = json.loads(Storage(place).first_contact().read(RUN_FILE))
@@ -73,14 +89,23 @@ def ledger_of(place: str) -> tuple[str, str | None]:
     except FileNotFoundError:
         return place, None
     except (ValueError, KeyError, TypeError) as error:
-        raise StorageError(f"{RUN_FILE} of the run is damaged", place, "its own JSON", "restore it from a copy") from error
+        raise StorageError(
+            f"{RUN_FILE} of the run is damaged", place, "its own JSON", "restore it from a copy"
+        ) from error
     if ledger is None:
-        raise LedgerError("the run has no ledger", run, "a run with a private method", "method none pays for nothing, and promises nothing")
+        raise LedgerError(
+            "the run has no ledger",
+            run,
+            "a run with a private method",
+            "method none pays for nothing, and promises nothing",
+        )
     return ledger, run
 
 
 def salt(folder: str, make: bool) -> bytes:
-    """The salt of a folder of private names, or fresh bytes, which are kept if `make`; of two makers one wins, and both return its salt."""
+    """The salt of a folder of private names, or fresh bytes, which are kept if `make`; of two
+    makers one wins, and both return its salt.
+    """
     place, fresh = Storage(folder).first_contact(), os.urandom(_SALT_BYTES)
     try:
         if make:
@@ -94,5 +119,10 @@ def salt(folder: str, make: bool) -> bytes:
         return fresh
     if len(found) != _SALT_BYTES:
         fix = "restore it from a copy: without it the ledgers beside it are not found"
-        raise StorageError(f"the salt of the ledgers in {folder} is damaged", f"{len(found)} bytes", f"{_SALT_BYTES} bytes", fix)
+        raise StorageError(
+            f"the salt of the ledgers in {folder} is damaged",
+            f"{len(found)} bytes",
+            f"{_SALT_BYTES} bytes",
+            fix,
+        )
     return found

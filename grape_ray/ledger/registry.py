@@ -1,4 +1,6 @@
-"""Which ledgers pay for which datasets, as far as this user knows, so that no dataset gets a second budget unawares."""
+"""Which ledgers pay for which datasets, as far as this user knows, so that no dataset gets a second
+budget unawares.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ _FOLDER = "datasets"
 
 @dataclass(frozen=True)
 class Known:
-    """A ledger that was opened before. `place`: where it really was. `ledger_id`: its random name. `dataset`: in the user's words."""
+    """A ledger that was opened before. `place`: where it really was. `ledger_id`: its random name.
+    `dataset`: in the user's words.
+    """
 
     place: str
     ledger_id: str
@@ -55,34 +59,54 @@ def _entries() -> list[tuple[Known, set[str]]]:
     files = folder.list()
     fix = "restore it from a copy: without it a second budget is not noticed"
     if files and SALT_FILE not in files:
-        raise StorageError("the registry of ledgers is damaged", folder.url, f"the file {SALT_FILE} beside its entries", fix)
+        raise StorageError(
+            "the registry of ledgers is damaged",
+            folder.url,
+            f"the file {SALT_FILE} beside its entries",
+            fix,
+        )
     try:
         entries = [json.loads(folder.read(name)) for name in files if name.endswith(".json")]
-        return [(Known(entry["ledger"], entry["ledger_id"], entry.get("dataset", "")), set(entry["names"])) for entry in entries]
+        return [
+            (
+                Known(entry["ledger"], entry["ledger_id"], entry.get("dataset", "")),
+                set(entry["names"]),
+            )
+            for entry in entries
+        ]
     except (ValueError, KeyError, TypeError) as error:
-        raise StorageError("the registry of ledgers is damaged", folder.url, "its own JSON files", fix) from error
+        raise StorageError(
+            "the registry of ledgers is damaged", folder.url, "its own JSON files", fix
+        ) from error
 
 
 def register(identity: Iterable[str], ledger: str, ledger_id: str, dataset: str = "") -> None:
-    """Notes that a ledger pays for a dataset, by salted names, in a file that only the user may read.
+    """Notes that a ledger pays for a dataset, by salted names, in a file that only the user may
+    read.
 
     Args:
-        dataset: what the user calls the records, such as a task's name and the path of a table, for lists.
+        dataset: what the user calls the records, such as a task's name and the path of a table, for
+            lists.
 
     Raises:
         StorageError: the user's registry cannot be written.
     """
     place = really(ledger)
-    entry = {"ledger": place, "ledger_id": ledger_id, "names": sorted(set(_names(identity, make=True)))}
+    entry = {
+        "ledger": place,
+        "ledger_id": ledger_id,
+        "names": sorted(set(_names(identity, make=True))),
+    }
     name = f"{hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()[:32]}.json"
     _folder().write(name, json.dumps({**entry, "dataset": dataset}).encode(), private=True)
 
 
 def check_only(place: str, identity: Iterable[str], second: bool) -> None:
-    """Refuses a ledger where the dataset, or one with columns of it, is known to be paid for by another: that would be a second budget.
+    """Refuses a ledger where the dataset, or one with columns of it, is known to be paid for by
+    another: that would be a second budget.
 
-    Locations are compared by where they really are. A ledger that was moved whole is the same one; a copy beside it, or a new one in
-    its place, is not.
+    Locations are compared by where they really are. A ledger that was moved whole is the same one;
+    a copy beside it, or a new one in its place, is not.
 
     Args:
         second: whether the user has said that a second ledger, with a budget of its own, is wanted.
@@ -94,11 +118,24 @@ def check_only(place: str, identity: Iterable[str], second: bool) -> None:
     if not entries or any(_is(entry, place) for entry in entries):
         return
     got, expected = place, f"the ledger at {entries[0].place}"
-    fix = "charge that one (--ledger), or say --second-ledger (second_ledger=True) and add the two budgets up yourself"
+    fix = (
+        "charge that one (--ledger), or say --second-ledger (second_ledger=True) and add the two"
+        " budgets up yourself"
+    )
     if any(entry.place == really(place) for entry in entries):
         fix = f"restore it, or {fix.partition(', or ')[2]}"
-        raise LedgerError("the ledger of these records was removed or replaced", got, "the ledger that they were charged to", fix)
-    raise LedgerError("these records, or columns of them, are paid for by another ledger already", got, expected, fix)
+        raise LedgerError(
+            "the ledger of these records was removed or replaced",
+            got,
+            "the ledger that they were charged to",
+            fix,
+        )
+    raise LedgerError(
+        "these records, or columns of them, are paid for by another ledger already",
+        got,
+        expected,
+        fix,
+    )
 
 
 def _is(entry: Known, place: str) -> bool:

@@ -1,4 +1,6 @@
-"""The rules of a ledger: the state that its entries lead to, and the refusal of an entry that breaks a rule."""
+"""The rules of a ledger: the state that its entries lead to, and the refusal of an entry that
+breaks a rule.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,15 @@ from grape_ray.ledger.charges import Attempt, Charge, StudyState
 from grape_ray.ledger.entries import FORMAT, GENESIS, Entry, Study, check_reason, selection_from
 
 _RESTORE = "restore the ledger from a copy"
-_ROUNDING = 1 + 1e-12  # a sum of decimal shares, 0.1 + 0.2 of 0.3, may exceed the whole by a rounding
+# a sum of decimal shares, 0.1 + 0.2 of 0.3, may exceed the whole by a rounding
+_ROUNDING = 1 + 1e-12
 
 
 @dataclass(frozen=True)
 class Extension:
-    """A raise of the dataset's budget to (epsilon, delta), by the entry of that number, for a stated reason."""
+    """A raise of the dataset's budget to (epsilon, delta), by the entry of that number, for a
+    stated reason.
+    """
 
     seq: int
     epsilon: float
@@ -28,10 +33,12 @@ class Extension:
 
 @dataclass
 class State:
-    """Everything a chain of entries says; grows by ``apply`` alone, at a cost that does not depend on how many entries came before.
+    """Everything a chain of entries says; grows by ``apply`` alone, at a cost that does not depend
+    on how many entries came before.
 
-    ``epsilon`` and ``delta`` are the dataset's budget as it is now, after all ``extensions``. ``taken`` is the sum of all shares:
-    exact, so that it does not matter in which order, and when, they were added.
+    ``epsilon`` and ``delta`` are the dataset's budget as it is now, after all ``extensions``.
+    ``taken`` is the sum of all shares: exact, so that it does not matter in which order, and when,
+    they were added.
     """
 
     ledger_id: str = ""
@@ -40,7 +47,9 @@ class State:
     delta: float = 0.0
     studies: dict[str, StudyState] = field(default_factory=dict)
     selections: dict[str, Selection] = field(default_factory=dict)
-    taken: dict[str, Fraction] = field(default_factory=lambda: {"epsilon": Fraction(), "delta": Fraction()})
+    taken: dict[str, Fraction] = field(
+        default_factory=lambda: {"epsilon": Fraction(), "delta": Fraction()}
+    )
     extensions: list[Extension] = field(default_factory=list)
     epoch: int = 0
     holder: str = ""
@@ -53,17 +62,24 @@ class State:
         self.next_seq, self.head = entry.seq + 1, entry.hash
 
     def check(self, entry: Entry) -> Callable[[], None]:
-        """Hold the next entry against the rules, and change nothing; what is returned makes the change.
+        """Hold the next entry against the rules, and change nothing; what is returned makes the
+        change.
 
         Raises:
             LedgerError, BudgetExceeded, NoiseReuse: the entry does not follow, or breaks a rule.
         """
         if entry.seq != self.next_seq:
-            raise LedgerError("the entry is out of order", entry.seq, f"seq {self.next_seq}", _RESTORE)
+            raise LedgerError(
+                "the entry is out of order", entry.seq, f"seq {self.next_seq}", _RESTORE
+            )
         if entry.prev != self.head:
-            raise LedgerError("the chain is broken before this entry", entry.prev[:12], self.head[:12], _RESTORE)
+            raise LedgerError(
+                "the chain is broken before this entry", entry.prev[:12], self.head[:12], _RESTORE
+            )
         if (entry.kind == "open") != (entry.seq == 0):
-            raise LedgerError("a ledger starts with its only opening", entry.kind, "open at seq 0 alone", _RESTORE)
+            raise LedgerError(
+                "a ledger starts with its only opening", entry.kind, "open at seq 0 alone", _RESTORE
+            )
         try:
             commit = getattr(self, f"_{entry.kind}")(entry.payload)
         except ConfigError as error:
@@ -71,14 +87,24 @@ class State:
         return commit
 
     def check_dataset(self, dataset_id: str | None) -> None:
-        """Refuse to pay for the use of other records than the budget protects; None is not compared.
+        """Refuse to pay for the use of other records than the budget protects; None is not
+        compared.
 
         Raises:
-            LedgerError: of another dataset. It quotes no fingerprint: where errors are kept, a hash of the data must not be.
+            LedgerError: of another dataset. It quotes no fingerprint: where errors are kept, a hash
+                of the data must not be.
         """
         if dataset_id is not None and dataset_id != self.dataset_id:
-            fix = "charge the ledger of the records that are used: a field of the task may have changed them"
-            raise LedgerError("the ledger is of another dataset", None, "the ledger of the records that are used", fix)
+            fix = (
+                "charge the ledger of the records that are used: a field of the task may have"
+                " changed them"
+            )
+            raise LedgerError(
+                "the ledger is of another dataset",
+                None,
+                "the ledger of the records that are used",
+                fix,
+            )
 
     def left(self, unit: str) -> float:
         """What of the budget's ``epsilon`` or ``delta`` no study or selection has taken."""
@@ -87,14 +113,24 @@ class State:
     def study(self, name: str) -> StudyState:
         """The study of that name, or LedgerError."""
         if name not in self.studies:
-            raise LedgerError("the ledger knows no such study", name, ", ".join(sorted(self.studies)) or "a study", "register it first")
+            raise LedgerError(
+                "the ledger knows no such study",
+                name,
+                ", ".join(sorted(self.studies)) or "a study",
+                "register it first",
+            )
         return self.studies[name]
 
     def attempt(self, study: str, run: str, number: int) -> Attempt:
         """That attempt, or LedgerError."""
         attempts = self.study(study).runs.get(run, [])
         if not 1 <= number <= len(attempts):
-            raise LedgerError(f"run {run!r} has no such attempt", number, f"1 to {len(attempts)}", "begin the attempt first")
+            raise LedgerError(
+                f"run {run!r} has no such attempt",
+                number,
+                f"1 to {len(attempts)}",
+                "begin the attempt first",
+            )
         return attempts[number - 1]
 
     def live_attempt(self, study: str, run: str, number: int) -> Attempt:
@@ -107,12 +143,22 @@ class State:
         latest = len(self.study(study).runs[run])
         if number != latest or attempt.closed:
             reason = f"attempt {latest} has begun" if number != latest else "it was closed"
-            raise NoiseReuse(f"attempt {number} of run {run!r} is over: {reason}", None, "a live attempt", "stop this process")
+            raise NoiseReuse(
+                f"attempt {number} of run {run!r} is over: {reason}",
+                None,
+                "a live attempt",
+                "stop this process",
+            )
         return attempt
 
     def _open(self, payload: Mapping) -> Callable[[], None]:
         if payload["format"] != FORMAT:
-            raise LedgerError("the ledger has another format", payload["format"], f"format {FORMAT}", "use the version that wrote it")
+            raise LedgerError(
+                "the ledger has another format",
+                payload["format"],
+                f"format {FORMAT}",
+                "use the version that wrote it",
+            )
         check_name("dataset_id", payload["dataset_id"])
         epsilon, delta = check_epsilon(payload["epsilon"]), check_delta(payload["delta"])
 
@@ -124,10 +170,27 @@ class State:
 
     def _extend(self, payload: Mapping) -> Callable[[], None]:
         """Holds from here on: what was registered before had to fit into the budget of its time."""
-        raised = Extension(self.next_seq, check_epsilon(payload["epsilon"]), check_delta(payload["delta"]), check_reason(payload["reason"]))
-        if raised.epsilon < self.epsilon or raised.delta < self.delta or (raised.epsilon, raised.delta) == (self.epsilon, self.delta):
-            got, now = (f"epsilon {e:g}, delta {d:g}" for e, d in ((raised.epsilon, raised.delta), (self.epsilon, self.delta)))
-            raise LedgerError("a budget can only be raised", got, f"more than {now}", "name a higher one: what was promised is not undone")
+        raised = Extension(
+            self.next_seq,
+            check_epsilon(payload["epsilon"]),
+            check_delta(payload["delta"]),
+            check_reason(payload["reason"]),
+        )
+        if (
+            raised.epsilon < self.epsilon
+            or raised.delta < self.delta
+            or (raised.epsilon, raised.delta) == (self.epsilon, self.delta)
+        ):
+            got, now = (
+                f"epsilon {e:g}, delta {d:g}"
+                for e, d in ((raised.epsilon, raised.delta), (self.epsilon, self.delta))
+            )
+            raise LedgerError(
+                "a budget can only be raised",
+                got,
+                f"more than {now}",
+                "name a higher one: what was promised is not undone",
+            )
 
         def commit() -> None:
             self.epsilon, self.delta = raised.epsilon, raised.delta
@@ -156,23 +219,37 @@ class State:
         return commit
 
     def _take(self, share: Study | Selection) -> None:
-        self.taken = {"epsilon": self.taken["epsilon"] + Fraction(share.epsilon), "delta": self.taken["delta"] + Fraction(share.delta)}
+        self.taken = {
+            "epsilon": self.taken["epsilon"] + Fraction(share.epsilon),
+            "delta": self.taken["delta"] + Fraction(share.delta),
+        }
 
     def check_share(self, share: Study | Selection) -> None:
-        """Refuse a name that is taken, and a share above what is left of the dataset's budget. Raises LedgerError, BudgetExceeded."""
+        """Refuse a name that is taken, and a share above what is left of the dataset's budget.
+        Raises LedgerError, BudgetExceeded.
+        """
         if share.name in self.studies or share.name in self.selections:
-            raise LedgerError("a study is registered twice", share.name, "one entry a study", _RESTORE)
+            raise LedgerError(
+                "a study is registered twice", share.name, "one entry a study", _RESTORE
+            )
         for unit, budget in (("epsilon", self.epsilon), ("delta", self.delta)):
             taken = float(self.taken[unit])
             if taken + getattr(share, unit) > budget * _ROUNDING:
-                expected = f"{unit} <= {max(0.0, budget - taken):.6g}, what other studies leave of the dataset's {budget:g}"
+                expected = (
+                    f"{unit} <= {max(0.0, budget - taken):.6g}, what other studies leave of the"
+                    f" dataset's {budget:g}"
+                )
                 what = f"study {share.name!r} costs too much"
-                raise BudgetExceeded(what, f"{unit} {getattr(share, unit):g}", expected, "lower its share")
+                raise BudgetExceeded(
+                    what, f"{unit} {getattr(share, unit):g}", expected, "lower its share"
+                )
 
     def _epoch(self, payload: Mapping) -> Callable[[], None]:
         check_name("holder", payload["holder"])
         if payload["epoch"] != self.epoch + 1:
-            raise LedgerError("an epoch has a wrong number", payload["epoch"], f"{self.epoch + 1}", _RESTORE)
+            raise LedgerError(
+                "an epoch has a wrong number", payload["epoch"], f"{self.epoch + 1}", _RESTORE
+            )
 
         def commit() -> None:
             self.epoch, self.holder = payload["epoch"], payload["holder"]
@@ -185,26 +262,50 @@ class State:
         attempts = state.runs.get(payload["run"], [])
         if payload["attempt"] != len(attempts) + 1:
             what = f"attempt of run {payload['run']!r} has a wrong number"
-            raise NoiseReuse(what, payload["attempt"], f"{len(attempts) + 1}: each number is used once", "begin a new attempt")
-        return lambda: state.runs.setdefault(payload["run"], []).append(Attempt(payload["attempt"], payload["key_id"]))
+            raise NoiseReuse(
+                what,
+                payload["attempt"],
+                f"{len(attempts) + 1}: each number is used once",
+                "begin a new attempt",
+            )
+        return lambda: state.runs.setdefault(payload["run"], []).append(
+            Attempt(payload["attempt"], payload["key_id"])
+        )
 
     def _charge(self, payload: Mapping) -> Callable[[], None]:
         charge = Charge(payload["chunk"], payload["first_step"], payload["asked"], payload["steps"])
         attempt = self.live_attempt(payload["study"], payload["run"], payload["attempt"])
         check_count("steps", charge.steps)
         if charge.steps > charge.asked:
-            raise LedgerError("more steps granted than asked for", charge.steps, f"at most {charge.asked}", _RESTORE)
+            raise LedgerError(
+                "more steps granted than asked for",
+                charge.steps,
+                f"at most {charge.asked}",
+                _RESTORE,
+            )
         last = attempt.last.chunk if attempt.last else -1
         if charge.chunk <= last:
             expected = f"above {last}"
-            raise LedgerError("a chunk's number does not grow", charge.chunk, expected, "number the chunks of an attempt upwards")
+            raise LedgerError(
+                "a chunk's number does not grow",
+                charge.chunk,
+                expected,
+                "number the chunks of an attempt upwards",
+            )
         if charge.first_step < attempt.next_step:
             fix = "begin a new attempt, which has a new key"
-            raise NoiseReuse("a step is asked for twice under one key", charge.first_step, f"{attempt.next_step} or later", fix)
+            raise NoiseReuse(
+                "a step is asked for twice under one key",
+                charge.first_step,
+                f"{attempt.next_step} or later",
+                fix,
+            )
         study = self.study(payload["study"])
         if charge.steps > study.left:
             what = f"study {payload['study']!r} is overdrawn"
-            raise BudgetExceeded(what, f"{charge.steps} steps", f"at most {study.left}", "stop training")
+            raise BudgetExceeded(
+                what, f"{charge.steps} steps", f"at most {study.left}", "stop training"
+            )
         return lambda: study.charge(attempt, charge)
 
     def _refund(self, payload: Mapping) -> Callable[[], None]:
@@ -212,10 +313,17 @@ class State:
         last, steps = attempt.last, payload["steps"]
         if last is None or payload["chunk"] != last.chunk or last.chunk in attempt.refunds:
             what = f"chunk {payload['chunk']} cannot be refunded"
-            raise LedgerError(what, None, "the attempt's last chunk, once", "refund nothing that may have started")
+            raise LedgerError(
+                what, None, "the attempt's last chunk, once", "refund nothing that may have started"
+            )
         check_count("steps", steps)
         if steps > last.steps:
-            raise LedgerError("a refund above its charge", steps, f"at most {last.steps}", "refund only steps that never started")
+            raise LedgerError(
+                "a refund above its charge",
+                steps,
+                f"at most {last.steps}",
+                "refund only steps that never started",
+            )
         return lambda: self.study(payload["study"]).refund(attempt, last.chunk, steps)
 
     def _close(self, payload: Mapping) -> Callable[[], None]:

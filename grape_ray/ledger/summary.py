@@ -1,4 +1,6 @@
-"""A ledger in plain values: its budget, what was taken of it and spent, its studies and their runs."""
+"""A ledger in plain values: its budget, what was taken of it and spent, its studies and their
+runs.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ from grape_ray.ledger.ledger import Ledger
 def summary(ledger: Ledger) -> dict[str, Any]:
     """Everything that a person or a program would ask of it.
 
-    ``epsilon_spent`` is what the steps charged so far cost, ``epsilon_left`` what no study has taken: a study's share is gone when it is
-    registered, because its tokens can still be spent.
+    ``epsilon_spent`` is what the steps charged so far cost, ``epsilon_left`` what no study has
+    taken: a study's share is gone when it is registered, because its tokens can still be spent.
 
     Raises:
         LedgerError: out of reach or damaged.
@@ -21,11 +23,21 @@ def summary(ledger: Ledger) -> dict[str, Any]:
     state = ledger.state
     studies: dict[str, dict[str, Any]] = {}
     for name, known in state.studies.items():
-        runs = {run: {"attempts": len(tries), "used": sum(t.used for t in tries)} for run, tries in known.runs.items()}
-        counts = {"used": known.used, "left": known.left, "epsilon_spent": ledger.epsilon_spent(name), "runs": runs}
+        runs = {
+            run: {"attempts": len(tries), "used": sum(t.used for t in tries)}
+            for run, tries in known.runs.items()
+        }
+        counts = {
+            "used": known.used,
+            "left": known.left,
+            "epsilon_spent": ledger.epsilon_spent(name),
+            "runs": runs,
+        }
         studies[name] = {**known.study.payload(), **counts}
     selections = {name: selection.payload() for name, selection in state.selections.items()}
-    spent = math.fsum([s["epsilon_spent"] for s in studies.values()] + [s["epsilon"] for s in selections.values()])
+    spent = math.fsum(
+        [s["epsilon_spent"] for s in studies.values()] + [s["epsilon"] for s in selections.values()]
+    )
     return {
         "dataset_id": state.dataset_id,
         "ledger_id": state.ledger_id,

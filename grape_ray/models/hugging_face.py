@@ -1,4 +1,6 @@
-"""Hugging Face models and tokenizers by hub name or folder, with errors that say what is missing."""
+"""Hugging Face models and tokenizers by hub name or folder, with errors that say what is
+missing.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,17 @@ from torch import nn
 from grape_ray.errors import ConfigError
 
 _T = TypeVar("_T")
-_HEADS = ("pooler", "summary")  # parts below the base model that a checkpoint of it may lack, because a classifier's own head holds them
+# parts below the base model that a checkpoint of it may lack, because a classifier's own head holds
+# them
+_HEADS = ("pooler", "summary")
 _SOURCE = "a hub name, or a folder with config.json and weights"
 
 
 def load_tokenizer(name: str, field: str = "task.model") -> Any:
     """The fast tokenizer of a hub name or folder.
 
-    Where a folder has none, transformers makes one up for some families, with special tokens alone: that is refused, too.
+    Where a folder has none, transformers makes one up for some families, with special tokens alone:
+    that is refused, too.
 
     Args:
         field: what the configuration calls it.
@@ -32,47 +37,79 @@ def load_tokenizer(name: str, field: str = "task.model") -> Any:
     """
 
     def build(place: str) -> Any:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place, use_fast=True, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            place, use_fast=True, trust_remote_code=False
+        )
         if not _has_its_files(place, type(tokenizer).vocab_files_names):
             fix = f"save it there: AutoTokenizer.from_pretrained(ORIGIN).save_pretrained({name!r})"
-            raise ConfigError(f"{field} has no tokenizer", name, "the files of one, such as tokenizer.json, beside the weights", fix)
+            raise ConfigError(
+                f"{field} has no tokenizer",
+                name,
+                "the files of one, such as tokenizer.json, beside the weights",
+                fix,
+            )
         return tokenizer
 
     return _load(name, build, field)
 
 
 def _has_its_files(place: str, names: dict[str, str]) -> bool:
-    """Whether the vocabulary that a kind of tokenizer reads is there: one file for all, or all of its own. Bytes need none."""
+    """Whether the vocabulary that a kind of tokenizer reads is there: one file for all, or all of
+    its own. Bytes need none.
+    """
 
     def there(file: str) -> bool:
         if os.path.isdir(place):
             return Path(place, file).is_file()
-        missing_ok = {f"_raise_exceptions_for_{kind}": False for kind in ("gated_repo", "missing_entries", "connection_errors")}
+        missing_ok = {
+            f"_raise_exceptions_for_{kind}": False
+            for kind in ("gated_repo", "missing_entries", "connection_errors")
+        }
         return transformers.utils.cached_file(place, file, **missing_ok) is not None
 
-    own = [file for kind, file in names.items() if kind in ("vocab_file", "merges_file", "spm_file", "source_spm")]
+    own = [
+        file
+        for kind, file in names.items()
+        if kind in ("vocab_file", "merges_file", "spm_file", "source_spm")
+    ]
     return not names or there("tokenizer.json") or (bool(own) and all(map(there, own)))
 
 
-def load_sequence_classifier(name: str, classes: int, seed: int, dropout: bool = False) -> nn.Module:
-    """An encoder or decoder with a fresh classification head, or with the one that the weights hold for as many classes.
+def load_sequence_classifier(
+    name: str, classes: int, seed: int, dropout: bool = False
+) -> nn.Module:
+    """An encoder or decoder with a fresh classification head, or with the one that the weights hold
+    for as many classes.
 
     Args:
         name: hub name, or a folder with config.json and weights. classes: number of labels.
-        seed: public seed of the new head. dropout: whether the model stays in training mode; otherwise its dropout is off.
+        seed: public seed of the new head. dropout: whether the model stays in training mode;
+            otherwise its dropout is off.
 
     Raises:
-        ConfigError: no such model, it cannot classify sequences, its weights are not whole, or its head is for other classes.
+        ConfigError: no such model, it cannot classify sequences, its weights are not whole, or its
+            head is for other classes.
     """
 
     def build(place: str) -> nn.Module:
-        model, found = _weights(transformers.AutoModelForSequenceClassification, place, seed, num_labels=classes)
+        model, found = _weights(
+            transformers.AutoModelForSequenceClassification, place, seed, num_labels=classes
+        )
         prefix = f"{model.base_model_prefix}."
-        inner = [key for key in found["missing_keys"] if key.startswith(prefix) and not any(head in key for head in _HEADS)]
+        inner = [
+            key
+            for key in found["missing_keys"]
+            if key.startswith(prefix) and not any(head in key for head in _HEADS)
+        ]
         for key, theirs, mine in sorted(found["mismatched_keys"]):
             if not key.startswith(prefix) and theirs[:1] != mine[:1] == (classes,):
                 fix = f"set task.classes={theirs[0]}, or save the model without its head"
-                raise ConfigError(f"the head of task.model {name}", f"{theirs[0]} labels", f"task.classes = {classes}", fix)
+                raise ConfigError(
+                    f"the head of task.model {name}",
+                    f"{theirs[0]} labels",
+                    f"task.classes = {classes}",
+                    fix,
+                )
         return _whole(name, model, {**found, "missing_keys": inner})
 
     return _load(name, build).train(dropout)
@@ -82,12 +119,15 @@ def load_causal_lm(name: str, seed: int) -> nn.Module:
     """A decoder with its language-modelling head, fp32, dropout off.
 
     Args:
-        name: hub name, or a folder with config.json and weights. seed: public seed of what is drawn while the model is built.
+        name: hub name, or a folder with config.json and weights. seed: public seed of what is drawn
+            while the model is built.
 
     Raises:
         ConfigError: no such model, it does not generate text, or its weights are not whole.
     """
-    return _load(name, lambda place: _whole(name, *_weights(transformers.AutoModelForCausalLM, place, seed))).eval()
+    return _load(
+        name, lambda place: _whole(name, *_weights(transformers.AutoModelForCausalLM, place, seed))
+    ).eval()
 
 
 def load_as_saved(name: str) -> nn.Module:
@@ -99,7 +139,9 @@ def load_as_saved(name: str) -> nn.Module:
 
     def build(place: str) -> nn.Module:
         config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
-        kind = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
+        kind = getattr(
+            transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel
+        )
         return _whole(name, *_weights(kind, place, 0))
 
     return _load(name, build).eval()
@@ -109,8 +151,16 @@ def check_vocabulary(model: nn.Module, tokens: int, name: str) -> nn.Module:
     """The model, if its embedding has a row for each of so many tokens. Raises ConfigError."""
     rows: Any = model.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportCallIssue]
     if tokens > rows:
-        fix = "save the model after model.resize_token_embeddings(len(tokenizer)), or use the tokenizer that it was trained with"
-        raise ConfigError(f"the embedding of task.model {name}", f"{rows} rows", f"one for each of its tokenizer's {tokens} tokens", fix)
+        fix = (
+            "save the model after model.resize_token_embeddings(len(tokenizer)), or use the"
+            " tokenizer that it was trained with"
+        )
+        raise ConfigError(
+            f"the embedding of task.model {name}",
+            f"{rows} rows",
+            f"one for each of its tokenizer's {tokens} tokens",
+            fix,
+        )
     return model
 
 
@@ -121,7 +171,9 @@ def tokens_of(tokenizer: Any) -> int:
 
 @contextlib.contextmanager
 def positions_told(model: nn.Module, length: int) -> Iterator[None]:
-    """Where a pass over texts of so many tokens fails, and the model has fewer positions, the error says so. Raises ConfigError."""
+    """Where a pass over texts of so many tokens fails, and the model has fewer positions, the error
+    says so. Raises ConfigError.
+    """
     try:
         yield
     except (IndexError, RuntimeError, ValueError):
@@ -131,15 +183,27 @@ def positions_told(model: nn.Module, length: int) -> Iterator[None]:
     else:
         return
     fix = f"set task.max_tokens={positions}, which cuts longer ones"
-    raise ConfigError("a text is too long for task.model", f"{length} tokens", f"at most its {positions} positions", fix)
+    raise ConfigError(
+        "a text is too long for task.model",
+        f"{length} tokens",
+        f"at most its {positions} positions",
+        fix,
+    )
 
 
 def _positions(model: nn.Module) -> int | None:
     """The longest text that a model with a table of positions reads; None for one without."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and any(part in name.rpartition(".")[2] for part in ("position", "wpe")):
-            # Of two families the first rows of the table are not for positions: up to that of padding, and OPT's offset.
-            unused = module.padding_idx + 1 if module.padding_idx is not None else getattr(module, "offset", 0)
+        if isinstance(module, nn.Embedding) and any(
+            part in name.rpartition(".")[2] for part in ("position", "wpe")
+        ):
+            # Of two families the first rows of the table are not for positions: up to that of
+            # padding, and OPT's offset.
+            unused = (
+                module.padding_idx + 1
+                if module.padding_idx is not None
+                else getattr(module, "offset", 0)
+            )
             return module.num_embeddings - unused
     return None
 
@@ -155,31 +219,57 @@ def _weights(kind: Any, place: str, seed: int, **options: Any) -> tuple[Any, dic
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         # What does not fit is told by us, by name, and not by a table on the terminal.
-        options |= {"ignore_mismatched_sizes": True, "output_loading_info": True, "trust_remote_code": False}
+        options |= {
+            "ignore_mismatched_sizes": True,
+            "output_loading_info": True,
+            "trust_remote_code": False,
+        }
         return kind.from_pretrained(place, dtype=torch.float32, **options)
 
 
 def _whole(name: str, model: nn.Module, found: dict[str, Any]) -> nn.Module:
-    """The model, if all its weights came from its files. Raises ConfigError: one drawn in its place would pass for pretrained."""
-    expected, fix = "weights of the architecture that its config.json names", "save it whole again, or correct its config.json"
+    """The model, if all its weights came from its files. Raises ConfigError: one drawn in its place
+    would pass for pretrained.
+    """
+    expected, fix = (
+        "weights of the architecture that its config.json names",
+        "save it whole again, or correct its config.json",
+    )
     for key, theirs, mine in sorted(found["mismatched_keys"]):
-        raise ConfigError(f"the weights of task.model {name} do not fit", f"{key} {tuple(theirs)}", f"{tuple(mine)}", fix)
+        raise ConfigError(
+            f"the weights of task.model {name} do not fit",
+            f"{key} {tuple(theirs)}",
+            f"{tuple(mine)}",
+            fix,
+        )
     missing = sorted(found["missing_keys"])
     if missing or found.get("error_msgs"):
-        got = f"{missing[0]} missing, one of {len(missing)}" if missing else "weights that could not be read"
+        got = (
+            f"{missing[0]} missing, one of {len(missing)}"
+            if missing
+            else "weights that could not be read"
+        )
         raise ConfigError(f"the weights of task.model {name} are not whole", got, expected, fix)
     for key, tensor in model.named_parameters():
-        if not bool(torch.isfinite(tensor.detach().sum())):  # a sum needs no memory of the tensor's size
+        # a sum needs no memory of the tensor's size
+        if not bool(torch.isfinite(tensor.detach().sum())):
             raise ConfigError(
-                f"the weights of task.model {name} are damaged", f"{key} is not finite", "numbers", "download or save it again"
+                f"the weights of task.model {name} are damaged",
+                f"{key} is not finite",
+                "numbers",
+                "download or save it again",
             )
     return model
 
 
 def _load(name: str, build: Callable[[str], _T], field: str = "task.model") -> _T:
-    """`build` on the hub name or expanded folder, with one clear error for all that can be wrong with it: no record is read here."""
+    """`build` on the hub name or expanded folder, with one clear error for all that can be wrong
+    with it: no record is read here.
+    """
     place = os.path.expanduser(name)
-    looks_local = not name or name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(place).exists()
+    looks_local = (
+        not name or name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(place).exists()
+    )
     if looks_local and not Path(place, "config.json").is_file() and field == "task.model":
         raise ConfigError(field, name, _SOURCE, "check the path")
     verbosity = transformers.logging.get_verbosity()
@@ -189,7 +279,8 @@ def _load(name: str, build: Callable[[str], _T], field: str = "task.model") -> _
         return build(place)
     except ConfigError:
         raise
-    except Exception as error:  # of any library that reads a part of it: a torn file has as many kinds as there are formats
+    # Of any library that reads a part of it: a torn file has as many kinds as there are formats.
+    except Exception as error:
         reason = f"{type(error).__name__}: " + (str(error).splitlines() or [""])[0][:200]
         raise ConfigError(f"{field} cannot be loaded", name, _SOURCE, reason) from error
     finally:

@@ -1,4 +1,6 @@
-"""A plausible loss and batch for any Hugging Face model, so that a model can be checked without a dataset."""
+"""A plausible loss and batch for any Hugging Face model, so that a model can be checked without a
+dataset.
+"""
 
 from __future__ import annotations
 
@@ -31,21 +33,34 @@ def sample(name: str, rows: int = 3, length: int = 12) -> tuple[nn.Module, Any, 
             if getattr(config, "is_encoder_decoder", False):
                 batch["decoder_input_ids"] = ids.clone()
         elif getattr(config, "image_size", None):
-            size = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2
+            size = (
+                config.image_size
+                if isinstance(config.image_size, (tuple, list))
+                else (config.image_size,) * 2
+            )
             batch = {"pixel_values": torch.randn(rows, config.num_channels, *size)}
         else:
-            raise ConfigError("model", type(model).__name__, "a model of tokens or pixels", "check a pipeline instead")
+            raise ConfigError(
+                "model",
+                type(model).__name__,
+                "a model of tokens or pixels",
+                "check a pipeline instead",
+            )
     return model, _loss, batch
 
 
 def _loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Cross-entropy against the inputs for a language model, against class 0 for a classifier, squares for bare features."""
+    """Cross-entropy against the inputs for a language model, against class 0 for a classifier,
+    squares for bare features.
+    """
     out = model(**batch)
     logits = getattr(out, "logits", None)
     if logits is None:
         return out.last_hidden_state.square().flatten(1).mean(1)
     if logits.ndim == 2:
-        return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long), reduction="none")
+        return F.cross_entropy(
+            logits, logits.new_zeros(len(logits), dtype=torch.long), reduction="none"
+        )
     ids = batch.get("decoder_input_ids", batch["input_ids"])
     classes = logits.shape[-1]
     return F.cross_entropy(logits.transpose(1, 2), ids % classes, reduction="none").mean(1)

@@ -1,4 +1,6 @@
-"""Clip factors from per-example squared norms: one table of policies, each with L2 sensitivity clip_norm."""
+"""Clip factors from per-example squared norms: one table of policies, each with L2 sensitivity
+clip_norm.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-# Smaller factors are zero: in single precision they are no longer rounded by a 2^-24 of themselves, and could come out larger.
+# Smaller factors are zero: in single precision they are no longer rounded by a 2^-24 of themselves,
+# and could come out larger.
 _LEAST = 2.0**-100
-AUTOMATIC_GAMMA = 0.01  # Bu et al. 2023, "Automatic Clipping": keeps the factor finite and small gradients small
+# Bu et al. 2023, "Automatic Clipping": keeps the factor finite and small gradients small
+AUTOMATIC_GAMMA = 0.01
 
 
 def _bounded(squared: Tensor, bound: float) -> Tensor:
@@ -30,7 +34,9 @@ def _automatic(squared: Mapping[str, Tensor], clip_norm: float) -> dict[str, Ten
 
 
 def _per_layer(squared: Mapping[str, Tensor], clip_norm: float) -> dict[str, Tensor]:
-    """Each tensor bounded by C / sqrt(L), so that all L together are bounded by C (McMahan et al. 2018)."""
+    """Each tensor bounded by C / sqrt(L), so that all L together are bounded by C (McMahan et al.
+    2018).
+    """
     bound = clip_norm / math.sqrt(max(len(squared), 1))
     return {name: _bounded(s, bound) for name, s in squared.items()}
 
@@ -38,15 +44,19 @@ def _per_layer(squared: Mapping[str, Tensor], clip_norm: float) -> dict[str, Ten
 POLICIES = {"flat": _flat, "automatic": _automatic, "per_layer": _per_layer}
 
 
-def factors(squared: Mapping[str, Tensor], policy: str, clip_norm: float, mask: Tensor | None) -> dict[str, Tensor]:
+def factors(
+    squared: Mapping[str, Tensor], policy: str, clip_norm: float, mask: Tensor | None
+) -> dict[str, Tensor]:
     """The factor of every example for every tensor.
 
     Args:
-        squared: parameter name -> squared norms (B,), float64; every trainable tensor is named, unused ones with zeros.
+        squared: parameter name -> squared norms (B,), float64; every trainable tensor is named,
+            unused ones with zeros.
         mask: (B,) bool, False for padding.
 
     Returns:
-        name -> (B,) float64 in [0, inf); exactly 0 for padding, for examples any of whose norms is not finite, and below 2^-100.
+        name -> (B,) float64 in [0, inf); exactly 0 for padding, for examples any of whose norms is
+        not finite, and below 2^-100.
     """
     alive = torch.isfinite(_total(squared))
     if mask is not None:
@@ -55,7 +65,9 @@ def factors(squared: Mapping[str, Tensor], policy: str, clip_norm: float, mask: 
     out = {}
     for name, factor in POLICIES[policy](squared, clip_norm).items():
         if id(factor) not in made:
-            made[id(factor)] = torch.where(alive & (factor >= _LEAST), factor, torch.zeros_like(factor))
+            made[id(factor)] = torch.where(
+                alive & (factor >= _LEAST), factor, torch.zeros_like(factor)
+            )
         out[name] = made[id(factor)]
     return out
 

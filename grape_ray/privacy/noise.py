@@ -1,7 +1,8 @@
 """The noise line: `privatize` is the only door from ClippedSum to PrivateGradient.
 
-Sum and noise are rounded to one grid of a power of two and added there without rounding, so that the result's low bits tell nothing of
-the sum's: it is a post-processed Gaussian mechanism on the rounded sum (docs/privacy.md, "Low bits"; Mironov 2012 shows the attack).
+Sum and noise are rounded to one grid of a power of two and added there without rounding, so that
+the result's low bits tell nothing of the sum's: it is a post-processed Gaussian mechanism on the
+rounded sum (docs/privacy.md, "Low bits"; Mironov 2012 shows the attack).
 """
 
 from __future__ import annotations
@@ -23,8 +24,12 @@ from grape_ray.privacy.types import ClippedSum, NonPrivateGradient, PrivateGradi
 
 _BACKGROUND = ThreadPoolExecutor(1, "noise")
 _BELOW_SENSITIVITY = 31  # bits from the sensitivity down to the grid
-_BELOW_STD = 47  # bits from the noise's standard deviation down to the grid, at most: normals below 16 times 2^48 are below 2^52
-_FARTHEST = 2.0**52  # of the sum from zero, in grid steps: it and the noise add up below 2^53, where doubles hold every integer
+# bits from the noise's standard deviation down to the grid, at most: normals below 16 times 2^48
+# are below 2^52
+_BELOW_STD = 47
+# of the sum from zero, in grid steps: it and the noise add up below 2^53, where doubles hold every
+# integer
+_FARTHEST = 2.0**52
 _PIECE = {"cpu": 1 << 16}  # coordinates noised at a time, so that they stay in a core's cache
 _LARGE_PIECE = 1 << 24
 
@@ -41,25 +46,34 @@ class NoiseStream:
 
     def __init__(self, key: bytes):
         if len(key) != 32:
-            raise ConfigError("noise key", f"{len(key)} bytes", "32 secret bytes", "derive it from the master key")
+            raise ConfigError(
+                "noise key", f"{len(key)} bytes", "32 secret bytes", "derive it from the master key"
+            )
         self._key, self._last = key, -1
         self._ahead: tuple[int, int, Future[np.ndarray]] | None = None
 
     def __repr__(self) -> str:
-        return f"NoiseStream(id={hashlib.sha256(self._key).hexdigest()[:8]}, last_step={self._last})"
+        return (
+            f"NoiseStream(id={hashlib.sha256(self._key).hexdigest()[:8]}, last_step={self._last})"
+        )
 
     def claim(self, step: int) -> None:
         """Marks `step` as drawn. Raises NoiseReuse unless steps only go up."""
         if step <= self._last:
             raise NoiseReuse(
-                "noise of a step that was already drawn", step, f"a step after {self._last}", "give clipped_sum each step once"
+                "noise of a step that was already drawn",
+                step,
+                f"a step after {self._last}",
+                "give clipped_sum each step once",
             )
         self._last = step
 
     def draw_ahead(self, step: int, start: int, count: int) -> None:
-        """Begins to draw in another thread what `normals` will be asked for at `step`, which must be paid for by now.
+        """Begins to draw in another thread what `normals` will be asked for at `step`, which must
+        be paid for by now.
 
-        It takes 8 `count` bytes until then, and pays where the gradients are computed elsewhere than on this machine's cores.
+        It takes 8 `count` bytes until then, and pays where the gradients are computed elsewhere
+        than on this machine's cores.
         """
         self._ahead = step, start, _BACKGROUND.submit(normals, self._key, step, start, count)
 
@@ -81,27 +95,37 @@ def privatize(
     expected_batch_size: float,
     comms: Comms | None = None,
 ) -> PrivateGradient:
-    """The private mean gradient: (sum over ranks of `summed` + N(0, std^2)) / expected_batch_size, computed on a grid.
+    """The private mean gradient: (sum over ranks of `summed` + N(0, std^2)) / expected_batch_size,
+    computed on a grid.
 
-    std is noise_multiplier * sensitivity, and a trifle more for the rounding (`grid_and_std`). The sum's memory is reused.
+    std is noise_multiplier * sensitivity, and a trifle more for the rounding (`grid_and_std`). The
+    sum's memory is reused.
 
-    Each rank reduces, noises and divides the slice it owns of the flat vector, then all gather: the noise is drawn once, in
-    float64 from a cryptographic stream, and is bitwise the same at any world size. An empty batch is noised like any other.
+    Each rank reduces, noises and divides the slice it owns of the flat vector, then all gather: the
+    noise is drawn once, in float64 from a cryptographic stream, and is bitwise the same at any
+    world size. An empty batch is noised like any other.
 
     Args:
         summed: this rank's clipped sum, the same tensors on every rank.
         stream: this attempt's secret stream, the same on every rank.
         step: the step of `summed`; may be left out where the sum carries it, as an engine's does.
         noise_multiplier: standard deviation in units of the sensitivity.
-        expected_batch_size: mean of the Poisson batch's size over all ranks; never the realised one, which is private.
+        expected_batch_size: mean of the Poisson batch's size over all ranks; never the realised
+            one, which is private.
 
     Raises:
-        NoiseReuse: the step's noise was drawn before: each step is used once, ascending. GrapeRayError: `step` is not that of the sum.
+        NoiseReuse: the step's noise was drawn before: each step is used once, ascending.
+            GrapeRayError: `step` is not that of the sum.
         ConfigError: a number that is not finite and > 0.
     """
-    for name, value in (("noise_multiplier", noise_multiplier), ("expected_batch_size", expected_batch_size)):
+    for name, value in (
+        ("noise_multiplier", noise_multiplier),
+        ("expected_batch_size", expected_batch_size),
+    ):
         if not (math.isfinite(value) and value > 0):
-            raise ConfigError(name, value, "a finite number > 0", "pass the one that the step is paid for with")
+            raise ConfigError(
+                name, value, "a finite number > 0", "pass the one that the step is paid for with"
+            )
     step = step_of(summed, step)
     stream.claim(step)
     count = sum(t.numel() for t in summed.tensors.values())
@@ -121,14 +145,21 @@ def privatize(
 def grid_and_std(sensitivity: float, noise_multiplier: float, count: int) -> tuple[float, float]:
     """The grid's step and the noise's standard deviation, from public numbers alone.
 
-    Rounding moves each of `count` coordinates by half a step at most, so two sums that were `sensitivity` apart are at most
-    sensitivity + step * sqrt(count) apart on the grid, and the noise is made for that: a millionth more for 5 million coordinates.
+    Rounding moves each of `count` coordinates by half a step at most, so two sums that were
+    `sensitivity` apart are at most sensitivity + step * sqrt(count) apart on the grid, and the
+    noise is made for that: a millionth more for 5 million coordinates.
 
     Raises:
-        ConfigError: the sensitivity is no finite number > 0, or so small or large that the grid leaves the range of doubles.
+        ConfigError: the sensitivity is no finite number > 0, or so small or large that the grid
+            leaves the range of doubles.
     """
     if not 1e-200 < sensitivity < 1e200:
-        raise ConfigError("sensitivity of the sum", sensitivity, "a finite bound > 0", "method `none` clips nothing: no noise covers it")
+        raise ConfigError(
+            "sensitivity of the sum",
+            sensitivity,
+            "a finite bound > 0",
+            "method `none` clips nothing: no noise covers it",
+        )
     std = noise_multiplier * sensitivity
     power = math.frexp(sensitivity)[1] - 1 - _BELOW_SENSITIVITY
     if std > 0:
@@ -138,17 +169,21 @@ def grid_and_std(sensitivity: float, noise_multiplier: float, count: int) -> tup
 
 
 def on_grid(value: Tensor, normal: Tensor, std: float, grid: float) -> Tensor:
-    """round(value) + round(std * normal), both to multiples of `grid`, added exactly; float64, in the memory of both arguments.
+    """round(value) + round(std * normal), both to multiples of `grid`, added exactly; float64, in
+    the memory of both arguments.
 
-    As value is on the grid before the noise comes, this is the Gaussian mechanism's result on the rounded value, rounded. What is
-    farther from zero than 2^52 steps, a million times the sensitivity, is moved there first, which brings no two values apart.
+    As value is on the grid before the noise comes, this is the Gaussian mechanism's result on the
+    rounded value, rounded. What is farther from zero than 2^52 steps, a million times the
+    sensitivity, is moved there first, which brings no two values apart.
     """
     value = value.mul_(1 / grid).clamp_(-_FARTHEST, _FARTHEST).round_()
     return value.add_(normal.mul_(std / grid).round_()).mul_(grid)
 
 
 def _pieces(start: int, count: int, size: int) -> Iterator[tuple[int, int]]:
-    """Cuts `count` places that begin at place `start` of the noise into pieces that end where the noise's own chunks do."""
+    """Cuts `count` places that begin at place `start` of the noise into pieces that end where the
+    noise's own chunks do.
+    """
     low = 0
     while low < count:
         high = min(count, low + size - (start + low) % size)
@@ -156,24 +191,38 @@ def _pieces(start: int, count: int, size: int) -> Iterator[tuple[int, int]]:
         low = high
 
 
-def nonprivate_mean(summed: ClippedSum, *, batch_size: float, step: int | None = None, comms: Comms | None = None) -> NonPrivateGradient:
-    """The plain mean gradient of the yardstick: the sum over ranks divided by `batch_size`, no noise, no guarantee."""
-    tensors = _by_slices(summed.tensors, comms or Comms.local(), lambda mine, _: mine.div_(max(batch_size, 1)))
+def nonprivate_mean(
+    summed: ClippedSum, *, batch_size: float, step: int | None = None, comms: Comms | None = None
+) -> NonPrivateGradient:
+    """The plain mean gradient of the yardstick: the sum over ranks divided by `batch_size`, no
+    noise, no guarantee.
+    """
+    tensors = _by_slices(
+        summed.tensors, comms or Comms.local(), lambda mine, _: mine.div_(max(batch_size, 1))
+    )
     return NonPrivateGradient(tensors, step_of(summed, step), period=summed.period)
 
 
 def _by_slices(tensors: Mapping[str, Tensor], comms: Comms, release) -> dict[str, Tensor]:
-    """Reduces `tensors` over ranks, passes each owned slice with its global offset through `release`, and gathers."""
+    """Reduces `tensors` over ranks, passes each owned slice with its global offset through
+    `release`, and gathers.
+    """
     if comms.world_size == 1:
         out, offset = {}, 0
         for group in _groups(tensors):
-            flat = torch.cat([t.reshape(-1) for t in group.values()]) if len(group) > 1 else next(iter(group.values())).reshape(-1)
+            flat = (
+                torch.cat([t.reshape(-1) for t in group.values()])
+                if len(group) > 1
+                else next(iter(group.values())).reshape(-1)
+            )
             out |= _split(release(flat, offset), group)
             offset += flat.numel()
         return out
     flat = torch.cat([t.reshape(-1) for t in tensors.values()])
     mine = comms.reduce_slice(flat)
-    whole = comms.gather_slices(release(mine.clone(), comms.slice_of(flat.numel())[0]), flat.numel())
+    whole = comms.gather_slices(
+        release(mine.clone(), comms.slice_of(flat.numel())[0]), flat.numel()
+    )
     return _split(whole, tensors)
 
 
@@ -183,7 +232,9 @@ def _split(flat: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _groups(tensors: Mapping[str, Tensor], numel: int = 1 << 18) -> Iterator[dict[str, Tensor]]:
-    """Consecutive tensors together up to `numel` elements: many small ones share one draw, a large one needs no copy."""
+    """Consecutive tensors together up to `numel` elements: many small ones share one draw, a large
+    one needs no copy.
+    """
     group: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if group and sum(t.numel() for t in group.values()) + tensor.numel() > numel:

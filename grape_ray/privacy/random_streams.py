@@ -1,6 +1,8 @@
-"""Keyed streams: every random number of a run is a pure function of (key, step, index), so no hidden generator state exists.
+"""Keyed streams: every random number of a run is a pure function of (key, step, index), so no
+hidden generator state exists.
 
-Secret streams (noise, sampling, probes) come from AES-256 in counter mode; public ones (projections) from Philox.
+Secret streams (noise, sampling, probes) come from AES-256 in counter mode; public ones
+(projections) from Philox.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from fractions import Fraction
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-_CHUNK = 16384  # normals made at a time; fixed, so that a value does not depend on the slice it was asked for in
+# normals made at a time; fixed, so that a value does not depend on the slice it was asked for in
+_CHUNK = 16384
 _WORD = 1 << 64
 _TAIL, _TAIL_WORDS = 2.0**-20, 1 << 63  # uniforms below it are refined, by words from there on
 _BLOCK_ROWS = 1024  # rows of a public matrix made at a time
@@ -22,7 +25,8 @@ def words(key: bytes, step: int, first: int, count: int) -> np.ndarray:
     """Words `first .. first+count` of the AES-256-CTR stream of (key, step).
 
     Args:
-        key: 32 secret bytes. step: in [0, 2^64), the upper half of the counter block. first: index of the first word, even.
+        key: 32 secret bytes. step: in [0, 2^64), the upper half of the counter block. first: index
+            of the first word, even.
 
     Returns:
         `count` uint64.
@@ -33,11 +37,13 @@ def words(key: bytes, step: int, first: int, count: int) -> np.ndarray:
 
 
 def _chunk_of_normals(key: bytes, step: int, chunk: int) -> np.ndarray:
-    """Standard normals `chunk*_CHUNK ..` by Box-Muller in float64, from two uniforms of 52 bits, or 116 where the radius is large.
+    """Standard normals `chunk*_CHUNK ..` by Box-Muller in float64, from two uniforms of 52 bits, or
+    116 where the radius is large.
 
     |z| reaches 12.68, beyond which a normal lies with probability 1e-36.
 
-    The angle's cosine and sine come from the tangent of its half, 2 / (1 + t^2) - 1 and 2 t / (1 + t^2): one fast function for two.
+    The angle's cosine and sine come from the tangent of its half, 2 / (1 + t^2) - 1 and 2 t / (1 +
+    t^2): one fast function for two.
     """
     bits = words(key, step, chunk * _CHUNK, _CHUNK) >> np.uint64(12)
     bits |= np.uint64(0x3FF0000000000000)  # the mantissa of a double in [1, 2)
@@ -61,30 +67,37 @@ def _chunk_of_normals(key: bytes, step: int, chunk: int) -> np.ndarray:
 
 
 def _refine(uniform: np.ndarray, key: bytes, step: int, chunk: int) -> None:
-    """Gives the uniforms in (0, 1] of 52 bits that are below 2^-20, the normals' tails, 64 bits more from words of their own."""
+    """Gives the uniforms in (0, 1] of 52 bits that are below 2^-20, the normals' tails, 64 bits
+    more from words of their own.
+    """
     for place in np.flatnonzero(uniform < _TAIL):
         more = words(key, step, _TAIL_WORDS + 2 * (chunk * _CHUNK + int(place)), 1)[0]
         uniform[place] = max(uniform[place] - float(more) * 2.0**-116, 2.0**-116)
 
 
 def normals(key: bytes, step: int, start: int, count: int) -> np.ndarray:
-    """Standard normals `start .. start+count` of the stream (key, step), float64; about 200 million a second on one core.
+    """Standard normals `start .. start+count` of the stream (key, step), float64; about 200 million
+    a second on one core.
 
-    Guarantees: the value at an index is bitwise the same whatever slice it is asked for in, so any shard makes its own.
+    Guarantees: the value at an index is bitwise the same whatever slice it is asked for in, so any
+    shard makes its own.
     """
     out = np.empty(max(count, 0))
     for chunk in range(start // _CHUNK, -(-(start + count) // _CHUNK)):
         first = chunk * _CHUNK
         low, high = max(start, first), min(start + count, first + _CHUNK)
-        out[low - start : high - start] = _chunk_of_normals(key, step, chunk)[low - first : high - first]
+        out[low - start : high - start] = _chunk_of_normals(key, step, chunk)[
+            low - first : high - first
+        ]
     return out
 
 
 def poisson_batch(key: bytes, step: int, size: int, sampling_prob: float) -> np.ndarray:
     """Indices of the Poisson batch of a step, ascending, int64.
 
-    Record i is in the batch iff its own word of the stream is below floor(q * 2^64): independent across records and steps, never
-    above q, and the same on every worker; a worker takes the share batch[rank::world_size].
+    Record i is in the batch iff its own word of the stream is below floor(q * 2^64): independent
+    across records and steps, never above q, and the same on every worker; a worker takes the share
+    batch[rank::world_size].
     """
     threshold = int(Fraction(sampling_prob) * _WORD)
     if threshold >= _WORD:
@@ -92,18 +105,40 @@ def poisson_batch(key: bytes, step: int, size: int, sampling_prob: float) -> np.
     return np.flatnonzero(words(key, step, 0, size) < np.uint64(threshold)).astype(np.int64)
 
 
-def public_normals(key: bytes, label: str, period: int, shape: tuple[int, int], rows: slice = slice(None)) -> np.ndarray:
-    """Standard normals, float32, of a public stream: a function of (key, label, period) alone; used for projections.
+def public_normals(
+    key: bytes, label: str, period: int, shape: tuple[int, int], rows: slice = slice(None)
+) -> np.ndarray:
+    """Standard normals, float32, of a public stream: a function of (key, label, period) alone; used
+    for projections.
 
     Args:
-        shape: of the whole matrix. rows: the part of its rows that is wanted; it costs little more than that part.
+        shape: of the whole matrix. rows: the part of its rows that is wanted; it costs little more
+            than that part.
     """
-    return _by_blocks(key, label, period, shape, rows, lambda stream, size: stream.standard_normal(size, dtype=np.float32))
+    return _by_blocks(
+        key,
+        label,
+        period,
+        shape,
+        rows,
+        lambda stream, size: stream.standard_normal(size, dtype=np.float32),
+    )
 
 
-def public_bits(key: bytes, label: str, step: int, shape: tuple[int, int], rows: slice = slice(None)) -> np.ndarray:
-    """Uniform uint16 of a public stream, in rows like `public_normals`; used to round weights stochastically."""
-    return _by_blocks(key, label, step, shape, rows, lambda stream, size: stream.integers(0, 1 << 16, size, dtype=np.uint16))
+def public_bits(
+    key: bytes, label: str, step: int, shape: tuple[int, int], rows: slice = slice(None)
+) -> np.ndarray:
+    """Uniform uint16 of a public stream, in rows like `public_normals`; used to round weights
+    stochastically.
+    """
+    return _by_blocks(
+        key,
+        label,
+        step,
+        shape,
+        rows,
+        lambda stream, size: stream.integers(0, 1 << 16, size, dtype=np.uint16),
+    )
 
 
 def _by_blocks(
@@ -119,7 +154,13 @@ def _by_blocks(
     parts = [draw(np.random.default_rng(0), (0, shape[1]))]
     for block in range(start // _BLOCK_ROWS, -(-stop // _BLOCK_ROWS)):
         first = block * _BLOCK_ROWS
-        digest = hashlib.sha256(b"|".join([key, label.encode(), str(number).encode(), str(block).encode()])).digest()
+        digest = hashlib.sha256(
+            b"|".join([key, label.encode(), str(number).encode(), str(block).encode()])
+        ).digest()
         stream = np.random.Generator(np.random.Philox(key=np.frombuffer(digest[:16], dtype="<u8")))
-        parts.append(draw(stream, (min(_BLOCK_ROWS, shape[0] - first), shape[1]))[max(start - first, 0) : max(stop - first, 0)])
+        parts.append(
+            draw(stream, (min(_BLOCK_ROWS, shape[0] - first), shape[1]))[
+                max(start - first, 0) : max(stop - first, 0)
+            ]
+        )
     return np.concatenate(parts)

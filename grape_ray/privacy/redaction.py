@@ -1,4 +1,6 @@
-"""Errors of the task's own code, told without their texts: an exception may quote a record, and errors end up in journals and consoles."""
+"""Errors of the task's own code, told without their texts: an exception may quote a record, and
+errors end up in journals and consoles.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,9 @@ def told(call: Callable[[], _Result], public: bool) -> _Result:
         public: whether all records that it sees are public; then errors are told as they are.
 
     Raises:
-        GrapeRayError: of this project, as it is but for what caused it; TaskFailed for any other exception, with its type and the lines
-            that it came through, and without its text, its values and the exceptions behind it.
+        GrapeRayError: of this project, as it is but for what caused it; TaskFailed for any other
+            exception, with its type and the lines that it came through, and without its text, its
+            values and the exceptions behind it.
     """
     try:
         return call()
@@ -42,19 +45,31 @@ def withheld(error: BaseException) -> Exception:
         error.__cause__ = error.__context__ = None
         return error.with_traceback(None)
     frames = where(error)
-    fix = "its text is kept back, because it may quote a record; on data that its task calls public it is shown"
+    fix = (
+        "its text is kept back, because it may quote a record; on data that its task calls public"
+        " it is shown"
+    )
     calls = " < ".join(reversed(frames[-_SAID:]))
-    return TaskFailed(f"the task failed with {type(error).__name__}", f"at {calls}" if calls else None, "a task that runs", fix)
+    return TaskFailed(
+        f"the task failed with {type(error).__name__}",
+        f"at {calls}" if calls else None,
+        "a task that runs",
+        fix,
+    )
 
 
 def where(error: BaseException, frames: int = _FRAMES) -> list[str]:
-    """The last lines that an exception came through, as `folder/file.py:12 in function`, the innermost last; no source and no values."""
+    """The last lines that an exception came through, as `folder/file.py:12 in function`, the
+    innermost last; no source and no values.
+    """
     found = traceback.extract_tb(error.__traceback__, limit=-frames)
     return [f"{'/'.join(PurePath(f.filename).parts[-2:])}:{f.lineno} in {f.name}" for f in found]
 
 
 def shown(error: BaseException) -> bool:
-    """Whether the text of an error may be told: it came out of `told`, and all records that the code in there had seen are public."""
+    """Whether the text of an error may be told: it came out of `told`, and all records that the
+    code in there had seen are public.
+    """
     return getattr(error, _PUBLIC, False) is True
 
 
@@ -64,16 +79,25 @@ def text_of(error: BaseException) -> str:
 
 
 def is_ours(error: BaseException) -> bool:
-    """Whether an exception has a class of this project and was raised by its code: the task's code may raise our classes, too."""
-    return _is_own_class(error) and _raised_by(error.__traceback__).partition(".")[0] in ("grape_ray", "")
+    """Whether an exception has a class of this project and was raised by its code: the task's code
+    may raise our classes, too.
+    """
+    return _is_own_class(error) and _raised_by(error.__traceback__).partition(".")[0] in (
+        "grape_ray",
+        "",
+    )
 
 
 def _is_own_class(error: BaseException) -> bool:
-    return isinstance(error, GrapeRayError) and type(error).__module__.partition(".")[0] == "grape_ray"
+    return (
+        isinstance(error, GrapeRayError) and type(error).__module__.partition(".")[0] == "grape_ray"
+    )
 
 
 def _raised_by(place: TracebackType | None) -> str:
-    """The module whose code raised it; empty where that is not known, as of an error that came from another process."""
+    """The module whose code raised it; empty where that is not known, as of an error that came from
+    another process.
+    """
     name: Any = ""
     while place is not None:
         name, place = place.tb_frame.f_globals.get("__name__", "?"), place.tb_next
@@ -82,4 +106,6 @@ def _raised_by(place: TracebackType | None) -> str:
 
 def _harmless(error: BaseException) -> bool:
     """Whether it is no failure at all, but an end that was asked for."""
-    return isinstance(error, (KeyboardInterrupt, GeneratorExit)) or (isinstance(error, SystemExit) and not isinstance(error.code, str))
+    return isinstance(error, (KeyboardInterrupt, GeneratorExit)) or (
+        isinstance(error, SystemExit) and not isinstance(error.code, str)
+    )

@@ -1,4 +1,6 @@
-"""The few types that cross module borders; the noise line runs between ClippedSum and PrivateGradient."""
+"""The few types that cross module borders; the noise line runs between ClippedSum and
+PrivateGradient.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +16,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ClippedSum:
-    """SENSITIVE: the sum over examples of clipped per-example gradients; never log, save or step with it.
+    """SENSITIVE: the sum over examples of clipped per-example gradients; never log, save or step
+    with it.
 
-    Guarantees: adding or removing one example moves `tensors`, taken as one flat vector, by at most `sensitivity` in L2 norm.
+    Guarantees: adding or removing one example moves `tensors`, taken as one flat vector, by at most
+    `sensitivity` in L2 norm.
 
     Attributes:
-        tensors: parameter name -> sum, fp32 or fp64; shape of the parameter, or of its coordinates where a subspace projects it.
-        sensitivity: L2 sensitivity under add/remove of one example; the noise's standard deviation is noise_multiplier * sensitivity.
-        unprotected: per-example diagnostics of shape (B,), e.g. `norms` and `losses`; outside every guarantee.
-        step: the step it was summed for; None leaves it to `privatize`. period: of the projections that its coordinates belong to;
-            None where nothing is projected.
+        tensors: parameter name -> sum, fp32 or fp64; shape of the parameter, or of its coordinates
+            where a subspace projects it.
+        sensitivity: L2 sensitivity under add/remove of one example; the noise's standard deviation
+            is noise_multiplier * sensitivity.
+        unprotected: per-example diagnostics of shape (B,), e.g. `norms` and `losses`; outside every
+            guarantee.
+        step: the step it was summed for; None leaves it to `privatize`. period: of the projections
+            that its coordinates belong to; None where nothing is projected.
     """
 
     tensors: Mapping[str, Tensor]
@@ -33,16 +40,26 @@ class ClippedSum:
     period: int | None = None
 
     def __add__(self, other: ClippedSum) -> ClippedSum:
-        """The sum over two disjoint sets of examples (micro-batches of one step); adds into this one's memory."""
-        if self.tensors.keys() != other.tensors.keys() or (self.sensitivity, self.step) != (other.sensitivity, other.step):
+        """The sum over two disjoint sets of examples (micro-batches of one step); adds into this
+        one's memory.
+        """
+        if self.tensors.keys() != other.tensors.keys() or (self.sensitivity, self.step) != (
+            other.sensitivity,
+            other.step,
+        ):
             raise GrapeRayError(
                 "two clipped sums of different mechanisms cannot be added",
-                f"sensitivities {self.sensitivity} and {other.sensitivity}, steps {self.step} and {other.step}",
+                f"sensitivities {self.sensitivity} and {other.sensitivity}, steps {self.step} and"
+                f" {other.step}",
                 "sums made by one engine in one step",
             )
         for name, mine in self.tensors.items():
             mine.add_(other.tensors[name])
-        joined = {k: [*_listed(v), *_listed(other.unprotected[k])] for k, v in self.unprotected.items() if k in other.unprotected}
+        joined = {
+            k: [*_listed(v), *_listed(other.unprotected[k])]
+            for k, v in self.unprotected.items()
+            if k in other.unprotected
+        }
         return ClippedSum(self.tensors, self.sensitivity, joined, self.step, self.period)
 
 
@@ -55,7 +72,12 @@ def step_of(carrier: ClippedSum | PrivateGradient | NonPrivateGradient, step: in
     known = step if carrier.step is None else carrier.step
     if known is None or step not in (None, known):
         expected = "a step" if known is None else f"step {known}, for which it was made"
-        raise GrapeRayError(f"the step of a {type(carrier).__name__}", step, expected, "pass step= to engine.clipped_sum")
+        raise GrapeRayError(
+            f"the step of a {type(carrier).__name__}",
+            step,
+            expected,
+            "pass step= to engine.clipped_sum",
+        )
     return known
 
 
@@ -68,14 +90,16 @@ _DOOR = object()
 
 @dataclass(frozen=True)
 class PrivateGradient:
-    """Released: the noised mean gradient of one step; everything computed from it is post-processing.
+    """Released: the noised mean gradient of one step; everything computed from it is
+    post-processing.
 
     Made by `grape_ray.privacy.noise.privatize` alone.
 
     Attributes:
         tensors: as in ClippedSum, divided by the expected batch size, noise included.
         step: the step whose noise it carries. period: as in ClippedSum.
-        noise_std: standard deviation of the noise in each coordinate of `tensors`, after the division.
+        noise_std: standard deviation of the noise in each coordinate of `tensors`, after the
+            division.
     """
 
     tensors: Mapping[str, Tensor]
@@ -96,7 +120,9 @@ class PrivateGradient:
 
 @dataclass(frozen=True)
 class NonPrivateGradient:
-    """The plain mean gradient of the non-private yardstick (method `none`); carries no guarantee at all."""
+    """The plain mean gradient of the non-private yardstick (method `none`); carries no guarantee at
+    all.
+    """
 
     tensors: Mapping[str, Tensor]
     step: int

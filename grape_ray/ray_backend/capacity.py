@@ -1,4 +1,6 @@
-"""A deadline for a cluster that cannot hold even the fewest workers of a run: Ray itself waits for ever."""
+"""A deadline for a cluster that cannot hold even the fewest workers of a run: Ray itself waits for
+ever.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,11 @@ def workers_that_fit(use_gpu: bool) -> int:
     return sum(int(node["Resources"].get(unit, 0)) for node in ray.nodes() if node["Alive"])
 
 
-def while_there_is_room(call: Callable[[], Any], fewest: int, use_gpu: bool, timeout_s: float) -> bool:
-    """Runs `call` in a thread of its own, and returns whether it ended before the cluster was too small for `timeout_s` on end.
+def while_there_is_room(
+    call: Callable[[], Any], fewest: int, use_gpu: bool, timeout_s: float
+) -> bool:
+    """Runs `call` in a thread of its own, and returns whether it ended before the cluster was too
+    small for `timeout_s` on end.
 
     Raises:
         What `call` raises.

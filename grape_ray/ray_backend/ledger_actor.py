@@ -1,4 +1,6 @@
-"""The accountant of a cluster: one named actor that charges a ledger, and the client through which trials ask it."""
+"""The accountant of a cluster: one named actor that charges a ledger, and the client through which
+trials ask it.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,17 @@ from grape_ray.privacy.redaction import text_of
 from grape_ray.storage import Storage
 
 NAMESPACE = "grape-ray"
-_CALLS = frozenset({"ensure_study", "ensure_selection", "begin_attempt", "charge", "refund", "close_attempt", "attempts"})
+_CALLS = frozenset(
+    {
+        "ensure_study",
+        "ensure_selection",
+        "begin_attempt",
+        "charge",
+        "refund",
+        "close_attempt",
+        "attempts",
+    }
+)
 _TIMEOUT_S = 120.0
 _TRIES, _PAUSE_S = 5, 0.5
 _GAUGE_EVERY_S = 3.0
@@ -34,10 +46,12 @@ _HEAD = "node:__internal_head__"
 
 
 class _Desk:
-    """The actor: a thin shell over the ledger. It may die at any moment: what it said is in the ledger, and its calls may be repeated.
+    """The actor: a thin shell over the ledger. It may die at any moment: what it said is in the
+    ledger, and its calls may be repeated.
 
     Args:
-        url: the ledger's folder. cluster: a name for this cluster, kept when the actor is restarted. beat_s: see Claim.
+        url: the ledger's folder. cluster: a name for this cluster, kept when the actor is
+            restarted. beat_s: see Claim.
     """
 
     def __init__(self, url: str, cluster: str, beat_s: float):
@@ -47,9 +61,17 @@ class _Desk:
         self._used: dict[str, tuple[Study, int]] = {}
         self._users: set[str] = set()
         tags = ("ledger", "study")
-        self._charged = Gauge("grape_ray_steps_charged", "Step tokens of a study that are gone.", tag_keys=tags)
-        self._left = Gauge("grape_ray_tokens_left", "Step tokens of a study that can still be charged.", tag_keys=tags)
-        self._spent = Gauge("grape_ray_epsilon_spent", "Epsilon of the steps charged so far.", tag_keys=tags)
+        self._charged = Gauge(
+            "grape_ray_steps_charged", "Step tokens of a study that are gone.", tag_keys=tags
+        )
+        self._left = Gauge(
+            "grape_ray_tokens_left",
+            "Step tokens of a study that can still be charged.",
+            tag_keys=tags,
+        )
+        self._spent = Gauge(
+            "grape_ray_epsilon_spent", "Epsilon of the steps charged so far.", tag_keys=tags
+        )
 
     def hold(self, user: str) -> str:
         """Opens the ledger for this cluster alone, and for a sweep of it; returns its id."""
@@ -73,7 +95,9 @@ class _Desk:
         return known.study, known.used
 
     def release(self, user: str) -> bool:
-        """Lets another cluster have the ledger at once, when no other sweep of this one uses it; returns whether that is so."""
+        """Lets another cluster have the ledger at once, when no other sweep of this one uses it;
+        returns whether that is so.
+        """
         self._users.discard(user)
         if self._users:
             return False
@@ -83,7 +107,9 @@ class _Desk:
         return True
 
     def _open(self) -> Ledger:
-        """Not in the constructor: an actor whose constructor fails is never restarted, and storage may be back in a minute."""
+        """Not in the constructor: an actor whose constructor fails is never restarted, and storage
+        may be back in a minute.
+        """
         if self._ledger is None:
             ledger = Ledger.open(self._url, create=False)
             claim = Claim(Storage(self._url), self._cluster, self._beat_s)
@@ -100,23 +126,28 @@ class _Desk:
         self._left.set(known.left, tags)
 
     def _show(self) -> None:
-        """Epsilon takes a moment to compute, so it is shown now and then, and never between a call and its answer."""
+        """Epsilon takes a moment to compute, so it is shown now and then, and never between a call
+        and its answer.
+        """
         shown: dict[str, int] = {}
         wait = threading.Event()
         while self._ledger is not None:
             for name, (study, used) in list(self._used.items()):
                 if used and shown.get(name) != used:
                     shown[name] = used
-                    spent = min(study.epsilon, calibration.epsilon(study.mechanism, used, study.delta))
+                    spent = min(
+                        study.epsilon, calibration.epsilon(study.mechanism, used, study.delta)
+                    )
                     self._spent.set(spent, {"ledger": self._ledger.ledger_id, "study": name})
             wait.wait(_GAUGE_EVERY_S)
 
 
 class Accountant:
-    """The accountant's client; can be sent to any worker of the cluster, and stands in for the ledger (`accounting.book.Book`).
+    """The accountant's client; can be sent to any worker of the cluster, and stands in for the
+    ledger (`accounting.book.Book`).
 
-    Guarantees: those of the ledger. A call that meets a dying actor is repeated on its successor. Where the actor cannot be had, or
-    cannot reach the ledger, nothing is granted.
+    Guarantees: those of the ledger. A call that meets a dying actor is repeated on its successor.
+    Where the actor cannot be had, or cannot reach the ledger, nothing is granted.
 
     Args:
         url: the ledger's folder, by which the actor is found. beat_s: see Claim.
@@ -155,15 +186,27 @@ class Accountant:
         """See Ledger.ensure_selection."""
         self._call("ensure_selection", selection)
 
-    def begin_attempt(self, study: str, run: str, key_id: str, *, dataset_id: str | None = None) -> int:
+    def begin_attempt(
+        self, study: str, run: str, key_id: str, *, dataset_id: str | None = None
+    ) -> int:
         """See Ledger.begin_attempt; a repeated call may skip a number, which costs nothing."""
         return self._call("begin_attempt", study, run, key_id, dataset_id=dataset_id)
 
     def charge(
-        self, study: str, run: str, attempt: int, chunk: int, steps: int, first_step: int | None = None, *, dataset_id: str | None = None
+        self,
+        study: str,
+        run: str,
+        attempt: int,
+        chunk: int,
+        steps: int,
+        first_step: int | None = None,
+        *,
+        dataset_id: str | None = None,
     ) -> Grant:
         """See Ledger.charge."""
-        return self._call("charge", study, run, attempt, chunk, steps, first_step, dataset_id=dataset_id)
+        return self._call(
+            "charge", study, run, attempt, chunk, steps, first_step, dataset_id=dataset_id
+        )
 
     def refund(self, study: str, run: str, attempt: int, chunk: int, steps: int) -> None:
         """See Ledger.refund."""
@@ -184,10 +227,16 @@ class Accountant:
     def epsilon_spent(self, study: str) -> float:
         """See Ledger.epsilon_spent; computed here, so that nobody else waits for it."""
         known, used = self.counts(study)
-        return min(known.epsilon, calibration.epsilon(known.mechanism, used, known.delta)) if used else 0.0
+        return (
+            min(known.epsilon, calibration.epsilon(known.mechanism, used, known.delta))
+            if used
+            else 0.0
+        )
 
     def release(self) -> None:
-        """Ends the actor, when no other sweep of the cluster uses it, and lets another cluster have the ledger at once."""
+        """Ends the actor, when no other sweep of the cluster uses it, and lets another cluster have
+        the ledger at once.
+        """
         with contextlib.suppress(LedgerError):
             if self._ask("release", self._user):
                 ray.kill(self._actor(), no_restart=True)
@@ -201,16 +250,24 @@ class Accountant:
         fix = "nothing was granted; start the sweep again to resume it"
         for _ in range(_TRIES):
             try:
-                return ray.get(getattr(self._actor(), method).remote(*arguments, **named), timeout=_TIMEOUT_S)
+                return ray.get(
+                    getattr(self._actor(), method).remote(*arguments, **named), timeout=_TIMEOUT_S
+                )
             except ray.exceptions.RayTaskError as error:
                 if isinstance(error.cause, GrapeRayError):
                     raise error.cause from None
-                raise LedgerError("the accountant failed", text_of(error.cause), "an answer", fix) from error
-            except ray.exceptions.ActorDiedError:  # ended for good, by another sweep's end or by hand: a new one reads the same ledger
+                raise LedgerError(
+                    "the accountant failed", text_of(error.cause), "an answer", fix
+                ) from error
+            except (
+                ray.exceptions.ActorDiedError
+            ):  # ended for good, by another sweep's end or by hand: a new one reads the same ledger
                 time.sleep(_PAUSE_S)
             except (ray.exceptions.RayError, TimeoutError) as error:
                 what = "the accountant does not answer"
-                raise LedgerError(what, type(error).__name__, f"an answer within {_TIMEOUT_S:g} s", fix) from error
+                raise LedgerError(
+                    what, type(error).__name__, f"an answer within {_TIMEOUT_S:g} s", fix
+                ) from error
         raise LedgerError("the accountant does not stay alive", None, "a running actor", fix)
 
     def _actor(self) -> Any:
@@ -220,8 +277,9 @@ class Accountant:
         on_head = {_HEAD: 0.001} if _HEAD in ray.cluster_resources() else {}
         desk: Any = ray.remote(_Desk)
         placed = desk.options(
-            name=_name(self._url), namespace=NAMESPACE, lifetime="detached", get_if_exists=True, num_cpus=0, max_restarts=-1,
-            max_task_retries=-1, max_concurrency=1, resources=on_head, scheduling_strategy="DEFAULT",
+            name=_name(self._url), namespace=NAMESPACE, lifetime="detached", get_if_exists=True,
+            num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=1, resources=on_head,
+            scheduling_strategy="DEFAULT",
         )  # fmt: skip
         return placed.remote(self._url, secrets.token_hex(8), self._beat_s)
 

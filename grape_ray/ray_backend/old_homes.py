@@ -10,7 +10,8 @@ from types import ModuleType
 
 @contextlib.contextmanager
 def old_homes(**classes: type) -> Iterator[None]:
-    """For the time of a block, classes are found in the module that earlier versions kept them in, too.
+    """For the time of a block, classes are found in the module that earlier versions kept them in,
+    too.
 
     Args:
         classes: what `grape_ray.orchestrate.tune` held, by its name there.

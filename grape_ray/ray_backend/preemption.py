@@ -13,11 +13,15 @@ from grape_ray.training import signals
 from grape_ray.training.loop import Notice
 
 _ASK_EVERY_S = 1.0
-_ASK = 1  # below every shifted Notice, so that the largest over ranks is the gravest notice, and only then the wish to ask Ray
+# below every shifted Notice, so that the largest over ranks is the gravest notice, and only then
+# the wish to ask Ray
+_ASK = 1
 
 
 class Listening(TorchConfig):
-    """A torch backend whose workers take their first SIGTERM for a notice: only an actor's main thread can set that up."""
+    """A torch backend whose workers take their first SIGTERM for a notice: only an actor's main
+    thread can set that up.
+    """
 
     @property
     def backend_cls(self) -> Any:
@@ -40,9 +44,10 @@ def _listen() -> None:
 class Notices:
     """Called after each step by every rank; the answer is the same on all.
 
-    A worker that is told to end by SIGTERM ends the attempt after a checkpoint, and so does each when whoever launched the run rings the
-    bell; then `stopped` says on rank 0 that no other attempt is wanted. A node that Ray drains brings a checkpoint, once a
-    drain: Ray itself takes the workers away at the deadline and starts the next attempt without that node.
+    A worker that is told to end by SIGTERM ends the attempt after a checkpoint, and so does each
+    when whoever launched the run rings the bell; then `stopped` says on rank 0 that no other
+    attempt is wanted. A node that Ray drains brings a checkpoint, once a drain: Ray itself takes
+    the workers away at the deadline and starts the next attempt without that node.
     """
 
     def __init__(self, comms: Comms, bell: Any):

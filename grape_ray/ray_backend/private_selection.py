@@ -1,4 +1,6 @@
-"""A sweep in mode select: a secret number of sealed trials, of which the best alone is released and the rest destroyed."""
+"""A sweep in mode select: a secret number of sealed trials, of which the best alone is released and
+the rest destroyed.
+"""
 
 from __future__ import annotations
 
@@ -39,18 +41,27 @@ _RETRIES = 3
 
 @dataclass(frozen=True)
 class Sealed:
-    """One trial: its name, which is random so that it tells nothing of their number, and the values that were drawn for it."""
+    """One trial: its name, which is random so that it tells nothing of their number, and the values
+    that were drawn for it.
+    """
 
     name: str
     values: dict[str, Any]
 
 
 def check_domains(space: Mapping[str, Any]) -> None:
-    """Refuses what would make the trials anything but independent draws of one procedure. Raises ConfigError."""
+    """Refuses what would make the trials anything but independent draws of one procedure. Raises
+    ConfigError.
+    """
     for name, domain in space.items():
         if isinstance(domain, Function):
             fix = "use tune.choice, tune.uniform or their like"
-            raise ConfigError(f"mode select refuses the domain of {name}: a function may depend on anything", None, "one fixed law", fix)
+            raise ConfigError(
+                f"mode select refuses the domain of {name}: a function may depend on anything",
+                None,
+                "one fixed law",
+                fix,
+            )
 
 
 def check_draw(sweep: Sweep) -> None:
@@ -59,7 +70,10 @@ def check_draw(sweep: Sweep) -> None:
     done = sweep.existing and sweep.folder().exists(results.RESULT_FILE)
     if sweep.existing and not done and not Storage(sweep.sealed).exists(_DRAW):
         fix = "begin a new sweep, which is paid for again"
-        what = "mode select refuses to resume without its sealed draw: drawing again would be a second selection"
+        what = (
+            "mode select refuses to resume without its sealed draw: drawing again would be a second"
+            " selection"
+        )
         raise ConfigError(what, sweep.sealed, f"a folder with {_DRAW}", fix)
 
 
@@ -70,7 +84,8 @@ def select(sweep: Sweep, at_once: int, say: Callable[[str], None]) -> dict[str, 
         What `tune --json` prints, and nothing of any other trial.
 
     Raises:
-        GrapeRayError: the ledger refuses the selection or is held by another cluster, or a trial failed.
+        GrapeRayError: the ledger refuses the selection or is held by another cluster, or a trial
+            failed.
     """
     if sweep.existing and sweep.folder().exists(results.RESULT_FILE):
         return json.loads(sweep.folder().read(results.RESULT_FILE))
@@ -78,19 +93,29 @@ def select(sweep: Sweep, at_once: int, say: Callable[[str], None]) -> dict[str, 
     secret = Storage(sweep.sealed)
     trials = _drawn(sweep, secret)
     with accountants(sweep):  # the whole cost is durable before the first trial begins
-        say(f"sweep {sweep.name} in {sweep.storage}: the selection is paid for; its trials are sealed until the winner is known")
+        say(
+            f"sweep {sweep.name} in {sweep.storage}: the selection is paid for; its trials are"
+            " sealed until the winner is known"
+        )
     _open_sealed(sweep, secret, trials)
     performance = sweep.study.config.performance
     unit = {"num_gpus": 1} if performance.use_gpu else {"num_cpus": 1}
     task: Any = ray.remote(_train)
     shares = [trials[n::at_once] for n in range(at_once)]
-    waiting = [task.options(**unit, max_retries=_RETRIES, name="sealed").remote(sweep.study, _parts(sweep), share) for share in shares]
+    waiting = [
+        task.options(**unit, max_retries=_RETRIES, name="sealed").remote(
+            sweep.study, _parts(sweep), share
+        )
+        for share in shares
+    ]
     try:
         ray.get(waiting)
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", error)
         fix = f"see the cause, then go on with --resume {sweep.name}"
-        raise GrapeRayError("a sealed trial failed", type(cause).__name__, "trials that end", fix) from None
+        raise GrapeRayError(
+            "a sealed trial failed", type(cause).__name__, "trials that end", fix
+        ) from None
     best = _release(sweep, secret, trials)
     result = _result(sweep, best)
     sweep.folder().write(results.RESULT_FILE, json.dumps(result, indent=1, sort_keys=True).encode())
@@ -101,19 +126,29 @@ def select(sweep: Sweep, at_once: int, say: Callable[[str], None]) -> dict[str, 
 
 
 def _drawn(sweep: Sweep, secret: Storage) -> list[Sealed]:
-    """The trials of this sweep, drawn once: their number from the law that is paid for, their values from the space."""
+    """The trials of this sweep, drawn once: their number from the law that is paid for, their
+    values from the space.
+    """
     if not secret.exists(_DRAW):
         if secret.local:
             Path(secret.url).mkdir(parents=True, exist_ok=True, mode=0o700)
         law = sweep.options.the_law()
         generator: Any = np.random.default_rng(secrets.randbits(256))
-        values = [{name: _plain(d.sample(random_state=generator)) for name, d in sweep.space.items()} for _ in range(law.draw())]
-        secret.create(_DRAW, json.dumps([[secrets.token_hex(8), drawn] for drawn in values]).encode(), private=True)
+        values = [
+            {name: _plain(d.sample(random_state=generator)) for name, d in sweep.space.items()}
+            for _ in range(law.draw())
+        ]
+        secret.create(
+            _DRAW,
+            json.dumps([[secrets.token_hex(8), drawn] for drawn in values]).encode(),
+            private=True,
+        )
     return [Sealed(*pair) for pair in json.loads(secret.read(_DRAW))]
 
 
 def _open_sealed(sweep: Sweep, secret: Storage, trials: Sequence[Sealed]) -> None:
-    """A sealed ledger for each trial, so that none takes more steps than the selection paid for, or any noise twice.
+    """A sealed ledger for each trial, so that none takes more steps than the selection paid for, or
+    any noise twice.
 
     None is for several trials: whether it sufficed would tell their number.
     """
@@ -124,8 +159,12 @@ def _open_sealed(sweep: Sweep, secret: Storage, trials: Sequence[Sealed]) -> Non
         assert isinstance(paid, Selection)
         cost = price.trial_epsilon(paid)
         for trial in trials:
-            book = Ledger.open(secret.child(part).child(trial.name), share.dataset_id, cost, paid.delta)
-            book.ensure_study(Study(trial.name, paid.mechanism, cost, paid.delta, paid.trial_tokens))
+            book = Ledger.open(
+                secret.child(part).child(trial.name), share.dataset_id, cost, paid.delta
+            )
+            book.ensure_study(
+                Study(trial.name, paid.mechanism, cost, paid.delta, paid.trial_tokens)
+            )
 
 
 @dataclass(frozen=True)
@@ -143,7 +182,9 @@ def _parts(sweep: Sweep) -> _Parts:
 
 
 def _train(study: SweepStudy, parts: _Parts, trials: Sequence[Sealed]) -> None:
-    """Trains some trials one after another, in a process of the cluster. What they come to is in the sealed folder alone."""
+    """Trains some trials one after another, in a process of the cluster. What they come to is in
+    the sealed folder alone.
+    """
     secret = Storage(parts.sealed)
     device = torch.device("cuda" if study.config.performance.use_gpu else "cpu")
     for trial in trials:
@@ -153,8 +194,10 @@ def _train(study: SweepStudy, parts: _Parts, trials: Sequence[Sealed]) -> None:
         ledger = secret.child(_LEDGER).child(trial.name).url
         paid = Ledger.open(ledger, create=False).state.study(trial.name).study
         plan = prepare(
-            study.with_values(trial.values), run=trial.name, storage=runs.url, ledger=ledger, key_path=parts.key_path, study=paid,
-            scores=_terms(study, secret.child(_SCORES).child(trial.name).url, trial.name) if parts.scores else None,
+            study.with_values(trial.values), run=trial.name, storage=runs.url, ledger=ledger,
+            key_path=parts.key_path, study=paid,
+            scores=_terms(study, secret.child(_SCORES).child(trial.name).url,
+            trial.name) if parts.scores else None,
         )  # fmt: skip
         execute(plan, Comms.local(), device=device, on_progress=lambda progress, epsilon: None)
 
@@ -166,7 +209,9 @@ def _terms(study: SweepStudy, ledger: str, name: str) -> Terms:
 
 
 def _release(sweep: Sweep, secret: Storage, trials: Sequence[Sealed]) -> dict[str, Any] | None:
-    """Copies the best trial's model out of the sealed folder, under a name that tells nothing; None where none has a finite score."""
+    """Copies the best trial's model out of the sealed folder, under a name that tells nothing; None
+    where none has a finite score.
+    """
     runs, metric = secret.child(results.RUNS), sweep.study.metric
     scored = []
     for trial in trials:
@@ -185,7 +230,12 @@ def _release(sweep: Sweep, secret: Storage, trials: Sequence[Sealed]) -> dict[st
             manifest["facts"] |= {"run": WINNER, "attempt": 1, "ledger_head": None}
             data = json.dumps(manifest, indent=1, sort_keys=True).encode()
         out.write(f"{WINNER}/{file}", data)
-    facts = {"run": WINNER, "ledger": sweep.steps.ledger, "study": sweep.steps.paid.name, "validation": described(sweep.terms())}
+    facts = {
+        "run": WINNER,
+        "ledger": sweep.steps.ledger,
+        "study": sweep.steps.paid.name,
+        "validation": described(sweep.terms()),
+    }
     description = {**json.loads(mine.read(RUN_FILE)), **facts}
     out.write(f"{WINNER}/{RUN_FILE}", json.dumps(description, indent=1, sort_keys=True).encode())
     return {"config": trial.values, "score": score, "run": WINNER, "steps": result["steps"]}
@@ -202,7 +252,8 @@ def _result(sweep: Sweep, best: dict[str, Any] | None) -> dict[str, Any]:
         "epsilon": paid.epsilon,
         "delta": paid.delta,
         "noise_multiplier": paid.mechanism.noise_multiplier,
-        # How many trials there were must stay secret, and so must every number from which it could be told.
+        # How many trials there were must stay secret, and so must every number from which it could
+        # be told.
         "tokens_total": None,
         "tokens_charged": None,
         "steps_executed": None,

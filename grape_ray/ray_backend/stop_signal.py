@@ -1,4 +1,6 @@
-"""How a run on workers is told to end by whoever launched it: a bell that rank 0 listens to, and a launcher that rings it."""
+"""How a run on workers is told to end by whoever launched it: a bell that rank 0 listens to, and a
+launcher that rings it.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ class Bell:
 
 
 def hang() -> Any:
-    """A bell, as an actor that takes no CPU; it lives as long as this process or whoever holds it."""
+    """A bell, as an actor that takes no CPU; it lives as long as this process or whoever holds
+    it.
+    """
     return cast(Any, ray.remote(Bell)).options(num_cpus=0).remote()
 
 
@@ -52,7 +56,8 @@ def is_rung(bell: Any) -> bool:
 
 
 def until_told(launch: Callable[[], Any], bell: Any) -> bool:
-    """Calls `launch` in another thread and rings the bell when this process is told to end; whether it was.
+    """Calls `launch` in another thread and rings the bell when this process is told to end; whether
+    it was.
 
     Raises:
         What `launch` raises. KeyboardInterrupt: a second signal.
@@ -64,7 +69,11 @@ def until_told(launch: Callable[[], Any], bell: Any) -> bool:
             if not rung_s and signals.told() is Notice.STOP:
                 rung_s = time.monotonic()
                 ray.get(bell.ring.remote(), timeout=_ANSWER_S)
-            if rung_s and time.monotonic() - rung_s > _DEAF_S and not ray.get(bell.heard.remote(), timeout=_ANSWER_S):
+            if (
+                rung_s
+                and time.monotonic() - rung_s > _DEAF_S
+                and not ray.get(bell.heard.remote(), timeout=_ANSWER_S)
+            ):
                 return True
     if running.error is not None and not rung_s:
         raise running.error

@@ -1,4 +1,6 @@
-"""A sweep from its words to its result: checked and priced, then run on a cluster in either mode."""
+"""A sweep from its words to its result: checked and priced, then run on a cluster in either
+mode.
+"""
 
 from __future__ import annotations
 
@@ -23,27 +25,42 @@ def run(options: Options, say: Callable[[str], None], name: str | None = None) -
     """Runs a new sweep and returns what `tune --json` prints.
 
     Raises:
-        GrapeRayError: one of its kinds for whatever is wrong; whatever could be told beforehand was told before any work.
+        GrapeRayError: one of its kinds for whatever is wrong; whatever could be told beforehand was
+            told before any work.
     """
     return _run(options, say, name, None)
 
 
 def resume(
-    storage: str, name: str, asked: Mapping[str, Any], say: Callable[[str], None], trust: Iterable[str] = (), trust_state: bool = False
+    storage: str,
+    name: str,
+    asked: Mapping[str, Any],
+    say: Callable[[str], None],
+    trust: Iterable[str] = (),
+    trust_state: bool = False,
 ) -> dict[str, Any]:
     """Goes on with a sweep that was cut off; what it was charged stays charged.
 
     Args:
         asked: options that were given anew; they must be those that it was begun with.
-        trust: modules that the sweep's description may have imported for its tune space, beside this project's own and `asked`.
-        trust_state: go by the sweep's description, and load Ray Tune's state (pickles), also where this user did not begin the sweep.
+        trust: modules that the sweep's description may have imported for its tune space, beside
+            this project's own and `asked`.
+        trust_state: go by the sweep's description, and load Ray Tune's state (pickles), also where
+            this user did not begin the sweep.
     """
     described = results.read(Storage(absolute(storage)).child(name))
     known = described["options"]
-    differing = sorted(key for key, value in asked.items() if json.loads(json.dumps(value)) != known.get(key))
+    differing = sorted(
+        key for key, value in asked.items() if json.loads(json.dumps(value)) != known.get(key)
+    )
     if differing:
         words = ", ".join(f"--{key.replace('_', '-')}" for key in differing)
-        raise ConfigError(f"sweep {name} was begun with another {words}", None, "what it was begun with", "leave them out")
+        raise ConfigError(
+            f"sweep {name} was begun with another {words}",
+            None,
+            "what it was begun with",
+            "leave them out",
+        )
     check_module(known["space"], [*trust, *filter(None, [asked.get("space")])], "tune space")
     check_sweep(f"{absolute(storage)}/{name}", described.get("mark", ""), trust_state)
     values = {field.name: known.get(field.name, field.default) for field in fields(Options)}
@@ -51,7 +68,9 @@ def resume(
     return _run(options, say, name, described)
 
 
-def _run(options: Options, say: Callable[[str], None], name: str | None, described: dict[str, Any] | None) -> dict[str, Any]:
+def _run(
+    options: Options, say: Callable[[str], None], name: str | None, described: dict[str, Any] | None
+) -> dict[str, Any]:
     set_defaults(_START_S)  # before anything imports Ray, as a tune space does
     find_cluster(_START_S)
     from grape_ray.tuning import prepare, spaces
@@ -69,8 +88,11 @@ def _run(options: Options, say: Callable[[str], None], name: str | None, describ
     if options.mode == SELECT:
         private_selection.check_draw(sweep)
     with cluster(1, dashboard=study.config.performance.workers[1] > 0):
-        at_once = tuner.concurrency(study, options)  # a cluster that is too small is told before anything is registered
+        # a cluster that is too small is told before anything is registered
+        at_once = tuner.concurrency(study, options)
         sweep.register()
-        result = (private_selection.select if options.mode == SELECT else tuner.compose)(sweep, at_once, say)
+        result = (private_selection.select if options.mode == SELECT else tuner.compose)(
+            sweep, at_once, say
+        )
     sweep.folder().write(results.RESULT_FILE, json.dumps(result, indent=1, sort_keys=True).encode())
     return result

@@ -1,4 +1,6 @@
-"""A trial of a sweep as Ray Tune sees it: a run that advances from one evaluation to the next, and ends cleanly when told to."""
+"""A trial of a sweep as Ray Tune sees it: a run that advances from one evaluation to the next, and
+ends cleanly when told to.
+"""
 
 from __future__ import annotations
 
@@ -42,10 +44,12 @@ class Setting:
     """What all trials of a sweep share; can be sent to any worker.
 
     Attributes:
-        sweep: the space's study, its config as every trial begins from it. paid: the study that pays for the steps.
+        sweep: the space's study, its config as every trial begins from it. paid: the study that
+            pays for the steps.
         storage: URL of the folder of runs. ledger, key_path: see Plan.
         book: the accountant of the training records' ledger.
-        score_book: that of private validation records', and scores: what may be said of them; None if they are public.
+        score_book: that of private validation records', and scores: what may be said of them; None
+            if they are public.
     """
 
     sweep: SweepStudy
@@ -59,7 +63,12 @@ class Setting:
 
     def plan(self, values: Mapping[str, Any], run: str, origin: tuple[str, str] | None) -> Plan:
         """The plan of a trial's run, checked."""
-        options: dict[str, Any] = {"ledger": self.ledger, "key_path": self.key_path, "study": self.paid, "origin": origin}
+        options: dict[str, Any] = {
+            "ledger": self.ledger,
+            "key_path": self.key_path,
+            "study": self.paid,
+            "origin": origin,
+        }
         options["scores"] = self.scores
         return prepare(self.sweep.with_values(values), run=run, storage=self.storage, **options)
 
@@ -81,13 +90,17 @@ class Surround:
         def on_step(step: int) -> None:
             steps.line(str(step))
 
-        around = Around(open_ledger=lambda plan: setting.book, on_step=on_step, go_on=go_on, on_end=steps.close)
+        around = Around(
+            open_ledger=lambda plan: setting.book, on_step=on_step, go_on=go_on, on_end=steps.close
+        )
         book = setting.score_book
         return around if book is None else replace(around, open_scores=lambda plan: book)
 
 
 class Trial(tune.Trainable):
-    """Lives in an actor of Ray Tune's; the run itself is in a thread, or on workers that the thread has launched."""
+    """Lives in an actor of Ray Tune's; the run itself is in a thread, or on workers that the thread
+    has launched.
+    """
 
     def setup(self, config: dict[str, Any], setting: Setting) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         self._setting = setting
@@ -109,13 +122,21 @@ class Trial(tune.Trainable):
                 break
         if self._error is not None:
             raise self._error
-        return self._told({"step": self._result["steps"], "metrics": self._result["metrics"]}, done=True)
+        return self._told(
+            {"step": self._result["steps"], "metrics": self._result["metrics"]}, done=True
+        )
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """A pointer to the run's newest checkpoint, which itself stays where it is; JSON, because Ray Tune would pickle a dict."""
+        """A pointer to the run's newest checkpoint, which itself stays where it is; JSON, because
+        Ray Tune would pickle a dict.
+        """
         pointer: Any = self._pointer
         if self._last_step:
-            facts = {"run": self._plan.run, "folder": self._plan.folder().url, "step": self._last_step}
+            facts = {
+                "run": self._plan.run,
+                "folder": self._plan.folder().url,
+                "step": self._last_step,
+            }
             pointer = {**facts, "values": _key(self._values)}
         Path(checkpoint_dir, _POINTER).write_text(json.dumps(pointer))
 
@@ -144,7 +165,9 @@ class Trial(tune.Trainable):
         self._reports = Trace(self._plan.folder(), REPORTS)
         if self._plan.config.performance.num_workers:
             self._talk = RemoteTalk()
-        self._thread = threading.Thread(target=self._run, args=(self._plan, Surround(self._setting, self._talk)), daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(self._plan, Surround(self._setting, self._talk)), daemon=True
+        )
         self._thread.start()
 
     def _run(self, plan: Plan, surround: Surround) -> None:
@@ -159,7 +182,9 @@ class Trial(tune.Trainable):
             self._error = error if plan.public else withheld(error)
 
     def _told(self, report: dict[str, Any], done: bool) -> dict[str, Any]:
-        """Ray Tune's result, which is kept beside the run, too. Where no score could be paid for, the last one stands."""
+        """Ray Tune's result, which is kept beside the run, too. Where no score could be paid for,
+        the last one stands.
+        """
         self._last_step, self._metrics = report["step"], report["metrics"] or self._metrics
         facts = {"step": report["step"], **self._metrics, "run": self._plan.run}
         self._reports.line(json.dumps({**facts, "time": time.time(), "done": done}))
@@ -180,25 +205,33 @@ class Trial(tune.Trainable):
 def comparable(score: float) -> float:
     """The score for Ray Tune's comparisons, where one that is not finite is below all others.
 
-    Compared with NaN, a trial would neither be stopped nor lose, and a median over one is NaN, so that no other trial would be stopped.
+    Compared with NaN, a trial would neither be stopped nor lose, and a median over one is NaN, so
+    that no other trial would be stopped.
     """
     return score if math.isfinite(score) else WORST
 
 
-def _run_of(trial: str, values: Mapping[str, Any], pointer: Mapping[str, Any] | None) -> tuple[str, tuple[str, str] | None]:
+def _run_of(
+    trial: str, values: Mapping[str, Any], pointer: Mapping[str, Any] | None
+) -> tuple[str, tuple[str, str] | None]:
     """(Name of a trial's run, the checkpoint that it begins from).
 
-    The same configuration goes on with its run. One that continues another run's checkpoint, or its own with other values, is a new run,
-    whose name follows from what it continues, so that a crash finds it again.
+    The same configuration goes on with its run. One that continues another run's checkpoint, or its
+    own with other values, is a new run, whose name follows from what it continues, so that a crash
+    finds it again.
     """
     if pointer is None:
         return trial, None
     if pointer["values"] == _key(values) and pointer["run"].partition(".")[0] == trial:
         return pointer["run"], None
-    digest = hashlib.sha256(json.dumps([pointer["run"], pointer["step"], _key(values)]).encode()).hexdigest()
+    digest = hashlib.sha256(
+        json.dumps([pointer["run"], pointer["step"], _key(values)]).encode()
+    ).hexdigest()
     return f"{trial}.{digest[:8]}", (pointer["folder"], checkpoint.folder_of(pointer["step"]))
 
 
 def _key(values: Mapping[str, Any]) -> str:
     """The values as one text."""
-    return json.dumps({k: v.item() if hasattr(v, "item") else v for k, v in values.items()}, sort_keys=True)
+    return json.dumps(
+        {k: v.item() if hasattr(v, "item") else v for k, v in values.items()}, sort_keys=True
+    )

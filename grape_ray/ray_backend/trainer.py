@@ -26,7 +26,9 @@ _WATCH_EVERY_S = 0.5
 
 
 class WorkersFailed(GrapeRayError):
-    """Workers were lost more often than performance.max_failures allows, or could not be started in time."""
+    """Workers were lost more often than performance.max_failures allows, or could not be started in
+    time.
+    """
 
 
 def fit(
@@ -40,7 +42,8 @@ def fit(
         on_progress: see Session. around: makes, on each worker, what a sweep puts around the run.
 
     Raises:
-        WorkersFailed: the cluster did not give the workers within performance.start_timeout_s, or too many were lost.
+        WorkersFailed: the cluster did not give the workers within performance.start_timeout_s, or
+            too many were lost.
         GrapeRayError: what a worker raised, if it is this project's own.
     """
     performance = plan.config.performance
@@ -66,31 +69,44 @@ def fit(
                 elastic_resize_monitor_interval_s=performance.resize_every_s,
             ),
             run_config=ray.train.RunConfig(
-                # A name of its own for each launch: Ray would take up the state of an earlier one, but checkpoints and what is
-                # paid for are this package's own, so a run resumes whatever wrote it, with any number of workers or none.
+                # A name of its own for each launch: Ray would take up the state of an earlier one,
+                # but checkpoints and what is paid for are this package's own, so a run resumes
+                # whatever wrote it, with any number of workers or none.
                 name=f"ray-{secrets.token_hex(4)}",
                 storage_path=f"{plan.storage}/{plan.run}",
-                # A group that cannot be started is the controller's failure; by default Ray tries again for ever. A range of workers
-                # is tried again: just after a node has gone, Ray asks for as many as were there before.
+                # A group that cannot be started is the controller's failure; by default Ray tries
+                # again for ever. A range of workers is tried again: just after a node has gone, Ray
+                # asks for as many as were there before.
                 failure_config=ray.train.FailureConfig(
-                    max_failures=performance.max_failures, controller_failure_limit=0 if fewest == most else performance.max_failures
+                    max_failures=performance.max_failures,
+                    controller_failure_limit=0 if fewest == most else performance.max_failures,
                 ),
             ),
         )
         try:
             launch = partial(_launch, plan, trainer.fit)
             if until_told(launch, bell) and not plan.folder().exists(RESULT_FILE):
-                raise interrupted(plan, max((checkpoint.step_of(name) for name in checkpoint.names(plan.folder())), default=0))
+                raise interrupted(
+                    plan,
+                    max(
+                        (checkpoint.step_of(name) for name in checkpoint.names(plan.folder())),
+                        default=0,
+                    ),
+                )
         except ray.train.TrainingFailedError as error:
             raise _translated(error, plan) from error
         except RayError as error:  # of Ray itself, as of a cluster that goes away
             fix = f"see the cluster's logs; then run `grape-ray resume {plan.folder().url}`"
-            raise WorkersFailed("Ray could not run the workers", _last_line(error), "a cluster that stays", fix) from error
+            raise WorkersFailed(
+                "Ray could not run the workers", _last_line(error), "a cluster that stays", fix
+            ) from error
     return json.loads(plan.folder().read(RESULT_FILE))
 
 
 def _launch(plan: Plan, fit: Callable[[], Any]) -> None:
-    """Runs the workers to their end; a range of them for as long as there is room for the fewest."""
+    """Runs the workers to their end; a range of them for as long as there is room for the
+    fewest.
+    """
     from grape_ray.ray_backend.capacity import while_there_is_room
 
     performance = plan.config.performance
@@ -114,33 +130,57 @@ def _work(plan: Plan, bell: Any, around: Callable[[Plan], Around] | None) -> Non
     from grape_ray.ray_backend.preemption import Notices
 
     def report(name: str, facts: Mapping[str, Any]) -> None:
-        """Tells Ray's callbacks of a checkpoint, which stays where it is: a report for each step would cost Ray's polling time."""
-        ray.train.report({**facts["metrics"], "step": facts["step"], "checkpoint_path": f"{plan.folder().url}/{name}"})
+        """Tells Ray's callbacks of a checkpoint, which stays where it is: a report for each step
+        would cost Ray's polling time.
+        """
+        ray.train.report(
+            {
+                **facts["metrics"],
+                "step": facts["step"],
+                "checkpoint_path": f"{plan.folder().url}/{name}",
+            }
+        )
 
     device = get_device() if plan.config.performance.use_gpu else torch.device("cpu")
     comms = Comms.distributed()
     listening, own = Notices(comms, bell), around(plan) if around else None
     try:
-        execute(plan, comms, device=device, on_checkpoint=report, on_notice=listening, on_figures=Gauges(plan.run), around=own)
+        execute(
+            plan,
+            comms,
+            device=device,
+            on_checkpoint=report,
+            on_notice=listening,
+            on_figures=Gauges(plan.run),
+            around=own,
+        )
     except Interrupted:
-        if not comms.broadcast_object(listening.stopped):  # by a machine's end: another attempt goes on elsewhere
+        # by a machine's end: another attempt goes on elsewhere
+        if not comms.broadcast_object(listening.stopped):
             raise
 
 
 def _translated(error: Exception, plan: Plan) -> GrapeRayError:
     """A worker's own error where there is one, otherwise what happened to the workers."""
     performance = plan.config.performance
-    failures = [f for f in getattr(error, "worker_failures", {}).values() if isinstance(f, Exception)]
+    failures = [
+        f for f in getattr(error, "worker_failures", {}).values() if isinstance(f, Exception)
+    ]
     causes = [getattr(failure, "cause", failure) for failure in failures]
     for cause in causes:
         if isinstance(cause, GrapeRayError) and not isinstance(cause, TaskFailed):
             return cause
     if not failures:
         return _too_small(plan, _last_line(error))
-    # Of Ray's own errors the text says which machine or process was lost; those of the task's code may quote a record.
-    reason = " | ".join(dict.fromkeys(_last_line(c) if plan.public or _is_rays(c) else text_of(c) for c in causes))
+    # Of Ray's own errors the text says which machine or process was lost; those of the task's code
+    # may quote a record.
+    reason = " | ".join(
+        dict.fromkeys(_last_line(c) if plan.public or _is_rays(c) else text_of(c) for c in causes)
+    )
     fix = f"see what ended them; then run again with the name {plan.run} to resume"
-    return WorkersFailed("workers failed too often", reason, f"at most {performance.max_failures} failures", fix)
+    return WorkersFailed(
+        "workers failed too often", reason, f"at most {performance.max_failures} failures", fix
+    )
 
 
 def _last_line(error: BaseException) -> str:
@@ -151,14 +191,20 @@ def _is_rays(error: BaseException) -> bool:
     """Whether Ray itself says it, of a worker that was lost, and not code that ran there."""
     import ray.exceptions
 
-    return isinstance(error, ray.exceptions.RayError) and not isinstance(error, ray.exceptions.RayTaskError)
+    return isinstance(error, ray.exceptions.RayError) and not isinstance(
+        error, ray.exceptions.RayTaskError
+    )
 
 
 def _too_small(plan: Plan, reason: str) -> WorkersFailed:
     performance = plan.config.performance
-    need = f"{performance.num_workers} workers with a {'GPU' if performance.use_gpu else 'CPU'} each"
+    need = (
+        f"{performance.num_workers} workers with a {'GPU' if performance.use_gpu else 'CPU'} each"
+    )
     fix = "lower performance.num_workers, or enlarge the cluster"
-    return WorkersFailed(f"the cluster gave no workers within {performance.start_timeout_s:g} s", reason, need, fix)
+    return WorkersFailed(
+        f"the cluster gave no workers within {performance.start_timeout_s:g} s", reason, need, fix
+    )
 
 
 class _watching:
@@ -193,4 +239,6 @@ class _watching:
         if text != self._seen and self._on_progress:
             self._seen = text
             fields = json.loads(text)
-            self._on_progress(Progress(**{k: v for k, v in fields.items() if k != "epsilon"}), fields["epsilon"])
+            self._on_progress(
+                Progress(**{k: v for k, v in fields.items() if k != "epsilon"}), fields["epsilon"]
+            )

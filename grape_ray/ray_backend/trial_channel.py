@@ -1,4 +1,6 @@
-"""Question and answer between a run and the trial that watches it: the run reports a score and waits to hear whether it goes on."""
+"""Question and answer between a run and the trial that watches it: the run reports a score and
+waits to hear whether it goes on.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class Talk:
         return report
 
     def answer(self, go_on: bool) -> None:
-        """Answers the last report; without one nothing happens. An asker that died meanwhile hears nothing, and takes no other's answer."""
+        """Answers the last report; without one nothing happens. An asker that died meanwhile hears
+        nothing, and takes no other's answer.
+        """
         if self._asker is not None:
             self._asker.put(go_on)
             self._asker = None
@@ -53,7 +57,8 @@ class RemoteTalk:
     """The same, between a run on Ray Train workers and the trial that launched them."""
 
     def __init__(self) -> None:
-        # Asking blocks a thread of the actor for as long as the trial thinks; askers that died are few.
+        # Asking blocks a thread of the actor for as long as the trial thinks; askers that died are
+        # few.
         actor: Any = ray.remote(Talk)
         self._desk: Any = actor.options(num_cpus=0, max_concurrency=16).remote()
         self._pending: Any = None

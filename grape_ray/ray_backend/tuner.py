@@ -1,4 +1,6 @@
-"""A sweep in mode compose: Ray Tune proposes and stops trials, and every step that any of them takes is paid for from one study."""
+"""A sweep in mode compose: Ray Tune proposes and stops trials, and every step that any of them
+takes is paid for from one study.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +29,20 @@ from grape_ray.tuning.spaces import SweepStudy
 
 _HEAD = "node:__internal_head__"
 _MAX_FAILURES = 3
-_ENVIRONMENT = {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_SYNCER": "1", "TUNE_GLOBAL_CHECKPOINT_S": "3"}
+_ENVIRONMENT = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_SYNCER": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "3",
+}
 
 
 def compose(sweep: Sweep, concurrent: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Runs or resumes a sweep on the connected cluster, so many trials at a time; returns what `tune --json` prints.
+    """Runs or resumes a sweep on the connected cluster, so many trials at a time; returns what
+    `tune --json` prints.
 
     Raises:
-        GrapeRayError: the ledger refuses the study, is held by another cluster, or cannot be reached.
+        GrapeRayError: the ledger refuses the study, is held by another cluster, or cannot be
+            reached.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -43,8 +51,20 @@ def compose(sweep: Sweep, concurrent: int, say: Callable[[str], None]) -> dict[s
         paid = sweep.steps.paid
         assert isinstance(paid, Study)
         runs = f"{sweep.folder().url}/{results.RUNS}"
-        setting = Setting(sweep.study, paid, runs, sweep.steps.ledger, sweep.options.key_path, book, score_book, sweep.terms())
-        say(f"sweep {sweep.name} in {sweep.storage}: {paid.tokens} step tokens, noise multiplier {paid.mechanism.noise_multiplier:.4g}")
+        setting = Setting(
+            sweep.study,
+            paid,
+            runs,
+            sweep.steps.ledger,
+            sweep.options.key_path,
+            book,
+            score_book,
+            sweep.terms(),
+        )
+        say(
+            f"sweep {sweep.name} in {sweep.storage}: {paid.tokens} step tokens, noise multiplier"
+            f" {paid.mechanism.noise_multiplier:.4g}"
+        )
         _Teller.say = staticmethod(say)
         _check(_tuner(sweep, setting, concurrent).fit(), say)
     return outcome(sweep)
@@ -52,7 +72,9 @@ def compose(sweep: Sweep, concurrent: int, say: Callable[[str], None]) -> dict[s
 
 @contextlib.contextmanager
 def accountants(sweep: Sweep) -> Iterator[tuple[Accountant, Accountant | None]]:
-    """The accountants of the training records and of private scores, with what the sweep pays for registered; released at the end."""
+    """The accountants of the training records and of private scores, with what the sweep pays for
+    registered; released at the end.
+    """
     held: list[Accountant] = []
 
     def take(share: Share) -> Accountant:
@@ -75,9 +97,14 @@ def outcome(sweep: Sweep) -> dict[str, Any]:
     assert isinstance(paid, Study)
     described = results.read(sweep.folder())
     rows = results.trials(sweep.folder(), described)
-    best, charged = results.best(rows), Ledger.open(sweep.steps.ledger, create=False).state.study(paid.name).used
+    best, charged = (
+        results.best(rows),
+        Ledger.open(sweep.steps.ledger, create=False).state.study(paid.name).used,
+    )
     executed = sum(row.executed for row in rows)
-    naive = calibration.epsilon(paid.mechanism, best.steps, paid.delta) if best and best.steps else None
+    naive = (
+        calibration.epsilon(paid.mechanism, best.steps, paid.delta) if best and best.steps else None
+    )
     return {
         "sweep": f"{sweep.storage}/{sweep.name}",
         "study": paid.name,
@@ -90,7 +117,16 @@ def outcome(sweep: Sweep) -> dict[str, Any]:
         "steps_executed": executed,
         "wasted": charged - executed,
         "trials": len({row.trial for row in rows}),
-        "best": best and {"config": dict(best.values), "score": best.score, "run": best.run, "steps": best.steps, "naive_epsilon": naive},
+        "best": (
+            best
+            and {
+                "config": dict(best.values),
+                "score": best.score,
+                "run": best.run,
+                "steps": best.steps,
+                "naive_epsilon": naive,
+            }
+        ),
         "ledger": sweep.steps.ledger,
         "score_source": sweep.study.score_source,
         "score_ledger": sweep.scores.ledger if sweep.scores else None,
@@ -98,9 +134,11 @@ def outcome(sweep: Sweep) -> dict[str, Any]:
 
 
 def concurrency(study: SweepStudy, options: Options) -> int:
-    """Trials at a time, such that each finds the processes it needs and none waits for another that waits for it.
+    """Trials at a time, such that each finds the processes it needs and none waits for another that
+    waits for it.
 
-    A trial without workers takes one CPU (or GPU). One with workers is a driver that costs nothing, and its workers take one each.
+    A trial without workers takes one CPU (or GPU). One with workers is a driver that costs nothing,
+    and its workers take one each.
 
     Raises:
         ConfigError: not even one trial fits into the cluster.
@@ -110,12 +148,16 @@ def concurrency(study: SweepStudy, options: Options) -> int:
     there, each = int(resources.get(unit, 0)), max(1, performance.workers[1])
     if there < each:
         what = "the cluster is too small for one trial"
-        raise ConfigError(what, f"{there} {unit}s", f"at least {each}", "lower --workers, or enlarge the cluster")
+        raise ConfigError(
+            what, f"{there} {unit}s", f"at least {each}", "lower --workers, or enlarge the cluster"
+        )
     return min(there // each, options.trials, options.concurrent or options.trials)
 
 
 def _check(trials: tune.ResultGrid, say: Callable[[str], None]) -> None:
-    """Tells why trials failed. Raises the first one's error where all did: then it is likely one thing that kept them."""
+    """Tells why trials failed. Raises the first one's error where all did: then it is likely one
+    thing that kept them.
+    """
     errors = [getattr(error, "cause", error) for error in trials.errors]
     for error in errors:
         say(f"a trial failed: {' '.join(text_of(error).split())[:300]}")
@@ -123,20 +165,28 @@ def _check(trials: tune.ResultGrid, say: Callable[[str], None]) -> None:
         if isinstance(errors[0], GrapeRayError):
             raise errors[0]
         raise GrapeRayError(
-            "every trial failed", type(errors[0]).__name__, "trials that end", "see the lines above, then go on with --resume"
+            "every trial failed",
+            type(errors[0]).__name__,
+            "trials that end",
+            "see the lines above, then go on with --resume",
         )
 
 
 def _tuner(sweep: Sweep, setting: Setting, concurrent: int) -> tune.Tuner:
     """The tuner, new or as it was when it was killed."""
     performance, options = sweep.study.config.performance, sweep.options
-    # With workers the trial itself only launches and watches, on the head node; a whole CPU for it would starve its own workers.
-    need: dict[str, float] = {_HEAD: 0.001} if performance.num_workers else {"GPU" if performance.use_gpu else "CPU": 1}
+    # With workers the trial itself only launches and watches, on the head node; a whole CPU for it
+    # would starve its own workers.
+    need: dict[str, float] = (
+        {_HEAD: 0.001} if performance.num_workers else {"GPU" if performance.use_gpu else "CPU": 1}
+    )
     trainable = tune.with_resources(tune.with_parameters(Trial, setting=setting), need)
     path = f"{sweep.folder().url}/{results.TUNE}"
     if sweep.existing and tune.Tuner.can_restore(path):
         with old_homes(_Teller=_Teller):
-            return tune.Tuner.restore(path, trainable=trainable, resume_unfinished=True, resume_errored=True)
+            return tune.Tuner.restore(
+                path, trainable=trainable, resume_unfinished=True, resume_errored=True
+            )
     return tune.Tuner(
         trainable,
         param_space=sweep.space,
@@ -160,13 +210,20 @@ def _tuner(sweep: Sweep, setting: Setting, concurrent: int) -> tune.Tuner:
 
 
 class _Teller(tune.Callback):
-    """One line a report. What it speaks through is of this process, and is not kept with the sweep's state."""
+    """One line a report. What it speaks through is of this process, and is not kept with the
+    sweep's state.
+    """
 
     say: Callable[[str], None] = staticmethod(lambda text: None)
 
     def __init__(self, metric: str):
         self._metric = metric
 
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
         score = result[self._metric]
-        _Teller.say(f"trial {trial.trial_id}  step {result['step']}  {self._metric} {f'{score:.4f}' if score > WORST else 'not finite'}")
+        _Teller.say(
+            f"trial {trial.trial_id}  step {result['step']}  {self._metric}"
+            f" {f'{score:.4f}' if score > WORST else 'not finite'}"
+        )

@@ -1,1 +1,3 @@
-"""What is learned: the protocol of a task, the tasks that come with the package, and their metrics."""
+"""What is learned: the protocol of a task, the tasks that come with the package, and their
+metrics.
+"""

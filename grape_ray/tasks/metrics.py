@@ -1,4 +1,6 @@
-"""What a task's `evaluate` may give: numbers by name, of any library's scalar types, as plain floats."""
+"""What a task's `evaluate` may give: numbers by name, of any library's scalar types, as plain
+floats.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +14,36 @@ def plain(found: Any) -> dict[str, float]:
     """The metrics as floats; NaN and infinities are values like others.
 
     Args:
-        found: a mapping from names to numbers: Python's, NumPy's, or tensors and arrays of one element.
+        found: a mapping from names to numbers: Python's, NumPy's, or tensors and arrays of one
+            element.
 
     Raises:
         ConfigError: anything else; the name and the type are told, and no value.
     """
     if not isinstance(found, Mapping):
-        raise ConfigError("task.evaluate gave no metrics", type(found).__name__, "a mapping from names to numbers", "return a dict")
+        raise ConfigError(
+            "task.evaluate gave no metrics",
+            type(found).__name__,
+            "a mapping from names to numbers",
+            "return a dict",
+        )
     return {_name(name): _number(name, value) for name, value in found.items()}
 
 
 def _name(name: Any) -> str:
     if not isinstance(name, str) or not name:
-        raise ConfigError("a metric's name", type(name).__name__, "a text that is not empty", "name each metric")
+        raise ConfigError(
+            "a metric's name", type(name).__name__, "a text that is not empty", "name each metric"
+        )
     return name
 
 
 def _number(name: str, value: Any) -> float:
-    what, expected, fix = f"metric {name!r}", "a number, or a tensor or array of one", "return float(...) of it"
+    what, expected, fix = (
+        f"metric {name!r}",
+        "a number, or a tensor or array of one",
+        "return float(...) of it",
+    )
     if value is None or isinstance(value, (str, bytes, complex)):
         raise ConfigError(what, type(value).__name__, expected, fix)
     try:

@@ -25,12 +25,14 @@ class Data:
 
     Attributes:
         train: the records that the guarantee protects, each an example of its own.
-        validation: records treated as PUBLIC: metrics computed on them are reported without noise and without charge, unless a tune
-            space says that they are private.
+        validation: records treated as PUBLIC: metrics computed on them are reported without noise
+            and without charge, unless a tune space says that they are private.
         dataset_id: fingerprint of `train`; the ledger of one dataset refuses another.
-        public: whether `train` holds nobody's secrets (a demonstration set), so that each run may keep a ledger of its own.
-        columns: fingerprints of the single columns that `train` was made from, where there is more to it than `train` itself, so that a
-            table with some of the columns is not taken for another dataset.
+        public: whether `train` holds nobody's secrets (a demonstration set), so that each run may
+            keep a ledger of its own.
+        columns: fingerprints of the single columns that `train` was made from, where there is more
+            to it than `train` itself, so that a table with some of the columns is not taken for
+            another dataset.
     """
 
     train: Records
@@ -41,22 +43,33 @@ class Data:
 
     @cached_property
     def identity(self) -> tuple[str, ...]:
-        """All fingerprints by which the training records, or columns of them, are recognised; every record is hashed for them, once."""
+        """All fingerprints by which the training records, or columns of them, are recognised; every
+        record is hashed for them, once.
+        """
         return (self.dataset_id, *self.columns, *column_fingerprints(self.train))
 
 
-_PARTS = {"train": Records, "validation": Records, "dataset_id": str, "public": bool, "columns": tuple}
+_PARTS = {
+    "train": Records,
+    "validation": Records,
+    "dataset_id": str,
+    "public": bool,
+    "columns": tuple,
+}
 
 
 @runtime_checkable
 class Task(Protocol):
-    """A model and its data. Make it a frozen dataclass of plain values, importable wherever workers run.
+    """A model and its data. Make it a frozen dataclass of plain values, importable wherever workers
+    run.
 
-    Every process of a run calls these methods anew, so each must give the same answer everywhere; nothing is sent between processes.
+    Every process of a run calls these methods anew, so each must give the same answer everywhere;
+    nothing is sent between processes.
 
-    A class may have an attribute `bounded_metrics`, a tuple of the names of those metrics that are means over the records of a value that
-    surely lies in [0, 1], as whether the answer is right does and a loss does not; without it there are none. Only these can be the
-    score of a sweep whose validation records are private.
+    A class may have an attribute `bounded_metrics`, a tuple of the names of those metrics that are
+    means over the records of a value that surely lies in [0, 1], as whether the answer is right
+    does and a loss does not; without it there are none. Only these can be the score of a sweep
+    whose validation records are private.
     """
 
     @property
@@ -65,11 +78,15 @@ class Task(Protocol):
         ...
 
     def load(self) -> Data:
-        """Read and check the whole dataset. Raises DataError before any work for anything that cannot be used."""
+        """Read and check the whole dataset. Raises DataError before any work for anything that
+        cannot be used.
+        """
         ...
 
     def build_model(self, seed: int) -> nn.Module:
-        """The model at step 0, a function of the public seed alone; in eval mode unless dropout is wanted."""
+        """The model at step 0, a function of the public seed alone; in eval mode unless dropout is
+        wanted.
+        """
         ...
 
     def collate(self, records: Records, indices: np.ndarray) -> Mapping[str, Tensor]:
@@ -77,7 +94,9 @@ class Task(Protocol):
         ...
 
     def per_example_loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """Losses (B,), each a function of its own example alone: the unit that the guarantee protects."""
+        """Losses (B,), each a function of its own example alone: the unit that the guarantee
+        protects.
+        """
         ...
 
     def evaluate(self, model: nn.Module, records: Records) -> dict[str, float]:
@@ -98,29 +117,43 @@ def loaded(task: Task) -> Data:
     data = told(task.load, public=False)
     parts = [("task.load returns", data, Data)]
     if isinstance(data, Data):
-        parts = [(f"task.load's {name}", getattr(data, name), kind) for name, kind in _PARTS.items()]
+        parts = [
+            (f"task.load's {name}", getattr(data, name), kind) for name, kind in _PARTS.items()
+        ]
     for what, part, kind in parts:
         if not isinstance(part, kind):
-            fix = "return grape_ray.tasks.task.Data(train, validation, dataset_id), as pipelines/digits_vit.py does"
+            fix = (
+                "return grape_ray.tasks.task.Data(train, validation, dataset_id), as"
+                " pipelines/digits_vit.py does"
+            )
             raise ConfigError(what, type(part).__name__, f"{kind.__module__}.{kind.__name__}", fix)
     return data
 
 
 def label(task: Any) -> str:
-    """What a user would call the records of a task: its name, and the table that it trains on where a field `train` says it."""
+    """What a user would call the records of a task: its name, and the table that it trains on where
+    a field `train` says it.
+    """
     table = getattr(task, "train", None)
     if not isinstance(table, str) or not table:
         return str(task.name)
     return f"{task.name} ({Path(table).absolute() if Path(table).exists() else table})"
 
 
-def classification_metrics(task: Task, model: nn.Module, records: Records, batch_size: int = 64) -> dict[str, float]:
-    """Accuracy and mean cross-entropy of a Hugging Face classifier whose batches carry `labels` (B,)."""
+def classification_metrics(
+    task: Task, model: nn.Module, records: Records, batch_size: int = 64
+) -> dict[str, float]:
+    """Accuracy and mean cross-entropy of a Hugging Face classifier whose batches carry `labels`
+    (B,).
+    """
     correct, loss = 0, 0.0
     device = next(model.parameters()).device
     with evaluating(model), torch.no_grad():
         for start in range(0, len(records), batch_size):
-            batch = to_device(task.collate(records, np.arange(start, min(start + batch_size, len(records)))), device)
+            batch = to_device(
+                task.collate(records, np.arange(start, min(start + batch_size, len(records)))),
+                device,
+            )
             logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits.float()
             correct += int((logits.argmax(-1) == batch["labels"]).sum())
             loss += float(nn.functional.cross_entropy(logits, batch["labels"], reduction="sum"))
@@ -129,7 +162,9 @@ def classification_metrics(task: Task, model: nn.Module, records: Records, batch
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode for the time of a block, then each module in its own mode again: a frozen layer may have had another."""
+    """The model in eval mode for the time of a block, then each module in its own mode again: a
+    frozen layer may have had another.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -152,10 +187,16 @@ def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Te
 
 def loss_of(task: Task, precision: str, device: str) -> Callable[[nn.Module, Any], Tensor]:
     """The task's per-example loss in a precision of `config.Performance`."""
-    return under_autocast(task.per_example_loss, device) if precision == "bf16" else task.per_example_loss
+    return (
+        under_autocast(task.per_example_loss, device)
+        if precision == "bf16"
+        else task.per_example_loss
+    )
 
 
-def under_autocast(loss: Callable[[nn.Module, Any], Tensor], device: str) -> Callable[[nn.Module, Any], Tensor]:
+def under_autocast(
+    loss: Callable[[nn.Module, Any], Tensor], device: str
+) -> Callable[[nn.Module, Any], Tensor]:
     """The loss with products and activations in bfloat16, itself in fp32."""
 
     def under(model: nn.Module, batch: Any) -> Tensor:

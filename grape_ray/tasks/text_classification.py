@@ -1,4 +1,6 @@
-"""A task: fine-tune a Hugging Face sequence classifier on a text column and a label column of Parquet data."""
+"""A task: fine-tune a Hugging Face sequence classifier on a text column and a label column of
+Parquet data.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +36,15 @@ class TextClassification:
     """One row of a table is one example, and so one unit of the guarantee.
 
     Attributes:
-        model: hub name or folder of a pretrained model with a tokenizer; both must be public, that is, not made from the training data.
+        model: hub name or folder of a pretrained model with a tokenizer; both must be public, that
+            is, not made from the training data.
         train, validation: Parquet file, folder, pattern or URL (`hf://datasets/...`, `s3://...`).
         text_column, label_column: names of the columns; labels are integers from 0 to classes - 1.
         classes: number of labels. max_tokens: longer texts are cut.
         dropout: whether the model's dropout is on in training.
         limit: keep the first so many training rows; 0 keeps all.
-        public: whether the training data holds nobody's secrets (a public benchmark), so that each run may have a ledger of its own.
+        public: whether the training data holds nobody's secrets (a public benchmark), so that each
+            run may have a ledger of its own.
     """
 
     model: str
@@ -59,9 +63,19 @@ class TextClassification:
     def __post_init__(self) -> None:
         for field, low in (("classes", 2), ("max_tokens", 1), ("limit", 0)):
             if getattr(self, field) < low:
-                raise ConfigError(f"task.{field}", getattr(self, field), f"an integer >= {low}", "set another value")
+                raise ConfigError(
+                    f"task.{field}",
+                    getattr(self, field),
+                    f"an integer >= {low}",
+                    "set another value",
+                )
         if self.classes > _MOST_CLASSES:
-            raise ConfigError("task.classes", self.classes, f"at most {_MOST_CLASSES}", "count the labels: the head has a row for each")
+            raise ConfigError(
+                "task.classes",
+                self.classes,
+                f"at most {_MOST_CLASSES}",
+                "count the labels: the head has a row for each",
+            )
 
     def load(self) -> Data:
         whole = tables.read_table(self.train, [self.text_column, self.label_column])
@@ -69,13 +83,16 @@ class TextClassification:
         validation = tables.read_table(self.validation, [self.text_column, self.label_column])
         # Both are checked before the slow part, the tokenizer, begins.
         train_labels = tables.labels(table, self.label_column, self.train, self.classes)
-        validation_labels = tables.labels(validation, self.label_column, self.validation, self.classes)
+        validation_labels = tables.labels(
+            validation, self.label_column, self.validation, self.classes
+        )
         train_texts = tables.texts(table, self.text_column, self.train)
         validation_texts = tables.texts(validation, self.text_column, self.validation)
         return Data(
             train=self._records(train_texts, train_labels),
             validation=self._records(validation_texts, validation_labels),
-            dataset_id=tables.fingerprint(whole),  # a part of the table spends from the whole table's budget
+            # a part of the table spends from the whole table's budget
+            dataset_id=tables.fingerprint(whole),
             public=self.public,
             columns=tables.fingerprint_columns(whole),
         )
@@ -85,7 +102,12 @@ class TextClassification:
         tokenizer = _tokenizer(self.model)
         ids: list[list[int]] = []
         for start in range(0, len(found), _TOKENIZE_ROWS):
-            block = tokenizer(found[start : start + _TOKENIZE_ROWS], truncation=True, max_length=self.max_tokens, padding=False)
+            block = tokenizer(
+                found[start : start + _TOKENIZE_ROWS],
+                truncation=True,
+                max_length=self.max_tokens,
+                padding=False,
+            )
             ids.extend(block["input_ids"])
         return Records({"input_ids": Ragged.of(ids), "labels": labels})
 
@@ -99,11 +121,19 @@ class TextClassification:
     @property
     def _fill(self) -> int:
         tokenizer = _tokenizer(self.model)
-        return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+        return (
+            tokenizer.pad_token_id
+            if tokenizer.pad_token_id is not None
+            else (tokenizer.eos_token_id or 0)
+        )
 
     def collate(self, records: Records, indices: np.ndarray) -> Mapping[str, Tensor]:
         ids, mask = records.sequences("input_ids").padded(indices, self._fill)
-        return {"input_ids": ids, "attention_mask": mask, "labels": torch.from_numpy(records.array("labels")[indices])}
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "labels": torch.from_numpy(records.array("labels")[indices]),
+        }
 
     def per_example_loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         with positions_told(model, batch["input_ids"].shape[1]):

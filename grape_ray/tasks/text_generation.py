@@ -1,4 +1,6 @@
-"""A task: fine-tune a causal language model on prompts and answers, or on plain texts, from Parquet data."""
+"""A task: fine-tune a causal language model on prompts and answers, or on plain texts, from Parquet
+data.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,14 @@ from torch import Tensor, nn
 from grape_ray.data import tables
 from grape_ray.data.arrays import Ragged, Records
 from grape_ray.errors import ConfigError, DataError
-from grape_ray.models.hugging_face import check_vocabulary, load_causal_lm, load_tokenizer, positions_told, save_pretrained, tokens_of
+from grape_ray.models.hugging_face import (
+    check_vocabulary,
+    load_causal_lm,
+    load_tokenizer,
+    positions_told,
+    save_pretrained,
+    tokens_of,
+)
 from grape_ray.tasks.task import Data, evaluating, to_device
 
 BYTES = "bytes"
@@ -30,16 +39,22 @@ _EVALUATE_ROWS = 8
 
 @dataclass(frozen=True)
 class TextGeneration:
-    """One row of a table is one example, and so one unit of the guarantee: its tokens are summed into one loss and clipped together.
+    """One row of a table is one example, and so one unit of the guarantee: its tokens are summed
+    into one loss and clipped together.
 
     Attributes:
-        model: hub name or folder of a pretrained decoder; public, like its tokenizer: not made from the training data.
-        tokenizer: hub name or folder; empty is the model's own; `bytes` reads UTF-8 (259 ids), which no data had to be seen for.
+        model: hub name or folder of a pretrained decoder; public, like its tokenizer: not made from
+            the training data.
+        tokenizer: hub name or folder; empty is the model's own; `bytes` reads UTF-8 (259 ids),
+            which no data had to be seen for.
         train, validation: Parquet file, folder, pattern or URL (`hf://datasets/...`, `s3://...`).
-        prompt_column: read but not learned; empty where texts are learned whole. text_column: what is learned.
-        max_tokens: longer examples are cut at the end, and lose no more than that: a prompt too long leaves no text and is refused.
+        prompt_column: read but not learned; empty where texts are learned whole. text_column: what
+            is learned.
+        max_tokens: longer examples are cut at the end, and lose no more than that: a prompt too
+            long leaves no text and is refused.
         limit, validation_limit: keep the first so many rows; 0 keeps all.
-        public: whether the training data holds nobody's secrets (a public benchmark), so that each run may have a ledger of its own.
+        public: whether the training data holds nobody's secrets (a public benchmark), so that each
+            run may have a ledger of its own.
     """
 
     model: str
@@ -57,14 +72,20 @@ class TextGeneration:
     def __post_init__(self) -> None:
         for field, low in (("max_tokens", 2), ("limit", 0), ("validation_limit", 0)):
             if getattr(self, field) < low:
-                raise ConfigError(f"task.{field}", getattr(self, field), f"an integer >= {low}", "set another value")
+                raise ConfigError(
+                    f"task.{field}",
+                    getattr(self, field),
+                    f"an integer >= {low}",
+                    "set another value",
+                )
 
     def load(self) -> Data:
         train, validation = self._table(self.train), self._table(self.validation)
         return Data(
             train=self._records(_first(train, self.limit), self.train),
             validation=self._records(_first(validation, self.validation_limit), self.validation),
-            dataset_id=tables.fingerprint(train),  # a part of the table spends from the whole table's budget
+            # a part of the table spends from the whole table's budget
+            dataset_id=tables.fingerprint(train),
             public=self.public,
             columns=tables.fingerprint_columns(train),
         )
@@ -76,7 +97,9 @@ class TextGeneration:
     def collate(self, records: Records, indices: np.ndarray) -> Mapping[str, Tensor]:
         ids, mask = records.sequences("input_ids").padded(indices, _PAD)
         position = torch.arange(ids.shape[1])
-        learned = mask.bool() & (position >= torch.from_numpy(records.array("starts")[indices])[:, None])
+        learned = mask.bool() & (
+            position >= torch.from_numpy(records.array("starts")[indices])[:, None]
+        )
         return {"input_ids": ids, "learned": learned}
 
     def per_example_loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -90,7 +113,10 @@ class TextGeneration:
         with evaluating(model), torch.no_grad():
             order = records.by_length(np.arange(len(records)))
             for start in range(0, len(order), _EVALUATE_ROWS):
-                losses, learned = _token_losses(model, to_device(self.collate(records, order[start : start + _EVALUATE_ROWS]), device))
+                losses, learned = _token_losses(
+                    model,
+                    to_device(self.collate(records, order[start : start + _EVALUATE_ROWS]), device),
+                )
                 total, count = total + float(losses.double().sum()), count + int(learned.sum())
         loss = total / max(count, 1)
         return {"loss": loss, "perplexity": math.exp(min(loss, 50.0))}
@@ -102,7 +128,11 @@ class TextGeneration:
 
     def _read_by(self) -> Any:
         """The tokenizer; not of bytes."""
-        return _tokenizer(self.tokenizer, "task.tokenizer") if self.tokenizer else _tokenizer(self.model, "task.model")
+        return (
+            _tokenizer(self.tokenizer, "task.tokenizer")
+            if self.tokenizer
+            else _tokenizer(self.model, "task.model")
+        )
 
     def _table(self, url: str) -> pa.Table:
         return tables.read_table(url, [c for c in (self.prompt_column, self.text_column) if c])
@@ -110,24 +140,39 @@ class TextGeneration:
     def _records(self, table: pa.Table, url: str) -> Records:
         """Token ids, and for each example where its learned part begins."""
         texts = self._ids(tables.texts(table, self.text_column, url), end=True)
-        prompts = self._ids(tables.texts(table, self.prompt_column, url), end=False) if self.prompt_column else [[]] * len(texts)
+        prompts = (
+            self._ids(tables.texts(table, self.prompt_column, url), end=False)
+            if self.prompt_column
+            else [[]] * len(texts)
+        )
         begin = [_BEGIN] if self.tokenizer == BYTES else _begin(self._read_by())
         whole, starts = [], []
         for row, (prompt, text) in enumerate(zip(prompts, texts)):
             start = len(begin) + len(prompt)
             if start >= self.max_tokens:
                 fix = "raise task.max_tokens, or drop the row"
-                raise DataError(f"row {row} of {url}", f"a prompt of {start} tokens", f"fewer than max_tokens = {self.max_tokens}", fix)
+                raise DataError(
+                    f"row {row} of {url}",
+                    f"a prompt of {start} tokens",
+                    f"fewer than max_tokens = {self.max_tokens}",
+                    fix,
+                )
             whole.append([*begin, *prompt, *text][: self.max_tokens])
             starts.append(start)
-        return Records({"input_ids": Ragged.of(whole), "starts": np.asarray(starts, dtype=np.int64)})
+        return Records(
+            {"input_ids": Ragged.of(whole), "starts": np.asarray(starts, dtype=np.int64)}
+        )
 
     def _ids(self, texts: list[str], end: bool) -> list[list[int]]:
         """Token ids without special tokens, but for the last one if `end`."""
         if self.tokenizer == BYTES:
-            return [[b + _FIRST_BYTE for b in text.encode()] + ([_END] if end else []) for text in texts]
+            return [
+                [b + _FIRST_BYTE for b in text.encode()] + ([_END] if end else []) for text in texts
+            ]
         tokenizer = self._read_by()
-        found = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=self.max_tokens)["input_ids"]
+        found = tokenizer(
+            texts, add_special_tokens=False, truncation=True, max_length=self.max_tokens
+        )["input_ids"]
         last = [tokenizer.eos_token_id] if end and tokenizer.eos_token_id is not None else []
         return [[*ids, *last] for ids in found]
 
@@ -139,13 +184,16 @@ def _first(table: pa.Table, limit: int) -> pa.Table:
 def _token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Cross-entropy (B, T) of each next token, zero where it is not learned, and which are learned.
 
-    Examples are padded at their end and attention is causal, so no real token sees padding and no mask is needed.
+    Examples are padded at their end and attention is causal, so no real token sees padding and no
+    mask is needed.
     """
     targets = batch["input_ids"].masked_fill(~batch["learned"], _IGNORE)
     targets = F.pad(targets[:, 1:], (0, 1), value=_IGNORE)
     with positions_told(model, batch["input_ids"].shape[1]):
         logits = model(input_ids=batch["input_ids"], use_cache=False).logits.float()
-    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=_IGNORE, reduction="none")
+    losses = F.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=_IGNORE, reduction="none"
+    )
     return losses.view(targets.shape), targets != _IGNORE
 
 

@@ -1,4 +1,6 @@
-"""What a run is about to do, said before it does it: its data, its mechanism, what it costs of which budget, where everything will lie."""
+"""What a run is about to do, said before it does it: its data, its mechanism, what it costs of
+which budget, where everything will lie.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,20 @@ from grape_ray.training.plan import Plan
 def brief(plan: Plan) -> dict[str, Any]:
     """The plan in plain values, JSON-ready; what is not known or does not apply is None.
 
-    `signal_to_noise` is the largest that a step can have: a sum of expected_batch_size contributions of length C, all of one direction,
-    over the length of its noise, expected_batch_size / (noise multiplier * sqrt(coordinates)).
+    `signal_to_noise` is the largest that a step can have: a sum of expected_batch_size
+    contributions of length C, all of one direction, over the length of its noise,
+    expected_batch_size / (noise multiplier * sqrt(coordinates)).
     """
     config, performance, seen = plan.config, plan.config.performance, plan.rehearsal
     noise = plan.noise_multiplier if plan.private else None
-    book = Ledger.open(plan.ledger_storage(), plan.dataset_id, create=False) if plan.ledger else None
-    signal = config.privacy.expected_batch_size / (noise * math.sqrt(seen.report.coordinates)) if noise and seen else None
+    book = (
+        Ledger.open(plan.ledger_storage(), plan.dataset_id, create=False) if plan.ledger else None
+    )
+    signal = (
+        config.privacy.expected_batch_size / (noise * math.sqrt(seen.report.coordinates))
+        if noise and seen
+        else None
+    )
     return {
         "run": plan.run,
         "method": config.method.name,
@@ -47,7 +56,9 @@ def brief(plan: Plan) -> dict[str, Any]:
 
 
 def _budget(plan: Plan, book: Ledger) -> dict[str, float]:
-    """Epsilon of the dataset's ledger: whole, and what is left of it before and after this run's study has its share."""
+    """Epsilon of the dataset's ledger: whole, and what is left of it before and after this run's
+    study has its share.
+    """
     state = book.state
     mine = state.studies[plan.study].study.epsilon if plan.study in state.studies else 0.0
     left = state.left("epsilon")
@@ -55,39 +66,64 @@ def _budget(plan: Plan, book: Ledger) -> dict[str, float]:
 
 
 def _resumed(plan: Plan, book: Ledger) -> dict[str, int] | None:
-    """Of a run that was begun before: the step it goes on from, what was charged, and what is charged again; None for a new one."""
+    """Of a run that was begun before: the step it goes on from, what was charged, and what is
+    charged again; None for a new one.
+    """
     charged = sum(t.used for t in book.attempts(plan.study, plan.run))
     if not charged:
         return None
     try:
-        step = max((checkpoint.step_of(name) for name in checkpoint.names(plan.folder())), default=0)
+        step = max(
+            (checkpoint.step_of(name) for name in checkpoint.names(plan.folder())), default=0
+        )
     except GrapeRayError:
         step = 0
-    return {"step": step, "charged": charged, "again": max(0, charged - step), "left": plan.tokens - charged}
+    return {
+        "step": step,
+        "charged": charged,
+        "again": max(0, charged - step),
+        "left": plan.tokens - charged,
+    }
 
 
 def lines(facts: dict[str, Any]) -> list[str]:
     """The same for a person."""
     where = f"{facts['workers']} workers" if facts["workers"] else "this process"
-    said = [f"run {facts['run']} of {facts['method']} in {facts['folder']}, {where} on {facts['device']}"]
-    said.append(f"{facts['records']} records, the unit is one record; sampling_prob {facts['sampling_prob']:.4g} "
-                f"(batches of {facts['expected_batch_size']} on average), {facts['steps']} steps")  # fmt: skip
+    said = [
+        f"run {facts['run']} of {facts['method']} in {facts['folder']}, {where} on"
+        f" {facts['device']}"
+    ]
+    said.append(
+        f"{facts['records']} records, the unit is one record; sampling_prob"
+        f" {facts['sampling_prob']:.4g} (batches of {facts['expected_batch_size']} on average),"
+        f" {facts['steps']} steps"
+    )
     if facts["epsilon"] is None:
         said.append("no privacy guarantee")
     else:
-        signal = "" if facts["signal_to_noise"] is None else f", signal to noise of a step at most {facts['signal_to_noise']:.3g}"
-        said.append(f"epsilon {facts['epsilon']:g} at delta {facts['delta']:g} ({facts['delta_times_records']:.2g} over the records), "
-                    f"noise multiplier {facts['noise_multiplier']:.4g}{signal}")  # fmt: skip
+        shown = facts["signal_to_noise"]
+        signal = "" if shown is None else f", signal to noise of a step at most {shown:.3g}"
+        said.append(
+            f"epsilon {facts['epsilon']:g} at delta {facts['delta']:g}"
+            f" ({facts['delta_times_records']:.2g} over the records), noise multiplier"
+            f" {facts['noise_multiplier']:.4g}{signal}"
+        )
     if facts["budget"]:
         budget = facts["budget"]
-        said.append(f"ledger {facts['ledger']}: epsilon {budget['epsilon']:g}, {budget['left_before']:.4g} free before this run "
-                    f"and {budget['left_after']:.4g} after it")  # fmt: skip
+        said.append(
+            f"ledger {facts['ledger']}: epsilon {budget['epsilon']:g}, {budget['left_before']:.4g}"
+            f" free before this run and {budget['left_after']:.4g} after it"
+        )
     if facts["resumes"]:
         known = facts["resumes"]
-        said.append(f"goes on from step {known['step']}: {known['again']} steps that were paid for are taken and paid for again; "
-                    f"{known['charged']} steps are charged so far and {known['left']} more can be")  # fmt: skip
+        said.append(
+            f"goes on from step {known['step']}: {known['again']} steps that were paid for are"
+            f" taken and paid for again; {known['charged']} steps are charged so far and"
+            f" {known['left']} more can be"
+        )
     if facts["dry_run_seconds"] is not None:
-        size = facts["checkpoint_bytes"] / 2**20
-        said.append(f"dry run passed in {facts['dry_run_seconds']:.1f} s; {facts['coordinates']:,} numbers are noised a step, "
-                    f"a checkpoint is {size:.1f} MiB")  # fmt: skip
+        said.append(
+            f"dry run passed in {facts['dry_run_seconds']:.1f} s; {facts['coordinates']:,} numbers"
+            f" are noised a step, a checkpoint is {facts['checkpoint_bytes'] / 2**20:.1f} MiB"
+        )
     return said

@@ -1,4 +1,6 @@
-"""What a config makes of a model: public keys, the engine that they and the config name, and the model of a run's checkpoint."""
+"""What a config makes of a model: public keys, the engine that they and the config name, and the
+model of a run's checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ _PUBLIC = bytes(32)  # the root of every key that is no secret
 
 
 def public_key(config: Config, stream: str) -> bytes:
-    """The key of a public stream (`projection`, `rounding`, the yardstick's `sampling` and `dropout`), a function of the public seed."""
+    """The key of a public stream (`projection`, `rounding`, the yardstick's `sampling` and
+    `dropout`), a function of the public seed.
+    """
     return keys.derive(_PUBLIC, "public", config.seed, stream)
 
 
@@ -31,7 +35,9 @@ def newest_checkpoint(folder: Storage) -> Checkpoint:
     """A run's newest whole checkpoint. Raises CheckpointError where there is none."""
     found = checkpoint.latest(folder)
     if found is None:
-        raise CheckpointError("the run has no checkpoint", folder.url, "a committed checkpoint", "train it first")
+        raise CheckpointError(
+            "the run has no checkpoint", folder.url, "a committed checkpoint", "train it first"
+        )
     return found
 
 

@@ -1,8 +1,10 @@
-"""Everything that a run will do, done once and thrown away before anything is paid for: so that nothing can fail late.
+"""Everything that a run will do, done once and thrown away before anything is paid for: so that
+nothing can fail late.
 
-The description is written and read back, a clipped sum is taken over the shortest and the longest records of all, validation records are
-evaluated, a checkpoint goes to the run's own storage and comes back, and the model is exported. No noise is drawn, and the model in that
-checkpoint has seen no record: whatever interrupts a dry run, nothing unpaid for is left behind.
+The description is written and read back, a clipped sum is taken over the shortest and the longest
+records of all, validation records are evaluated, a checkpoint goes to the run's own storage and
+comes back, and the model is exported. No noise is drawn, and the model in that checkpoint has seen
+no record: whatever interrupts a dry run, nothing unpaid for is left behind.
 """
 
 from __future__ import annotations
@@ -28,7 +30,14 @@ from grape_ray.config.schema import Config
 from grape_ray.data.arrays import Records
 from grape_ray.distributed.comms import Comms
 from grape_ray.engines.capture.model_state import awake
-from grape_ray.errors import CheckpointError, ConfigError, GrapeRayError, StorageError, TaskFailed, nearest
+from grape_ray.errors import (
+    CheckpointError,
+    ConfigError,
+    GrapeRayError,
+    StorageError,
+    TaskFailed,
+    nearest,
+)
 from grape_ray.optim import Optimizer, make_optimizer
 from grape_ray.privacy.noise import grid_and_std, nonprivate_mean
 from grape_ray.privacy.redaction import told
@@ -47,7 +56,8 @@ class DryRun:
     """What a dry run has seen.
 
     Attributes:
-        seconds: it took. report: the preflight's. checkpoint_bytes: of a full checkpoint. metrics: their names.
+        seconds: it took. report: the preflight's. checkpoint_bytes: of a full checkpoint. metrics:
+            their names.
     """
 
     seconds: float
@@ -56,7 +66,14 @@ class DryRun:
     metrics: tuple[str, ...]
 
 
-def dry_run(config: Config, data: Data, place: Storage, noise_multiplier: float, public: bool, metric: str | None = None) -> DryRun:
+def dry_run(
+    config: Config,
+    data: Data,
+    place: Storage,
+    noise_multiplier: float,
+    public: bool,
+    metric: str | None = None,
+) -> DryRun:
     """Does once what a run will do; nothing is kept, and nothing is left in `place`.
 
     Args:
@@ -70,17 +87,37 @@ def dry_run(config: Config, data: Data, place: Storage, noise_multiplier: float,
     began, task = time.monotonic(), config.task
     check_description(config)
     stage = partial(_stage, public)
-    fix = "a text that is longer than the model's positions needs a smaller task.max_tokens; otherwise correct the task"
-    model, batch, report = stage("a step on the shortest and the longest training records", partial(try_out, config, data), fix)
+    fix = (
+        "a text that is longer than the model's positions needs a smaller task.max_tokens;"
+        " otherwise correct the task"
+    )
+    model, batch, report = stage(
+        "a step on the shortest and the longest training records",
+        partial(try_out, config, data),
+        fix,
+    )
     engine = build_engine(config, model)
-    optimizer = make_optimizer(model, engine, config.method, config.privacy.steps, public_key(config, "rounding"))
+    optimizer = make_optimizer(
+        model, engine, config.method, config.privacy.steps, public_key(config, "rounding")
+    )
     if not config.performance.sharded:
-        stage("a private step", partial(_step, config, batch, model, engine, optimizer, noise_multiplier), fix)
+        stage(
+            "a private step",
+            partial(_step, config, batch, model, engine, optimizer, noise_multiplier),
+            fix,
+        )
     names = stage(
-        "the evaluation of validation records", partial(_evaluate, task, model, data.validation), "correct task.evaluate, or the records"
+        "the evaluation of validation records",
+        partial(_evaluate, task, model, data.validation),
+        "correct task.evaluate, or the records",
     )
     if metric is not None and metric not in names:
-        raise ConfigError("task.evaluate gives no such metric", metric, "one of " + ", ".join(names), nearest(metric, names))
+        raise ConfigError(
+            "task.evaluate gives no such metric",
+            metric,
+            "one of " + ", ".join(names),
+            nearest(metric, names),
+        )
     with place.first_contact().scratch() as folder:
         size = _save_and_load(config, folder, model, optimizer)
     _check_room(place, size, config.performance.keep_checkpoints + 1)
@@ -89,37 +126,64 @@ def dry_run(config: Config, data: Data, place: Storage, noise_multiplier: float,
 
 
 def _stage(public: bool, what: str, call: Callable[[], _Result], fix: str) -> _Result:
-    """The result of `call`, which runs code of the task; what it raises becomes a TaskFailed that says where the dry run was."""
+    """The result of `call`, which runs code of the task; what it raises becomes a TaskFailed that
+    says where the dry run was.
+    """
     try:
         return told(call, public)
     except TaskFailed as error:
-        raise TaskFailed(f"dry run, {what}: {error.what}", error.got, "no error", f"{fix} ({error.fix})") from None
+        raise TaskFailed(
+            f"dry run, {what}: {error.what}", error.got, "no error", f"{fix} ({error.fix})"
+        ) from None
     except GrapeRayError:
         raise
     except Exception as error:
-        raise TaskFailed(f"dry run, {what}", f"{type(error).__name__}: {error}", "no error", fix) from error
+        raise TaskFailed(
+            f"dry run, {what}", f"{type(error).__name__}: {error}", "no error", fix
+        ) from error
 
 
 def try_out(config: Config, data: Data) -> tuple[nn.Module, Any, Report]:
-    """The preflight on the extremes of all records, in the mode that trains; the model it built, the batch, and what it found."""
+    """The preflight on the extremes of all records, in the mode that trains; the model it built,
+    the batch, and what it found.
+    """
     model, batch, alone = _extremes(config, data)
     key, loss = public_key(config, "projection"), config.task.per_example_loss
-    return model, batch, preflight(model, loss, batch, config.privacy, config.method, key, len(alone), alone)
+    return (
+        model,
+        batch,
+        preflight(model, loss, batch, config.privacy, config.method, key, len(alone), alone),
+    )
 
 
 def _extremes(config: Config, data: Data) -> tuple[nn.Module, Any, list[Any]]:
-    """The task's model, a batch of the shortest, the longest and a random one of all records, and each of these as a batch of its own."""
+    """The task's model, a batch of the shortest, the longest and a random one of all records, and
+    each of these as a batch of its own.
+    """
     task: Task = config.task
     model = task.build_model(config.seed)
     order = data.train.by_length(np.arange(len(data.train)))
     picked = np.unique([order[0], order[-1], np.random.default_rng().choice(order)])
-    return model, task.collate(data.train, picked), [task.collate(data.train, picked[i : i + 1]) for i in range(len(picked))]
+    return (
+        model,
+        task.collate(data.train, picked),
+        [task.collate(data.train, picked[i : i + 1]) for i in range(len(picked))],
+    )
 
 
-def _step(config: Config, batch: Any, model: nn.Module, engine: Any, optimizer: Optimizer, noise_multiplier: float) -> None:
-    """A clipped sum over the preflight's batch, in the run's own precision, and an update by no gradient at all.
+def _step(
+    config: Config,
+    batch: Any,
+    model: nn.Module,
+    engine: Any,
+    optimizer: Optimizer,
+    noise_multiplier: float,
+) -> None:
+    """A clipped sum over the preflight's batch, in the run's own precision, and an update by no
+    gradient at all.
 
-    The sum is dropped: what moves the model here goes to the run's storage, unpaid for, so no record and no noise may have a part in it.
+    The sum is dropped: what moves the model here goes to the run's storage, unpaid for, so no
+    record and no noise may have a part in it.
     """
     with awake(model):
         engine.clipped_sum(loss_of(config.task, config.performance.precision, "cpu"), batch)
@@ -129,9 +193,15 @@ def _step(config: Config, batch: Any, model: nn.Module, engine: Any, optimizer: 
 
 
 def _evaluate(task: Task, model: nn.Module, records: Records) -> list[str]:
-    """Names of the metrics of a few records, the shortest and the longest among them; of all, where a few have none."""
+    """Names of the metrics of a few records, the shortest and the longest among them; of all, where
+    a few have none.
+    """
     order = records.by_length(np.arange(len(records)))
-    spread = np.linspace(0, len(order) - 1, min(_VALIDATION_RECORDS, len(order))).round().astype(np.int64)
+    spread = (
+        np.linspace(0, len(order) - 1, min(_VALIDATION_RECORDS, len(order)))
+        .round()
+        .astype(np.int64)
+    )
     try:
         return list(plain(task.evaluate(model, records.take(np.unique(order[spread])))))
     except Exception:
@@ -146,14 +216,21 @@ def _save_and_load(config: Config, folder: Storage, model: nn.Module, optimizer:
     state = {**model.state_dict(), **{name: p for name, p in model.named_parameters()}}
     changed = [name for name, tensor in found.model.items() if not _same(tensor, state[name])]
     if changed:
-        raise CheckpointError("a checkpoint of this model does not come back as it was", min(changed), "the same bits", "see its type")
+        raise CheckpointError(
+            "a checkpoint of this model does not come back as it was",
+            min(changed),
+            "the same bits",
+            "see its type",
+        )
     checkpoint.restore(model, found, optimizer.subspace)
     optimizer.load_state_dict(found.optimizer)
     return sum(checkpoint.read_manifest(folder, saver.newest).files.values())
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    mine, theirs = (tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b))
+    mine, theirs = (
+        tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b)
+    )
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(mine, theirs)
 
 
@@ -166,8 +243,16 @@ def _check_room(place: Storage, size: int, count: int) -> None:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < size * count:
-        got, expected = f"{free / 2**20:.0f} MiB free", f"{size * count / 2**20:.0f} MiB, for {count} checkpoints"
-        raise StorageError(f"{place.url} has no room for a run", got, expected, "free space, or choose another --storage")
+        got, expected = (
+            f"{free / 2**20:.0f} MiB free",
+            f"{size * count / 2**20:.0f} MiB, for {count} checkpoints",
+        )
+        raise StorageError(
+            f"{place.url} has no room for a run",
+            got,
+            expected,
+            "free space, or choose another --storage",
+        )
 
 
 def _export(task: Task, model: nn.Module) -> None:
@@ -176,4 +261,9 @@ def _export(task: Task, model: nn.Module) -> None:
         target = Path(scratch, "model")
         task.save(model, target)
         if not target.is_dir() or not os.listdir(target):
-            raise ConfigError("task.save wrote nothing", None, "a folder with the model's files", "write to the folder that it is given")
+            raise ConfigError(
+                "task.save wrote nothing",
+                None,
+                "a folder with the model's files",
+                "write to the folder that it is given",
+            )

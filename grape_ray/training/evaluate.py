@@ -1,4 +1,6 @@
-"""The newest checkpoint of a run, evaluated again: what was trained privately may be looked at as often as one likes."""
+"""The newest checkpoint of a run, evaluated again: what was trained privately may be looked at as
+often as one likes.
+"""
 
 from __future__ import annotations
 
@@ -20,20 +22,28 @@ from grape_ray.training.private_scores import rebuilt
 
 
 def evaluate(run: str, trust: Iterable[str] = ()) -> dict[str, Any]:
-    """The run's step and metrics; where the run has ended at that step, its result is brought up to date.
+    """The run's step and metrics; where the run has ended at that step, its result is brought up to
+    date.
 
     Args:
-        run: path or URL of the run's folder. trust: modules that its description may have imported, beside this project's own.
+        run: path or URL of the run's folder. trust: modules that its description may have imported,
+            beside this project's own.
 
     Raises:
-        CheckpointError: no run or no whole checkpoint there. ConfigError: its module is not trusted, or its validation records are private:
-            each look at them is paid for, in training. TaskFailed: the evaluation failed again.
+        CheckpointError: no run or no whole checkpoint there. ConfigError: its module is not
+            trusted, or its validation records are private: each look at them is paid for, in
+            training. TaskFailed: the evaluation failed again.
     """
     place = Storage(run)
     known = read_run(place)
     if rebuilt(known.get("validation")) is not None:
         fix = "train on, or begin a run whose validation records are public"
-        raise ConfigError("the run's validation records are private", run, "public ones: a score without noise would give them away", fix)
+        raise ConfigError(
+            "the run's validation records are private",
+            run,
+            "public ones: a score without noise would give them away",
+            fix,
+        )
     config = rebuild_config(known, trust)
     newest, data = newest_checkpoint(place), loaded(config.task)
     model = told(partial(trained_model, config, newest), data.public)
@@ -48,4 +58,9 @@ def _update(place: Storage, step: int, metrics: dict[str, float]) -> None:
         return
     result = json.loads(place.read(RESULT_FILE))
     if result["steps"] == step:
-        place.write(RESULT_FILE, json.dumps({**result, "metrics": metrics, "metrics_step": step}, indent=1, sort_keys=True).encode())
+        place.write(
+            RESULT_FILE,
+            json.dumps(
+                {**result, "metrics": metrics, "metrics_step": step}, indent=1, sort_keys=True
+            ).encode(),
+        )

@@ -22,21 +22,31 @@ PRIVACY_FILE = "privacy.json"
 
 
 def export(run: str, folder: str | os.PathLike[str], trust: Iterable[str] = ()) -> int:
-    """Writes the model of a run's newest whole checkpoint for `AutoModel....from_pretrained`; returns the checkpoint's step.
+    """Writes the model of a run's newest whole checkpoint for `AutoModel....from_pretrained`;
+    returns the checkpoint's step.
 
-    A file `privacy.json` in the folder says what is promised to the training records, or that nothing is.
+    A file `privacy.json` in the folder says what is promised to the training records, or that
+    nothing is.
 
     Args:
-        run: path or URL of the run's folder. folder: local folder to make; it appears whole or not at all.
-        trust: modules that the run's description may have imported, beside this project's own: a run is a folder that anyone may have made.
+        run: path or URL of the run's folder. folder: local folder to make; it appears whole or not
+            at all.
+        trust: modules that the run's description may have imported, beside this project's own: a
+            run is a folder that anyone may have made.
 
     Raises:
-        CheckpointError: no run or no whole checkpoint there. ConfigError: its task's module is not trusted.
+        CheckpointError: no run or no whole checkpoint there. ConfigError: its task's module is not
+            trusted.
         StorageError: `folder` is taken or cannot be made.
     """
     place, target = Storage(run), Path(folder).expanduser().absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise StorageError("the folder to export to is taken", str(target), "a new or an empty folder", "choose another")
+        raise StorageError(
+            "the folder to export to is taken",
+            str(target),
+            "a new or an empty folder",
+            "choose another",
+        )
     known = read_run(place)
     config = rebuild_config(known, trust)
     newest = newest_checkpoint(place)
@@ -45,12 +55,16 @@ def export(run: str, folder: str | os.PathLike[str], trust: Iterable[str] = ()) 
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as scratch:
             config.task.save(model, Path(scratch, "model"))
-            Path(scratch, "model", PRIVACY_FILE).write_text(json.dumps(_promise(config, known["study"], newest.step), indent=1) + "\n")
+            Path(scratch, "model", PRIVACY_FILE).write_text(
+                json.dumps(_promise(config, known["study"], newest.step), indent=1) + "\n"
+            )
             if target.exists():
                 target.rmdir()
             shutil.move(Path(scratch, "model"), target)
     except OSError as error:
-        raise StorageError("the export cannot be written", str(target), "a folder that you may make", str(error)) from error
+        raise StorageError(
+            "the export cannot be written", str(target), "a folder that you may make", str(error)
+        ) from error
     return newest.step
 
 
@@ -58,8 +72,21 @@ def _promise(config: Config, study: str, step: int) -> dict[str, Any]:
     """What may be said of the exported model's privacy."""
     facts = {"method": config.method.name, "steps": step}
     if not METHODS[config.method.name].private:
-        statement = "NOT PRIVATE: trained without any guarantee; whoever has this model may learn what is in its training records"
+        statement = (
+            "NOT PRIVATE: trained without any guarantee; whoever has this model may learn what is"
+            " in its training records"
+        )
         return {"private": False, "statement": statement, **facts}
     privacy = config.privacy  # a trial's holds what its whole sweep promises
-    statement = "(epsilon, delta)-differentially private with respect to adding or removing one training record"
-    return {"private": True, "statement": statement, "epsilon": privacy.epsilon, "delta": privacy.delta, "study": study, **facts}
+    statement = (
+        "(epsilon, delta)-differentially private with respect to adding or removing one training"
+        " record"
+    )
+    return {
+        "private": True,
+        "statement": statement,
+        "epsilon": privacy.epsilon,
+        "delta": privacy.delta,
+        "study": study,
+        **facts,
+    }

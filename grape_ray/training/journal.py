@@ -1,4 +1,6 @@
-"""What a run says of itself while it runs: a journal of events and the newest progress, in small files of its folder."""
+"""What a run says of itself while it runs: a journal of events and the newest progress, in small
+files of its folder.
+"""
 
 from __future__ import annotations
 
@@ -23,19 +25,30 @@ _PART_BYTES = 64 << 10
 
 
 class Journal:
-    """Events and progress of one rank in one attempt, written by a thread of its own: no step waits for it, and none fails by it.
+    """Events and progress of one rank in one attempt, written by a thread of its own: no step waits
+    for it, and none fails by it.
 
-    An event is one JSON object a line of `logs/attempt-0001-rank-0-part-000.jsonl` and further parts: object stores cannot append, so
-    the newest part is written anew, at most once a second. Only what the ledger, the checkpoints and public metrics say may be
-    noted: no loss, no norm, no realised batch size.
+    An event is one JSON object a line of `logs/attempt-0001-rank-0-part-000.jsonl` and further
+    parts: object stores cannot append, so the newest part is written anew, at most once a second.
+    Only what the ledger, the checkpoints and public metrics say may be noted: no loss, no norm, no
+    realised batch size.
 
     Args:
         every_s: between two writings.
     """
 
     def __init__(self, folder: Storage, attempt: int, rank: int, every_s: float = _WRITE_EVERY_S):
-        self._folder, self._name, self._every_s = folder, f"{FOLDER}/attempt-{attempt:04d}-rank-{rank}", every_s
-        self._always = {"attempt": attempt, "rank": rank, "host": socket.gethostname(), "pid": os.getpid()}
+        self._folder, self._name, self._every_s = (
+            folder,
+            f"{FOLDER}/attempt-{attempt:04d}-rank-{rank}",
+            every_s,
+        )
+        self._always = {
+            "attempt": attempt,
+            "rank": rank,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+        }
         self._lines: list[str] = []
         self._progress = b""
         self._part, self._written, self._shown = 0, 0, b""
@@ -47,7 +60,9 @@ class Journal:
         """Notes an event with JSON values."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         with self._lock:
-            self._lines.append(json.dumps({"time": now, "event": event, **self._always, **facts}) + "\n")
+            self._lines.append(
+                json.dumps({"time": now, "event": event, **self._always, **facts}) + "\n"
+            )
 
     def progress(self, progress: Progress, epsilon: float | None) -> None:
         """Shows the newest progress to who watches from elsewhere."""

@@ -17,12 +17,14 @@ from grape_ray.privacy.redaction import withheld
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands. Metrics are as the hooks release them, and of the rest the speed alone follows the private data.
+    """Where a run stands. Metrics are as the hooks release them, and of the rest the speed alone
+    follows the private data.
 
     Attributes:
         step: steps that the model has taken, over all attempts; total: steps planned.
         executed: steps that this attempt has executed.
-        steps_per_s: mean speed since this attempt's first step; larger batches take longer, and timing is not hidden (docs/privacy.md).
+        steps_per_s: mean speed since this attempt's first step; larger batches take longer, and
+            timing is not hidden (docs/privacy.md).
         metrics: the newest validation metrics, and the step they belong to.
         diverged: metrics that were not finite at this evaluation and at the one before.
     """
@@ -37,7 +39,9 @@ class Progress:
 
 
 class Notice(enum.IntEnum):
-    """What is asked of a run: nothing, a checkpoint because time has passed, one at once (a machine will go), or one and an end."""
+    """What is asked of a run: nothing, a checkpoint because time has passed, one at once (a machine
+    will go), or one and an end.
+    """
 
     NONE = 0
     DUE = 1
@@ -50,8 +54,8 @@ class Outcome:
     """How a loop ended.
 
     Attributes:
-        progress: the last. exhausted: whether the budget ended it early; stopped: whether `go_on` did, or metrics that are not finite;
-            interrupted: whether a notice did.
+        progress: the last. exhausted: whether the budget ended it early; stopped: whether `go_on`
+            did, or metrics that are not finite; interrupted: whether a notice did.
         paid_until: steps below it are paid for; those from `progress.step` on never started.
     """
 
@@ -66,16 +70,22 @@ class Hooks(Protocol):
     """What a loop needs of the world around it."""
 
     def reserve(self, step: int, count: int) -> int:
-        """Pays for up to `count` steps from `step` on; returns how many are paid for, 0 at the budget's end. Rank 0 alone calls it."""
+        """Pays for up to `count` steps from `step` on; returns how many are paid for, 0 at the
+        budget's end. Rank 0 alone calls it.
+        """
         ...
 
     @property
     def evaluates_together(self) -> bool:
-        """Whether every rank must evaluate, as a model whose weights are spread over them needs; otherwise rank 0 does it alone."""
+        """Whether every rank must evaluate, as a model whose weights are spread over them needs;
+        otherwise rank 0 does it alone.
+        """
         ...
 
     def evaluate(self) -> dict[str, float] | None:
-        """Validation metrics of the model as it is; None where they could not be had, which ends no run: the hooks keep the reason."""
+        """Validation metrics of the model as it is; None where they could not be had, which ends no
+        run: the hooks keep the reason.
+        """
         ...
 
     def score(self, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -83,11 +93,15 @@ class Hooks(Protocol):
         ...
 
     def checkpoint(self, progress: Progress, occasion: Occasion) -> bool:
-        """Makes the state durable, in the background if it is merely due; whether it does. Every rank calls it, at the same steps."""
+        """Makes the state durable, in the background if it is merely due; whether it does. Every
+        rank calls it, at the same steps.
+        """
         ...
 
     def settle(self) -> None:
-        """Waits until what `checkpoint` began is durable, where `go_on` needs it to be. Every rank calls it."""
+        """Waits until what `checkpoint` began is durable, where `go_on` needs it to be. Every rank
+        calls it.
+        """
         ...
 
     def notice(self, progress: Progress) -> Notice:
@@ -95,7 +109,9 @@ class Hooks(Protocol):
         ...
 
     def go_on(self, progress: Progress) -> bool:
-        """Asked on rank 0 after each evaluation that succeeded but the last, once all is durable: whether more steps are wanted."""
+        """Asked on rank 0 after each evaluation that succeeded but the last, once all is durable:
+        whether more steps are wanted.
+        """
         ...
 
     def progressed(self, progress: Progress) -> None:
@@ -103,17 +119,32 @@ class Hooks(Protocol):
         ...
 
 
-def run_loop(take_step: Callable[[int], None], hooks: Hooks, performance: Performance, start: int, total: int, comms: Comms) -> Outcome:
+def run_loop(
+    take_step: Callable[[int], None],
+    hooks: Hooks,
+    performance: Performance,
+    start: int,
+    total: int,
+    comms: Comms,
+) -> Outcome:
     """Takes steps `start .. total` (0-based, half open), each paid for beforehand.
 
-    A budget that ends before `total`, or `go_on`, ends the loop in good order: what was trained so far is checkpointed and evaluated, in
-    this order, so that no evaluation can lose it. So do metrics that are not finite at two evaluations, if `performance` says so.
+    A budget that ends before `total`, or `go_on`, ends the loop in good order: what was trained so
+    far is checkpointed and evaluated, in this order, so that no evaluation can lose it. So do
+    metrics that are not finite at two evaluations, if `performance` says so.
 
     Raises:
         What a hook raises on rank 0 is raised on every rank, so that no rank waits for ever.
     """
-    progress, paid_until, exhausted, stopped, notice = Progress(start, total), start, False, False, Notice.NONE
-    saved = start or None  # a run that does not begin at 0 begins at a checkpoint, which is not to be written again
+    progress, paid_until, exhausted, stopped, notice = (
+        Progress(start, total),
+        start,
+        False,
+        False,
+        Notice.NONE,
+    )
+    # a run that does not begin at 0 begins at a checkpoint, which is not to be written again
+    saved = start or None
     began = time.monotonic()
     while progress.step < total and not stopped and notice is not Notice.STOP:
         step = progress.step
@@ -155,7 +186,9 @@ def _due(step: int, every: int) -> bool:
 
 
 def _evaluated(progress: Progress, hooks: Hooks, comms: Comms) -> Progress:
-    """The progress with fresh metrics, which every rank gets from rank 0; as it was where there are none."""
+    """The progress with fresh metrics, which every rank gets from rank 0; as it was where there are
+    none.
+    """
     together = hooks.evaluates_together
     found = hooks.evaluate() if together else None
 
@@ -166,12 +199,18 @@ def _evaluated(progress: Progress, hooks: Hooks, comms: Comms) -> Progress:
     metrics = _on_rank_zero(comms, scored)
     if metrics is None:
         return progress
-    diverged = tuple(n for n, v in metrics.items() if not (math.isfinite(v) or math.isfinite(progress.metrics.get(n, 0.0))))
+    diverged = tuple(
+        n
+        for n, v in metrics.items()
+        if not (math.isfinite(v) or math.isfinite(progress.metrics.get(n, 0.0)))
+    )
     return replace(progress, metrics=metrics, metrics_step=progress.step, diverged=diverged)
 
 
 def _on_rank_zero(comms: Comms, call: Callable):
-    """The result of `call` on rank 0, on every rank; its error, too, so that the others do not wait for a broadcast that never comes."""
+    """The result of `call` on rank 0, on every rank; its error, too, so that the others do not wait
+    for a broadcast that never comes.
+    """
     answer, own = None, None
     if comms.rank == 0:
         try:

@@ -1,7 +1,9 @@
-"""The preflight that every run makes: a few examples against one ordinary backward pass each, before anything is paid for.
+"""The preflight that every run makes: a few examples against one ordinary backward pass each,
+before anything is paid for.
 
-The engine verifies by value whose rows are whose (engines.ownership); here its sums are compared with the definition, under a clip norm
-that clips, and examples with themselves as they come alone, without the padding that others need.
+The engine verifies by value whose rows are whose (engines.ownership); here its sums are compared
+with the definition, under a clip norm that clips, and examples with themselves as they come alone,
+without the padding that others need.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from grape_ray.errors import UnsupportedLayer
 from grape_ray.privacy.types import ClippedSum
 from grape_ray.tasks.task import evaluating
 
-# Largest difference that rounding explains, over the largest entry: fp32 sums of another order, and 8-bit mantissas.
+# Largest difference that rounding explains, over the largest entry: fp32 sums of another order, and
+# 8-bit mantissas.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _LOW_PRECISION = 0.1
 
@@ -37,8 +40,10 @@ class Report:
     """What a preflight found right.
 
     Attributes:
-        method: the method. examples: compared with a backward pass of their own. tensors: trainable tensors, all of them noised.
-        projected: those trained in a subspace. parameters: trainable numbers; coordinates: numbers noised a step.
+        method: the method. examples: compared with a backward pass of their own. tensors: trainable
+            tensors, all of them noised.
+        projected: those trained in a subspace. parameters: trainable numbers; coordinates: numbers
+            noised a step.
         worst: largest difference over the largest entry, and the tensor it was found in.
     """
 
@@ -62,16 +67,19 @@ def preflight(
     examples: int = 3,
     alone: Sequence[Any] = (),
 ) -> Report:
-    """Compares an engine with ordinary autograd on the first examples of a batch, in the mode that the model is in.
+    """Compares an engine with ordinary autograd on the first examples of a batch, in the mode that
+    the model is in.
 
     Args:
-        alone: those examples again, each as a batch of its own, as it comes without the padding that the others need; this shows a model
-            that looks at padding, so that one example's length reaches into another's gradient. Left out, rows of `batch` are taken.
+        alone: those examples again, each as a batch of its own, as it comes without the padding
+            that the others need; this shows a model that looks at padding, so that one example's
+            length reaches into another's gradient. Left out, rows of `batch` are taken.
 
     Raises:
-        UnsupportedLayer: a tensor's clipped sum differs from the reference, is missing, or one example exceeds the clip norm; the
-            tensor is named. An example's loss is another beside others than alone. ConfigError: the method cannot train this model (a
-            rank above a layer's side, a loss of a wrong shape).
+        UnsupportedLayer: a tensor's clipped sum differs from the reference, is missing, or one
+            example exceeds the clip norm; the tensor is named. An example's loss is another beside
+            others than alone. ConfigError: the method cannot train this model (a rank above a
+            layer's side, a loss of a wrong shape).
     """
     rows = min(batch_rows(batch), examples)
     few = _rows(batch, slice(0, rows))
@@ -111,8 +119,12 @@ def preflight(
 
 
 def _clipping_norm(engine: Engine, references: Sequence[Mapping[str, Tensor]]) -> float:
-    """A clip norm that clips every example with a gradient, so that a gradient in another's place shows in the sum."""
-    norms = [math.sqrt(sum(float(g.square().sum()) for g in grads.values())) for grads in references]
+    """A clip norm that clips every example with a gradient, so that a gradient in another's place
+    shows in the sum.
+    """
+    norms = [
+        math.sqrt(sum(float(g.square().sum()) for g in grads.values())) for grads in references
+    ]
     usable = [norm for norm in norms if math.isfinite(norm) and norm > 1e-6]
     return min(engine.clip_norm, min(usable) / 2) if usable else engine.clip_norm
 
@@ -129,7 +141,12 @@ def _rows(batch: Any, rows: slice) -> Any:
 def _complete(engine: Engine, summed: ClippedSum) -> None:
     lost = set(owned_parameters(engine.model)) - set(summed.tensors)
     if lost:
-        raise UnsupportedLayer(f"parameter '{min(lost)}'", "no gradient and no noise", "every trainable tensor noised", "freeze it")
+        raise UnsupportedLayer(
+            f"parameter '{min(lost)}'",
+            "no gradient and no noise",
+            "every trainable tensor noised",
+            "freeze it",
+        )
 
 
 def _bounded(summed: ClippedSum, clip_norm: float) -> None:
@@ -144,8 +161,12 @@ def _bounded(summed: ClippedSum, clip_norm: float) -> None:
 
 
 @torch.no_grad()
-def _same_losses(engine: Engine, loss: PerExampleLoss, together: Any, singles: Sequence[Any]) -> None:
-    """Refuses a loss that is another in company than alone; in eval mode where the training mode draws at random."""
+def _same_losses(
+    engine: Engine, loss: PerExampleLoss, together: Any, singles: Sequence[Any]
+) -> None:
+    """Refuses a loss that is another in company than alone; in eval mode where the training mode
+    draws at random.
+    """
     mode = evaluating(engine.model) if _draws(engine, loss, together) else contextlib.nullcontext()
     with mode:
         mine = torch.cat([loss(engine.model, mapped(single)).double() for single in singles])
@@ -170,14 +191,20 @@ def _tolerance(engine: Engine) -> float:
     return max(_TOLERANCE.get(p.dtype, _LOW_PRECISION) for p in engine.params.values())
 
 
-def _compare(engine: Engine, references: Sequence[Mapping[str, Tensor]], summed: ClippedSum) -> tuple[float, str]:
-    """The largest relative difference from the reference, and where. Raises UnsupportedLayer above what rounding explains."""
+def _compare(
+    engine: Engine, references: Sequence[Mapping[str, Tensor]], summed: ClippedSum
+) -> tuple[float, str]:
+    """The largest relative difference from the reference, and where. Raises UnsupportedLayer above
+    what rounding explains.
+    """
     wanted: dict[str, Tensor] = {}
     for grads in references:
         factor = _factors(grads, engine)
         alive = not engine.private or all(bool(torch.isfinite(g).all()) for g in grads.values())
         for name, grad in grads.items():
-            wanted[name] = wanted.get(name, 0) + (factor[name] * grad if alive else torch.zeros_like(grad))
+            wanted[name] = wanted.get(name, 0) + (
+                factor[name] * grad if alive else torch.zeros_like(grad)
+            )
     finite = {n: torch.nan_to_num(t.double(), nan=float("inf")) for n, t in summed.tensors.items()}
     scale = max(float(t.abs().max()) for t in wanted.values()) or 1.0
     errors = {name: float((finite[name] - wanted[name]).abs().max()) / scale for name in wanted}
@@ -193,8 +220,12 @@ def _compare(engine: Engine, references: Sequence[Mapping[str, Tensor]], summed:
     return errors[name], name
 
 
-def _references(engine: Engine, loss: PerExampleLoss, batch: Any, rows: int) -> list[dict[str, Tensor]]:
-    """The definition, by ordinary autograd: each example's gradient in float64, projected; of one pass, so that masks are the same."""
+def _references(
+    engine: Engine, loss: PerExampleLoss, batch: Any, rows: int
+) -> list[dict[str, Tensor]]:
+    """The definition, by ordinary autograd: each example's gradient in float64, projected; of one
+    pass, so that masks are the same.
+    """
     names, params = list(engine.params), list(engine.params.values())
     values = loss(engine.model, mapped(batch))
     found = []
@@ -203,7 +234,10 @@ def _references(engine: Engine, loss: PerExampleLoss, batch: Any, rows: int) -> 
         if values.requires_grad:
             grads = torch.autograd.grad(values[index], params, allow_unused=True, retain_graph=True)
         found.append(
-            {n: _projected(engine.subspace, n, torch.zeros_like(p) if g is None else g).double() for n, p, g in zip(names, params, grads)}
+            {
+                n: _projected(engine.subspace, n, torch.zeros_like(p) if g is None else g).double()
+                for n, p, g in zip(names, params, grads)
+            }
         )
     return found
 

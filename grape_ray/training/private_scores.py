@@ -1,4 +1,6 @@
-"""What a run may say of its validation records: all of public ones; of private ones a noised score, charged to their own ledger."""
+"""What a run may say of its validation records: all of public ones; of private ones a noised score,
+charged to their own ledger.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,12 @@ PUBLIC = "public"
 
 @dataclass(frozen=True)
 class Terms:
-    """What a run may say of validation records that are private; a part of the run's description, so whoever goes on with it keeps them.
+    """What a run may say of validation records that are private; a part of the run's description,
+    so whoever goes on with it keeps them.
 
     Attributes:
-        metric: the one that is released, noised. noise_multiplier: noise standard deviation on the sum over the records.
+        metric: the one that is released, noised. noise_multiplier: noise standard deviation on the
+            sum over the records.
         ledger: URL of the validation records' own ledger. study: the study there that pays.
     """
 
@@ -33,11 +37,18 @@ class Terms:
 
 
 def check_metric(task: Any, metric: str) -> None:
-    """Refuses a private metric that the task does not call bounded: the noise would not cover it. Raises ConfigError."""
+    """Refuses a private metric that the task does not call bounded: the noise would not cover it.
+    Raises ConfigError.
+    """
     bounded = getattr(task, "bounded_metrics", ())
     if metric not in bounded:
-        fix = "one record moves another metric by more than the noise covers; name bounded ones in the task's bounded_metrics"
-        raise ConfigError("the metric of private scores", metric, ", ".join(bounded) or "a bounded metric", fix)
+        fix = (
+            "one record moves another metric by more than the noise covers; name bounded ones in"
+            " the task's bounded_metrics"
+        )
+        raise ConfigError(
+            "the metric of private scores", metric, ", ".join(bounded) or "a bounded metric", fix
+        )
 
 
 def described(terms: Terms | None) -> Any:
@@ -64,41 +75,59 @@ def rebuilt(description: Any) -> Terms | None:
 class PrivateScore:
     """Turns validation metrics into the one noised score of a run.
 
-    The metric is the mean over the records of a value in [0, 1], so its sum moves by at most 1 with one record; the noise has standard
-    deviation `noise_multiplier` on the sum, and both are added on a grid (`noise.on_grid`). Each score burns a token of the study before
-    its noise is drawn. That each record's value is in [0, 1] cannot be seen from their mean: the task says it (`bounded_metrics`), and
-    SweepStudy refuses other metrics.
+    The metric is the mean over the records of a value in [0, 1], so its sum moves by at most 1 with
+    one record; the noise has standard deviation `noise_multiplier` on the sum, and both are added
+    on a grid (`noise.on_grid`). Each score burns a token of the study before its noise is drawn.
+    That each record's value is in [0, 1] cannot be seen from their mean: the task says it
+    (`bounded_metrics`), and SweepStudy refuses other metrics.
 
     Args:
-        open_book: gives the ledger of the validation records. study, run: names there. key_path: file of the master key.
+        open_book: gives the ledger of the validation records. study, run: names there. key_path:
+            file of the master key.
         metric: which metric. noise_multiplier: of the study's mechanism.
         dataset_id: fingerprint of the records that are scored; their ledger refuses others.
     """
 
     def __init__(
-        self, open_book: Callable[[], Book], study: str, run: str, key_path: str | None, metric: str, noise_multiplier: float,
-        dataset_id: str,
+        self, open_book: Callable[[], Book], study: str, run: str, key_path: str | None,
+        metric: str, noise_multiplier: float, dataset_id: str,
     ):  # fmt: skip
         self._open_book, self._study, self._run, self._key_path = open_book, study, run, key_path
-        self._metric, self._noise_multiplier, self._dataset_id = metric, noise_multiplier, dataset_id
+        self._metric, self._noise_multiplier, self._dataset_id = (
+            metric,
+            noise_multiplier,
+            dataset_id,
+        )
         self._book: Book | None = None
         self._attempt, self._key, self._given = 0, b"", 0
 
     def __call__(self, metrics: Mapping[str, float], records: int) -> dict[str, float]:
-        """The noised metric alone, to six significant digits; nothing where the budget for scores is spent.
+        """The noised metric alone, to six significant digits; nothing where the budget for scores
+        is spent.
 
         Raises:
-            ConfigError: the metric is missing or no mean of values in [0, 1]. GrapeRayError: the ledger refuses or cannot be reached.
+            ConfigError: the metric is missing or no mean of values in [0, 1]. GrapeRayError: the
+                ledger refuses or cannot be reached.
         """
         value = metrics.get(self._metric)
         if value is None or not 0 <= value <= 1:
             expected = "a validation metric that is a mean of values in [0, 1]"
             got = "no such metric" if value is None else "another value"  # which one is private
-            raise ConfigError(f"the private score {self._metric}", got, expected, "choose such a metric, as accuracy is")
+            raise ConfigError(
+                f"the private score {self._metric}",
+                got,
+                expected,
+                "choose such a metric, as accuracy is",
+            )
         if self._book is None:
             self._begin()
         assert self._book is not None
-        if self._book.charge(self._study, self._run, self._attempt, self._given, 1, dataset_id=self._dataset_id).steps == 0:
+        if (
+            self._book.charge(
+                self._study, self._run, self._attempt, self._given, 1, dataset_id=self._dataset_id
+            ).steps
+            == 0
+        ):
             return {}
         noise = torch.from_numpy(normals(self._key, self._given, 0, 1))
         self._given += 1
@@ -109,5 +138,10 @@ class PrivateScore:
     def _begin(self) -> None:
         """A new attempt, with a key of its own."""
         self._book, master = self._open_book(), keys.master_key(self._key_path)
-        self._attempt = self._book.begin_attempt(self._study, self._run, keys.key_id(master), dataset_id=self._dataset_id)
-        self._key = keys.derive(keys.of_attempt(master, self._book.ledger_id, self._study, self._run, self._attempt), "scores")
+        self._attempt = self._book.begin_attempt(
+            self._study, self._run, keys.key_id(master), dataset_id=self._dataset_id
+        )
+        self._key = keys.derive(
+            keys.of_attempt(master, self._book.ledger_id, self._study, self._run, self._attempt),
+            "scores",
+        )

@@ -32,59 +32,82 @@ def plan_resume(
     rehearse: bool = True,
     reach: Callable[[Config], None] = lambda config: None,
 ) -> Plan:
-    """The plan of a run that was begun before, checked like a new one; it goes on from the newest whole checkpoint.
+    """The plan of a run that was begun before, checked like a new one; it goes on from the newest
+    whole checkpoint.
 
     Args:
         run: path or URL of the run's folder.
         ledger: where the dataset's ledger lies now, if it was moved since.
-        key_path: file of the master key; None is the usual place. Another key than before is no harm: each attempt has its own.
+        key_path: file of the master key; None is the usual place. Another key than before is no
+            harm: each attempt has its own.
         assignments: `performance.*=value`, what may change without changing the run.
         second_ledger, rehearse, reach: see `prepare`; `reach` is given the config.
-        trust: modules that the run's description may have imported, beside this project's own: a run is a folder that anyone may have made.
+        trust: modules that the run's description may have imported, beside this project's own: a
+            run is a folder that anyone may have made.
 
     Raises:
-        CheckpointError: no run there. LedgerError: its ledger is gone, or the named one does not hold the run's charges.
+        CheckpointError: no run there. LedgerError: its ledger is gone, or the named one does not
+            hold the run's charges.
         GrapeRayError: what `prepare` finds wrong.
     """
     folder = Storage(run)
     known = read_run(folder)
     root, _, name = folder.url.rstrip("/").rpartition("/")
     if name != known["run"]:
-        raise CheckpointError("the run's folder was renamed", name, known["run"], "give the folder its name back")
+        raise CheckpointError(
+            "the run's folder was renamed", name, known["run"], "give the folder its name back"
+        )
     config = rebuild_config(known, trust).override(assignments)
     scores = _terms(known)
     where, study, origin = known["ledger"], None, known.get("origin")
     if where is not None:
         where = ledger or where
         if not Storage(where).exists("00000000.json"):
-            raise LedgerError("the ledger of the run is gone", where, "the folder with its entries", "name its new place with --ledger")
+            raise LedgerError(
+                "the ledger of the run is gone",
+                where,
+                "the folder with its entries",
+                "name its new place with --ledger",
+            )
         book = Ledger.open(where, create=False)
         if where != known["ledger"]:
             _check_moved(folder, book, where, known["study"], name)
-            folder.write(RUN_FILE, json.dumps({**known, "ledger": where}, indent=1, sort_keys=True).encode())
+            folder.write(
+                RUN_FILE, json.dumps({**known, "ledger": where}, indent=1, sort_keys=True).encode()
+            )
         if known["study"] != name:
             study = book.state.study(known["study"]).study
     return prepare(
         config, run=name, storage=root, ledger=where, key_path=key_path, study=study,
-        origin=(origin[0], origin[1]) if origin else None, scores=scores, second_ledger=second_ledger,
-        consent=Consent(True, True),  # given when the run was begun
+        origin=(origin[0], origin[1]) if origin else None, scores=scores,
+        second_ledger=second_ledger, consent=Consent(True, True),  # given when the run was begun
         rehearse=rehearse, reach=partial(reach, config),
     )  # fmt: skip
 
 
 def _terms(known: Mapping[str, Any]) -> Terms | None:
-    """What the run may say of its validation records, as it was begun: nothing but what their ledger still knows and pays for.
+    """What the run may say of its validation records, as it was begun: nothing but what their
+    ledger still knows and pays for.
 
     Raises:
-        ConfigError: the description does not say it. LedgerError: the ledger of private ones is gone, or knows no such study.
+        ConfigError: the description does not say it. LedgerError: the ledger of private ones is
+            gone, or knows no such study.
     """
     terms = rebuilt(known.get("validation"))
     if terms is None:
         return None
     study = Ledger.open(terms.ledger, create=False).state.study(terms.study).study
     if study.mechanism.noise_multiplier != terms.noise_multiplier:
-        got, expected = terms.noise_multiplier, f"{study.mechanism.noise_multiplier!r}, which their ledger's study freezes"
-        raise LedgerError("the run's private scores have another noise", got, expected, "restore run.json from a copy")
+        got, expected = (
+            terms.noise_multiplier,
+            f"{study.mechanism.noise_multiplier!r}, which their ledger's study freezes",
+        )
+        raise LedgerError(
+            "the run's private scores have another noise",
+            got,
+            expected,
+            "restore run.json from a copy",
+        )
     return terms
 
 
@@ -102,4 +125,9 @@ def _check_moved(folder: Storage, book: Ledger, where: str, study: str, run: str
         report = verify(where, head)
         problem = problem or ("" if report.ok else report.problems[0])
     if problem:
-        raise LedgerError("the ledger is not the one that the run was charged to", where, "that ledger, moved whole", problem)
+        raise LedgerError(
+            "the ledger is not the one that the run was charged to",
+            where,
+            "that ledger, moved whole",
+            problem,
+        )

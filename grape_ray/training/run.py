@@ -1,4 +1,6 @@
-"""One rank's part of a run: set up, resume, take a new attempt's keys, train, and say how it ended."""
+"""One rank's part of a run: set up, resume, take a new attempt's keys, train, and say how it
+ended.
+"""
 
 from __future__ import annotations
 
@@ -46,22 +48,34 @@ def execute(
     begin: Callable[[Plan, Comms], Attempt] | None = None,
     around: Around | None = None,
 ) -> dict[str, Any]:
-    """Runs or resumes a planned run on this rank, as a new attempt; every rank calls it and gets the result.
+    """Runs or resumes a planned run on this rank, as a new attempt; every rank calls it and gets
+    the result.
 
     Args:
         device: where the model lives; CPU if None.
-        on_progress, on_notice, on_figures: see Session; without on_progress it is kept in a file of the run's folder.
+        on_progress, on_notice, on_figures: see Session; without on_progress it is kept in a file of
+            the run's folder.
         on_checkpoint: told (name, facts) of each committed checkpoint, on every rank.
         begin: how an attempt gets its keys. around: what a sweep puts around the run.
 
     Raises:
         Interrupted: a notice ended the run, after a checkpoint.
-        TaskFailed: the task's own code failed; where all records are public its exception is raised as it is.
-        GrapeRayError: the data changed, the ledger was rolled back or cannot be reached, or storage fails.
+        TaskFailed: the task's own code failed; where all records are public its exception is raised
+            as it is.
+        GrapeRayError: the data changed, the ledger was rolled back or cannot be reached, or storage
+            fails.
     """
     return told(
         lambda: _execute(
-            plan, comms, device or torch.device("cpu"), on_progress, on_checkpoint, on_notice, on_figures, begin, around or Around()
+            plan,
+            comms,
+            device or torch.device("cpu"),
+            on_progress,
+            on_checkpoint,
+            on_notice,
+            on_figures,
+            begin,
+            around or Around(),
         ),
         plan.public,
     )
@@ -86,27 +100,40 @@ def _execute(
     data = config.task.load()
     if data.dataset_id != plan.dataset_id:
         expected = "the records that the run was planned with"
-        raise DataError("the training data changed", None, expected, "every worker must see the same data")
+        raise DataError(
+            "the training data changed", None, expected, "every worker must see the same data"
+        )
     model, engine, loss = _model_and_engine(plan, data, device)
-    optimizer = make_optimizer(model, engine, config.method, config.privacy.steps, public_key(config, "rounding"))
+    optimizer = make_optimizer(
+        model, engine, config.method, config.privacy.steps, public_key(config, "rounding")
+    )
     start, earlier, newest, coordinates = _resume(plan, comms, folder, model, optimizer)
     attempt = begin(plan, comms) if begin else begin_attempt(plan, comms, around.open_ledger)
     if attempt.probe_key:
         engine.use_secret(attempt.probe_key, comms.rank)
     step = Step(
-        task=config.task, loss=loss, model=model, engine=engine, optimizer=optimizer, records=data.train, comms=comms, device=device,
-        noise=NoiseStream(attempt.noise_key) if attempt.noise_key else None, noise_multiplier=plan.noise_multiplier,
-        sampling_prob=plan.sampling_prob, expected_batch_size=config.privacy.expected_batch_size, sampling_key=attempt.sampling_key,
+        task=config.task, loss=loss, model=model, engine=engine, optimizer=optimizer,
+        records=data.train, comms=comms, device=device,
+        noise=NoiseStream(attempt.noise_key) if attempt.noise_key else None,
+        noise_multiplier=plan.noise_multiplier, sampling_prob=plan.sampling_prob,
+        expected_batch_size=config.privacy.expected_batch_size, sampling_key=attempt.sampling_key,
         dropout_key=attempt.dropout_key, micro_batch_size=config.performance.micro_batch_size,
     )  # fmt: skip
     saver = Saver(config, comms, folder, model, optimizer, attempt.number)
     saver.newest = newest
     saver.resumed(coordinates)
     journal = Journal(folder, saver.attempt, comms.rank)
-    journal.note("begun", run=plan.run, step=start, world_size=comms.world_size, method=config.method.name, resumed_from=newest)
+    journal.note(
+        "begun",
+        run=plan.run,
+        step=start,
+        world_size=comms.world_size,
+        method=config.method.name,
+        resumed_from=newest,
+    )
     session = Session(
-        plan, comms, attempt, data, model, optimizer, folder, saver, journal, earlier, on_progress or journal.progress, on_notice,
-        on_figures, around,
+        plan, comms, attempt, data, model, optimizer, folder, saver, journal, earlier,
+        on_progress or journal.progress, on_notice, on_figures, around,
     )  # fmt: skip
     saver.listeners += [session.committed, *([on_checkpoint] if on_checkpoint else [])]
 
@@ -118,12 +145,30 @@ def _execute(
     try:
         outcome = run_loop(take, session, config.performance, start, config.privacy.steps, comms)
         saver.settle()
-        if on_checkpoint and outcome.progress.metrics_step == outcome.progress.step and saver.newest:  # the last is made before its metrics
-            on_checkpoint(saver.newest, {"step": outcome.progress.step, "metrics": outcome.progress.metrics})
-        journal.note("ended", step=outcome.progress.step, exhausted=outcome.exhausted, interrupted=outcome.interrupted)
+        # the last is made before its metrics
+        if (
+            on_checkpoint
+            and outcome.progress.metrics_step == outcome.progress.step
+            and saver.newest
+        ):
+            on_checkpoint(
+                saver.newest, {"step": outcome.progress.step, "metrics": outcome.progress.metrics}
+            )
+        journal.note(
+            "ended",
+            step=outcome.progress.step,
+            exhausted=outcome.exhausted,
+            interrupted=outcome.interrupted,
+        )
     except Exception as error:
-        plain = isinstance(error, (CheckpointError, LedgerError, StorageError)) and is_ours(error)  # another's text may quote a record
-        journal.note("failed", error=type(error).__name__, reason=str(error) if plain else None, where=where(error))
+        # another's text may quote a record
+        plain = isinstance(error, (CheckpointError, LedgerError, StorageError)) and is_ours(error)
+        journal.note(
+            "failed",
+            error=type(error).__name__,
+            reason=str(error) if plain else None,
+            where=where(error),
+        )
         saver.linger()
         raise
     finally:
@@ -138,14 +183,21 @@ def _execute(
 
 def interrupted(plan: Plan, step: int) -> Interrupted:
     """The end of a run that was told to end, with the words that go on with it."""
-    fix = f"run `grape-ray resume {plan.folder().url}{words_for(type(plan.config.task).__module__)}` to go on"
+    fix = (
+        f"run `grape-ray resume {plan.folder().url}{words_for(type(plan.config.task).__module__)}`"
+        " to go on"
+    )
     return Interrupted(f"run {plan.run} was told to end, and is kept at step {step}", None, "", fix)
 
 
-def _model_and_engine(plan: Plan, data: Data, device: torch.device) -> tuple[torch.nn.Module, Engine, PerExampleLoss]:
-    """The model on its device, whole or this rank's shards of it, its engine, and the loss in the precision that was asked for.
+def _model_and_engine(
+    plan: Plan, data: Data, device: torch.device
+) -> tuple[torch.nn.Module, Engine, PerExampleLoss]:
+    """The model on its device, whole or this rank's shards of it, its engine, and the loss in the
+    precision that was asked for.
 
-    A sharded model's engine learns how parameters are used before they are spread, from the shortest and the longest records.
+    A sharded model's engine learns how parameters are used before they are spread, from the
+    shortest and the longest records.
     """
     config, performance = plan.config, plan.config.performance
     task: Task = config.task
@@ -157,8 +209,15 @@ def _model_and_engine(plan: Plan, data: Data, device: torch.device) -> tuple[tor
         return model, build_engine(config, model), loss_of(task, performance.precision, device.type)
     trial = build_engine(config, model)
     order = data.train.by_length(np.arange(len(data.train)))
-    layouts = trial.learn(task.per_example_loss, task.collate(data.train, np.unique(order[[0, -1]])))
-    sharding.shard(model, device, torch.bfloat16 if performance.precision == "bf16" else None, performance.recompute)
+    layouts = trial.learn(
+        task.per_example_loss, task.collate(data.train, np.unique(order[[0, -1]]))
+    )
+    sharding.shard(
+        model,
+        device,
+        torch.bfloat16 if performance.precision == "bf16" else None,
+        performance.recompute,
+    )
     engine = build_engine(config, model)
     engine.adopt(layouts)
     return model, engine, task.per_example_loss
@@ -167,17 +226,26 @@ def _model_and_engine(plan: Plan, data: Data, device: torch.device) -> tuple[tor
 def _resume(
     plan: Plan, comms: Comms, folder: Storage, model: torch.nn.Module, optimizer: Optimizer
 ) -> tuple[int, int, str, Coordinates | None]:
-    """Restores the newest whole checkpoint; returns (its step, steps executed until then, its name, a delta's coordinates)."""
+    """Restores the newest whole checkpoint; returns (its step, steps executed until then, its name,
+    a delta's coordinates).
+    """
     newest = resume(folder, comms, model, optimizer, optimizer.subspace)
     if newest is None:
-        return (0, 0, "", None) if plan.origin is None else _begin_from(plan, comms, folder, model, optimizer)
+        return (
+            (0, 0, "", None)
+            if plan.origin is None
+            else _begin_from(plan, comms, folder, model, optimizer)
+        )
     found, coordinates = newest
     head = found.facts["ledger_head"]
     if comms.rank == 0 and plan.ledger is not None and head is not None:
         report = verify(plan.ledger_storage(), head)
         if not report.ok:
             raise LedgerError(
-                f"the ledger {plan.ledger} is not the one that this run was charged to", report.problems[0], "its own ledger", "restore it"
+                f"the ledger {plan.ledger} is not the one that this run was charged to",
+                report.problems[0],
+                "its own ledger",
+                "restore it",
             )
     return found.step, int(found.facts["executed_steps"]), found.name, coordinates
 
@@ -185,14 +253,20 @@ def _resume(
 def _begin_from(
     plan: Plan, comms: Comms, folder: Storage, model: torch.nn.Module, optimizer: Optimizer
 ) -> tuple[int, int, str, Coordinates | None]:
-    """Takes over the checkpoint of another run, and keeps it as this run's own first; the result is that of `_resume`."""
+    """Takes over the checkpoint of another run, and keeps it as this run's own first; the result is
+    that of `_resume`.
+    """
     assert plan.origin is not None
     place = Storage(plan.origin[0], folder.deadline_s)
     found = checkpoint.load(place, checkpoint.of_step(place, checkpoint.step_of(plan.origin[1])))
     checkpoint.restore(model, found, optimizer.subspace)
     optimizer.load_state_dict(found.optimizer)
     saver = Saver(plan.config, comms, folder, model, optimizer, 0)
-    saver.save(found.step, {**found.facts, "run": plan.run, "attempt": 0, "executed_steps": 0}, Occasion.LAST)
+    saver.save(
+        found.step,
+        {**found.facts, "run": plan.run, "attempt": 0, "executed_steps": 0},
+        Occasion.LAST,
+    )
     return found.step, 0, saver.newest, None
 
 
@@ -247,7 +321,9 @@ def _conclude(session: Session, outcome: Outcome, seconds: float) -> dict[str, A
 
 
 def _peak_bytes() -> int:
-    """This process's peak: device memory where there is a device in use, otherwise resident memory."""
+    """This process's peak: device memory where there is a device in use, otherwise resident
+    memory.
+    """
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,6 @@
-"""What a run's loop has around it on one rank: its attempt and keys, what a sweep puts there, and the hooks that the loop calls."""
+"""What a run's loop has around it on one rank: its attempt and keys, what a sweep puts there, and
+the hooks that the loop calls.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +38,8 @@ class Attempt:
 
     Attributes:
         number: from 1; 0 for the yardstick, which draws no noise.
-        sampling_key, dropout_key, noise_key, probe_key: 32 bytes each; never written anywhere. The yardstick has only the first two, and
-            they are public.
+        sampling_key, dropout_key, noise_key, probe_key: 32 bytes each; never written anywhere. The
+            yardstick has only the first two, and they are public.
     """
 
     number: int
@@ -56,7 +58,9 @@ def open_ledger(plan: Plan) -> Book:
 def open_scores(plan: Plan) -> Book:
     """The ledger of the plan's private validation records."""
     assert plan.scores is not None
-    return Ledger.open(Storage(plan.scores.ledger, plan.config.performance.storage_timeout_s), create=False)
+    return Ledger.open(
+        Storage(plan.scores.ledger, plan.config.performance.storage_timeout_s), create=False
+    )
 
 
 def _always(progress: Progress) -> bool:
@@ -70,8 +74,10 @@ class Around:
     Attributes:
         open_ledger: gives the ledger to be charged; called on rank 0 alone.
         on_step: told the number of each step before it is taken, on rank 0.
-        go_on: asked after each evaluation but the last, on rank 0, whether the run goes on; may wait as long as it likes.
-        open_scores: gives the ledger of private validation records, called on rank 0 alone; whether they are private is the plan's.
+        go_on: asked after each evaluation but the last, on rank 0, whether the run goes on; may
+            wait as long as it likes.
+        open_scores: gives the ledger of private validation records, called on rank 0 alone; whether
+            they are private is the plan's.
         on_end: called when the loop is over, however it ended, on every rank.
     """
 
@@ -82,10 +88,14 @@ class Around:
     on_end: Callable[[], None] = lambda: None
 
 
-def begin_attempt(plan: Plan, comms: Comms, open_ledger: Callable[[Plan], Book] = open_ledger) -> Attempt:
-    """A new attempt: the number is durable in the ledger before the keys are derived, so no attempt shares a key with another.
+def begin_attempt(
+    plan: Plan, comms: Comms, open_ledger: Callable[[Plan], Book] = open_ledger
+) -> Attempt:
+    """A new attempt: the number is durable in the ledger before the keys are derived, so no attempt
+    shares a key with another.
 
-    Rank 0 derives them and tells the others: a part of them is fresh, so nobody can derive them again, from a copied ledger either.
+    Rank 0 derives them and tells the others: a part of them is fresh, so nobody can derive them
+    again, from a copied ledger either.
     """
     if plan.ledger is None:
         return Attempt(0, public_key(plan.config, "sampling"), public_key(plan.config, "dropout"))
@@ -93,9 +103,14 @@ def begin_attempt(plan: Plan, comms: Comms, open_ledger: Callable[[Plan], Book] 
     if comms.rank == 0:
         ledger = open_ledger(plan)
         master = keys.master_key(plan.key_path)
-        number = ledger.begin_attempt(plan.study, plan.run, keys.key_id(master), dataset_id=plan.dataset_id)
+        number = ledger.begin_attempt(
+            plan.study, plan.run, keys.key_id(master), dataset_id=plan.dataset_id
+        )
         own = keys.of_attempt(master, ledger.ledger_id, plan.study, plan.run, number)
-        attempt = Attempt(number, *(keys.derive(own, stream) for stream in ("sampling", "dropout", "noise", "probes")))
+        attempt = Attempt(
+            number,
+            *(keys.derive(own, stream) for stream in ("sampling", "dropout", "noise", "probes")),
+        )
     return comms.broadcast_object(attempt)
 
 
@@ -104,9 +119,11 @@ class Session:
     """The hooks of a run's loop on one rank.
 
     Attributes:
-        earlier_steps: executed before this attempt, as far as is known. tokens_left: of a study that is the run's own.
+        earlier_steps: executed before this attempt, as far as is known. tokens_left: of a study
+            that is the run's own.
         on_progress: told (progress, epsilon spent or None), on rank 0.
-        on_notice: given what this rank asks for, what the world and all ranks ask for, the same on every rank.
+        on_notice: given what this rank asks for, what the world and all ranks ask for, the same on
+            every rank.
         on_figures: told the figures of `orchestrate.gauges`, on rank 0.
         problems: what failed without ending the run, in lines for a person.
     """
@@ -139,13 +156,23 @@ class Session:
         if self.ledger is None:
             self.ledger = self.around.open_ledger(self.plan)
             if self.plan.study == self.plan.run:
-                self.tokens_left = self.plan.tokens - sum(t.used for t in self.ledger.attempts(self.plan.study, self.plan.run))
+                self.tokens_left = self.plan.tokens - sum(
+                    t.used for t in self.ledger.attempts(self.plan.study, self.plan.run)
+                )
         plan, number, used = self.plan, self.attempt.number, self.data.dataset_id
-        granted = self.ledger.charge(plan.study, plan.run, number, self.chunk, count, first_step=step, dataset_id=used).steps
+        granted = self.ledger.charge(
+            plan.study, plan.run, number, self.chunk, count, first_step=step, dataset_id=used
+        ).steps
         self.chunk += 1
         self.epsilon = self.ledger.epsilon_spent(self.plan.study)
         self.tokens_left = None if self.tokens_left is None else self.tokens_left - granted
-        self.journal.note("charged", first_step=step, steps=granted, epsilon=self.epsilon, tokens_left=self.tokens_left)
+        self.journal.note(
+            "charged",
+            first_step=step,
+            steps=granted,
+            epsilon=self.epsilon,
+            tokens_left=self.tokens_left,
+        )
         return granted
 
     @property
@@ -163,7 +190,9 @@ class Session:
     def _survive(self, what: str, error: Exception) -> None:
         """Keeps what failed, once each; its text only where it cannot quote a record."""
         place, plain_text = where(error), self.plan.public or is_ours(error)
-        told = f"{what}: {type(error).__name__}" + (f": {error}" if plain_text else f" at {place[-1] if place else 'an unknown place'}")
+        told = f"{what}: {type(error).__name__}" + (
+            f": {error}" if plain_text else f" at {place[-1] if place else 'an unknown place'}"
+        )
         told = " ".join(told.split())
         self.journal.note(what, error=type(error).__name__, where=place)
         if told not in self.problems:
@@ -178,7 +207,9 @@ class Session:
             book = partial(self.around.open_scores, plan)
             records = fingerprint_records(self.data.validation)
             noise = terms.noise_multiplier
-            self.private_score = PrivateScore(book, terms.study, plan.run, plan.key_path, terms.metric, noise, records)
+            self.private_score = PrivateScore(
+                book, terms.study, plan.run, plan.key_path, terms.metric, noise, records
+            )
         return self.private_score(metrics, len(self.data.validation))
 
     def go_on(self, progress: Progress) -> bool:
@@ -205,13 +236,24 @@ class Session:
         }
         begun = self.saver.save(progress.step, facts, occasion)
         if self.saver.failure is not None:
-            self._survive("a checkpoint was not written, and a later one was made instead", self.saver.failure)
+            self._survive(
+                "a checkpoint was not written, and a later one was made instead", self.saver.failure
+            )
         self._saved_s = time.monotonic()
-        self.journal.note("checkpoint begun" if begun else "checkpoint left out", step=progress.step, occasion=occasion.value)
+        self.journal.note(
+            "checkpoint begun" if begun else "checkpoint left out",
+            step=progress.step,
+            occasion=occasion.value,
+        )
         return begun
 
     def committed(self, name: str, facts: Mapping[str, Any]) -> None:
-        self.journal.note("checkpoint committed", step=facts["step"], name=name, seconds=round(self.saver.lag_s, 3))
+        self.journal.note(
+            "checkpoint committed",
+            step=facts["step"],
+            name=name,
+            seconds=round(self.saver.lag_s, 3),
+        )
 
     def progressed(self, progress: Progress) -> None:
         """Shows the progress; who cannot take it ends no run."""
@@ -222,7 +264,11 @@ class Session:
 
     def _show(self, progress: Progress) -> None:
         self.on_progress(progress, self.epsilon)
-        figures = {"steps": progress.step, "steps_per_second": progress.steps_per_s, "epsilon_spent": self.epsilon,
+        figures = {"steps": progress.step, "steps_per_second": progress.steps_per_s,
+        "epsilon_spent": self.epsilon,
                    "tokens_left": self.tokens_left, "upload_lag_seconds": self.saver.lag_s,
-                   "checkpoints_skipped": self.saver.skipped, "attempt": self.attempt.number}  # fmt: skip
-        self.on_figures({name: float(value) for name, value in figures.items() if value is not None})
+                   "checkpoints_skipped": self.saver.skipped,
+                   "attempt": self.attempt.number}  # fmt: skip
+        self.on_figures(
+            {name: float(value) for name, value in figures.items() if value is not None}
+        )

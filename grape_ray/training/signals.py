@@ -1,4 +1,6 @@
-"""Notices: being told from outside that this process is to end, and what the ranks of a run agree to do about it."""
+"""Notices: being told from outside that this process is to end, and what the ranks of a run agree
+to do about it.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,14 @@ from typing import Any
 
 from grape_ray.training.loop import Notice
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)  # what ends a machine, and ^C: the run does the same for both
+# what ends a machine, and ^C: the run does the same for both
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _told = threading.Event()
 
 
 def listen() -> dict[signal.Signals, Any]:
-    """From now on the first SIGTERM or SIGINT is a notice to end in good order; a second does what it did before. Main thread only.
+    """From now on the first SIGTERM or SIGINT is a notice to end in good order; a second does what
+    it did before. Main thread only.
 
     Returns:
         What handled the signals before.

@@ -1,4 +1,6 @@
-"""Whether the validation records may be spoken of: they must not be private training records, of this run or of another."""
+"""Whether the validation records may be spoken of: they must not be private training records, of
+this run or of another.
+"""
 
 from __future__ import annotations
 
@@ -20,22 +22,39 @@ def check_splits(data: Data, exact_metrics: bool, protects: bool) -> None:
         protects: whether the training records are private and the method protects them.
 
     Raises:
-        DataError: all validation records, or a whole column of them, are training records that are to be protected; or metrics are exact
-            and the user's registry knows the records as private, training or validation records of whatever run.
+        DataError: all validation records, or a whole column of them, are training records that are
+            to be protected; or metrics are exact and the user's registry knows the records as
+            private, training or validation records of whatever run.
     """
     columns = column_fingerprints(data.validation)
     if protects:
         _check_disjoint(data, columns)
     if exact_metrics and registry.known((fingerprint_records(data.validation), *columns)):
-        fix = "use other validation records, or a sweep with score_source='private', which pays for what it says"
-        raise DataError("the validation records are known as private", None, "public ones, for metrics without noise", fix)
+        fix = (
+            "use other validation records, or a sweep with score_source='private', which pays for"
+            " what it says"
+        )
+        raise DataError(
+            "the validation records are known as private",
+            None,
+            "public ones, for metrics without noise",
+            fix,
+        )
 
 
 def _check_disjoint(data: Data, columns: tuple[str, ...]) -> None:
     total, common = len(data.validation), rows_in_common(data.validation, data.train)
     if common == total or set(columns) & set(column_fingerprints(data.train)):
         what = "the validation records are the training records"
-        raise DataError(what, f"{common} of {total} rows", "records that are not trained on", "hold other records out")
+        raise DataError(
+            what,
+            f"{common} of {total} rows",
+            "records that are not trained on",
+            "hold other records out",
+        )
     if common:
-        text = f"{common} of {total} validation records are training records, too: what is said of them is not protected by the guarantee"
+        text = (
+            f"{common} of {total} validation records are training records, too: what is said of"
+            " them is not protected by the guarantee"
+        )
         warnings.warn(text, Caution, stacklevel=4)

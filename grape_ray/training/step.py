@@ -1,4 +1,6 @@
-"""One training step: this rank's share of the Poisson batch, clipped sums, the noise line, the update."""
+"""One training step: this rank's share of the Poisson batch, clipped sums, the noise line, the
+update.
+"""
 
 from __future__ import annotations
 
@@ -26,15 +28,18 @@ _AHEAD = 1 << 25  # normals drawn ahead at most, 256 MiB
 class Step:
     """The function (model state, key, step) -> model state; every rank calls it for every step.
 
-    Guarantees: each record is in the batch with probability `sampling_prob`, independently, whatever the number of ranks; the noise is
-    drawn once; an empty batch or an empty share is a step like any other.
+    Guarantees: each record is in the batch with probability `sampling_prob`, independently,
+    whatever the number of ranks; the noise is drawn once; an empty batch or an empty share is a
+    step like any other.
 
     Attributes:
         loss: per-example loss, the task's own or one in lower precision.
         noise: this attempt's secret stream; None for the non-private yardstick.
-        noise_multiplier: noise standard deviation over the sensitivity. expected_batch_size: the divisor.
+        noise_multiplier: noise standard deviation over the sensitivity. expected_batch_size: the
+            divisor.
         sampling_key: 32 bytes, secret and of this attempt (of the public seed for the yardstick).
-        dropout_key: as sampling_key: an example's place in its batch, and so its mask, depends on the others.
+        dropout_key: as sampling_key: an example's place in its batch, and so its mask, depends on
+            the others.
         micro_batch_size: examples a pass; changes rounding at most.
     """
 
@@ -55,7 +60,9 @@ class Step:
     micro_batch_size: int
 
     def __call__(self, step: int) -> None:
-        """Takes step `step` (0-based). Raises NoiseReuse where this attempt has drawn the step's noise before."""
+        """Takes step `step` (0-based). Raises NoiseReuse where this attempt has drawn the step's
+        noise before.
+        """
         batch = poisson_batch(self.sampling_key, step, len(self.records), self.sampling_prob)
         share = batch[self.comms.rank :: self.comms.world_size]
         largest = -(-len(batch) // self.comms.world_size) if is_sharded(self.model) else len(share)
@@ -63,7 +70,9 @@ class Step:
         self.optimizer.step(self._gradient(self._summed(share, largest, step), len(batch)))
 
     def _draw_ahead(self, step: int) -> None:
-        """Where a GPU computes the gradients, idle cores draw the noise meanwhile: it does not depend on them."""
+        """Where a GPU computes the gradients, idle cores draw the noise meanwhile: it does not
+        depend on them.
+        """
         if self.noise is None or self.device.type != "cuda":
             return
         low, high = self.comms.slice_of(self.engine.coordinates)
@@ -73,24 +82,30 @@ class Step:
     def _summed(self, share: np.ndarray, largest: int, step: int) -> ClippedSum:
         """The clipped sum over this rank's share, by micro-batches.
 
-        The ranks of a sharded model gather its weights together, so each runs as many micro-batches as the `largest` share needs, of
-        equal sizes; what is missing is made up by rows that are masked out.
+        The ranks of a sharded model gather its weights together, so each runs as many micro-batches
+        as the `largest` share needs, of equal sizes; what is missing is made up by rows that are
+        masked out.
         """
         total, share = None, self.records.by_length(share)
         for start in range(0, largest, self.micro_batch_size):
-            # What a model draws, dropout's masks above all, is a function of (key, step), of the rank and of the place in its share.
+            # What a model draws, dropout's masks above all, is a function of (key, step), of the
+            # rank and of the place in its share.
             place = 2 * (self.comms.rank * len(self.records) + start)
             torch.manual_seed(int(words(self.dropout_key, step, place, 1)[0] >> np.uint64(1)))
             own = share[start : start + self.micro_batch_size]
             size = min(self.micro_batch_size, largest - start)
             filler = np.zeros(size - len(own), dtype=own.dtype)
             mask = torch.arange(size, device=self.device) < len(own) if len(filler) else None
-            batch = to_device(self.task.collate(self.records, np.concatenate([own, filler])), self.device)
+            batch = to_device(
+                self.task.collate(self.records, np.concatenate([own, filler])), self.device
+            )
             part = self.engine.clipped_sum(self.loss, batch, step=step, mask=mask)
             total = part if total is None else total + part
         return self.engine.empty_sum(step) if total is None else total
 
-    def _gradient(self, summed: ClippedSum, batch_size: int) -> PrivateGradient | NonPrivateGradient:
+    def _gradient(
+        self, summed: ClippedSum, batch_size: int
+    ) -> PrivateGradient | NonPrivateGradient:
         if self.noise is None:
             return nonprivate_mean(summed, batch_size=batch_size, comms=self.comms)
         return privatize(

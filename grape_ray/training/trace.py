@@ -17,12 +17,16 @@ _FLUSH_S = 1.0
 class Trace:
     """A file of lines of this process alone, below a folder.
 
-    On a local file system each line is there once `line` has returned, whatever then happens to the process. An object store cannot
-    append: there the file is written anew once a second and by `close`, so that a kill loses the last second's lines.
+    On a local file system each line is there once `line` has returned, whatever then happens to the
+    process. An object store cannot append: there the file is written anew once a second and by
+    `close`, so that a kill loses the last second's lines.
     """
 
     def __init__(self, folder: Storage, kind: str):
-        self._folder, self._name = folder, f"{kind}/{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}"
+        self._folder, self._name = (
+            folder,
+            f"{kind}/{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}",
+        )
         self._descriptor: int | None = None
         self._text, self._next_s, self._unsaved = "", 0.0, False
 
@@ -56,7 +60,9 @@ class Trace:
 
 
 def lines(folder: Storage, kind: str) -> list[str]:
-    """The lines of all processes, those of one process in order; a last line that was cut off is left out."""
+    """The lines of all processes, those of one process in order; a last line that was cut off is
+    left out.
+    """
     found: list[str] = []
     for name in folder.list(f"{kind}/"):
         with contextlib.suppress(FileNotFoundError):

@@ -1,4 +1,6 @@
-"""What a sweep was asked for, and the combinations that are refused by name before anything is done."""
+"""What a sweep was asked for, and the combinations that are refused by name before anything is
+done.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,11 @@ from grape_ray.errors import ConfigError, nearest
 COMPOSE, SELECT = "compose", "select"
 SCHEDULERS = ("asha", "median", "pbt", "none")
 SEARCHES = ("random", "optuna")
-LAWS = {"logarithmic": (NEGATIVE_BINOMIAL, 0.0), "geometric": (NEGATIVE_BINOMIAL, 1.0), "poisson": (POISSON, 0.0)}
+LAWS = {
+    "logarithmic": (NEGATIVE_BINOMIAL, 0.0),
+    "geometric": (NEGATIVE_BINOMIAL, 1.0),
+    "poisson": (POISSON, 0.0),
+}
 
 
 @dataclass(frozen=True)
@@ -23,17 +29,22 @@ class Options:
 
     Attributes:
         space: module of the tune space. assignments: overrides of its default run.
-        mode: `compose` (every step of every trial is paid for) or `select` (private selection: the winner alone is released).
+        mode: `compose` (every step of every trial is paid for) or `select` (private selection: the
+            winner alone is released).
         trials: how many; in mode select the mean of their secret number, drawn from `law`.
-        scheduler, search: who stops trials, who proposes them. seed: of the proposals; None draws one.
+        scheduler, search: who stops trials, who proposes them. seed: of the proposals; None draws
+            one.
         epsilon, delta: the sweep's share of the dataset's budget; None takes the space's.
         tokens: step tokens of the sweep; None plans them.
-        storage: of sweeps. ledger, score_ledger: of the training and of private validation records; None is their usual place.
-        ledger_epsilon, ledger_delta: the dataset's whole budget, where its ledger is made; None makes it the sweep's.
+        storage: of sweeps. ledger, score_ledger: of the training and of private validation records;
+            None is their usual place.
+        ledger_epsilon, ledger_delta: the dataset's whole budget, where its ledger is made; None
+            makes it the sweep's.
         key_path: file of the master key. concurrent: trials at a time; None is as many as fit.
         second_ledger: whether records that are known to have a ledger may get another one.
         allow_large_delta: whether delta may be one over the number of records or more.
-        sealed: folder for what must stay secret in mode select; None is one of the user's own, where storage is local.
+        sealed: folder for what must stay secret in mode select; None is one of the user's own,
+            where storage is local.
     """
 
     space: str
@@ -59,21 +70,46 @@ class Options:
     allow_large_delta: bool = False
 
     def __post_init__(self) -> None:
-        for name, known in (("mode", (COMPOSE, SELECT)), ("scheduler", SCHEDULERS), ("search", SEARCHES), ("law", tuple(LAWS))):
+        for name, known in (
+            ("mode", (COMPOSE, SELECT)),
+            ("scheduler", SCHEDULERS),
+            ("search", SEARCHES),
+            ("law", tuple(LAWS)),
+        ):
             if getattr(self, name) not in known:
-                raise ConfigError(f"--{name}", getattr(self, name), "one of " + ", ".join(known), nearest(str(getattr(self, name)), known))
+                raise ConfigError(
+                    f"--{name}",
+                    getattr(self, name),
+                    "one of " + ", ".join(known),
+                    nearest(str(getattr(self, name)), known),
+                )
         for name in ("trials", "tokens", "concurrent"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ConfigError(f"--{name}", value, "an integer >= 1", f"raise --{name}, or leave it out")
+                raise ConfigError(
+                    f"--{name}", value, "an integer >= 1", f"raise --{name}, or leave it out"
+                )
         for name, check in (("epsilon", check_epsilon), ("delta", check_delta)):
-            for prefix, value in (("budget", getattr(self, name)), ("ledger", getattr(self, f"ledger_{name}"))):
+            for prefix, value in (
+                ("budget", getattr(self, name)),
+                ("ledger", getattr(self, f"ledger_{name}")),
+            ):
                 if value is not None:
                     check(value, f"--{prefix}-{name}")
         if self.scheduler == "pbt" and self.search == "optuna":
-            raise ConfigError("--scheduler pbt with --search optuna", None, "one of the two", "pbt proposes new values by itself")
+            raise ConfigError(
+                "--scheduler pbt with --search optuna",
+                None,
+                "one of the two",
+                "pbt proposes new values by itself",
+            )
         if self.scheduler == "pbt" and self.trials < 2:
-            raise ConfigError("--scheduler pbt", f"{self.trials} trial", "a population of at least 2", "raise --trials")
+            raise ConfigError(
+                "--scheduler pbt",
+                f"{self.trials} trial",
+                "a population of at least 2",
+                "raise --trials",
+            )
         if self.mode == SELECT:
             self._check_select()
 
@@ -87,30 +123,53 @@ class Options:
         return {**asdict(self), "assignments": list(self.assignments)}
 
     def _check_select(self) -> None:
-        """The theorem is about independent trials of one fixed procedure, of which nothing but the best is seen."""
+        """The theorem is about independent trials of one fixed procedure, of which nothing but the
+        best is seen.
+        """
         reasons = {
             "asha": "it stops a trial because of the scores of others",
             "median": "it stops a trial because of the scores of others",
             "pbt": "it continues one trial from the weights of another",
         }
         if self.scheduler in reasons:
-            self._refuse(f"--scheduler {self.scheduler}", reasons[self.scheduler], "--scheduler none")
+            self._refuse(
+                f"--scheduler {self.scheduler}", reasons[self.scheduler], "--scheduler none"
+            )
         if self.search == "optuna":
-            self._refuse("--search optuna", "it proposes a trial because of the scores of earlier ones", "--search random")
+            self._refuse(
+                "--search optuna",
+                "it proposes a trial because of the scores of earlier ones",
+                "--search random",
+            )
         if self.tokens is not None:
             self._refuse("--tokens", "the whole selection is paid for at once", "nothing")
         self.the_law()
 
     @staticmethod
     def _refuse(what: str, reason: str, expected: str) -> None:
-        raise ConfigError(f"mode select refuses {what}: {reason}", None, expected, "or use --mode compose, where every step is paid for")
+        raise ConfigError(
+            f"mode select refuses {what}: {reason}",
+            None,
+            expected,
+            "or use --mode compose, where every step is paid for",
+        )
 
 
 def check_select_config(config: Config) -> None:
     """Refuses a default run that mode select cannot keep sealed or pay for. Raises ConfigError."""
     if not METHODS[config.method.name].exact:
         fix = "use a method with exact norms, or --mode compose"
-        raise ConfigError(f"mode select refuses method {config.method.name}: its steps have no Renyi bound", None, "exact norms", fix)
+        raise ConfigError(
+            f"mode select refuses method {config.method.name}: its steps have no Renyi bound",
+            None,
+            "exact norms",
+            fix,
+        )
     if config.performance.num_workers:
         fix = "take --workers away, or use --mode compose"
-        raise ConfigError("mode select refuses --workers: Ray Train would show each trial's metrics", None, "one process a trial", fix)
+        raise ConfigError(
+            "mode select refuses --workers: Ray Train would show each trial's metrics",
+            None,
+            "one process a trial",
+            fix,
+        )

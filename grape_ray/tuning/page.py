@@ -1,4 +1,6 @@
-"""The page that a sweep ends with: one HTML file that needs nothing else, and the table of its trials as Parquet."""
+"""The page that a sweep ends with: one HTML file that needs nothing else, and the table of its
+trials as Parquet.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ def report(url: str) -> tuple[str, bytes]:
     """(The page, the Parquet table) of a sweep's folder, finished or not.
 
     Raises:
-        ConfigError: no sweep is there, or it is a private selection that has not ended. LedgerError: its ledger cannot be read.
+        ConfigError: no sweep is there, or it is a private selection that has not ended.
+            LedgerError: its ledger cannot be read.
     """
     place = Storage(url)
     sweep = results.read(place)
@@ -43,21 +46,49 @@ def _compose(sweep: Mapping[str, Any], rows: list[TrialRow]) -> str:
     study, best = Study.from_payload(sweep["paid"]), results.best(rows)
     spent = history(sweep["ledger"], study.name)
     charged, executed = sum(row.charged for row in rows), sum(row.executed for row in rows)
-    naive = calibration.epsilon(study.mechanism, best.steps, study.delta) if best and best.steps else None
+    naive = (
+        calibration.epsilon(study.mechanism, best.steps, study.delta)
+        if best and best.steps
+        else None
+    )
     facts = [
-        ("the sweep's epsilon", f"{study.epsilon:g}", f"delta {study.delta:g}; holds for the winner and all else that is released"),
-        ("the naive epsilon", f"{naive:.2f}" if naive else "-", "of the winner's own steps: not what tuning costs"),
-        ("step tokens charged", f"{charged:,}", f"of {study.tokens:,}; {executed:,} steps executed"),
-        ("trials", f"{len({row.trial for row in rows})}", f"{sum(row.attempts for row in rows)} attempts, {len(rows)} runs"),
+        (
+            "the sweep's epsilon",
+            f"{study.epsilon:g}",
+            f"delta {study.delta:g}; holds for the winner and all else that is released",
+        ),
+        (
+            "the naive epsilon",
+            f"{naive:.2f}" if naive else "-",
+            "of the winner's own steps: not what tuning costs",
+        ),
+        (
+            "step tokens charged",
+            f"{charged:,}",
+            f"of {study.tokens:,}; {executed:,} steps executed",
+        ),
+        (
+            "trials",
+            f"{len({row.trial for row in rows})}",
+            f"{sum(row.attempts for row in rows)} attempts, {len(rows)} runs",
+        ),
     ]
     sections = [_tiles(facts)]
     if best is not None:
         sections.insert(0, _headline(sweep, best.score, best.values, study.epsilon, naive))
     scored = [row for row in rows if row.score is not None]
     if scored:
-        parameters = "".join(_parameter(name, sweep["metric"], scored, best) for name in sweep["fields"])
-        sections.append(f"<h2>Score by parameter</h2><p>A dot a run, larger the longer it trained.</p><div class=plots>{parameters}</div>")
-        sections.append(f"<h2>Trials over time</h2><div class=plots>{_curves(sweep, scored, best)}{_timeline(rows, spent, best)}</div>")
+        parameters = "".join(
+            _parameter(name, sweep["metric"], scored, best) for name in sweep["fields"]
+        )
+        sections.append(
+            "<h2>Score by parameter</h2><p>A dot a run, larger the longer it trained.</p><div"
+            f" class=plots>{parameters}</div>"
+        )
+        sections.append(
+            "<h2>Trials over time</h2><div"
+            f" class=plots>{_curves(sweep, scored, best)}{_timeline(rows, spent, best)}</div>"
+        )
     if spent:
         sections.append(f"<h2>Budget burned</h2><div class=plots>{_burned(study, spent)}</div>")
     sections.append(_rows(sweep, rows, best))
@@ -69,7 +100,12 @@ def _selection(place: Storage, sweep: Mapping[str, Any]) -> tuple[str, bytes]:
     import json
 
     if not place.exists(results.RESULT_FILE):
-        raise ConfigError("the private selection has not ended", place.url, "a finished sweep", "its trials are sealed: resume it first")
+        raise ConfigError(
+            "the private selection has not ended",
+            place.url,
+            "a finished sweep",
+            "its trials are sealed: resume it first",
+        )
     result, paid = json.loads(place.read(results.RESULT_FILE)), sweep["paid"]
     best = result["best"]
     sections = []
@@ -77,43 +113,97 @@ def _selection(place: Storage, sweep: Mapping[str, Any]) -> tuple[str, bytes]:
     if best is not None:
         sections.append(_headline(sweep, best["score"], best["config"], paid["epsilon"], naive))
     facts = [
-        ("the selection's epsilon", f"{paid['epsilon']:g}", f"delta {paid['delta']:g}; paid before the first trial"),
-        ("the naive epsilon", f"{naive:.2f}" if naive else "-", "of the winner's own steps: not what tuning costs"),
-        ("trials", "secret", f"{paid['mean']:g} on average, {paid['law'].replace('_', ' ')} law, shape {paid['shape']:g}"),
+        (
+            "the selection's epsilon",
+            f"{paid['epsilon']:g}",
+            f"delta {paid['delta']:g}; paid before the first trial",
+        ),
+        (
+            "the naive epsilon",
+            f"{naive:.2f}" if naive else "-",
+            "of the winner's own steps: not what tuning costs",
+        ),
+        (
+            "trials",
+            "secret",
+            (
+                f"{paid['mean']:g} on average, {paid['law'].replace('_', ' ')} law, shape"
+                f" {paid['shape']:g}"
+            ),
+        ),
     ]
-    sections += [_tiles(facts), "<p>Nothing but the winner was released; the other trials are destroyed.</p>"]
-    table = pa.Table.from_pylist([{"run": best["run"], **best["config"], "steps": best["steps"], "score": best["score"]}] if best else [])
+    sections += [
+        _tiles(facts),
+        "<p>Nothing but the winner was released; the other trials are destroyed.</p>",
+    ]
+    table = pa.Table.from_pylist(
+        [{"run": best["run"], **best["config"], "steps": best["steps"], "score": best["score"]}]
+        if best
+        else []
+    )
     return _page(sweep, sections), _parquet(table)
 
 
-def _headline(sweep: Mapping[str, Any], score: float | None, values: Mapping[str, Any], epsilon: float, naive: float | None) -> str:
-    settings = ", ".join(f"<b>{escape(_short(name))}</b> {escape(_value(value))}" for name, value in values.items())
+def _headline(
+    sweep: Mapping[str, Any],
+    score: float | None,
+    values: Mapping[str, Any],
+    epsilon: float,
+    naive: float | None,
+) -> str:
+    settings = ", ".join(
+        f"<b>{escape(_short(name))}</b> {escape(_value(value))}" for name, value in values.items()
+    )
     noised = ", noised" if sweep["score_source"] == "private" else ""
     beside = f" (naively {naive:.2f})" if naive else ""
-    told = f"{escape(sweep['metric'])} <b>{score:.4f}</b>{noised}, at epsilon <b>{epsilon:g}</b>{beside}"
+    told = (
+        f"{escape(sweep['metric'])} <b>{score:.4f}</b>{noised}, at epsilon"
+        f" <b>{epsilon:g}</b>{beside}"
+    )
     return f"<p class=headline>{told}, with {settings}</p>"
 
 
 def _tiles(facts: Sequence[tuple[str, str, str]]) -> str:
-    tiles = "".join(f"<div class=tile><span>{escape(a)}</span><b>{escape(b)}</b><span>{escape(c)}</span></div>" for a, b, c in facts)
+    tiles = "".join(
+        f"<div class=tile><span>{escape(a)}</span><b>{escape(b)}</b><span>{escape(c)}</span></div>"
+        for a, b, c in facts
+    )
     return f"<div class=tiles>{tiles}</div>"
 
 
 def _parameter(name: str, metric: str, rows: list[TrialRow], best: TrialRow | None) -> str:
-    plot = Plot(fitting(_short(name), [row.values[name] for row in rows]), linear(metric, [row.score or 0.0 for row in rows]))
+    plot = Plot(
+        fitting(_short(name), [row.values[name] for row in rows]),
+        linear(metric, [row.score or 0.0 for row in rows]),
+    )
     longest = max(row.steps for row in rows) or 1
     for row in sorted(rows, key=lambda row: row is best):
-        plot.dot(row.values[name], row.score, _style(row, best), _about(row), 3 + 4 * row.steps / longest)
-    return f"<figure><figcaption>{escape(metric)} by {escape(_short(name))}</figcaption>{plot.text}</figure>"
+        plot.dot(
+            row.values[name], row.score, _style(row, best), _about(row), 3 + 4 * row.steps / longest
+        )
+    return (
+        f"<figure><figcaption>{escape(metric)} by"
+        f" {escape(_short(name))}</figcaption>{plot.text}</figure>"
+    )
 
 
 def _curves(sweep: Mapping[str, Any], rows: list[TrialRow], best: TrialRow | None) -> str:
     points = [report for row in rows for report in row.reports]
-    plot = Plot(linear("step", [step for _, step, _ in points], zero=True), linear("score", [score for *_, score in points]))
+    plot = Plot(
+        linear("step", [step for _, step, _ in points], zero=True),
+        linear("score", [score for *_, score in points]),
+    )
     for row in sorted(rows, key=lambda row: row is best):
-        plot.line([(step, score) for _, step, score in row.reports], f"line {_style(row, best)}", _about(row))
+        plot.line(
+            [(step, score) for _, step, score in row.reports],
+            f"line {_style(row, best)}",
+            _about(row),
+        )
         plot.dot(row.reports[-1][1], row.reports[-1][2], _style(row, best), _about(row), 3)
-    return f"<figure><figcaption>{escape(sweep['metric'])} as trials go on</figcaption>{plot.text}</figure>"
+    return (
+        f"<figure><figcaption>{escape(sweep['metric'])} as trials go"
+        f" on</figcaption>{plot.text}</figure>"
+    )
 
 
 def _timeline(rows: list[TrialRow], spent: Sequence[Spending], best: TrialRow | None) -> str:
@@ -133,10 +223,17 @@ def _timeline(rows: list[TrialRow], spent: Sequence[Spending], best: TrialRow | 
     axis = categories("run", list(names.values()))
     quiet = type(axis)("run", axis.place, [(place, "") for place in names.values()])
     height = 60 + 18 * max(len(rows), 5)
-    plot = Plot(linear("seconds since the first charge", [end - began for *_, end in spans], zero=True), quiet, height=height)
+    plot = Plot(
+        linear("seconds since the first charge", [end - began for *_, end in spans], zero=True),
+        quiet,
+        height=height,
+    )
     for row, start, end in spans:
         plot.bar(start - began, end - began, names[row.run], _style(row, best), _about(row))
-    return f"<figure><figcaption>When each run trained, a bar an attempt</figcaption>{plot.text}</figure>"
+    return (
+        "<figure><figcaption>When each run trained, a bar an"
+        f" attempt</figcaption>{plot.text}</figure>"
+    )
 
 
 def _burned(study: Study, spent: Sequence[Spending]) -> str:
@@ -145,16 +242,37 @@ def _burned(study: Study, spent: Sequence[Spending]) -> str:
         used += entry.steps
         points.append((entry.time - began, used))
     knots = np.unique(np.linspace(1, max(1, *(n for _, n in points)), _CURVE_POINTS).astype(int))
-    cost = [0.0, *(min(study.epsilon, calibration.epsilon(study.mechanism, int(n), study.delta)) for n in knots)]
+    cost = [
+        0.0,
+        *(
+            min(study.epsilon, calibration.epsilon(study.mechanism, int(n), study.delta))
+            for n in knots
+        ),
+    ]
     curve = [(time, float(np.interp(n, [0, *knots], cost))) for time, n in points]
-    plot = Plot(linear("seconds since the first charge", [t for t, _ in curve]), linear("epsilon", [study.epsilon], zero=True), width=640)
+    plot = Plot(
+        linear("seconds since the first charge", [t for t, _ in curve]),
+        linear("epsilon", [study.epsilon], zero=True),
+        width=640,
+    )
     plot.line(curve, "line burned", steps=True)
     plot.level(study.epsilon, f"the sweep's budget, epsilon {study.epsilon:g}")
-    return f"<figure class=wide><figcaption>Epsilon of the steps charged so far, all trials together</figcaption>{plot.text}</figure>"
+    return (
+        "<figure class=wide><figcaption>Epsilon of the steps charged so far, all trials"
+        f" together</figcaption>{plot.text}</figure>"
+    )
 
 
 def _rows(sweep: Mapping[str, Any], rows: list[TrialRow], best: TrialRow | None) -> str:
-    heads = ["run", *(_short(name) for name in sweep["fields"]), "steps", sweep["metric"], "charged", "executed", "attempts"]
+    heads = [
+        "run",
+        *(_short(name) for name in sweep["fields"]),
+        "steps",
+        sweep["metric"],
+        "charged",
+        "executed",
+        "attempts",
+    ]
     lines = []
     for row in sorted(rows, key=lambda row: -(row.score if row.score is not None else -np.inf)):
         score = "-" if row.score is None else f"{row.score:.4f}"
@@ -168,16 +286,27 @@ def _rows(sweep: Mapping[str, Any], rows: list[TrialRow], best: TrialRow | None)
             row.attempts,
         ]
         mark = ' class="best"' if row is best else ""
-        lines.append(f"<tr{mark}>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in cells) + "</tr>")
+        lines.append(
+            f"<tr{mark}>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in cells) + "</tr>"
+        )
     head = "".join(f"<th>{escape(h)}</th>" for h in heads)
-    return f"<h2>Runs</h2><div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+    return (
+        f"<h2>Runs</h2><div class=scroll><table><thead><tr>{head}</tr></thead>"
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
 
 
 def _table(sweep: Mapping[str, Any], rows: list[TrialRow]) -> bytes:
     facts = ("run", "trial", "steps", "score", "charged", "executed", "attempts", "done")
     plain = [
-        {**{fact: getattr(row, fact) for fact in facts}, **{name: row.values[name] for name in sweep["fields"]}}
-        | {"first_report_time": row.reports[0][0] if row.reports else None, "last_report_time": row.reports[-1][0] if row.reports else None}
+        {
+            **{fact: getattr(row, fact) for fact in facts},
+            **{name: row.values[name] for name in sweep["fields"]},
+        }
+        | {
+            "first_report_time": row.reports[0][0] if row.reports else None,
+            "last_report_time": row.reports[-1][0] if row.reports else None,
+        }
         for row in rows
     ]
     return _parquet(pa.Table.from_pylist(plain))
@@ -192,14 +321,27 @@ def _parquet(table: pa.Table) -> bytes:
 def _page(sweep: Mapping[str, Any], sections: Sequence[str]) -> str:
     style = files("grape_ray.tuning").joinpath("page.css").read_text()
     name, mode = escape(sweep["sweep"]), escape(sweep["mode"])
-    about = f"{escape(sweep['options']['space'])}, mode {mode}, score from {escape(sweep['score_source'])} validation records"
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Sweep {name}</title><style>{style}</style>'
-    return f"<!doctype html><html lang=en><head>{head}</head><body><h1>Sweep {name}</h1><p>{about}</p>{''.join(sections)}</body></html>\n"
+    about = (
+        f"{escape(sweep['options']['space'])}, mode {mode}, score from"
+        f" {escape(sweep['score_source'])} validation records"
+    )
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Sweep'
+        f" {name}</title><style>{style}</style>"
+    )
+    return (
+        f"<!doctype html><html lang=en><head>{head}</head><body><h1>Sweep"
+        f" {name}</h1><p>{about}</p>{''.join(sections)}</body></html>\n"
+    )
 
 
 def _about(row: TrialRow) -> str:
     values = ", ".join(f"{_short(name)} {_value(value)}" for name, value in row.values.items())
-    return f"{row.run}: {row.score:.4f} after {row.steps} steps; {values}" if row.score is not None else f"{row.run}: {values}"
+    return (
+        f"{row.run}: {row.score:.4f} after {row.steps} steps; {values}"
+        if row.score is not None
+        else f"{row.run}: {values}"
+    )
 
 
 def _style(row: TrialRow, best: TrialRow | None) -> str:

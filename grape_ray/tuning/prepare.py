@@ -1,4 +1,6 @@
-"""A sweep that is checked and priced whole before any work: bad input costs nothing and leaves nothing."""
+"""A sweep that is checked and priced whole before any work: bad input costs nothing and leaves
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ from grape_ray.privacy import keys
 from grape_ray.storage import Storage
 from grape_ray.tasks.task import Data, label, loaded
 from grape_ray.training.dry_run import dry_run
-from grape_ray.training.plan import check_run_name, sampling_prob_of
+from grape_ray.training.plan import check_run_name, fresh_name, sampling_prob_of
 from grape_ray.training.private_scores import Terms
 from grape_ray.training.splits import check_splits
 from grape_ray.tuning import price, results
@@ -39,9 +41,10 @@ class Share:
     """A study or selection, and the ledger of the records that pay for it.
 
     Attributes:
-        paid: what is registered there. ledger: URL. dataset_id: of the records. budget: (epsilon, delta) of the records, where the
-            ledger is made; asked: as the user named it, with which an existing ledger is compared. identity: all fingerprints of the
-            records. public: whether they are, so that there may be many ledgers. dataset: what the user calls them.
+        paid: what is registered there. ledger: URL. dataset_id: of the records. budget: (epsilon,
+            delta) of the records, where the ledger is made; asked: as the user named it, with which
+            an existing ledger is compared. identity: all fingerprints of the records. public:
+            whether they are, so that there may be many ledgers. dataset: what the user calls them.
     """
 
     paid: Study | Selection
@@ -54,19 +57,31 @@ class Share:
     dataset: str = field(default="", compare=False)
 
     def check(self, second: bool) -> None:
-        """Refuses, before any work, what the ledger would refuse, and a second one. Raises StorageError, BudgetExceeded, LedgerError."""
+        """Refuses, before any work, what the ledger would refuse, and a second one. Raises
+        StorageError, BudgetExceeded, LedgerError.
+        """
         registry.check_only(self.ledger, self.identity, second)
-        foresee(Storage(self.ledger).first_contact(), self.dataset_id, self.budget, self.paid, self.asked)
+        foresee(
+            Storage(self.ledger).first_contact(),
+            self.dataset_id,
+            self.budget,
+            self.paid,
+            self.asked,
+        )
 
     def open(self) -> None:
         """Makes the ledger where there is none."""
         existing = Storage(self.ledger).exists(entry_name(0))
-        book = Ledger.open(self.ledger, self.dataset_id, *((None, None) if existing else self.budget))
+        book = Ledger.open(
+            self.ledger, self.dataset_id, *((None, None) if existing else self.budget)
+        )
         if not self.public and self.identity:
             registry.register(self.identity, self.ledger, book.ledger_id, self.dataset)
 
     def described(self) -> dict[str, Any]:
-        """The share as the sweep's description keeps it: without the fingerprint of the records, which the ledger knows."""
+        """The share as the sweep's description keeps it: without the fingerprint of the records,
+        which the ledger knows.
+        """
         return {"paid": self.paid.payload(), "ledger": self.ledger, "budget": list(self.budget)}
 
 
@@ -75,9 +90,12 @@ class Sweep:
     """A sweep that may begin.
 
     Attributes:
-        name: of its folder below storage, and of its study. options: as asked. study: its config as every trial begins from it.
-        storage: URL of the folder of sweeps. steps: what pays for training steps; scores: for private scores, or None.
-        sealed: URL of the folder of secrets in mode select; None otherwise. existing: whether it is resumed.
+        name: of its folder below storage, and of its study. options: as asked. study: its config as
+            every trial begins from it.
+        storage: URL of the folder of sweeps. steps: what pays for training steps; scores: for
+            private scores, or None.
+        sealed: URL of the folder of secrets in mode select; None otherwise. existing: whether it is
+            resumed.
     """
 
     name: str
@@ -98,13 +116,21 @@ class Sweep:
         """What may be said of private validation records; None where they are public."""
         if self.scores is None:
             return None
-        return Terms(self.study.metric, self.scores.paid.mechanism.noise_multiplier, self.scores.ledger, self.scores.paid.name)
+        return Terms(
+            self.study.metric,
+            self.scores.paid.mechanism.noise_multiplier,
+            self.scores.ledger,
+            self.scores.paid.name,
+        )
 
     def register(self) -> None:
         """Keeps the description of the sweep, from which it is resumed and reported."""
         if not self.existing:
             mark = secrets.token_hex(16)
-            self.folder().create(results.SWEEP_FILE, json.dumps(self._description(mark), indent=1, sort_keys=True).encode())
+            self.folder().create(
+                results.SWEEP_FILE,
+                json.dumps(self._description(mark), indent=1, sort_keys=True).encode(),
+            )
             remember_sweep(self.folder().url, mark)
 
     def _description(self, mark: str) -> dict[str, Any]:
@@ -125,13 +151,16 @@ class Sweep:
         }
 
 
-def prepare(options: Options, space: dict[str, Any], study: SweepStudy, name: str | None = None) -> Sweep:
-    """Checks and prices a new sweep; when all is right, and not before, it makes the master key and the salt of the user's ledgers.
+def prepare(
+    options: Options, space: dict[str, Any], study: SweepStudy, name: str | None = None
+) -> Sweep:
+    """Checks and prices a new sweep; when all is right, and not before, it makes the master key and
+    the salt of the user's ledgers.
 
     Raises:
         GrapeRayError: one of its kinds for whatever is wrong; nothing was written then.
     """
-    name = name or f"{options.space.rpartition('.')[2]}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
+    name = name or fresh_name(options.space.rpartition(".")[2])
     check_run_name(name)
     study = _priced_config(options, study)
     if options.mode == SELECT:
@@ -145,51 +174,112 @@ def prepare(options: Options, space: dict[str, Any], study: SweepStudy, name: st
     storage = absolute(options.storage)
     _check_place(Storage(storage).child(name), name)
     steps = _steps(options, study, name, data, storage, sampling_prob)
-    cautions.check_delta("the delta of the dataset's ledger", steps.budget[1], len(data.train), consent)
-    scores = _scores(options, study, name, data, storage, steps.paid) if study.score_source == PRIVATE else None
+    cautions.check_delta(
+        "the delta of the dataset's ledger", steps.budget[1], len(data.train), consent
+    )
+    scores = (
+        _scores(options, study, name, data, storage, steps.paid)
+        if study.score_source == PRIVATE
+        else None
+    )
     keys.check_outside(options.key_path or keys.default_path(), storage, steps.ledger)
     for share in filter(None, (steps, scores)):
         share.check(options.second_ledger)
         if isinstance(share.paid, Selection):
             price.trial_epsilon(share.paid)  # before it is paid for
     sealed = _sealed(options, storage, name) if options.mode == SELECT else None
-    public, noise = data.public and study.score_source != PRIVATE, steps.paid.mechanism.noise_multiplier
+    public, noise = (
+        data.public and study.score_source != PRIVATE,
+        steps.paid.mechanism.noise_multiplier,
+    )
     dry_run(study.config, data, Storage(storage), noise, public, study.metric)
     keys.master_key(options.key_path)
-    steps = replace(steps, ledger=ledger_place(options.ledger, steps.dataset_id, data.public, storage, name, make=True))
+    steps = replace(
+        steps,
+        ledger=ledger_place(
+            options.ledger, steps.dataset_id, data.public, storage, name, make=True
+        ),
+    )
     if scores is not None:
-        scores = replace(scores, ledger=ledger_place(options.score_ledger, scores.dataset_id, False, storage, name, make=True))
-    return Sweep(name, options, space, _frozen(study, steps.paid), storage, steps, scores, sealed, False)
+        scores = replace(
+            scores,
+            ledger=ledger_place(
+                options.score_ledger, scores.dataset_id, False, storage, name, make=True
+            ),
+        )
+    return Sweep(
+        name, options, space, _frozen(study, steps.paid), storage, steps, scores, sealed, False
+    )
 
 
-def resume(described: dict[str, Any], options: Options, space: dict[str, Any], study: SweepStudy) -> Sweep:
+def resume(
+    described: dict[str, Any], options: Options, space: dict[str, Any], study: SweepStudy
+) -> Sweep:
     """A sweep as it was begun, to be gone on with; its price is what was registered."""
     name, task = described["sweep"], study.config.task
     steps = _known(described, options.mode, task, lambda data: data.identity)
-    scores = described["scores"] and _known(described["scores"], options.mode, task, _validation_identity)
+    scores = described["scores"] and _known(
+        described["scores"], options.mode, task, _validation_identity
+    )
     study = _frozen(_priced_config(options, study), steps.paid)
-    mine, theirs = json.loads(json.dumps(describe(study.config))), {**described["config"], "task": at_home(described["config"]["task"])}
+    mine, theirs = (
+        json.loads(json.dumps(describe(study.config))),
+        {**described["config"], "task": at_home(described["config"]["task"])},
+    )
     differing = sorted(key for key in mine if mine[key] != theirs.get(key)) + [
-        key for key, value in (("fields", sorted(space)), ("score_source", study.score_source)) if described[key] != value
+        key
+        for key, value in (("fields", sorted(space)), ("score_source", study.score_source))
+        if described[key] != value
     ]
     if differing:
         fix = "resume it with the space that it was begun with, or begin a new sweep"
-        raise ConfigError(f"sweep {name} was begun with another {', '.join(differing)}", None, "the same tune space", fix)
-    # The description could name a key that its maker knows, so a key never lies in what may have been copied.
-    keys.check_outside(options.key_path or keys.default_path(), absolute(options.storage), steps.ledger)
+        raise ConfigError(
+            f"sweep {name} was begun with another {', '.join(differing)}",
+            None,
+            "the same tune space",
+            fix,
+        )
+    # The description could name a key that its maker knows, so a key never lies in what may have
+    # been copied.
+    keys.check_outside(
+        options.key_path or keys.default_path(), absolute(options.storage), steps.ledger
+    )
     keys.master_key(options.key_path)
-    return Sweep(name, options, space, study, absolute(options.storage), steps, scores or None, described["sealed"], True)
+    return Sweep(
+        name,
+        options,
+        space,
+        study,
+        absolute(options.storage),
+        steps,
+        scores or None,
+        described["sealed"],
+        True,
+    )
 
 
-def _known(described: Mapping[str, Any], mode: str, task: Any, identity: Callable[[Data], tuple[str, ...]]) -> Share:
-    """A share as it was described; the data is read, for its fingerprints, only where the sweep was cut off before its ledger was made."""
+def _known(
+    described: Mapping[str, Any], mode: str, task: Any, identity: Callable[[Data], tuple[str, ...]]
+) -> Share:
+    """A share as it was described; the data is read, for its fingerprints, only where the sweep was
+    cut off before its ledger was made.
+    """
     paid = (selection_from if mode == SELECT else Study.from_payload)(described["paid"])
     where, budget = described["ledger"], described["budget"]
     if Storage(where).exists(entry_name(0)):
-        return Share(paid, where, Ledger.open(where, create=False).state.dataset_id, (budget[0], budget[1]))
+        return Share(
+            paid, where, Ledger.open(where, create=False).state.dataset_id, (budget[0], budget[1])
+        )
     data = loaded(task)
     found = identity(data)
-    return Share(paid, where, found[0], (budget[0], budget[1]), found, data.public and found[0] == data.dataset_id)
+    return Share(
+        paid,
+        where,
+        found[0],
+        (budget[0], budget[1]),
+        found,
+        data.public and found[0] == data.dataset_id,
+    )
 
 
 def _validation_identity(data: Data) -> tuple[str, ...]:
@@ -198,7 +288,9 @@ def _validation_identity(data: Data) -> tuple[str, ...]:
 
 
 def _check_place(place: Storage, name: str) -> None:
-    """Refuses a folder that cannot be written, or that holds a sweep. Raises StorageError, ConfigError."""
+    """Refuses a folder that cannot be written, or that holds a sweep. Raises StorageError,
+    ConfigError.
+    """
     place.check_writable()
     if place.exists(results.SWEEP_FILE):
         raise ConfigError("the sweep exists", name, "a new name", f"resume it with --resume {name}")
@@ -207,12 +299,21 @@ def _check_place(place: Storage, name: str) -> None:
 def _priced_config(options: Options, study: SweepStudy) -> SweepStudy:
     """The study with the sweep's budget, and with a checkpoint at each point of comparison."""
     privacy, performance = study.config.privacy, study.config.performance
-    privacy = replace(privacy, epsilon=_given(options.epsilon, privacy.epsilon), delta=_given(options.delta, privacy.delta))
+    privacy = replace(
+        privacy,
+        epsilon=_given(options.epsilon, privacy.epsilon),
+        delta=_given(options.delta, privacy.delta),
+    )
     # In population-based training any checkpoint of a trial may be where another goes on.
     keep = 10**6 if options.scheduler == "pbt" else performance.keep_checkpoints
     # In mode select a trial has one score, at its end.
     every = 0 if options.mode == SELECT else performance.eval_every
-    performance = replace(performance, checkpoint_every=performance.eval_every, eval_every=every, keep_checkpoints=keep)
+    performance = replace(
+        performance,
+        checkpoint_every=performance.eval_every,
+        eval_every=every,
+        keep_checkpoints=keep,
+    )
     return replace(study, config=replace(study.config, privacy=privacy, performance=performance))
 
 
@@ -226,31 +327,60 @@ def _given(value: float | None, otherwise: float) -> float:
     return otherwise if value is None else value
 
 
-def _steps(options: Options, study: SweepStudy, name: str, data: Data, storage: str, sampling_prob: float) -> Share:
+def _steps(
+    options: Options, study: SweepStudy, name: str, data: Data, storage: str, sampling_prob: float
+) -> Share:
     """What pays for training steps."""
     privacy = study.config.privacy
     paid: Study | Selection
     if options.mode == SELECT:
-        paid = price.select(study, name, sampling_prob, privacy.epsilon, privacy.delta, options.the_law())
+        paid = price.select(
+            study, name, sampling_prob, privacy.epsilon, privacy.delta, options.the_law()
+        )
     else:
         tokens = options.tokens or price.planned_tokens(study, options.trials, options.scheduler)
         paid = price.compose(study, name, sampling_prob, privacy.epsilon, privacy.delta, tokens)
     asked = options.ledger_epsilon, options.ledger_delta
     budget = made_for((privacy.epsilon, privacy.delta), *asked)
     place = ledger_place(options.ledger, data.dataset_id, data.public, storage, name)
-    return Share(paid, place, data.dataset_id, budget, data.identity, data.public, asked, label(study.config.task))
+    return Share(
+        paid,
+        place,
+        data.dataset_id,
+        budget,
+        data.identity,
+        data.public,
+        asked,
+        label(study.config.task),
+    )
 
 
-def _scores(options: Options, study: SweepStudy, name: str, data: Data, storage: str, paid: Study | Selection) -> Share:
+def _scores(
+    options: Options,
+    study: SweepStudy,
+    name: str,
+    data: Data,
+    storage: str,
+    paid: Study | Selection,
+) -> Share:
     """What pays for private scores."""
     records = _validation_identity(data)
     if isinstance(paid, Study):
-        price_of: Study | Selection = price.scores(study, name, price.planned_scores(study, paid.tokens, options.trials))
+        price_of: Study | Selection = price.scores(
+            study, name, price.planned_scores(study, paid.tokens, options.trials)
+        )
     else:
         price_of = price.select_scores(study, name, options.the_law())
     budget = (study.score_epsilon, study.score_delta)
     place = ledger_place(options.score_ledger, records[0], False, storage, name)
-    return Share(price_of, place, records[0], budget, records, dataset=f"{label(study.config.task)}, validation records")
+    return Share(
+        price_of,
+        place,
+        records[0],
+        budget,
+        records,
+        dataset=f"{label(study.config.task)}, validation records",
+    )
 
 
 def _sealed(options: Options, storage: str, name: str) -> str:
@@ -258,6 +388,10 @@ def _sealed(options: Options, storage: str, name: str) -> str:
     if options.sealed:
         return f"{absolute(options.sealed)}/{name}"
     if "://" in storage:
-        fix = "name a folder with --sealed that every machine of the cluster reaches, and nobody else"
-        raise ConfigError("mode select has no place for its secrets", storage, "local storage, or --sealed", fix)
+        fix = (
+            "name a folder with --sealed that every machine of the cluster reaches, and nobody else"
+        )
+        raise ConfigError(
+            "mode select has no place for its secrets", storage, "local storage, or --sealed", fix
+        )
     return str(home() / "sealed" / name)

@@ -1,4 +1,6 @@
-"""What a sweep costs: its step tokens and noise in mode compose, the whole selection in mode select, and its private scores."""
+"""What a sweep costs: its step tokens and noise in mode compose, the whole selection in mode
+select, and its private scores.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +13,23 @@ from grape_ray.ledger.entries import Study
 from grape_ray.training.plan import mechanism_kind
 from grape_ray.tuning.spaces import SweepStudy
 
-_ASYNCHRONOUS = 1.5  # trials that arrive early are promoted against few rivals, so more go on than one in `reduction_factor`
+# trials that arrive early are promoted against few rivals, so more go on than one in
+# `reduction_factor`
+_ASYNCHRONOUS = 1.5
 
 
 def planned_tokens(study: SweepStudy, trials: int, scheduler: str) -> int:
-    """Steps that a sweep is expected to take at most, spare steps included; trials that find no token left end in good order.
+    """Steps that a sweep is expected to take at most, spare steps included; trials that find no
+    token left end in good order.
 
-    With `asha` that is successive halving's number, half as many again for its asynchrony; otherwise every trial in full.
+    With `asha` that is successive halving's number, half as many again for its asynchrony;
+    otherwise every trial in full.
     """
-    steps, rung, factor = study.config.privacy.steps, study.config.performance.eval_every, study.reduction_factor
+    steps, rung, factor = (
+        study.config.privacy.steps,
+        study.config.performance.eval_every,
+        study.reduction_factor,
+    )
     full = trials * steps
     if scheduler == "asha":
         expected, left, done = 0.0, float(trials), 0
@@ -31,9 +41,11 @@ def planned_tokens(study: SweepStudy, trials: int, scheduler: str) -> int:
     return full + study.config.privacy.spare_steps
 
 
-def compose(study: SweepStudy, name: str, sampling_prob: float, epsilon: float, delta: float, tokens: int) -> Study:
-    """The study of a sweep: the least noise with which so many steps cost (epsilon, delta), or, where the default run names its noise,
-    the steps that it buys, `tokens` at most.
+def compose(
+    study: SweepStudy, name: str, sampling_prob: float, epsilon: float, delta: float, tokens: int
+) -> Study:
+    """The study of a sweep: the least noise with which so many steps cost (epsilon, delta), or,
+    where the default run names its noise, the steps that it buys, `tokens` at most.
 
     Raises:
         BudgetExceeded: the budget does not buy a step.
@@ -42,50 +54,79 @@ def compose(study: SweepStudy, name: str, sampling_prob: float, epsilon: float, 
     if sigma is None:
         method = {"method": kind["name"], **{k: v for k, v in kind.items() if k != "name"}}
         sigma = calibration.noise_multiplier(epsilon, delta, sampling_prob, tokens, **method)
-        return Study(name, Mechanism(**kind, sampling_prob=sampling_prob, noise_multiplier=sigma), epsilon, delta, tokens)
+        return Study(
+            name,
+            Mechanism(**kind, sampling_prob=sampling_prob, noise_multiplier=sigma),
+            epsilon,
+            delta,
+            tokens,
+        )
     mechanism = Mechanism(**kind, sampling_prob=sampling_prob, noise_multiplier=sigma)
     bought = min(tokens, calibration.steps_within(mechanism, epsilon, delta))
     if bought == 0:
-        raise BudgetExceeded("privacy.noise_multiplier is too small", sigma, "enough for one step", "raise it, or the budget")
+        raise BudgetExceeded(
+            "privacy.noise_multiplier is too small",
+            sigma,
+            "enough for one step",
+            "raise it, or the budget",
+        )
     return Study(name, mechanism, epsilon, delta, bought)
 
 
-def select(study: SweepStudy, name: str, sampling_prob: float, epsilon: float, delta: float, law: Law) -> Selection:
-    """The selection of a sweep: each trial may take privacy.steps + spare_steps, with the least noise that fits the budget.
+def select(
+    study: SweepStudy, name: str, sampling_prob: float, epsilon: float, delta: float, law: Law
+) -> Selection:
+    """The selection of a sweep: each trial may take privacy.steps + spare_steps, with the least
+    noise that fits the budget.
 
     Raises:
-        BudgetExceeded: no noise is large enough, or the default run's own is not. ConfigError: a method without Renyi bounds.
+        BudgetExceeded: no noise is large enough, or the default run's own is not. ConfigError: a
+            method without Renyi bounds.
     """
     trial = study.config.privacy.steps + study.config.privacy.spare_steps
     sigma = study.config.privacy.noise_multiplier
     if sigma is None:
         sigma = selections.noise_multiplier(epsilon, delta, sampling_prob, trial, law)
-    mechanism = Mechanism(**mechanism_kind(study.config), sampling_prob=sampling_prob, noise_multiplier=sigma)
+    mechanism = Mechanism(
+        **mechanism_kind(study.config), sampling_prob=sampling_prob, noise_multiplier=sigma
+    )
     return Selection(name, mechanism, epsilon, delta, trial, law)
 
 
 def trial_epsilon(paid: Selection) -> float:
-    """A bound on what one trial of a selection costs by itself: the budget of its sealed ledger. It knows nothing of the other trials.
+    """A bound on what one trial of a selection costs by itself: the budget of its sealed ledger. It
+    knows nothing of the other trials.
 
     Raises:
         ConfigError: no ledger can hold so much.
     """
     cost = calibration.epsilon(paid.mechanism, paid.trial_tokens, paid.delta) * 1.001 + 1e-6
     if cost > MAX_EPSILON:
-        raise ConfigError("a trial of the selection has no useful epsilon", None, "more noise", "lower --budget-epsilon")
+        raise ConfigError(
+            "a trial of the selection has no useful epsilon",
+            None,
+            "more noise",
+            "lower --budget-epsilon",
+        )
     return cost
 
 
 def scores(study: SweepStudy, name: str, count: int) -> Study:
-    """The study, on the validation records' own ledger, that pays for `count` private scores: a count with Gaussian noise each."""
+    """The study, on the validation records' own ledger, that pays for `count` private scores: a
+    count with Gaussian noise each.
+    """
     sigma = calibration.noise_multiplier(study.score_epsilon, study.score_delta, 1.0, count)
-    return Study(name, Mechanism(GAUSSIAN, 1.0, sigma), study.score_epsilon, study.score_delta, count)
+    return Study(
+        name, Mechanism(GAUSSIAN, 1.0, sigma), study.score_epsilon, study.score_delta, count
+    )
 
 
 def select_scores(study: SweepStudy, name: str, law: Law) -> Selection:
     """As `scores` in mode select, where a trial has one score."""
     sigma = selections.noise_multiplier(study.score_epsilon, study.score_delta, 1.0, 1, law)
-    return Selection(name, Mechanism(GAUSSIAN, 1.0, sigma), study.score_epsilon, study.score_delta, 1, law)
+    return Selection(
+        name, Mechanism(GAUSSIAN, 1.0, sigma), study.score_epsilon, study.score_delta, 1, law
+    )
 
 
 def planned_scores(study: SweepStudy, tokens: int, trials: int) -> int:

@@ -1,4 +1,6 @@
-"""A tune space: the base run of a sweep, which of its fields may vary, and where its score comes from."""
+"""A tune space: the base run of a sweep, which of its fields may vary, and where its score comes
+from.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,15 @@ FROZEN = {
     "privacy.probes": "it changes the mechanism, which the study freezes",
     "privacy.shared_probes": "it changes the mechanism, which the study freezes",
 }
-# What a checkpoint can be continued with: changing anything else would not fit its moments or its model.
-CONTINUABLE = ("method.learning_rate", "method.weight_decay", "method.momentum", "privacy.clip_norm", "privacy.clipping")
+# What a checkpoint can be continued with: changing anything else would not fit its moments or its
+# model.
+CONTINUABLE = (
+    "method.learning_rate",
+    "method.weight_decay",
+    "method.momentum",
+    "privacy.clip_norm",
+    "privacy.clipping",
+)
 
 
 @dataclass(frozen=True)
@@ -36,15 +45,20 @@ class SweepStudy:
     """What the trials of a sweep have in common.
 
     Attributes:
-        config: the default run; its privacy.epsilon and delta are the sweep's unless told otherwise, privacy.steps those of a full
-            trial, performance.eval_every the distance of the points at which trials are compared.
+        config: the default run; its privacy.epsilon and delta are the sweep's unless told
+            otherwise, privacy.steps those of a full trial, performance.eval_every the distance of
+            the points at which trials are compared.
         tunable: names of the fields that the space may vary, such as `method.rank`.
-        score_source: `public`: the task's validation records are public, and metrics on them are free; `private`: they are not, so
-            the score alone is released, noised and charged to the validation records' own ledger. There is no default.
-        metric: the validation metric that is compared; higher is better. A private one must be among the task's `bounded_metrics`: the
-            noise covers a mean over the validation records of a value in [0, 1], such as accuracy.
-        score_epsilon, score_delta: what all private scores of the sweep may cost the validation records; unused if public.
-        reduction_factor: `asha` keeps one trial in so many at each rung; the first rung is performance.eval_every.
+        score_source: `public`: the task's validation records are public, and metrics on them are
+            free; `private`: they are not, so the score alone is released, noised and charged to the
+            validation records' own ledger. There is no default.
+        metric: the validation metric that is compared; higher is better. A private one must be
+            among the task's `bounded_metrics`: the noise covers a mean over the validation records
+            of a value in [0, 1], such as accuracy.
+        score_epsilon, score_delta: what all private scores of the sweep may cost the validation
+            records; unused if public.
+        reduction_factor: `asha` keeps one trial in so many at each rung; the first rung is
+            performance.eval_every.
     """
 
     config: Config
@@ -57,14 +71,25 @@ class SweepStudy:
 
     def __post_init__(self) -> None:
         if self.score_source not in (PUBLIC, PRIVATE):
-            expected = "'public' (a public validation set) or 'private' (then it is noised and charged)"
-            raise ConfigError("score_source", self.score_source, expected, "say where the score comes from")
+            expected = (
+                "'public' (a public validation set) or 'private' (then it is noised and charged)"
+            )
+            raise ConfigError(
+                "score_source", self.score_source, expected, "say where the score comes from"
+            )
         if self.score_source == PRIVATE:
             check_metric(self.config.task, self.metric)
         if self.reduction_factor < 2:
-            raise ConfigError("reduction_factor", self.reduction_factor, "an integer >= 2", "3 is usual")
+            raise ConfigError(
+                "reduction_factor", self.reduction_factor, "an integer >= 2", "3 is usual"
+            )
         if not METHODS[self.config.method.name].private:
-            raise ConfigError("method.name of a tune space", self.config.method.name, "a private method", "the yardstick is not for sweeps")
+            raise ConfigError(
+                "method.name of a tune space",
+                self.config.method.name,
+                "a private method",
+                "the yardstick is not for sweeps",
+            )
         check_names(self.tunable, self.tunable)
 
     def with_values(self, values: Mapping[str, Any]) -> Config:
@@ -78,7 +103,12 @@ class SweepStudy:
             value: Any = self.config
             for part in name.split("."):
                 if not hasattr(value, part):
-                    raise ConfigError("a tune space varies what is no field", name, "fields of grape_ray.Config", "correct its name")
+                    raise ConfigError(
+                        "a tune space varies what is no field",
+                        name,
+                        "fields of grape_ray.Config",
+                        "correct its name",
+                    )
                 value = getattr(value, part)
             found[name] = value
         return found
@@ -87,7 +117,12 @@ class SweepStudy:
         """Refuses a study whose trials are never compared. Raises ConfigError."""
         every, steps = self.config.performance.eval_every, self.config.privacy.steps
         if not 0 < every <= steps:
-            raise ConfigError("performance.eval_every of a tune space", every, f"1 to {steps}", "trials are compared at evaluations")
+            raise ConfigError(
+                "performance.eval_every of a tune space",
+                every,
+                f"1 to {steps}",
+                "trials are compared at evaluations",
+            )
 
 
 def check_names(names: Iterable[str], tunable: Iterable[str]) -> None:
@@ -95,22 +130,48 @@ def check_names(names: Iterable[str], tunable: Iterable[str]) -> None:
     tunable = tuple(tunable)
     for name in names:
         if name in FROZEN:
-            raise ConfigError(f"a sweep cannot vary {name}: {FROZEN[name]}", None, ", ".join(tunable), "take it out of the space")
+            raise ConfigError(
+                f"a sweep cannot vary {name}: {FROZEN[name]}",
+                None,
+                ", ".join(tunable),
+                "take it out of the space",
+            )
         if name.startswith("performance."):
             fix = "set it once for the whole sweep"
-            raise ConfigError(f"a sweep cannot vary {name}: it changes speed and no result", None, ", ".join(tunable), fix)
+            raise ConfigError(
+                f"a sweep cannot vary {name}: it changes speed and no result",
+                None,
+                ", ".join(tunable),
+                fix,
+            )
         if name not in tunable:
-            raise ConfigError("the study lets no trial vary this field", name, nearest(name, tunable), "take it out of the space")
+            raise ConfigError(
+                "the study lets no trial vary this field",
+                name,
+                nearest(name, tunable),
+                "take it out of the space",
+            )
 
 
 def check_methods(base: str, names: Iterable[str]) -> None:
     """Refuses methods whose steps are not the base method's mechanism. Raises ConfigError."""
     for name in names:
         if name not in METHODS:
-            raise ConfigError("method.name", name, "one of " + ", ".join(METHODS), nearest(name, METHODS))
+            raise ConfigError(
+                "method.name", name, "one of " + ", ".join(METHODS), nearest(name, METHODS)
+            )
         if not METHODS[name].private or METHODS[name].exact != METHODS[base].exact:
-            same = [m for m, info in METHODS.items() if info.private and info.exact == METHODS[base].exact]
-            raise ConfigError("a sweep cannot mix mechanisms: method.name", name, "one of " + ", ".join(same), "run another sweep for it")
+            same = [
+                m
+                for m, info in METHODS.items()
+                if info.private and info.exact == METHODS[base].exact
+            ]
+            raise ConfigError(
+                "a sweep cannot mix mechanisms: method.name",
+                name,
+                "one of " + ", ".join(same),
+                "run another sweep for it",
+            )
 
 
 def load(reference: str, assignments: Iterable[str] = ()) -> tuple[dict[str, Any], SweepStudy]:
@@ -127,8 +188,13 @@ def load(reference: str, assignments: Iterable[str] = ()) -> tuple[dict[str, Any
     module = load_module(reference, reference, "tune space")
     for name in ("space", "study"):
         if not callable(getattr(module, name, None)):
-            raise ConfigError(f"tune space {reference} has no function {name}()", None, _RETURNS, _LIKE)
-    space, study = (call(getattr(module, name), f"tune space {reference}", _RETURNS) for name in ("space", "study"))
+            raise ConfigError(
+                f"tune space {reference} has no function {name}()", None, _RETURNS, _LIKE
+            )
+    space, study = (
+        call(getattr(module, name), f"tune space {reference}", _RETURNS)
+        for name in ("space", "study")
+    )
     if not isinstance(space, dict) or not space or not isinstance(study, SweepStudy):
         got = f"{type(space).__name__} and {type(study).__name__}"
         raise ConfigError(f"tune space {reference}", got, _RETURNS, _LIKE)

@@ -1,4 +1,6 @@
-"""Remembered calibrations: found again, bound to their question, and never believed without a proof."""
+"""Remembered calibrations: found again, bound to their question, and never believed without a
+proof.
+"""
 
 import json
 

@@ -25,15 +25,24 @@ def test_golden_noise_multipliers(target, golden):
 
 @pytest.mark.parametrize(
     ("target", "delta", "sampling_prob", "steps", "interval"),
-    [(3.0, 1e-5, 0.05, 200, 5e-5), (1.0, 1e-5, 0.02, 50, 3e-5), (8.0, 1e-6, 0.01, 100, 2e-4), (3.0, 1e-5, 0.5, 50, 1e-4),
+    [(3.0, 1e-5, 0.05, 200, 5e-5), (1.0, 1e-5, 0.02, 50, 3e-5), (8.0, 1e-6, 0.01, 100, 2e-4),
+    (3.0, 1e-5, 0.5, 50, 1e-4),
      (0.5, 1e-7, 0.1, 20, 3e-5), (3.0, 1e-6, 1e-3, 300, 1e-4)],
 )  # fmt: skip
-def test_noise_is_within_a_fifth_of_a_percent_of_the_least(target, delta, sampling_prob, steps, interval):
-    """An independent accountant's lower bound on epsilon shows that 0.2 % less noise is not enough, and its upper bound that this is."""
+def test_noise_is_within_a_fifth_of_a_percent_of_the_least(
+    target, delta, sampling_prob, steps, interval
+):
+    """An independent accountant's lower bound on epsilon shows that 0.2 % less noise is not enough,
+    and its upper bound that this is.
+    """
 
     def bound(sigma, above):
         one = privacy_loss_distribution.from_gaussian_mechanism(
-            sigma, sampling_prob=sampling_prob, value_discretization_interval=interval, pessimistic_estimate=above, use_connect_dots=above
+            sigma,
+            sampling_prob=sampling_prob,
+            value_discretization_interval=interval,
+            pessimistic_estimate=above,
+            use_connect_dots=above,
         )
         return one.self_compose(steps).get_epsilon_for_delta(delta)
 
@@ -48,7 +57,9 @@ def test_golden_epsilon_of_a_sweep():
 
 def test_never_below_a_finer_accountant():
     mechanism = gaussian(0.02, 0.8)
-    finest = privacy_loss_distribution.from_gaussian_mechanism(0.8, sampling_prob=0.02, value_discretization_interval=2e-5)
+    finest = privacy_loss_distribution.from_gaussian_mechanism(
+        0.8, sampling_prob=0.02, value_discretization_interval=2e-5
+    )
     reference = finest.self_compose(500).get_epsilon_for_delta(1e-6)
     assert reference * (1 - 1e-6) <= epsilon(mechanism, 500, 1e-6) <= reference * 1.003
 
@@ -71,14 +82,23 @@ def test_steps_that_noise_was_calibrated_for_fit():
 
 
 def test_whole_batches_have_the_closed_form():
-    # Balle and Wang 2018: mu = 1 and delta = Phi(1/2 - eps) - e^eps Phi(-1/2 - eps), which is 1e-5 at epsilon 4.3770.
+    # Balle and Wang 2018: mu = 1 and delta = Phi(1/2 - eps) - e^eps Phi(-1/2 - eps), which is 1e-5
+    # at epsilon 4.3770.
     assert epsilon(gaussian(1.0, 10.0), 100, 1e-5) == pytest.approx(4.3770, abs=2e-3)
-    one_step = privacy_loss_distribution.from_gaussian_mechanism(10.0, value_discretization_interval=1e-4)
-    assert epsilon(gaussian(1.0, 10.0), 100, 1e-5) == pytest.approx(one_step.self_compose(100).get_epsilon_for_delta(1e-5), rel=1e-3)
+    one_step = privacy_loss_distribution.from_gaussian_mechanism(
+        10.0, value_discretization_interval=1e-4
+    )
+    assert epsilon(gaussian(1.0, 10.0), 100, 1e-5) == pytest.approx(
+        one_step.self_compose(100).get_epsilon_for_delta(1e-5), rel=1e-3
+    )
 
 
 def test_more_privacy_costs_more_noise():
-    assert noise_multiplier(1.0, 1e-5, 0.1, 50) > noise_multiplier(2.0, 1e-5, 0.1, 50) > noise_multiplier(2.0, 1e-4, 0.1, 50)
+    assert (
+        noise_multiplier(1.0, 1e-5, 0.1, 50)
+        > noise_multiplier(2.0, 1e-5, 0.1, 50)
+        > noise_multiplier(2.0, 1e-4, 0.1, 50)
+    )
 
 
 def test_a_budget_without_a_step():

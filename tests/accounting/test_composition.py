@@ -1,4 +1,6 @@
-"""Epsilon is never below the truth, however small delta: the truth comes from an integral that has no grid of losses and no convolution."""
+"""Epsilon is never below the truth, however small delta: the truth comes from an integral that has
+no grid of losses and no convolution.
+"""
 
 import math
 
@@ -12,7 +14,9 @@ from grape_ray.accounting.losses import Losses, connected, gaussian
 
 
 def log_moments(s, sigma, q) -> np.ndarray:
-    """log E e^(s L) of one removal's loss L, at complex s (n,): the trapezoidal rule, which for such densities is exact to rounding."""
+    """log E e^(s L) of one removal's loss L, at complex s (n,): the trapezoidal rule, which for
+    such densities is exact to rounding.
+    """
     t = np.linspace(-12 * sigma, 1 + 12 * sigma + s.real.max(), 3000)
     density = -(t**2) / (2 * sigma**2) - math.log(sigma * math.sqrt(2 * math.pi))
     loss = np.logaddexp(math.log1p(-q), math.log(q) + (2 * t - 1) / (2 * sigma**2))
@@ -25,9 +29,15 @@ def log_moments(s, sigma, q) -> np.ndarray:
 
 
 def true_delta(sigma, q, steps, level):
-    """delta = 1 / (2 pi i) times the integral of M(s)^T e^(-s level) / (s (s + 1)) along a line through the saddle point."""
+    """delta = 1 / (2 pi i) times the integral of M(s)^T e^(-s level) / (s (s + 1)) along a line
+    through the saddle point.
+    """
     thetas = np.geomspace(0.05, 100, 150)
-    exponents = np.real(steps * log_moments(thetas + 0j, sigma, q)) - thetas * level - np.log(thetas * (1 + thetas))
+    exponents = (
+        np.real(steps * log_moments(thetas + 0j, sigma, q))
+        - thetas * level
+        - np.log(thetas * (1 + thetas))
+    )
     theta = thetas[np.argmin(exponents)]
     around = np.real(steps * log_moments(np.array([0.98, 1.0, 1.02]) * theta + 0j, sigma, q))
     spread = math.sqrt((around[2] - 2 * around[1] + around[0]) / (0.02 * theta) ** 2)
@@ -41,14 +51,19 @@ def true_delta(sigma, q, steps, level):
 
 @pytest.mark.parametrize(
     ("sigma", "q", "steps", "delta", "truth"),
-    [(0.6, 0.02, 3000, 1e-11, 39.517390), (0.6, 0.02, 3000, 1e-8, None), (1.0, 0.01, 10_000, 1e-11, None),
-     (2.0, 0.1, 1000, 1e-10, None), (5.0, 0.5, 300, 1e-11, None), (0.4, 0.01, 2000, 1e-11, None), (0.8, 0.02, 500, 1e-6, 5.4403062),
-     (20.0, 0.05, 10**6, 1e-9, None)],
+    [(0.6, 0.02, 3000, 1e-11, 39.517390), (0.6, 0.02, 3000, 1e-8, None),
+    (1.0, 0.01, 10_000, 1e-11, None),
+     (2.0, 0.1, 1000, 1e-10, None), (5.0, 0.5, 300, 1e-11, None), (0.4, 0.01, 2000, 1e-11, None),
+     (0.8, 0.02, 500, 1e-6, 5.4403062), (20.0, 0.05, 10**6, 1e-9, None)],
 )  # fmt: skip
 def test_epsilon_is_above_the_truth_and_near_it(sigma, q, steps, delta, truth):
     mechanism = Mechanism("poisson_gaussian", q, sigma)
     found = epsilon(mechanism, steps, delta)
-    assert true_delta(sigma, q, steps, found) <= delta <= true_delta(sigma, q, steps, found * (1 - 5e-4))
+    assert (
+        true_delta(sigma, q, steps, found)
+        <= delta
+        <= true_delta(sigma, q, steps, found * (1 - 5e-4))
+    )
     assert affords(mechanism, steps, found * (1 + 1e-6), delta)
     assert not affords(mechanism, steps, found * (1 - 1e-3), delta)
     if truth:
@@ -56,7 +71,9 @@ def test_epsilon_is_above_the_truth_and_near_it(sigma, q, steps, delta, truth):
 
 
 def test_rare_large_losses_are_told_apart_from_the_rounding_of_one_convolution():
-    """Their sum has no saddle point to speak of, and the error bound in double precision is a good part of delta."""
+    """Their sum has no saddle point to speak of, and the error bound in double precision is a good
+    part of delta.
+    """
     composed = Composition(gaussian(1.0, 1e-5, 1e-5)[0], 100_000)
     theta = composed._tilt(np.full_like(_TILTS, -math.log(1e-11)), divide=True)
     double = composed._tilted(theta)
@@ -78,7 +95,9 @@ def test_the_convolution_is_within_its_bound():
     assert _power(z, 1_000_003) == pytest.approx(np.exp(1_000_003j * np.angle(z)), abs=1e-9)
 
 
-@pytest.mark.parametrize(("sigma", "q"), [(0.1, 0.5), (0.3, 1e-6), (0.6, 0.02), (1.0, 0.999), (50.0, 0.3)])
+@pytest.mark.parametrize(
+    ("sigma", "q"), [(0.1, 0.5), (0.3, 1e-6), (0.6, 0.02), (1.0, 0.999), (50.0, 0.3)]
+)
 @pytest.mark.parametrize("spacing", [1e-3, 1e-2])
 def test_one_steps_losses_dominate_the_mechanism_in_both_directions(sigma, q, spacing):
     for losses, sign in zip(gaussian(sigma, q, spacing), (1, -1)):
@@ -86,7 +105,9 @@ def test_one_steps_losses_dominate_the_mechanism_in_both_directions(sigma, q, sp
         assert 1 - 1e-13 <= losses.probs.sum() + losses.infinite <= 1 + 1e-9
         x = (losses.lower + np.arange(len(losses.probs))) * spacing
         for level in np.quantile(x, [0.05, 0.3, 0.5, 0.7]) + spacing / 3:
-            bound = losses.infinite + float((losses.probs * -np.expm1(np.minimum(level - x, 0.0))).sum())
+            bound = losses.infinite + float(
+                (losses.probs * -np.expm1(np.minimum(level - x, 0.0))).sum()
+            )
             argument = math.exp(min(sign * level, 700.0)) - 1 + q
             if argument <= 0:
                 continue
@@ -95,7 +116,9 @@ def test_one_steps_losses_dominate_the_mechanism_in_both_directions(sigma, q, sp
             if sign > 0:
                 exact = mixed - math.exp(level) * norm.sf(t / sigma)
             else:
-                exact = norm.cdf(t / sigma) - math.exp(level) * ((1 - q) * norm.cdf(t / sigma) + q * norm.cdf((t - 1) / sigma))
+                exact = norm.cdf(t / sigma) - math.exp(level) * (
+                    (1 - q) * norm.cdf(t / sigma) + q * norm.cdf((t - 1) / sigma)
+                )
             assert exact <= bound + 1e-15
 
 

@@ -51,7 +51,12 @@ def test_delta_stays_where_the_numerics_hold(delta):
 
 @pytest.mark.parametrize(
     ("name", "probes", "shared"),
-    [("gaussian", 0, False), ("poisson_gaussian", 8, False), ("poisson_gaussian", 0, True), ("poisson_randomized", 0, False)],
+    [
+        ("gaussian", 0, False),
+        ("poisson_gaussian", 8, False),
+        ("poisson_gaussian", 0, True),
+        ("poisson_randomized", 0, False),
+    ],
 )
 def test_probes_go_with_the_mechanism(name, probes, shared):
     with pytest.raises(ConfigError):

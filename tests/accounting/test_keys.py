@@ -23,7 +23,10 @@ def test_the_key_file_is_private_and_kept(tmp_path):
 
 def test_creators_at_one_time_get_one_key(tmp_path):
     found = []
-    threads = [threading.Thread(target=lambda: found.append(keys.master_key(tmp_path / "k"))) for _ in range(8)]
+    threads = [
+        threading.Thread(target=lambda: found.append(keys.master_key(tmp_path / "k")))
+        for _ in range(8)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -56,7 +59,20 @@ def test_a_folder_in_the_keys_place_is_refused(tmp_path):
 
 def test_labels_are_unambiguous():
     key = bytes(range(32))
-    lists = [("a", "b"), ("ab",), ("a", "b", ""), ("", "a", "b"), ("b", "a"), ("1",), (1,), (-1,), (11,), (1, 1), ("a\x00b",), ("s",)]
+    lists = [
+        ("a", "b"),
+        ("ab",),
+        ("a", "b", ""),
+        ("", "a", "b"),
+        ("b", "a"),
+        ("1",),
+        (1,),
+        (-1,),
+        (11,),
+        (1, 1),
+        ("a\x00b",),
+        ("s",),
+    ]
     derived = [keys.derive(key, *labels) for labels in lists]
     assert all(len(d) == 32 for d in derived)
     assert all(a != b for a, b in itertools.combinations(derived, 2))
@@ -80,6 +96,10 @@ def test_key_id_is_short_and_no_key():
 def test_the_key_stays_outside_of_runs(tmp_path):
     keys.check_outside(tmp_path / "keys" / "k", str(tmp_path / "runs"), "s3://bucket/runs")
     (tmp_path / "link").symlink_to(tmp_path / "runs")
-    for path in (tmp_path / "runs" / "a" / "k", tmp_path / "keys" / ".." / "runs" / "k", tmp_path / "link" / "k"):
+    for path in (
+        tmp_path / "runs" / "a" / "k",
+        tmp_path / "keys" / ".." / "runs" / "k",
+        tmp_path / "link" / "k",
+    ):
         with pytest.raises(ConfigError, match="inside"):
             keys.check_outside(path, str(tmp_path / "elsewhere"), f"file://{tmp_path}/runs")

@@ -1,4 +1,6 @@
-"""The ledger's promises: idempotent, fenced, never overdrawn, and closed when storage fails at any moment."""
+"""The ledger's promises: idempotent, fenced, never overdrawn, and closed when storage fails at any
+moment.
+"""
 
 import json
 import multiprocessing
@@ -9,7 +11,14 @@ import time
 import pytest
 
 from grape_ray.accounting import Mechanism
-from grape_ray.errors import BudgetExceeded, ConfigError, GrapeRayError, LedgerError, NoiseReuse, StorageError
+from grape_ray.errors import (
+    BudgetExceeded,
+    ConfigError,
+    GrapeRayError,
+    LedgerError,
+    NoiseReuse,
+    StorageError,
+)
 from grape_ray.ledger import Grant, Ledger, Study, verify
 from grape_ray.ledger.state import State
 from grape_ray.storage import Storage
@@ -126,7 +135,10 @@ def test_entries_of_an_object_store_are_read_several_at_once(tmp_path):
     attempt = ledger.begin_attempt("s", "r", "id")
     for chunk in range(60):
         ledger.charge("s", "r", attempt, chunk, 1)
-    for call in (lambda storage: Ledger.open(storage).state, lambda storage: verify(storage, ledger.head)):
+    for call in (
+        lambda storage: Ledger.open(storage).state,
+        lambda storage: verify(storage, ledger.head),
+    ):
         storage = Remote(place)
         found = call(storage)
         assert 4 < storage.most <= 16
@@ -189,7 +201,12 @@ def test_a_duplicate_call_returns_the_first_grant_and_writes_nothing(url):
     first = ledger.charge("s", "r", attempt, 0, 7)
     entries = ledger.state.next_seq
     again = Ledger.open(url)
-    assert first == ledger.charge("s", "r", attempt, 0, 7) == again.charge("s", "r", attempt, 0, 7, first_step=0) == Grant(0, 0, 7)
+    assert (
+        first
+        == ledger.charge("s", "r", attempt, 0, 7)
+        == again.charge("s", "r", attempt, 0, 7, first_step=0)
+        == Grant(0, 0, 7)
+    )
     ledger.ensure_study(STUDY)
     assert ledger.state.next_seq == entries
     for arguments in ((6,), (7, 1)):
@@ -200,7 +217,12 @@ def test_a_duplicate_call_returns_the_first_grant_and_writes_nothing(url):
 def test_the_budget_ends_with_fewer_steps_and_then_none(url):
     ledger = fresh(url)
     attempt = ledger.begin_attempt("s", "r", "id")
-    assert [ledger.charge("s", "r", attempt, c, 8) for c in range(4)] == [Grant(0, 0, 8), Grant(1, 8, 8), Grant(2, 16, 4), Grant(3, 20, 0)]
+    assert [ledger.charge("s", "r", attempt, c, 8) for c in range(4)] == [
+        Grant(0, 0, 8),
+        Grant(1, 8, 8),
+        Grant(2, 16, 4),
+        Grant(3, 20, 0),
+    ]
     entries = ledger.state.next_seq
     assert ledger.charge("s", "other", ledger.begin_attempt("s", "other", "id"), 0, 1).steps == 0
     assert ledger.state.next_seq == entries + 1
@@ -285,13 +307,17 @@ def test_a_raised_budget_pays_for_further_studies(url):
     for _ in range(2):
         ledger.extend(9.0, None, "the board said so")
     assert ledger.state.next_seq == 3
-    for arguments, error in (((8.5, None, "x"), LedgerError), ((None, 9e-6, "x"), LedgerError), ((9.0, None, "x"), LedgerError),
-                             ((10.0, None, ""), ConfigError), ((float("nan"), None, "x"), ConfigError)):  # fmt: skip
+    for arguments, error in (((8.5, None, "x"), LedgerError), ((None, 9e-6, "x"), LedgerError),
+    ((9.0, None, "x"), LedgerError),
+                             ((10.0, None, ""), ConfigError),
+                             ((float("nan"), None, "x"), ConfigError)):  # fmt: skip
         with pytest.raises(error):
             ledger.extend(*arguments)
     other.ensure_study(study)
     assert Ledger.open(url, "data", 9.0, 1e-5).state.extensions[0].reason == "the board said so"
-    with pytest.raises(LedgerError, match=r"has another epsilon, got 8.0, expected 9.*0 of it.*ledger extend"):
+    with pytest.raises(
+        LedgerError, match=r"has another epsilon, got 8.0, expected 9.*0 of it.*ledger extend"
+    ):
         Ledger.open(url, "data", 8.0, 1e-5)
     assert verify(url).ok
 
@@ -305,7 +331,9 @@ def test_shares_in_decimals_add_up_to_the_whole(tmp_path):
         ledger.ensure_study(Study("c", quiet, 0.001, 1e-6, 1))
 
 
-@pytest.mark.parametrize("arguments", [("other", 8.0, 1e-5), ("data", 9.0, 1e-5), ("data", 8.0, 2e-5)])
+@pytest.mark.parametrize(
+    "arguments", [("other", 8.0, 1e-5), ("data", 9.0, 1e-5), ("data", 8.0, 2e-5)]
+)
 def test_another_dataset_or_budget_is_refused(url, arguments):
     fresh(url)
     with pytest.raises(LedgerError, match="another"):
@@ -313,7 +341,10 @@ def test_another_dataset_or_budget_is_refused(url, arguments):
 
 
 def test_a_missing_ledger_is_not_made_unasked(url, tmp_path):
-    for call in (lambda: Ledger.open(url), lambda: Ledger.open(url, "data", 8.0, 1e-5, create=False)):
+    for call in (
+        lambda: Ledger.open(url),
+        lambda: Ledger.open(url, "data", 8.0, 1e-5, create=False),
+    ):
         with pytest.raises(LedgerError, match="no ledger"):
             call()
     with pytest.raises(ConfigError):
@@ -423,7 +454,9 @@ def test_creators_at_one_time_agree_on_one_ledger(url):
 
 
 def test_writers_never_make_the_same_bytes(tmp_path, monkeypatch):
-    """Storage that lost an answer tells by the bytes whose entry it holds; two attempts of one number would share their noise."""
+    """Storage that lost an answer tells by the bytes whose entry it holds; two attempts of one
+    number would share their noise.
+    """
     monkeypatch.setattr("time.time", lambda: 1.0)
     made = []
     for name in ("a", "b"):

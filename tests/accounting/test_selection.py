@@ -1,4 +1,6 @@
-"""Private selection: golden costs, the law of the number of trials, and what the ledger makes of it."""
+"""Private selection: golden costs, the law of the number of trials, and what the ledger makes of
+it.
+"""
 
 import math
 from dataclasses import replace
@@ -7,13 +9,22 @@ import numpy as np
 import pytest
 
 from grape_ray.accounting import Mechanism
-from grape_ray.accounting.selection import NEGATIVE_BINOMIAL, POISSON, Law, Selection, epsilon, noise_multiplier
+from grape_ray.accounting.selection import (
+    NEGATIVE_BINOMIAL,
+    POISSON,
+    Law,
+    Selection,
+    epsilon,
+    noise_multiplier,
+)
 from grape_ray.errors import BudgetExceeded, ConfigError, LedgerError
 from grape_ray.ledger import Ledger, Study, verify
 
 STEP = Mechanism("poisson_gaussian", 1e-3, 0.7876)
 LOGARITHMIC = Law(NEGATIVE_BINOMIAL, 20.0)
-PAID = Selection("sel", Mechanism("poisson_gaussian", 1.0, 30.0), 3.0, 1e-6, 20, Law(NEGATIVE_BINOMIAL, 5.0))
+PAID = Selection(
+    "sel", Mechanism("poisson_gaussian", 1.0, 30.0), 3.0, 1e-6, 20, Law(NEGATIVE_BINOMIAL, 5.0)
+)
 LAWS = [
     LOGARITHMIC,
     Law(NEGATIVE_BINOMIAL, 20.0, 1.0),
@@ -25,7 +36,9 @@ LAWS = [
 
 def test_golden_costs_of_selection():
     assert epsilon(STEP, 10_000, LOGARITHMIC, 1e-6) == pytest.approx(2.95, rel=0.01)
-    assert epsilon(STEP, 10_000, replace(LOGARITHMIC, shape=1.0), 1e-6) == pytest.approx(3.296, rel=0.01)
+    assert epsilon(STEP, 10_000, replace(LOGARITHMIC, shape=1.0), 1e-6) == pytest.approx(
+        3.296, rel=0.01
+    )
     assert epsilon(STEP, 10_000, Law(POISSON, 20.0), 1e-6) == pytest.approx(3.443, rel=0.01)
 
 
@@ -45,7 +58,8 @@ def test_the_geometric_law_is_the_geometric_law():
 @pytest.mark.statistical
 @pytest.mark.parametrize("law", LAWS, ids=str)
 def test_draws_follow_the_law(law, monkeypatch):
-    # Pinned draws of 4,000: Kolmogorov's distance exceeds 0.026 with probability 0.9 % under the law; half the mean is found.
+    # Pinned draws of 4,000: Kolmogorov's distance exceeds 0.026 with probability 0.9 % under the
+    # law; half the mean is found.
     generator = np.random.default_rng(7)
     monkeypatch.setattr("secrets.randbits", lambda bits: int(generator.integers(0, 2**bits)))
     drawn = np.bincount([law.draw() for _ in range(4000)], minlength=900)[:900].cumsum() / 4000
@@ -58,8 +72,9 @@ def test_draws_follow_the_law(law, monkeypatch):
 
 
 NO_LAWS = [
-    ("x", 20.0), (NEGATIVE_BINOMIAL, 1.0), (POISSON, 0.5), (NEGATIVE_BINOMIAL, math.nan), (NEGATIVE_BINOMIAL, 5.0, -0.5),
-    (POISSON, 5.0, 1.0), (POISSON, 501.0), (NEGATIVE_BINOMIAL, 1e6), (NEGATIVE_BINOMIAL, 5.0, math.inf),
+    ("x", 20.0), (NEGATIVE_BINOMIAL, 1.0), (POISSON, 0.5), (NEGATIVE_BINOMIAL, math.nan),
+    (NEGATIVE_BINOMIAL, 5.0, -0.5), (POISSON, 5.0, 1.0), (POISSON, 501.0), (NEGATIVE_BINOMIAL, 1e6),
+    (NEGATIVE_BINOMIAL, 5.0, math.inf),
 ]  # fmt: skip
 
 

@@ -32,11 +32,21 @@ def path(folder, seq):
 
 
 def forge(folder, changes):
-    """Rewrite the ledger with changed payloads (or added entries), and every link and hash in order, as a clever forger would."""
+    """Rewrite the ledger with changed payloads (or added entries), and every link and hash in
+    order, as a clever forger would.
+    """
     entries = [decode(p.name, p.read_bytes()) for p in sorted(folder.glob("*.json"))]
     facts = [(e.kind, dict(e.payload)) for e in entries]
     for seq, (kind, payload) in changes.items():
-        facts[seq : seq + 1] = [(kind, {**(facts[seq][1] if seq < len(facts) and facts[seq][0] == kind else {}), **payload})]
+        facts[seq : seq + 1] = [
+            (
+                kind,
+                {
+                    **(facts[seq][1] if seq < len(facts) and facts[seq][0] == kind else {}),
+                    **payload,
+                },
+            )
+        ]
     prev = "0" * 64
     for seq, (kind, payload) in enumerate(facts):
         entry = Entry(seq, prev, kind, payload, 1.0, "0")
@@ -77,7 +87,11 @@ def test_an_edited_entry_is_named(folder, seq):
 
 def test_an_edited_entry_with_a_fitting_hash_breaks_the_link(folder):
     entry = decode("x", path(folder, 3).read_bytes())
-    path(folder, 3).write_bytes(Entry(3, entry.prev, "charge", {**entry.payload, "steps": 1}, entry.time, entry.nonce).encode())
+    path(folder, 3).write_bytes(
+        Entry(
+            3, entry.prev, "charge", {**entry.payload, "steps": 1}, entry.time, entry.nonce
+        ).encode()
+    )
     assert "00000004.json: the chain is broken" in complaints(folder)
 
 
@@ -88,7 +102,15 @@ def test_a_ledger_cut_off_at_the_end_shows_against_a_noted_head(folder):
     assert "cut off" in verify(folder, head).problems[0]
 
 
-CHARGE = {"study": "s", "run": "r", "attempt": 2, "chunk": 0, "first_step": 0, "asked": 30, "steps": 30}
+CHARGE = {
+    "study": "s",
+    "run": "r",
+    "attempt": 2,
+    "chunk": 0,
+    "first_step": 0,
+    "asked": 30,
+    "steps": 30,
+}
 EXTEND = {"epsilon": 9.0, "delta": 1e-5, "reason": "the board"}
 ATTEMPT = {"study": "s", "run": "r", "attempt": 2, "key_id": "id"}
 
@@ -116,7 +138,21 @@ ATTEMPT = {"study": "s", "run": "r", "attempt": 2, "key_id": "id"}
         ({7: ("study", {**STUDY.payload(), "name": "t", "epsilon": 5.0})}, "costs too much"),
         ({0: ("open", {"epsilon": 3.0})}, "costs too much"),
         ({0: ("open", {"format": 2})}, "another format"),
-        ({7: ("open", {"format": 1, "ledger_id": "x", "dataset_id": "d", "epsilon": 1.0, "delta": 1e-5})}, "only opening"),
+        (
+            {
+                7: (
+                    "open",
+                    {
+                        "format": 1,
+                        "ledger_id": "x",
+                        "dataset_id": "d",
+                        "epsilon": 1.0,
+                        "delta": 1e-5,
+                    },
+                )
+            },
+            "only opening",
+        ),
     ],
 )
 def test_a_broken_rule_is_found_though_all_hashes_fit(folder, changes, complaint):
@@ -130,24 +166,26 @@ def test_a_study_with_more_steps_than_its_epsilon_buys_is_found(folder):
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        b"",
-        b"{",
-        b"null",
-        b"[]",
-        b"\xff\xfe",
-        b"[" * 100_000,
-        b'{"seq": 3}',
-        b"x" * 70_000,
-    ],
+    "text", [b"", b"{", b"null", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"seq": 3}', b"x" * 70_000]
 )
 def test_malformed_entries_are_named(folder, text):
     path(folder, 3).write_bytes(text)
     assert "00000003.json" in complaints(folder)
 
 
-NO_COUNTS = ["NaN", "Infinity", "-Infinity", "-1", "1e400", "1" + "0" * 400, "1" * 5000, "1.5", "true", '"3"', "null"]
+NO_COUNTS = [
+    "NaN",
+    "Infinity",
+    "-Infinity",
+    "-1",
+    "1e400",
+    "1" + "0" * 400,
+    "1" * 5000,
+    "1.5",
+    "true",
+    '"3"',
+    "null",
+]
 
 
 @pytest.mark.parametrize("number", NO_COUNTS)

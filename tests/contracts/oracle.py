@@ -1,4 +1,6 @@
-"""The reference: one ordinary backward pass an example, then the definition of clipping, written as plainly as possible."""
+"""The reference: one ordinary backward pass an example, then the definition of clipping, written as
+plainly as possible.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,14 @@ import torch
 
 def one_of(batch, index, rows):
     """Example `index` alone."""
-    return {k: v[index : index + 1] if isinstance(v, torch.Tensor) and v.ndim and v.shape[0] == rows else v for k, v in batch.items()}
+    return {
+        k: (
+            v[index : index + 1]
+            if isinstance(v, torch.Tensor) and v.ndim and v.shape[0] == rows
+            else v
+        )
+        for k, v in batch.items()
+    }
 
 
 def example_gradients(model, loss, batch, rows):
@@ -19,7 +28,9 @@ def example_gradients(model, loss, batch, rows):
     for index in range(rows):
         value = loss(model, one_of(batch, index, rows)).sum()
         grads = torch.autograd.grad(value, list(params.values()), allow_unused=True)
-        out.append({n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(params.items(), grads)})
+        out.append(
+            {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(params.items(), grads)}
+        )
     return out
 
 
@@ -59,7 +70,10 @@ def clipped(examples, clip_norm, clipping="flat"):
 
 def expected(engine, loss, batch, rows, period=0):
     """What `engine.clipped_sum` must return."""
-    examples = [projected(g, engine.subspace, period) for g in example_gradients(engine.model, loss, batch, rows)]
+    examples = [
+        projected(g, engine.subspace, period)
+        for g in example_gradients(engine.model, loss, batch, rows)
+    ]
     return clipped(examples, engine.clip_norm, engine.clipping)
 
 

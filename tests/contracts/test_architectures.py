@@ -12,10 +12,13 @@ from tests.contracts import zoo
 from tests.contracts.oracle import expected, median_norm, worst
 
 _TEXT = {
-    "vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 12, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
-    "intermediate_size": 24, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 12, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 8, "intermediate_size": 24, "max_position_embeddings": 64,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-_EXPERTS = {name: value for name, value in _TEXT.items() if name != "head_dim"} | {"num_hidden_layers": 2}
+_EXPERTS = {name: value for name, value in _TEXT.items() if name != "head_dim"} | {
+    "num_hidden_layers": 2
+}
 
 
 def _causal(kind, config, **more):
@@ -23,15 +26,25 @@ def _causal(kind, config, **more):
 
 
 class TorchvisionViT(nn.Module):
-    """The vision transformer as torchvision writes it: patches, a class token, torch's own attention, batch first."""
+    """The vision transformer as torchvision writes it: patches, a class token, torch's own
+    attention, batch first.
+    """
 
     def __init__(self, width=12, depth=9):
         super().__init__()
         self.patches = nn.Conv2d(3, width, 4, 4)
-        self.token, self.places = nn.Parameter(torch.randn(1, 1, width)), nn.Parameter(torch.randn(1, 5, width) / 9)
+        self.token, self.places = (
+            nn.Parameter(torch.randn(1, 1, width)),
+            nn.Parameter(torch.randn(1, 5, width) / 9),
+        )
         self.blocks = nn.ModuleList(
             nn.ModuleList(
-                [nn.LayerNorm(width), nn.MultiheadAttention(width, 2, batch_first=True), nn.LayerNorm(width), nn.Linear(width, width)]
+                [
+                    nn.LayerNorm(width),
+                    nn.MultiheadAttention(width, 2, batch_first=True),
+                    nn.LayerNorm(width),
+                    nn.Linear(width, width),
+                ]
             )
             for _ in range(depth)
         )
@@ -53,14 +66,28 @@ TRAINED = {
     "Gemma 3": (_causal("Gemma3", "Gemma3TextConfig"), zoo.lm_loss, zoo.text_batch),
     "Swin": (
         lambda: hf.SwinForImageClassification(
-            hf.SwinConfig(image_size=8, patch_size=1, embed_dim=8, depths=[2, 2], num_heads=[2, 2], window_size=2, drop_path_rate=0.0)
+            hf.SwinConfig(
+                image_size=8,
+                patch_size=1,
+                embed_dim=8,
+                depths=[2, 2],
+                num_heads=[2, 2],
+                window_size=2,
+                drop_path_rate=0.0,
+            )
         ),
         zoo.class_loss,
         zoo.image_batch,
     ),
     "PoolFormer": (
         lambda: hf.PoolFormerForImageClassification(
-            hf.PoolFormerConfig(depths=[2, 2, 1, 1], hidden_sizes=[4, 6, 8, 8], patch_sizes=[3] * 4, strides=[2, 2, 1, 1], padding=[1] * 4)
+            hf.PoolFormerConfig(
+                depths=[2, 2, 1, 1],
+                hidden_sizes=[4, 6, 8, 8],
+                patch_sizes=[3] * 4,
+                strides=[2, 2, 1, 1],
+                padding=[1] * 4,
+            )
         ),
         zoo.class_loss,
         zoo.image_batch,
@@ -129,10 +156,21 @@ def test_trained_exactly_at_depth(name):
     model = build().double().eval()
     for method in ("grape", "bookkeeping"):
         batch, size = make_batch(), zoo.ROWS
-        made = make_engine(model, method, median_norm(model, loss, batch, size), key=b"k", rank=2, project_min_numel=300)
-        assert worst(made.clipped_sum(loss, batch).tensors, expected(made, loss, batch, size)) < 1e-9
+        made = make_engine(
+            model,
+            method,
+            median_norm(model, loss, batch, size),
+            key=b"k",
+            rank=2,
+            project_min_numel=300,
+        )
+        assert (
+            worst(made.clipped_sum(loss, batch).tensors, expected(made, loss, batch, size)) < 1e-9
+        )
         batch, size = make_batch(rows=3, length=6, seed=1), 3
-        assert worst(made.clipped_sum(loss, batch).tensors, expected(made, loss, batch, size)) < 1e-9
+        assert (
+            worst(made.clipped_sum(loss, batch).tensors, expected(made, loss, batch, size)) < 1e-9
+        )
 
 
 EXPERTS = {
@@ -155,7 +193,11 @@ EXPERTS = {
             "moe_intermediate_size": 8,
         },
     ),
-    "GPT-OSS": ("GptOssForCausalLM", hf.GptOssConfig, {"num_local_experts": 4, "layer_types": ["full_attention"] * 2}),
+    "GPT-OSS": (
+        "GptOssForCausalLM",
+        hf.GptOssConfig,
+        {"num_local_experts": 4, "layer_types": ["full_attention"] * 2},
+    ),
 }
 
 
@@ -165,14 +207,28 @@ def test_experts_by_value_are_refused_with_the_true_reason(name, dtype):
     kind, config, more = EXPERTS[name]
     torch.manual_seed(0)
     model = getattr(hf, kind)(config(**{**_EXPERTS, **more})).to(dtype).eval()
-    with pytest.raises(UnsupportedLayer, match=r"picked across examples by their values.*batched_mm"):
-        make_engine(model, "bookkeeping", 1.0).clipped_sum(lambda m, b: zoo.lm_loss(m, b).float(), zoo.text_batch())
+    with pytest.raises(
+        UnsupportedLayer, match=r"picked across examples by their values.*batched_mm"
+    ):
+        make_engine(model, "bookkeeping", 1.0).clipped_sum(
+            lambda m, b: zoo.lm_loss(m, b).float(), zoo.text_batch()
+        )
 
 
 def test_experts_in_place_are_trained():
     torch.manual_seed(0)
-    model = hf.MixtralForCausalLM(hf.MixtralConfig(**{**_EXPERTS, "num_local_experts": 3})).double().eval()
+    model = (
+        hf.MixtralForCausalLM(hf.MixtralConfig(**{**_EXPERTS, "num_local_experts": 3}))
+        .double()
+        .eval()
+    )
     model.set_experts_implementation("batched_mm")
     batch = zoo.text_batch()
     made = make_engine(model, "bookkeeping", median_norm(model, zoo.lm_loss, batch, zoo.ROWS))
-    assert worst(made.clipped_sum(zoo.lm_loss, batch).tensors, expected(made, zoo.lm_loss, batch, zoo.ROWS)) < 1e-9
+    assert (
+        worst(
+            made.clipped_sum(zoo.lm_loss, batch).tensors,
+            expected(made, zoo.lm_loss, batch, zoo.ROWS),
+        )
+        < 1e-9
+    )

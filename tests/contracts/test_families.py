@@ -1,4 +1,6 @@
-"""Hugging Face's families as they are, under every method, against one backward pass an example; writes docs/models.md when asked."""
+"""Hugging Face's families as they are, under every method, against one backward pass an example;
+writes docs/models.md when asked.
+"""
 
 import os
 import pathlib
@@ -17,7 +19,9 @@ _CELLS: dict[tuple[str, str], str] = {}
 
 @pytest.fixture(scope="module", autouse=True)
 def matrix():
-    """`GRAPE_RAY_WRITE_DOCS=1 pytest tests/contracts/test_families.py` rewrites the matrix from what the tests found."""
+    """`GRAPE_RAY_WRITE_DOCS=1 pytest tests/contracts/test_families.py` rewrites the matrix from
+    what the tests found.
+    """
     yield
     if os.environ.get("GRAPE_RAY_WRITE_DOCS"):
         _write(pathlib.Path(__file__).parents[2] / "docs" / "models.md")
@@ -28,15 +32,24 @@ def _write(path):
     lines = [
         "# Models and methods",
         "",
-        "Each cell is the largest difference of the clipped sum from one ordinary backward pass an example, in float64 and relative to",
-        "the largest entry, on today's transformers and the unpatched model. For `randomized` the reference takes the factors that its",
+        (
+            "Each cell is the largest difference of the clipped sum from one ordinary backward pass"
+            " an example, in float64 and relative to"
+        ),
+        (
+            "the largest entry, on today's transformers and the unpatched model. For `randomized`"
+            " the reference takes the factors that its"
+        ),
         "estimates gave. Made by",
         "`GRAPE_RAY_WRITE_DOCS=1 pytest tests/contracts/test_families.py`.",
         "",
         "| family | " + " | ".join(f"`{m}`" for m in methods) + " |",
         "|---" * (len(methods) + 1) + "|",
     ]
-    lines += [f"| {family} | " + " | ".join(_CELLS.get((family, m), "not run") for m in methods) + " |" for family in zoo.FAMILIES]
+    lines += [
+        f"| {family} | " + " | ".join(_CELLS.get((family, m), "not run") for m in methods) + " |"
+        for family in zoo.FAMILIES
+    ]
     path.parent.mkdir(exist_ok=True)
     path.write_text("\n".join(lines) + "\n")
 
@@ -48,7 +61,11 @@ def test_every_family_is_right_under_every_method(family):
     for method in EXACT:
         engine = make_engine(model, method, clip, key=b"f", rank=3, project_min_numel=100)
         worst_error = 0.0
-        for batch in (make_batch(), make_batch(rows=zoo.LENGTH, length=zoo.LENGTH, seed=1, padded=False), make_batch(rows=1)):
+        for batch in (
+            make_batch(),
+            make_batch(rows=zoo.LENGTH, length=zoo.LENGTH, seed=1, padded=False),
+            make_batch(rows=1),
+        ):
             rows = len(batch["labels"])
             got = engine.clipped_sum(loss, batch).tensors
             worst_error = max(worst_error, worst(got, expected(engine, loss, batch, rows)))
@@ -58,7 +75,9 @@ def test_every_family_is_right_under_every_method(family):
 
 @pytest.mark.parametrize("family", zoo.FAMILIES)
 def test_every_family_is_right_under_randomized_clipping(family, monkeypatch):
-    """The sum must be that of each example's own gradient, weighted by the factor that its estimate gave."""
+    """The sum must be that of each example's own gradient, weighted by the factor that its estimate
+    gave.
+    """
     model, loss, make_batch = zoo.build_family(family)
     clip = median_norm(model, loss, make_batch(), zoo.ROWS)
     engine = make_engine(model, "randomized", clip, probes=4, routes=("*weight:sketch",))

@@ -1,4 +1,6 @@
-"""What every method promises: bounded contributions, harmless padding, empty batches, additive micro-batches, plain Adam."""
+"""What every method promises: bounded contributions, harmless padding, empty batches, additive
+micro-batches, plain Adam.
+"""
 
 import pytest
 import torch
@@ -20,15 +22,25 @@ FAMILIES = ["OPT (tied)", "BERT", "ViT"]
 
 
 def engine_for(model, method, clip_norm=1.0, **options):
-    return make_engine(model, method, clip_norm, key=b"contract", rank=3, project_min_numel=100, **options)
+    return make_engine(
+        model, method, clip_norm, key=b"contract", rank=3, project_min_numel=100, **options
+    )
 
 
 @pytest.mark.parametrize("clipping", ["flat", "automatic", "per_layer"])
 @pytest.mark.parametrize("method", EXACT)
 def test_every_clipping_policy_equals_its_definition(method, clipping):
     model, batch = zoo.build_layer("bare parameters"), zoo.layer_batch()
-    engine = engine_for(model, method, median_norm(model, zoo.layer_loss, batch, 6), clipping=clipping)
-    assert worst(engine.clipped_sum(zoo.layer_loss, batch).tensors, expected(engine, zoo.layer_loss, batch, 6)) < 1e-9
+    engine = engine_for(
+        model, method, median_norm(model, zoo.layer_loss, batch, 6), clipping=clipping
+    )
+    assert (
+        worst(
+            engine.clipped_sum(zoo.layer_loss, batch).tensors,
+            expected(engine, zoo.layer_loss, batch, 6),
+        )
+        < 1e-9
+    )
 
 
 @pytest.mark.parametrize("clipping", ["flat", "automatic", "per_layer"])
@@ -74,7 +86,13 @@ def test_padding_rows_and_micro_batches_change_nothing(family, method):
     mask = torch.arange(zoo.ROWS + 3) < zoo.ROWS
     assert worst(engine.clipped_sum(loss, padded, mask=mask).tensors, whole) < 1e-9
     halves = [{k: v[s] for k, v in batch.items()} for s in (slice(0, 1), slice(1, None))]
-    assert worst((engine.clipped_sum(loss, halves[0]) + engine.clipped_sum(loss, halves[1])).tensors, whole) < 1e-9
+    assert (
+        worst(
+            (engine.clipped_sum(loss, halves[0]) + engine.clipped_sum(loss, halves[1])).tensors,
+            whole,
+        )
+        < 1e-9
+    )
 
 
 @pytest.mark.parametrize("method", PRIVATE)
@@ -83,7 +101,9 @@ def test_an_empty_batch_is_zeros_and_is_noised(method):
     engine = engine_for(model, method, 1.0)
     empty = engine.clipped_sum(loss, {k: v[:0] for k, v in make_batch().items()})
     assert all((t == 0).all() for t in empty.tensors.values())
-    released = privatize(empty, NoiseStream(b"e" * 32), step=0, noise_multiplier=2.0, expected_batch_size=8)
+    released = privatize(
+        empty, NoiseStream(b"e" * 32), step=0, noise_multiplier=2.0, expected_batch_size=8
+    )
     assert released.tensors.keys() == engine.params.keys()
     assert all((t != 0).all() for t in released.tensors.values())
 
@@ -94,14 +114,17 @@ def test_unused_parameters_are_noised_too(method):
     engine = engine_for(model, method)
     summed = engine.clipped_sum(zoo.layer_loss, zoo.layer_batch())
     assert (summed.tensors["layer.1.weight"] == 0).all()
-    released = privatize(summed, NoiseStream(b"e" * 32), step=0, noise_multiplier=1.0, expected_batch_size=8)
+    released = privatize(
+        summed, NoiseStream(b"e" * 32), step=0, noise_multiplier=1.0, expected_batch_size=8
+    )
     assert (released.tensors["layer.1.weight"] != 0).all()
 
 
 @pytest.mark.parametrize("method", [m for m in EXACT if METHODS[m].subspace == "identity"])
 def test_without_clip_and_noise_every_full_rank_method_is_plain_adamw(method):
     batches = [zoo.layer_batch(seed=s) for s in range(4)]
-    options = Method(name=method, learning_rate=0.01, weight_decay=0.1, eps=1e-3)  # an entry on the noise's grid may be off by 1e-8
+    # an entry on the noise's grid may be off by 1e-8
+    options = Method(name=method, learning_rate=0.01, weight_decay=0.1, eps=1e-3)
     ours, theirs, yardstick = (zoo.build_layer("LayerNorm") for _ in range(3))
     engine, plain = engine_for(ours, method, CLIP_NOTHING), engine_for(yardstick, "none")
     first = make_optimizer(ours, engine, options, 4)
@@ -112,7 +135,9 @@ def test_without_clip_and_noise_every_full_rank_method_is_plain_adamw(method):
         summed = engine.clipped_sum(zoo.layer_loss, batch, step=step)
         assert (summed.unprotected["norms"] < CLIP_NOTHING).all()
         first.step(privatize(summed, stream, noise_multiplier=1e-22, expected_batch_size=6))
-        third.step(nonprivate_mean(plain.clipped_sum(zoo.layer_loss, batch, step=step), batch_size=6))
+        third.step(
+            nonprivate_mean(plain.clipped_sum(zoo.layer_loss, batch, step=step), batch_size=6)
+        )
         adamw.zero_grad()
         zoo.layer_loss(theirs, batch).mean().backward()
         adamw.step()
@@ -122,7 +147,9 @@ def test_without_clip_and_noise_every_full_rank_method_is_plain_adamw(method):
 
 def test_grape_in_the_identity_subspace_equals_dp_adam():
     model, loss, make_batch = zoo.build_family("GPT-2 (tied)")
-    grape = make_engine(model, "grape", 0.5, key=b"k", rank=3, dense=("*",)).clipped_sum(loss, make_batch())
+    grape = make_engine(model, "grape", 0.5, key=b"k", rank=3, dense=("*",)).clipped_sum(
+        loss, make_batch()
+    )
     full = make_engine(model, "dp_adam", 0.5).clipped_sum(loss, make_batch())
     assert worst(grape.tensors, full.tensors) == 0
 
@@ -131,7 +158,9 @@ def test_grape_in_the_identity_subspace_equals_dp_adam():
 @pytest.mark.parametrize("family", ["GPT-2 (tied)", "ViT"])
 def test_grape_projects_either_side(family, side):
     model, loss, make_batch = zoo.build_family(family)
-    engine = engine_for(model, "grape", median_norm(model, loss, make_batch(), zoo.ROWS), side=side, refresh=5)
+    engine = engine_for(
+        model, "grape", median_norm(model, loss, make_batch(), zoo.ROWS), side=side, refresh=5
+    )
     assert len(engine.subspace.plan) > 8
     for step in (0, 12):
         got = engine.clipped_sum(loss, make_batch(), step=step).tensors
@@ -147,9 +176,15 @@ class Shapes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        inputs = {t.untyped_storage().data_ptr() for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)}
+        inputs = {
+            t.untyped_storage().data_ptr()
+            for t in tree_flatten((args, kwargs))[0]
+            if isinstance(t, torch.Tensor)
+        }
         self.made |= {
-            t.numel() for t in tree_flatten(out)[0] if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in inputs
+            t.numel()
+            for t in tree_flatten(out)[0]
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in inputs
         }
         return out
 
@@ -158,10 +193,13 @@ def test_dp_grape_never_makes_a_gradient_of_a_weights_size():
     rows, inputs, outputs = 5, 57, 33
 
     def made_by(method):
-        model = torch.nn.Sequential(torch.nn.Linear(inputs, outputs), torch.nn.Tanh(), torch.nn.Linear(outputs, inputs))
+        model = torch.nn.Sequential(
+            torch.nn.Linear(inputs, outputs), torch.nn.Tanh(), torch.nn.Linear(outputs, inputs)
+        )
         engine = make_engine(model, method, 1.0, rank=4, project_min_numel=100)
         batch = torch.randn(rows, 7, inputs)
-        engine.clipped_sum(lambda m, x: m(x).square().flatten(1).sum(1), batch)  # the first call learns the model's shapes
+        # the first call learns the model's shapes
+        engine.clipped_sum(lambda m, x: m(x).square().flatten(1).sum(1), batch)
         with Shapes() as seen:
             engine.clipped_sum(lambda m, x: m(x).square().flatten(1).sum(1), batch)
         assert all(p.grad is None for p in model.parameters())

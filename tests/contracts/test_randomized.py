@@ -1,4 +1,6 @@
-"""Randomized clipping: unbiased squared norms with the declared law, exact where it is cheap, probes that never repeat."""
+"""Randomized clipping: unbiased squared norms with the declared law, exact where it is cheap,
+probes that never repeat.
+"""
 
 import numpy as np
 import pytest
@@ -24,13 +26,18 @@ def estimates(left, right, estimator, trials=400, probes=PROBES):
     out = []
     for step in range(trials):
         stream.at(step)
-        out.append(estimator([(left, right)], lambda side: stream.draw(right.shape[0], side, "w", right)))
+        out.append(
+            estimator([(left, right)], lambda side: stream.draw(right.shape[0], side, "w", right))
+        )
     return torch.stack(out).numpy()
 
 
 def rank_one(rows=8, positions=5, outputs=40, inputs=30):
     g = torch.Generator().manual_seed(0)
-    left, right = torch.randn(rows, 1, outputs, generator=g), torch.randn(rows, 1, inputs, generator=g)
+    left, right = (
+        torch.randn(rows, 1, outputs, generator=g),
+        torch.randn(rows, 1, inputs, generator=g),
+    )
     weights = torch.rand(rows, positions, 1, generator=g)
     return left * weights, right.expand(-1, positions, -1)
 
@@ -63,7 +70,9 @@ def test_an_embedding_is_sketched_as_its_one_hot_factors_would_be():
     ids, right = torch.randint(0, 9, (3, 7)), torch.randn(3, 7, 5)
     probes = torch.randn(3, 5, PROBES)
     dense = torch.nn.functional.one_hot(ids, 9).float()
-    torch.testing.assert_close(sketch.sketch(Index(ids, 9), right, probes, True), sketch.sketch(dense, right, probes, True))
+    torch.testing.assert_close(
+        sketch.sketch(Index(ids, 9), right, probes, True), sketch.sketch(dense, right, probes, True)
+    )
 
 
 def wide_model():
@@ -79,7 +88,9 @@ def engine_for(model, **options):
 def test_the_sum_is_weighted_by_the_estimate(estimator):
     """Many probes make the estimate sharp, and the sum that of exact clipping."""
     model, batch = wide_model(), zoo.layer_batch(length=30)
-    engine = make_engine(model, "randomized", 40.0, probes=4000, routes=("*weight:sketch",), estimator=estimator)
+    engine = make_engine(
+        model, "randomized", 40.0, probes=4000, routes=("*weight:sketch",), estimator=estimator
+    )
     got = engine.clipped_sum(zoo.layer_loss, batch).tensors
     exact = make_engine(model, "dp_adam", 40.0).clipped_sum(zoo.layer_loss, batch).tensors
     assert worst(got, exact) < (0.05 if estimator == "hutchinson" else 0.02)
@@ -95,14 +106,20 @@ def test_tied_weights_share_one_set_of_probes():
         return model(batch["ids"]).square().flatten(1).sum(1)
 
     exact = make_engine(model, "dp_adam", 1.0).clipped_sum(loss, batch).tensors
-    sharp = make_engine(model, "randomized", 1.0, probes=4000, routes=("*:sketch",)).clipped_sum(loss, batch).tensors
+    sharp = (
+        make_engine(model, "randomized", 1.0, probes=4000, routes=("*:sketch",))
+        .clipped_sum(loss, batch)
+        .tensors
+    )
     assert worst(sharp, exact) < 0.08
 
 
 def test_layers_that_are_cheap_are_exact():
     model, batch = zoo.build_layer("bare parameters"), zoo.layer_batch()
     exact = make_engine(model, "dp_adam", 0.5).clipped_sum(zoo.layer_loss, batch).tensors
-    routed = make_engine(model, "randomized", 0.5, probes=64).clipped_sum(zoo.layer_loss, batch).tensors
+    routed = (
+        make_engine(model, "randomized", 0.5, probes=64).clipped_sum(zoo.layer_loss, batch).tensors
+    )
     assert worst(routed, exact) < 1e-9
 
 
@@ -136,7 +153,11 @@ def test_ranks_draw_different_secret_probes_and_the_same_shared_ones():
 
 def test_a_zero_estimate_contributes_nothing(monkeypatch):
     engine = engine_for(wide_model(), routes=("*weight:sketch",))
-    monkeypatch.setattr(engine, "_estimator", lambda uses, draw: torch.zeros(uses[0][1].shape[0], dtype=torch.float64))
+    monkeypatch.setattr(
+        engine,
+        "_estimator",
+        lambda uses, draw: torch.zeros(uses[0][1].shape[0], dtype=torch.float64),
+    )
     for param in (p for n, p in engine.model.named_parameters() if n.endswith("bias")):
         param.requires_grad_(False)
         engine.params = {n: p for n, p in engine.params.items() if p is not param}
@@ -152,8 +173,10 @@ def test_other_clipping_policies_are_refused():
     ("shape", "probes", "route"),
     [
         ((8, 16, 8), None, "gram"), ((9, 16, 8), None, "instantiate"), ((1, 1, 2), None, "gram"),
-        ((64, 768, 768), 383, "sketch"), ((64, 768, 768), 384, "gram"), ((4096, 768, 768), 384, "instantiate"),
-        ((1, 768, 768), 32, "sketch"), ((4096, 768, 768), 32, "sketch"), ((1, 4, 768), 32, "gram"), ((4096, 4, 768), 32, "instantiate"),
+        ((64, 768, 768), 383, "sketch"), ((64, 768, 768), 384, "gram"),
+        ((4096, 768, 768), 384, "instantiate"), ((1, 768, 768), 32, "sketch"),
+        ((4096, 768, 768), 32, "sketch"), ((1, 4, 768), 32, "gram"),
+        ((4096, 4, 768), 32, "instantiate"),
     ],
 )  # fmt: skip
 def test_routing_at_its_boundaries(shape, probes, route):
@@ -167,7 +190,10 @@ def test_routes_can_be_overruled_by_name():
             parse_overrides((text,), estimates_allowed)
     model, batch = wide_model(), zoo.layer_batch()
     results = [
-        make_engine(model, "bookkeeping", 0.5, routes=(f"*:{r}",)).clipped_sum(zoo.layer_loss, batch) for r in ("gram", "instantiate")
+        make_engine(model, "bookkeeping", 0.5, routes=(f"*:{r}",)).clipped_sum(
+            zoo.layer_loss, batch
+        )
+        for r in ("gram", "instantiate")
     ]
     assert worst(results[0].tensors, results[1].tensors) < 1e-12
 
@@ -175,7 +201,9 @@ def test_routes_can_be_overruled_by_name():
 def test_randomized_goes_through_the_noise_line():
     engine = engine_for(wide_model())
     summed = engine.clipped_sum(zoo.layer_loss, zoo.layer_batch())
-    assert privatize(summed, NoiseStream(b"n" * 32), step=0, noise_multiplier=1.0, expected_batch_size=6).noise_std == pytest.approx(
-        0.5 / 6
+    assert privatize(
+        summed, NoiseStream(b"n" * 32), step=0, noise_multiplier=1.0, expected_batch_size=6
+    ).noise_std == pytest.approx(0.5 / 6)
+    assert projected(
+        example_gradients(engine.model, zoo.layer_loss, zoo.layer_batch(), 1)[0], engine.subspace
     )
-    assert projected(example_gradients(engine.model, zoo.layer_loss, zoo.layer_batch(), 1)[0], engine.subspace)

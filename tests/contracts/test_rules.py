@@ -15,7 +15,9 @@ EXACT = [name for name, info in METHODS.items() if info.private and info.exact]
 
 
 def engine_for(model, method, clip_norm=1.0, **options):
-    return make_engine(model, method, clip_norm, key=b"contract", rank=3, project_min_numel=100, **options)
+    return make_engine(
+        model, method, clip_norm, key=b"contract", rank=3, project_min_numel=100, **options
+    )
 
 
 @pytest.mark.parametrize("method", EXACT)
@@ -26,8 +28,15 @@ def test_equals_one_backward_pass_an_example(layer, method):
     engine = engine_for(model, method, clip)
     got = engine.clipped_sum(zoo.layer_loss, batch).tensors
     assert worst(got, expected(engine, zoo.layer_loss, batch, 6)) < 1e-9
-    longer = zoo.layer_batch(rows=3, length=6, seed=1)  # another batch size through what was learned from the first
-    assert worst(engine.clipped_sum(zoo.layer_loss, longer).tensors, expected(engine, zoo.layer_loss, longer, 3)) < 1e-9
+    # another batch size through what was learned from the first
+    longer = zoo.layer_batch(rows=3, length=6, seed=1)
+    assert (
+        worst(
+            engine.clipped_sum(zoo.layer_loss, longer).tensors,
+            expected(engine, zoo.layer_loss, longer, 3),
+        )
+        < 1e-9
+    )
 
 
 @pytest.mark.parametrize("method", EXACT)
@@ -40,9 +49,15 @@ def test_tied_and_reused_weights_add_before_the_norm(method):
         return F.cross_entropy(logits.transpose(1, 2), batch["ids"], reduction="none").sum(1)
 
     for length in (5, 9, 2):  # T changes from batch to batch
-        batch = {"ids": torch.randint(0, zoo.VOCAB, (4, length), generator=torch.Generator().manual_seed(length))}
+        batch = {
+            "ids": torch.randint(
+                0, zoo.VOCAB, (4, length), generator=torch.Generator().manual_seed(length)
+            )
+        }
         engine = engine_for(model, method, median_norm(model, loss, batch, 4))
-        assert worst(engine.clipped_sum(loss, batch).tensors, expected(engine, loss, batch, 4)) < 1e-9
+        assert (
+            worst(engine.clipped_sum(loss, batch).tensors, expected(engine, loss, batch, 4)) < 1e-9
+        )
 
 
 def test_the_model_is_left_as_it_was():
@@ -114,7 +129,9 @@ class Routed(nn.Module):
         self.inner = nn.Linear(5, 5)
 
     def forward(self, x):
-        return (self.inner(x.flatten(0, 1)[x.flatten(0, 1)[:, 0] > 0]).sum() + x.sum((1, 2))).unsqueeze(1)
+        return (
+            self.inner(x.flatten(0, 1)[x.flatten(0, 1)[:, 0] > 0]).sum() + x.sum((1, 2))
+        ).unsqueeze(1)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +147,9 @@ class Routed(nn.Module):
 def test_what_cannot_be_had_is_refused_by_name(build, words):
     torch.manual_seed(0)
     model = build().double()
-    batch = zoo.layer_batch() if "Embedding" not in str(model) else {"x": torch.randint(0, 9, (6, 6))}
+    batch = (
+        zoo.layer_batch() if "Embedding" not in str(model) else {"x": torch.randint(0, 9, (6, 6))}
+    )
     with pytest.raises(UnsupportedLayer, match=words) as caught:
         engine_for(model, "grape").clipped_sum(zoo.layer_loss, batch)
     assert "'" in str(caught.value)  # names the layer or parameter
@@ -165,9 +184,17 @@ def test_a_user_can_teach_an_operation():
     model, batch = zoo.Small(Layer()).double(), zoo.layer_batch()
     with pytest.raises(UnsupportedLayer, match="register_rule"):
         engine_for(model, "dp_adam").clipped_sum(zoo.layer_loss, batch)
-    register_rule(cube, lambda grad, position, args, kwargs: (grad * args[0] * 3 * args[1].square()).sum(1))
+    register_rule(
+        cube, lambda grad, position, args, kwargs: (grad * args[0] * 3 * args[1].square()).sum(1)
+    )
     engine = engine_for(model, "dp_adam", median_norm(model, zoo.layer_loss, batch, 6))
-    assert worst(engine.clipped_sum(zoo.layer_loss, batch).tensors, expected(engine, zoo.layer_loss, batch, 6)) < 1e-9
+    assert (
+        worst(
+            engine.clipped_sum(zoo.layer_loss, batch).tensors,
+            expected(engine, zoo.layer_loss, batch, 6),
+        )
+        < 1e-9
+    )
 
 
 def test_a_loss_of_the_wrong_shape_is_named():

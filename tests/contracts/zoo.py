@@ -10,8 +10,8 @@ from torch.nn.utils import parametrizations
 
 VOCAB, ROWS, LENGTH = 61, 4, 7
 _SIZE = {
-    "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
-    "max_position_embeddings": 64,
+    "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "intermediate_size": 48, "max_position_embeddings": 64,
 }  # fmt: skip
 _TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
@@ -23,11 +23,17 @@ def class_loss(model, batch):
 
 def lm_loss(model, batch):
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return F.cross_entropy(logits[:, :-1].transpose(1, 2), batch["input_ids"][:, 1:], reduction="none").sum(1)
+    return F.cross_entropy(
+        logits[:, :-1].transpose(1, 2), batch["input_ids"][:, 1:], reduction="none"
+    ).sum(1)
 
 
 def seq2seq_loss(model, batch):
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], decoder_input_ids=batch["input_ids"]).logits
+    logits = model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        decoder_input_ids=batch["input_ids"],
+    ).logits
     return F.cross_entropy(logits.transpose(1, 2), batch["input_ids"], reduction="none").sum(1)
 
 
@@ -37,7 +43,11 @@ def text_batch(rows=ROWS, length=LENGTH, seed=0, padded=True):
     if padded and rows > 1:
         mask[1, length - 2 :] = 0
     ids = torch.randint(5, VOCAB, (rows, length), generator=g)
-    return {"input_ids": ids * mask, "attention_mask": mask, "labels": torch.randint(0, 2, (rows,), generator=g)}
+    return {
+        "input_ids": ids * mask,
+        "attention_mask": mask,
+        "labels": torch.randint(0, 2, (rows,), generator=g),
+    }
 
 
 def image_batch(rows=ROWS, length=LENGTH, seed=0, padded=True):
@@ -47,15 +57,21 @@ def image_batch(rows=ROWS, length=LENGTH, seed=0, padded=True):
 
 
 def _causal(kind, **config):
-    return lambda: getattr(hf, f"{kind}ForCausalLM")(getattr(hf, f"{kind}Config")(**{**_SIZE, **_TOKENS, **config}))
+    return lambda: getattr(hf, f"{kind}ForCausalLM")(
+        getattr(hf, f"{kind}Config")(**{**_SIZE, **_TOKENS, **config})
+    )
 
 
 def _classifier(kind, **config):
-    return lambda: getattr(hf, f"{kind}ForSequenceClassification")(getattr(hf, f"{kind}Config")(**{**_SIZE, **_TOKENS, **config}))
+    return lambda: getattr(hf, f"{kind}ForSequenceClassification")(
+        getattr(hf, f"{kind}Config")(**{**_SIZE, **_TOKENS, **config})
+    )
 
 
 def _gpt2():
-    return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, **_TOKENS))
+    return hf.GPT2LMHeadModel(
+        hf.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, **_TOKENS)
+    )
 
 
 def _opt():
@@ -64,19 +80,30 @@ def _opt():
 
 
 def _distilbert():
-    config = hf.DistilBertConfig(vocab_size=VOCAB, dim=32, n_layers=2, n_heads=4, hidden_dim=48, max_position_embeddings=64)
+    config = hf.DistilBertConfig(
+        vocab_size=VOCAB, dim=32, n_layers=2, n_heads=4, hidden_dim=48, max_position_embeddings=64
+    )
     return hf.DistilBertForSequenceClassification(config)
 
 
 def _t5():
-    config = hf.T5Config(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    config = hf.T5Config(
+        vocab_size=VOCAB,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+    )
     return hf.T5ForConditionalGeneration(config)
 
 
 def _vit():
     return hf.ViTForImageClassification(
         hf.ViTConfig(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=8, patch_size=2, num_labels=2
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+            image_size=8, patch_size=2, num_labels=2
         )
     )  # fmt: skip
 
@@ -86,7 +113,9 @@ def lora(make, targets):
         from peft import LoraConfig, get_peft_model
 
         torch.manual_seed(1)
-        model = get_peft_model(make(), LoraConfig(r=4, target_modules=list(targets), lora_dropout=0.0))
+        model = get_peft_model(
+            make(), LoraConfig(r=4, target_modules=list(targets), lora_dropout=0.0)
+        )
         for param in model.parameters():
             if param.requires_grad:
                 nn.init.normal_(param, std=0.1)  # LoRA's B starts at zero, which would hide errors
@@ -103,14 +132,30 @@ FAMILIES = {
     "GPT-2 (tied)": (_gpt2, lm_loss, text_batch),
     "OPT (tied)": (_opt, lm_loss, text_batch),
     "Llama": (_causal("Llama", num_key_value_heads=2), lm_loss, text_batch),
-    "Llama (tied)": (_causal("Llama", num_key_value_heads=2, tie_word_embeddings=True), lm_loss, text_batch),
-    "Qwen2": (_causal("Qwen2", num_key_value_heads=2, tie_word_embeddings=False), lm_loss, text_batch),
-    "Qwen2 (tied)": (_causal("Qwen2", num_key_value_heads=2, tie_word_embeddings=True), lm_loss, text_batch),
+    "Llama (tied)": (
+        _causal("Llama", num_key_value_heads=2, tie_word_embeddings=True),
+        lm_loss,
+        text_batch,
+    ),
+    "Qwen2": (
+        _causal("Qwen2", num_key_value_heads=2, tie_word_embeddings=False),
+        lm_loss,
+        text_batch,
+    ),
+    "Qwen2 (tied)": (
+        _causal("Qwen2", num_key_value_heads=2, tie_word_embeddings=True),
+        lm_loss,
+        text_batch,
+    ),
     "GPT-NeoX": (_causal("GPTNeoX"), lm_loss, text_batch),
     "ViT": (_vit, class_loss, image_batch),
     "T5": (_t5, seq2seq_loss, text_batch),
     "LoRA on RoBERTa": (lora(_classifier("Roberta"), ["query", "value"]), class_loss, text_batch),
-    "LoRA on Llama": (lora(_causal("Llama", num_key_value_heads=2), ["q_proj", "v_proj"]), lm_loss, text_batch),
+    "LoRA on Llama": (
+        lora(_causal("Llama", num_key_value_heads=2), ["q_proj", "v_proj"]),
+        lm_loss,
+        text_batch,
+    ),
     "LoRA on GPT-2": (lora(_gpt2, ["c_attn"]), lm_loss, text_batch),
 }
 
@@ -122,7 +167,9 @@ def build_family(name):
 
 
 class Small(nn.Module):
-    """A layer under test between a first and a last one, so that gradients flow through it both ways."""
+    """A layer under test between a first and a last one, so that gradients flow through it both
+    ways.
+    """
 
     def __init__(self, layer, width=12, call=None):
         super().__init__()
@@ -135,7 +182,9 @@ class Small(nn.Module):
 
 
 class Bare(nn.Module):
-    """Bare parameters in every position that real models put them: scale, shift, prefix token, table, left factor, cast."""
+    """Bare parameters in every position that real models put them: scale, shift, prefix token,
+    table, left factor, cast.
+    """
 
     def __init__(self, width=12, length=6):
         super().__init__()
@@ -257,11 +306,15 @@ class Fourier(nn.Module):
 
 
 class ScaledByOnePlus(nn.Module):
-    """Gemma's norm, many times: an operation on a parameter alone whose first dimension may divide by anything."""
+    """Gemma's norm, many times: an operation on a parameter alone whose first dimension may divide
+    by anything.
+    """
 
     def __init__(self, width=12, depth=12):
         super().__init__()
-        self.weights = nn.ParameterList([nn.Parameter(torch.randn(width) / 9) for _ in range(depth)])
+        self.weights = nn.ParameterList(
+            [nn.Parameter(torch.randn(width) / 9) for _ in range(depth)]
+        )
 
     def forward(self, x):
         for weight in self.weights:
@@ -289,28 +342,41 @@ LAYERS = {
     "ConvTranspose1d (vmap)": _channels(lambda: nn.ConvTranspose1d(12, 12, 3)),
     "Conv2d": lambda: Small(
         nn.Conv2d(2, 2, (2, 3), padding=(1, 1), stride=(1, 1)),
-        call=lambda inner, x: inner(x.unflatten(2, (2, 6)).transpose(1, 2)).transpose(1, 2).flatten(2)[..., :12],
+        call=lambda inner, x: (
+            inner(x.unflatten(2, (2, 6)).transpose(1, 2)).transpose(1, 2).flatten(2)[..., :12]
+        ),
     ),
     "Bilinear (vmap)": lambda: Small(nn.Bilinear(12, 12, 12), call=lambda inner, x: inner(x, x)),
     "weight norm (computed weight)": lambda: Small(parametrizations.weight_norm(nn.Linear(12, 12))),
     "PReLU": lambda: Small(nn.PReLU()),
     "bare parameters": lambda: Small(Bare()),
-    "reused module": lambda: Small(nn.Linear(12, 12), call=lambda inner, x: inner(torch.tanh(inner(x)))),
+    "reused module": lambda: Small(
+        nn.Linear(12, 12), call=lambda inner, x: inner(torch.tanh(inner(x)))
+    ),
     "LSTM": lambda: Small(nn.LSTM(12, 12, batch_first=True), call=lambda inner, x: inner(x)[0]),
     "LSTM, two layers, both ways, projected, time-major": lambda: Small(
-        nn.LSTM(12, 12, num_layers=2, bidirectional=True, proj_size=6), call=lambda inner, x: inner(x.transpose(0, 1))[0].transpose(0, 1)
+        nn.LSTM(12, 12, num_layers=2, bidirectional=True, proj_size=6),
+        call=lambda inner, x: inner(x.transpose(0, 1))[0].transpose(0, 1),
     ),
     "GRU": lambda: Small(nn.GRU(12, 12, batch_first=True), call=lambda inner, x: inner(x)[0]),
-    "RNN without bias": lambda: Small(nn.RNN(12, 12, bias=False, batch_first=True), call=lambda inner, x: inner(x)[0]),
+    "RNN without bias": lambda: Small(
+        nn.RNN(12, 12, bias=False, batch_first=True), call=lambda inner, x: inner(x)[0]
+    ),
     "LSTM cell": lambda: Small(Steps(nn.LSTMCell(12, 12))),
     "GRU cell": lambda: Small(Steps(nn.GRUCell(12, 12))),
     "RNN cell": lambda: Small(Steps(nn.RNNCell(12, 12))),
-    "attention": lambda: Small(nn.MultiheadAttention(12, 3, batch_first=True), call=lambda inner, x: inner(x, x, x)[0]),
+    "attention": lambda: Small(
+        nn.MultiheadAttention(12, 3, batch_first=True), call=lambda inner, x: inner(x, x, x)[0]
+    ),
     "attention with key and value biases, time-major": lambda: Small(
         nn.MultiheadAttention(12, 3, add_bias_kv=True),
-        call=lambda inner, x: inner(*[x.transpose(0, 1)] * 3, need_weights=False)[0].transpose(0, 1),
+        call=lambda inner, x: inner(*[x.transpose(0, 1)] * 3, need_weights=False)[0].transpose(
+            0, 1
+        ),
     ),
-    "transformer encoder layer": lambda: Small(nn.TransformerEncoderLayer(12, 3, 16, dropout=0.0, batch_first=True)),
+    "transformer encoder layer": lambda: Small(
+        nn.TransformerEncoderLayer(12, 3, 16, dropout=0.0, batch_first=True)
+    ),
     "written, spread and cast": lambda: Small(Written()),
     "standardised convolution (computed weight)": lambda: Small(
         Standardised(12, 12, 3), call=lambda inner, x: inner(x.transpose(1, 2)).transpose(1, 2)
@@ -321,10 +387,15 @@ LAYERS = {
         nn.ParameterList([nn.Parameter(torch.randn(12, 2, 6))]),
         call=lambda inner, x: torch.einsum("tbi,ihd->bthd", x.transpose(0, 1), inner[0]).flatten(2),
     ),
-    "unused module": lambda: Small(nn.ModuleList([nn.Linear(12, 12), nn.Linear(12, 12)]), call=lambda inner, x: inner[0](x)),
+    "unused module": lambda: Small(
+        nn.ModuleList([nn.Linear(12, 12), nn.Linear(12, 12)]), call=lambda inner, x: inner[0](x)
+    ),
     "relative positions, B = T": lambda: Small(Relative()),
     "flattened tokens": lambda: Small(Flat()),
-    "einsum (vmap)": lambda: Small(nn.Linear(12, 12), call=lambda inner, x: torch.einsum("bti,oi->bto", x, inner.weight) + inner.bias),
+    "einsum (vmap)": lambda: Small(
+        nn.Linear(12, 12),
+        call=lambda inner, x: torch.einsum("bti,oi->bto", x, inner.weight) + inner.bias,
+    ),
 }
 
 
@@ -334,7 +405,11 @@ def build_layer(name):
 
 
 def layer_batch(rows=6, length=6, seed=0):
-    return {"x": torch.randn(rows, length, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)}
+    return {
+        "x": torch.randn(
+            rows, length, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
+    }
 
 
 def layer_loss(model, batch):

@@ -1,4 +1,6 @@
-"""Real ranks over gloo: the same batch, the same noise and the same update at world size 1, 2 and 4."""
+"""Real ranks over gloo: the same batch, the same noise and the same update at world size 1, 2 and
+4.
+"""
 
 import numpy as np
 import pytest
@@ -21,14 +23,21 @@ def train(comms, method, steps=3):
     """Three steps on this rank's share; returns released gradients and final weights."""
     model, data = zoo.build_layer("bare parameters"), zoo.layer_batch(rows=40)
     engine = make_engine(model, method, 0.8, key=b"w", rank=3, project_min_numel=100, refresh=2)
-    optimizer = make_optimizer(model, engine, Method(name=method, rank=3, learning_rate=0.05), steps)
+    optimizer = make_optimizer(
+        model, engine, Method(name=method, rank=3, learning_rate=0.05), steps
+    )
     stream, released, batches = NoiseStream(NOISE), [], []
     for step in range(steps):
-        chosen = poisson_batch(SAMPLING, step, 40, 0.1 if step else 1e-3)  # the first batch is empty or nearly so on every rank
+        # the first batch is empty or nearly so on every rank
+        chosen = poisson_batch(SAMPLING, step, 40, 0.1 if step else 1e-3)
         mine = chosen[comms.rank :: comms.world_size]
-        summed = engine.clipped_sum(zoo.layer_loss, {"x": data["x"][torch.from_numpy(mine)]}, step=step)
+        summed = engine.clipped_sum(
+            zoo.layer_loss, {"x": data["x"][torch.from_numpy(mine)]}, step=step
+        )
         if engine.private:
-            gradient = privatize(summed, stream, step=step, noise_multiplier=0.7, expected_batch_size=4, comms=comms)
+            gradient = privatize(
+                summed, stream, step=step, noise_multiplier=0.7, expected_batch_size=4, comms=comms
+            )
         else:
             gradient = nonprivate_mean(summed, step=step, batch_size=4, comms=comms)
         released.append({n: t.clone() for n, t in gradient.tensors.items()})
@@ -38,28 +47,45 @@ def train(comms, method, steps=3):
 
 
 def noise_alone(comms, method):
-    engine = make_engine(zoo.build_layer("bare parameters"), method, 1.0, rank=3, project_min_numel=100)
+    engine = make_engine(
+        zoo.build_layer("bare parameters"), method, 1.0, rank=3, project_min_numel=100
+    )
     if not engine.private:
         return {}
-    return dict(privatize(engine.empty_sum(), NoiseStream(NOISE), step=5, noise_multiplier=1, expected_batch_size=3, comms=comms).tensors)
+    return dict(
+        privatize(
+            engine.empty_sum(),
+            NoiseStream(NOISE),
+            step=5,
+            noise_multiplier=1,
+            expected_batch_size=3,
+            comms=comms,
+        ).tensors
+    )
 
 
 def rank_main(rank, world, path, method, out):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
     comms = Comms.distributed()
-    torch.save((*train(comms, method), noise_alone(comms, method), comms.bytes_sent), f"{out}/{rank}.pt")
+    torch.save(
+        (*train(comms, method), noise_alone(comms, method), comms.bytes_sent), f"{out}/{rank}.pt"
+    )
     dist.barrier()
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("world", "method"), [(2, "grape"), (2, "dp_adam"), (2, "none"), (4, "grape"), (4, "dp_adam")])
+@pytest.mark.parametrize(
+    ("world", "method"), [(2, "grape"), (2, "dp_adam"), (2, "none"), (4, "grape"), (4, "dp_adam")]
+)
 def test_world_size_changes_nothing(world, method, tmp_path):
     released, weights, batches = train(Comms.local(), method)
     noise = noise_alone(Comms.local(), method)
     mp.spawn(rank_main, args=(world, tmp_path / "rendezvous", method, tmp_path), nprocs=world)
     for rank in range(world):
-        theirs, their_weights, their_batches, their_noise, sent = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        theirs, their_weights, their_batches, their_noise, sent = torch.load(
+            tmp_path / f"{rank}.pt", weights_only=False
+        )
         assert all((a == b).all() for a, b in zip(batches, their_batches))
         assert all((noise[n] == their_noise[n]).all() for n in noise)  # bitwise
         for mine, other in zip(released, theirs):
@@ -91,7 +117,17 @@ def test_each_rank_draws_only_the_slice_it_owns():
 
     engine = make_engine(zoo.build_layer("Linear"), "dp_adam", 1.0)
     total = sum(p.numel() for p in engine.params.values())
-    privatize(engine.empty_sum(), Watching(NOISE), step=0, noise_multiplier=1, expected_batch_size=1, comms=Second(1, 3))
+    privatize(
+        engine.empty_sum(),
+        Watching(NOISE),
+        step=0,
+        noise_multiplier=1,
+        expected_batch_size=1,
+        comms=Second(1, 3),
+    )
     share = -(-total // 3)
     assert drawn == [(share, min(share, total - share))]
-    assert np.isclose(sum(Comms(r, 3).slice_of(total)[1] - Comms(r, 3).slice_of(total)[0] for r in range(3)), total)
+    assert np.isclose(
+        sum(Comms(r, 3).slice_of(total)[1] - Comms(r, 3).slice_of(total)[0] for r in range(3)),
+        total,
+    )

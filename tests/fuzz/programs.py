@@ -1,7 +1,9 @@
-"""Random small models: layers from a list of habits that real code has, in any order, on hidden states h (B, T, D).
+"""Random small models: layers from a list of habits that real code has, in any order, on hidden
+states h (B, T, D).
 
-Each program obeys the contract: the loss of an example is a function of that example alone. Some then pick rows by their values, keep
-state or draw shared numbers, which an engine may refuse; none may be silently wrong.
+Each program obeys the contract: the loss of an example is a function of that example alone. Some
+then pick rows by their values, keep state or draw shared numbers, which an engine may refuse; none
+may be silently wrong.
 """
 
 from __future__ import annotations
@@ -107,7 +109,9 @@ def relative(p, h, ids):
 
 
 def convolution(p, h, ids):
-    return torch.tanh(F.conv1d(h.transpose(1, 2), p.layer.weight.unsqueeze(2), p.layer.bias)).transpose(1, 2)
+    return torch.tanh(
+        F.conv1d(h.transpose(1, 2), p.layer.weight.unsqueeze(2), p.layer.bias)
+    ).transpose(1, 2)
 
 
 def depthwise(p, h, ids):
@@ -115,7 +119,9 @@ def depthwise(p, h, ids):
 
 
 def prefix(p, h, ids):
-    return torch.cat([p.vector.expand(h.shape[0], 1, -1), h], 1)[:, 1:] + p.vector.repeat(h.shape[0], h.shape[1], 1)
+    return torch.cat([p.vector.expand(h.shape[0], 1, -1), h], 1)[:, 1:] + p.vector.repeat(
+        h.shape[0], h.shape[1], 1
+    )
 
 
 def written(p, h, ids):
@@ -149,7 +155,11 @@ def time_major(p, h, ids):
 
 
 def time_major_flat(p, h, ids):
-    return torch.tanh(p.layer(h.transpose(0, 1).flatten(0, 1))).view(h.shape[1], h.shape[0], -1).transpose(0, 1)
+    return (
+        torch.tanh(p.layer(h.transpose(0, 1).flatten(0, 1)))
+        .view(h.shape[1], h.shape[0], -1)
+        .transpose(0, 1)
+    )
 
 
 def flat(p, h, ids):
@@ -192,7 +202,9 @@ def recurrent(p, h, ids):
 
 
 def checkpointed(p, h, ids):
-    return torch.utils.checkpoint.checkpoint(lambda x: torch.tanh(p.layer(x)) * p.vector, h, use_reentrant=False)
+    return torch.utils.checkpoint.checkpoint(
+        lambda x: torch.tanh(p.layer(x)) * p.vector, h, use_reentrant=False
+    )
 
 
 def cast(p, h, ids):
@@ -261,10 +273,12 @@ def straight_through(p, h, ids):
 
 
 STEPS = [
-    linear, matmul_transposed, from_the_left, einsum, einsum_time_major, einsum_both, embed, embed_by_index, positions,
-    positions_for_all, tied, reused, layer_norm, rms_norm, gated, cloned, weight_norm, held_scale, attention, relative, convolution,
-    depthwise, prefix, written, two_views, many_copies, interleaved_copies, time_major, time_major_flat, flat, stacked, sorted_within,
-    gathered_within, last_token, masked, one_by_one, recurrent, checkpointed, cast, by_mode, shows, squeezed_away, outer_product,
+    linear, matmul_transposed, from_the_left, einsum, einsum_time_major, einsum_both, embed,
+    embed_by_index, positions, positions_for_all, tied, reused, layer_norm, rms_norm, gated, cloned,
+    weight_norm, held_scale, attention, relative, convolution, depthwise, prefix, written,
+    two_views, many_copies, interleaved_copies, time_major, time_major_flat, flat, stacked,
+    sorted_within, gathered_within, last_token, masked, one_by_one, recurrent, checkpointed, cast,
+    by_mode, shows, squeezed_away, outer_product,
 ]  # fmt: skip
 DOUBTFUL = [picked, sorted_across, turned, remembers, filled, straight_through]
 
@@ -275,7 +289,9 @@ class Program(nn.Module):
     def __init__(self, steps, shared):
         super().__init__()
         self.steps, self.pieces = list(steps), nn.ModuleList([Piece() for _ in steps])
-        self.of = [int(s) if s is not None and s < i else i for i, s in zip(range(len(steps)), shared)]
+        self.of = [
+            int(s) if s is not None and s < i else i for i, s in zip(range(len(steps)), shared)
+        ]
 
     def forward(self, batch):
         h, ids = batch["x"], batch["ids"]
@@ -285,7 +301,9 @@ class Program(nn.Module):
 
 
 def batch_of(rows, length, seed, dtype):
-    """Examples whose gradients differ in size by a thousand, so that some are clipped and some are not."""
+    """Examples whose gradients differ in size by a thousand, so that some are clipped and some are
+    not.
+    """
     g = torch.Generator().manual_seed(seed)
     return {
         "x": torch.randn(rows, length, WIDTH, generator=g, dtype=torch.float64).to(dtype),

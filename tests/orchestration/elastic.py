@@ -1,7 +1,9 @@
-"""A run on a cluster that changes under it: `python -m tests.orchestration.elastic grow|drain FOLDER`, a program of its own.
+"""A run on a cluster that changes under it:
+`python -m tests.orchestration.elastic grow|drain FOLDER`, a program of its own.
 
-`grow` adds a node and kills it later; `drain` begins with two nodes, one of which Ray is told to drain. Ray allows one cluster a
-process, and nodes are added by the main thread alone. The last line is JSON: the result, and the sizes met.
+`grow` adds a node and kills it later; `drain` begins with two nodes, one of which Ray is told to
+drain. Ray allows one cluster a process, and nodes are added by the main thread alone. The last line
+is JSON: the result, and the sizes met.
 """
 
 from __future__ import annotations
@@ -40,8 +42,21 @@ def wait(what: str, condition: Callable[[], bool], over: threading.Event) -> Non
 
 def drain(node: Any, address: str) -> None:
     """What a cloud's notice of preemption comes to."""
-    words = ["--address", address, "--node-id", node.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
-    subprocess.run(["ray", "drain-node", *words, "--deadline-remaining-seconds", "15"], check=True, capture_output=True)
+    words = [
+        "--address",
+        address,
+        "--node-id",
+        node.node_id,
+        "--reason",
+        "DRAIN_NODE_REASON_PREEMPTION",
+        "--reason-message",
+        "spot",
+    ]
+    subprocess.run(
+        ["ray", "drain-node", *words, "--deadline-remaining-seconds", "15"],
+        check=True,
+        capture_output=True,
+    )
 
 
 def saved_urgently(folder: Path) -> bool:
@@ -62,14 +77,18 @@ def main(mode: str, folder: Path) -> None:
     ray.init(address=cluster.address, log_to_driver=False)
     resize_s = 2 if mode == "grow" else 60
     config = tiny(STEPS, slow_s=0.1).override(
-        ["performance.num_workers=1:2", "performance.micro_batch_size=200", f"performance.resize_every_s={resize_s}",
-         f"privacy.spare_steps={STEPS}", "performance.start_timeout_s=15", "performance.max_failures=5"]
+        ["performance.num_workers=1:2", "performance.micro_batch_size=200",
+        f"performance.resize_every_s={resize_s}",
+         f"privacy.spare_steps={STEPS}", "performance.start_timeout_s=15",
+         "performance.max_failures=5"]
     )  # fmt: skip
     found, over = {}, threading.Event()
 
     def run() -> None:
         try:
-            found.update(train(config, run="r", storage=str(folder / "runs"), key_path=str(folder / "key")))
+            found.update(
+                train(config, run="r", storage=str(folder / "runs"), key_path=str(folder / "key"))
+            )
         finally:
             over.set()
 

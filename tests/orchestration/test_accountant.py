@@ -1,4 +1,6 @@
-"""The accountant actor: killed at will, asked by many, fenced, and closed when its ledger is away."""
+"""The accountant actor: killed at will, asked by many, fenced, and closed when its ledger is
+away.
+"""
 
 import json
 import os
@@ -113,14 +115,24 @@ def test_metrics_show_what_is_left(accountant):
     port = ray.nodes()[0]["MetricsExportPort"]
     deadline_s = time.monotonic() + 40
     while True:
-        text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
-        lines = [line for line in text.splitlines() if "grape_ray_" in line and not line.startswith("#")]
+        text = (
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
+        )
+        lines = [
+            line for line in text.splitlines() if "grape_ray_" in line and not line.startswith("#")
+        ]
         if len({line.split("{")[0] for line in lines}) == 3:
             break
         assert time.monotonic() < deadline_s, lines
         time.sleep(1)
-    assert all(f'ledger="{accountant.ledger_id}"' in line and 'dataset="' not in line for line in lines)
-    values = {line.split("{")[0].removeprefix("ray_"): float(line.rsplit(" ", 1)[1]) for line in lines if 'study="s"' in line}
+    assert all(
+        f'ledger="{accountant.ledger_id}"' in line and 'dataset="' not in line for line in lines
+    )
+    values = {
+        line.split("{")[0].removeprefix("ray_"): float(line.rsplit(" ", 1)[1])
+        for line in lines
+        if 'study="s"' in line
+    }
     assert values["grape_ray_steps_charged"] + values["grape_ray_tokens_left"] == STUDY.tokens
     assert 0 < values["grape_ray_epsilon_spent"] < 4
 
@@ -143,7 +155,9 @@ def test_another_clusters_ledger_is_refused_while_that_cluster_lives(url, ray_cl
 
 
 def test_the_claim_of_a_dead_cluster_is_taken_after_some_beats(url):
-    Path(url, CLAIM_FILE).write_text(json.dumps({"cluster": "dead", "pid": 1, "host": "gone", "beat": 7}))
+    Path(url, CLAIM_FILE).write_text(
+        json.dumps({"cluster": "dead", "pid": 1, "host": "gone", "beat": 7})
+    )
     began = time.monotonic()
     claim = Claim(Storage(url), "mine", beat_s=0.1)
     claim.take()

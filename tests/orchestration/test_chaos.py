@@ -1,4 +1,6 @@
-"""Sweeps whose processes are killed at random moments: what was executed was paid for, and little more."""
+"""Sweeps whose processes are killed at random moments: what was executed was paid for, and little
+more.
+"""
 
 import json
 import os
@@ -23,7 +25,8 @@ TITLES = {"accountant": "ray::_Desk", "trial": "ray::Trial", "worker": "ray::Ray
 
 
 class Prey:
-    """A sweep in processes of its own, which can be found by a word in their environment, and killed.
+    """A sweep in processes of its own, which can be found by a word in their environment, and
+    killed.
 
     Everything that is killed was started here.
     """
@@ -34,18 +37,29 @@ class Prey:
         self.killed: list[str] = []
 
     def start(self, *words):
-        command = ["tune", "tests.tiny_space", "--storage", str(self.place / "sweeps"), "--key-file", str(self.place / "key"), "--json"]
+        command = [
+            "tune",
+            "tests.tiny_space",
+            "--storage",
+            str(self.place / "sweeps"),
+            "--key-file",
+            str(self.place / "key"),
+            "--json",
+        ]
         environment = {**os.environ, "GRAPE_RAY_TEST_TOKEN": self.token, "TINY_SLOW_S": "0.05"}
         self.driver = subprocess.Popen(
             [sys.executable, "-c", "from grape_ray.cli.main import main; main()", *command, *words],
-            cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True,
         )  # fmt: skip
 
     def executed(self):
         """Steps taken so far, over all processes."""
         try:
             return sum(
-                len(self.sweep.read(name).splitlines()) for name in self.sweep.list(f"{results.RUNS}/") if f"/{results.EXECUTED}/" in name
+                len(self.sweep.read(name).splitlines())
+                for name in self.sweep.list(f"{results.RUNS}/")
+                if f"/{results.EXECUTED}/" in name
             )
         except FileNotFoundError:
             return 0
@@ -55,14 +69,18 @@ class Prey:
         found = []
         for entry in Path("/proc").glob("[0-9]*"):
             try:
-                if self.token.encode() in (entry / "environ").read_bytes() and (entry / "cmdline").read_text().startswith(title):
+                if self.token.encode() in (entry / "environ").read_bytes() and (
+                    entry / "cmdline"
+                ).read_text().startswith(title):
                     found.append(int(entry.name))
             except OSError:
                 continue
         return found
 
     def kill(self, kind, after, chance):
-        """Kills a process of a kind once so many steps were taken, if the sweep has not ended by then."""
+        """Kills a process of a kind once so many steps were taken, if the sweep has not ended by
+        then.
+        """
         deadline_s = time.monotonic() + 300
         while self.driver.poll() is None and time.monotonic() < deadline_s:
             victims = [self.driver.pid] if kind == "driver" else self.processes(TITLES[kind])
@@ -94,7 +112,9 @@ class Prey:
 
 
 def survive(tmp_path, seed, kinds, *words):
-    """Runs a sweep, kills a process of each kind at random moments, and holds the ledger against what was executed."""
+    """Runs a sweep, kills a process of each kind at random moments, and holds the ledger against
+    what was executed.
+    """
     chance = random.Random(seed)
     prey = Prey(tmp_path, "--name", "c", "--seed", str(seed), *words)
     try:
@@ -107,23 +127,31 @@ def survive(tmp_path, seed, kinds, *words):
     assert prey.killed
     report = verify(result["ledger"])
     assert report.ok, report.problems
-    attempts = [a for tries in Ledger.open(result["ledger"], create=False).state.study("c").runs.values() for a in tries]
+    attempts = [
+        a
+        for tries in Ledger.open(result["ledger"], create=False).state.study("c").runs.values()
+        for a in tries
+    ]
     wasted = result["tokens_charged"] - result["steps_executed"]
     cut_off = sum(not attempt.closed for attempt in attempts)
     assert 0 <= wasted <= CHUNK * cut_off
     assert result["tokens_charged"] == sum(a.used for a in attempts) <= result["tokens_total"]
     assert result["best"] is not None
     for name in prey.sweep.list(f"{results.RUNS}/"):
-        if f"/{results.EXECUTED}/" in name:  # of one process, and so of one attempt: no step was taken twice with its key
+        # of one process, and so of one attempt: no step was taken twice with its key
+        if f"/{results.EXECUTED}/" in name:
             steps = [int(line) for line in prey.sweep.read(name).split()]
             assert steps == sorted(set(steps))
-    print(json.dumps({"seed": seed, "killed": prey.killed, "charged": result["tokens_charged"], "executed": result["steps_executed"],
+    print(json.dumps({"seed": seed, "killed": prey.killed, "charged": result["tokens_charged"],
+    "executed": result["steps_executed"],
                       "wasted": wasted, "cut_off": cut_off}))  # fmt: skip
     return result, prey
 
 
 def test_a_sweep_outlives_its_accountant_a_trial_and_its_driver(tmp_path):
-    _, prey = survive(tmp_path, 1, ["accountant", "trial", "driver"], "--trials", "3", "--scheduler", "none")
+    _, prey = survive(
+        tmp_path, 1, ["accountant", "trial", "driver"], "--trials", "3", "--scheduler", "none"
+    )
     assert prey.killed == ["accountant", "trial", "driver"]
 
 
@@ -132,7 +160,27 @@ def test_a_sweep_outlives_its_accountant_a_trial_and_its_driver(tmp_path):
 def test_chaos(tmp_path, seed):
     if seed % 5 == 4:
         kinds = [["worker"], ["trial"], ["accountant"], ["driver"]][seed // 5]
-        survive(tmp_path, seed, kinds, "--trials", "2", "--workers", "1", "--concurrent", "1", "--scheduler", "none")
+        survive(
+            tmp_path,
+            seed,
+            kinds,
+            "--trials",
+            "2",
+            "--workers",
+            "1",
+            "--concurrent",
+            "1",
+            "--scheduler",
+            "none",
+        )
     else:
         kinds = random.Random(seed).choices(["accountant", "trial", "driver"], k=1 + seed % 2)
-        survive(tmp_path, seed, kinds, "--trials", "5", "--scheduler", ["asha", "none", "median", "pbt"][seed % 4])
+        survive(
+            tmp_path,
+            seed,
+            kinds,
+            "--trials",
+            "5",
+            "--scheduler",
+            ["asha", "none", "median", "pbt"][seed % 4],
+        )

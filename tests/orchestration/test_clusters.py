@@ -18,7 +18,9 @@ def test_a_token_that_is_made_here_is_its_owners_alone(tmp_path, monkeypatch):
     made = []
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setattr("ray.init", lambda **options: made.append((tmp_path / ".ray" / "auth_token").read_text()))
+    monkeypatch.setattr(
+        "ray.init", lambda **options: made.append((tmp_path / ".ray" / "auth_token").read_text())
+    )
     cluster.start_local(1)
     assert (tmp_path / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600
     cluster.start_local(1)
@@ -29,7 +31,10 @@ def test_a_token_that_is_made_here_is_its_owners_alone(tmp_path, monkeypatch):
 def test_a_run_for_which_there_is_never_room_is_given_up(monkeypatch):
     from grape_ray.ray_backend import capacity
 
-    over, nodes = threading.Event(), [{"Alive": True, "Resources": {"CPU": 1.0}}, {"Alive": False, "Resources": {"CPU": 8.0}}]
+    over, nodes = (
+        threading.Event(),
+        [{"Alive": True, "Resources": {"CPU": 1.0}}, {"Alive": False, "Resources": {"CPU": 8.0}}],
+    )
     monkeypatch.setattr(capacity, "_LOOK_EVERY_S", 0.02)
     monkeypatch.setattr("ray.nodes", lambda: nodes)
     began = time.monotonic()
@@ -83,9 +88,23 @@ def test_the_versions_are_the_tested_ones(config):
     assert job["spec"]["rayClusterSpec"]["rayVersion"] == pinned[1]
 
 
-# What KubeRay's RayJob takes of the fields that are used here; its own definition is over a megabyte.
-JOB = {"entrypoint", "runtimeEnvYAML", "backoffLimit", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "rayClusterSpec"}
-CLUSTER = {"rayVersion", "enableInTreeAutoscaling", "authOptions", "headGroupSpec", "workerGroupSpecs"}
+# What KubeRay's RayJob takes of the fields that are used here; its own definition is over a
+# megabyte.
+JOB = {
+    "entrypoint",
+    "runtimeEnvYAML",
+    "backoffLimit",
+    "shutdownAfterJobFinishes",
+    "ttlSecondsAfterFinished",
+    "rayClusterSpec",
+}
+CLUSTER = {
+    "rayVersion",
+    "enableInTreeAutoscaling",
+    "authOptions",
+    "headGroupSpec",
+    "workerGroupSpecs",
+}
 WORKERS = {"groupName", "minReplicas", "replicas", "maxReplicas", "rayStartParams", "template"}
 
 

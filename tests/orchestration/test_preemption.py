@@ -1,4 +1,6 @@
-"""Notices of the end: SIGTERM to a worker, a drained node, and a cluster that grows and shrinks under a run."""
+"""Notices of the end: SIGTERM to a worker, a drained node, and a cluster that grows and shrinks
+under a run.
+"""
 
 import contextlib
 import json
@@ -42,14 +44,27 @@ def test_a_worker_that_is_told_to_end_leaves_a_checkpoint_of_its_last_step(tmp_p
     teller = threading.Thread(target=tell_one)
     teller.start()
     config = tiny(14, trace=str(trace), slow_s=0.1)
-    words = ["performance.num_workers=2", "performance.micro_batch_size=200", "performance.checkpoint_every=0"]
-    result = train(config.override(words), run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+    words = [
+        "performance.num_workers=2",
+        "performance.micro_batch_size=200",
+        "performance.checkpoint_every=0",
+    ]
+    result = train(
+        config.override(words),
+        run="a",
+        storage=str(tmp_path / "runs"),
+        key_path=str(tmp_path / "key"),
+    )
     teller.join()
     log = events(tmp_path / "runs" / "a")
     first = [e for e in log if e["attempt"] == 1]
     urgent = [e for e in first if e["event"] == "checkpoint begun"]
     assert [e["occasion"] for e in urgent] == ["urgent"]
-    assert next(e for e in log if e["attempt"] == 2 and e["event"] == "begun")["step"] == urgent[0]["step"] >= 5
+    assert (
+        next(e for e in log if e["attempt"] == 2 and e["event"] == "begun")["step"]
+        == urgent[0]["step"]
+        >= 5
+    )
     assert (result["steps"], result["attempts"]) == (14, 2)
     assert result["executed_steps"] == 14  # none was lost
     assert result["charged_steps"] == 14  # and what was paid for and never started was given back
@@ -93,12 +108,22 @@ def test_figures_reach_prometheus(tmp_path, ray_cluster):
     def scrape():
         while not over.wait(1):
             with contextlib.suppress(OSError):
-                text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()
-                seen.update(line.partition("{")[0] for line in text.splitlines() if line.startswith("ray_grape_"))
+                text = (
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5)
+                    .read()
+                    .decode()
+                )
+                seen.update(
+                    line.partition("{")[0]
+                    for line in text.splitlines()
+                    if line.startswith("ray_grape_")
+                )
 
     thread = threading.Thread(target=scrape)
     thread.start()
-    config = tiny(120, slow_s=0.2).override(["performance.num_workers=2", "performance.micro_batch_size=200"])
+    config = tiny(120, slow_s=0.2).override(
+        ["performance.num_workers=2", "performance.micro_batch_size=200"]
+    )
     train(config, run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
     over.set()
     thread.join()

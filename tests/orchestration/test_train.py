@@ -1,4 +1,6 @@
-"""Runs on real Ray Train workers: the same result as in one process, a killed worker, the budget's end, a cluster too small."""
+"""Runs on real Ray Train workers: the same result as in one process, a killed worker, the budget's
+end, a cluster too small.
+"""
 
 import json
 import os
@@ -30,8 +32,12 @@ REPOSITORY = Path(__file__).parents[2]
 @pytest.fixture
 def run(tmp_path, ray_cluster):
     def go(config, *assignments, **options):
-        config = config.override(["performance.num_workers=2", "performance.micro_batch_size=200", *assignments])
-        return train(config, storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"), **options)
+        config = config.override(
+            ["performance.num_workers=2", "performance.micro_batch_size=200", *assignments]
+        )
+        return train(
+            config, storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"), **options
+        )
 
     return go
 
@@ -43,7 +49,9 @@ def weights(tmp_path, name):
 
 
 def executed(trace: Path) -> dict[int, int]:
-    """Process -> steps it has begun, in order of appearance; each step is one micro-batch on each rank."""
+    """Process -> steps it has begun, in order of appearance; each step is one micro-batch on each
+    rank.
+    """
     counts: dict[int, int] = {}
     for line in trace.read_text().splitlines() if trace.exists() else []:
         pid = json.loads(line)["pid"]
@@ -67,7 +75,8 @@ def test_a_killed_worker_costs_a_new_attempt_and_its_steps(run, tmp_path):
         deadline_s = time.monotonic() + 120
         while time.monotonic() < deadline_s and not killed:
             victims = [pid for pid, steps in executed(trace).items() if steps >= 7]
-            if victims and list((tmp_path / "runs" / "a" / "checkpoints").glob("*/manifest.json")):  # something to go on from
+            # something to go on from
+            if victims and list((tmp_path / "runs" / "a" / "checkpoints").glob("*/manifest.json")):
                 os.kill(victims[0], signal.SIGKILL)
                 killed.append(victims[0])
             time.sleep(0.02)
@@ -91,8 +100,17 @@ def test_a_killed_worker_costs_a_new_attempt_and_its_steps(run, tmp_path):
 
 def test_the_end_of_the_budget_is_a_clean_end_and_a_resume_keeps_what_is_there(run, tmp_path):
     seen = []
-    words = ["privacy.noise_multiplier=2.0", "privacy.epsilon=4.0", "performance.keep_checkpoints=1"]
-    result = run(tiny(500), *words, run="a", on_progress=lambda progress, epsilon: seen.append((progress.step, epsilon)))
+    words = [
+        "privacy.noise_multiplier=2.0",
+        "privacy.epsilon=4.0",
+        "performance.keep_checkpoints=1",
+    ]
+    result = run(
+        tiny(500),
+        *words,
+        run="a",
+        on_progress=lambda progress, epsilon: seen.append((progress.step, epsilon)),
+    )
     assert result["exhausted"]
     assert 0 < result["steps"] == result["charged_steps"] < 500
     assert result["attempts"] == 1
@@ -100,7 +118,11 @@ def test_the_end_of_the_budget_is_a_clean_end_and_a_resume_keeps_what_is_there(r
     assert seen[-1] == (result["steps"], result["epsilon_spent"])
     before = weights(tmp_path, "a")
     again = run(tiny(500), *words, run="a")
-    assert (again["steps"], again["charged_steps"], again["attempts"]) == (result["steps"], result["steps"], 2)
+    assert (again["steps"], again["charged_steps"], again["attempts"]) == (
+        result["steps"],
+        result["steps"],
+        2,
+    )
     assert again["checkpoint"] == result["checkpoint"]
     assert all(torch.equal(before[name], tensor) for name, tensor in weights(tmp_path, "a").items())
     assert len(list((tmp_path / "runs" / "a" / "checkpoints").iterdir())) == 1
@@ -137,7 +159,8 @@ def test_the_program_leaves_no_process_behind(tmp_path):
     ]
     done = subprocess.run(
         [sys.executable, "-c", "from grape_ray.cli.main import main; main()", *words],
-        capture_output=True, text=True, cwd=REPOSITORY, timeout=180, env={**os.environ, "GRAPE_RAY_TEST_TOKEN": token}, check=False,
+        capture_output=True, text=True, cwd=REPOSITORY, timeout=180,
+        env={**os.environ, "GRAPE_RAY_TEST_TOKEN": token}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["steps"] == 12
@@ -160,8 +183,14 @@ def processes_with(token: str) -> dict[int, str]:
 
 
 def test_workers_write_no_text_of_the_tasks_errors_anywhere(tmp_path, ray_cluster):
-    config = replace(tiny(), task=Quoting()).override(["performance.num_workers=2", "performance.max_failures=0"])
+    config = replace(tiny(), task=Quoting()).override(
+        ["performance.num_workers=2", "performance.max_failures=0"]
+    )
     with pytest.raises(WorkersFailed, match=r"the task failed with ValueError.*quoting") as caught:
         train(config, run="r", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
     assert RECORD not in str(caught.value)
-    assert [path for path in (tmp_path / "runs").rglob("*") if path.is_file() and RECORD.encode() in path.read_bytes()] == []
+    assert [
+        path
+        for path in (tmp_path / "runs").rglob("*")
+        if path.is_file() and RECORD.encode() in path.read_bytes()
+    ] == []

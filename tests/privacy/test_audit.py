@@ -1,8 +1,10 @@
-"""A one-step canary audit of the real path: it measures mu = 1 / noise_multiplier, and it catches planted bugs.
+"""A one-step canary audit of the real path: it measures mu = 1 / noise_multiplier, and it catches
+planted bugs.
 
-At sampling probability 1 the step is a Gaussian mechanism. The canary's clipped gradient has norm C along one direction; the release
-is projected on it with and without the canary, many times with fresh keys. Between two Gaussians of equal spread, mu is the distance
-of the means in units of the spread.
+At sampling probability 1 the step is a Gaussian mechanism. The canary's clipped gradient has norm C
+along one direction; the release is projected on it with and without the canary, many times with
+fresh keys. Between two Gaussians of equal spread, mu is the distance of the means in units of the
+spread.
 """
 
 import math
@@ -16,7 +18,9 @@ from grape_ray import make_engine
 from grape_ray.privacy.noise import NoiseStream, privatize
 
 SIGMA, CLIP, EXPECTED = 2.0, 1.0, 8.0
-TRIALS, FEW = 6000, 800  # the spread is known to 0.9 % and 2.5 %: 0.02 is 4.3, and 0.1 at least 6, standard errors; false alarms < 1e-4
+# the spread is known to 0.9 % and 2.5 %: 0.02 is 4.3, and 0.1 at least 6, standard errors; false
+# alarms < 1e-4
+TRIALS, FEW = 6000, 800
 
 
 class Model(nn.Module):
@@ -52,7 +56,9 @@ def flat(tensors):
 
 
 def measure(release, inside, without, trials=TRIALS):
-    """mu of the mechanism along the canary's direction: a shift that is exact under common noise, over the noise's spread."""
+    """mu of the mechanism along the canary's direction: a shift that is exact under common noise,
+    over the noise's spread.
+    """
     direction = flat(inside.tensors) - flat(without.tensors)
     direction = direction / direction.norm()
 
@@ -66,7 +72,13 @@ def measure(release, inside, without, trials=TRIALS):
 
 def release_of(summed, trial, noise_multiplier=SIGMA, label=b"audit"):
     key = label.ljust(24, b".") + trial.to_bytes(8, "big")
-    released = privatize(summed, NoiseStream(key), step=0, noise_multiplier=noise_multiplier, expected_batch_size=EXPECTED)
+    released = privatize(
+        summed,
+        NoiseStream(key),
+        step=0,
+        noise_multiplier=noise_multiplier,
+        expected_batch_size=EXPECTED,
+    )
     return flat(released.tensors)
 
 
@@ -83,7 +95,10 @@ def test_the_real_step_has_the_mu_that_is_paid_for(method):
 @pytest.mark.statistical
 @pytest.mark.parametrize("workers", [2, 4])
 def test_noise_divided_by_the_number_of_workers_is_caught(workers):
-    assert measure(lambda s, _, t: release_of(s, t, SIGMA / workers), *sums("grape"), FEW) > 1 / SIGMA + 0.1
+    assert (
+        measure(lambda s, _, t: release_of(s, t, SIGMA / workers), *sums("grape"), FEW)
+        > 1 / SIGMA + 0.1
+    )
 
 
 @pytest.mark.statistical
@@ -95,7 +110,15 @@ def test_clipping_each_layer_to_the_flat_bound_is_caught():
 def test_the_mean_over_the_realised_batch_is_caught():
     inside, without = sums("grape", crowd=True)  # one more of the same does not move a mean at all
     assert measure(honest, inside, without, FEW) == pytest.approx(1 / SIGMA, abs=0.1)
-    assert measure(lambda s, present, t: release_of(s, t) * (EXPECTED / (9 if present else 8)), inside, without, FEW) < 0.1
+    assert (
+        measure(
+            lambda s, present, t: release_of(s, t) * (EXPECTED / (9 if present else 8)),
+            inside,
+            without,
+            FEW,
+        )
+        < 0.1
+    )
 
 
 @pytest.mark.statistical

@@ -1,4 +1,6 @@
-"""Whatever the norms, the policy and the padding: what is left of a clipped example is no longer than the clip norm."""
+"""Whatever the norms, the policy and the padding: what is left of a clipped example is no longer
+than the clip norm.
+"""
 
 import math
 
@@ -12,7 +14,9 @@ CLIP = pytest.mark.parametrize("clip_norm", [0.3, 1.0, 7.0])
 
 
 def norms(tensors):
-    """Squared norms of examples by tensor: nothing at all, one tensor alone, all alike, and from tiny to huge."""
+    """Squared norms of examples by tensor: nothing at all, one tensor alone, all alike, and from
+    tiny to huge.
+    """
     generator = torch.Generator().manual_seed(tensors)
     sizes = 10.0 ** torch.empty(200, 1, dtype=torch.float64).uniform_(-12, 12, generator=generator)
     spread = torch.rand(200, tensors, dtype=torch.float64, generator=generator) * sizes
@@ -40,21 +44,30 @@ def test_no_example_is_longer_than_the_clip_norm(policy, clip_norm, tensors):
 @pytest.mark.parametrize("names", ["a", "abc"])
 def test_a_long_example_fills_the_clip_norm(policy, clip_norm, names):
     squared = {name: torch.tensor([1e8, 1e12], dtype=torch.float64) for name in names}
-    assert lengths(squared, factors(squared, policy, clip_norm, None)).tolist() == pytest.approx([clip_norm] * 2, rel=1e-5)
+    assert lengths(squared, factors(squared, policy, clip_norm, None)).tolist() == pytest.approx(
+        [clip_norm] * 2, rel=1e-5
+    )
 
 
 @CLIP
 def test_a_short_example_is_left_as_it_is_or_finite(clip_norm):
-    squared = {name: torch.tensor([0.0, (0.4 * clip_norm) ** 2], dtype=torch.float64) for name in "abc"}
+    squared = {
+        name: torch.tensor([0.0, (0.4 * clip_norm) ** 2], dtype=torch.float64) for name in "abc"
+    }
     for policy in ("flat", "per_layer"):
         assert all((f == 1.0).all() for f in factors(squared, policy, clip_norm, None).values())
     for f in factors(squared, "automatic", clip_norm, None).values():
-        assert f.tolist() == pytest.approx([clip_norm / 0.01, clip_norm / (0.4 * clip_norm * math.sqrt(3) + 0.01)])
+        assert f.tolist() == pytest.approx(
+            [clip_norm / 0.01, clip_norm / (0.4 * clip_norm * math.sqrt(3) + 0.01)]
+        )
 
 
 @POLICY
 def test_padding_and_what_is_not_finite_count_for_nothing_and_change_no_other(policy):
-    squared = {"a": torch.tensor([4.0, 1.0, torch.nan, 9.0, torch.inf]), "b": torch.tensor([0.0, 1.0, 1.0, torch.inf, 0.0])}
+    squared = {
+        "a": torch.tensor([4.0, 1.0, torch.nan, 9.0, torch.inf]),
+        "b": torch.tensor([0.0, 1.0, 1.0, torch.inf, 0.0]),
+    }
     squared = {name: s.double() for name, s in squared.items()}
     whole = factors(squared, policy, 1.0, None)
     padded = factors(squared, policy, 1.0, torch.tensor([True, False, True, True, True]))

@@ -1,4 +1,6 @@
-"""Steps and scores are paid for by the records that are really used, whichever ledger a run was told to charge."""
+"""Steps and scores are paid for by the records that are really used, whichever ledger a run was
+told to charge.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -27,10 +29,22 @@ class Turned(Tiny):
 
     def load(self) -> Data:
         data = super().load()
-        x, labels = ((data.train.array(n) if n == "labels" else data.train.array(n)[:, :: -1 if self.turn else 1]) for n in ("x", "labels"))
+        x, labels = (
+            (
+                data.train.array(n)
+                if n == "labels"
+                else data.train.array(n)[:, :: -1 if self.turn else 1]
+            )
+            for n in ("x", "labels")
+        )
         flipped = data.validation.array("x")[:, :: -1 if self.turn else 1].copy()
         validation = Records({"x": flipped, "labels": data.validation.array("labels")})
-        return Data(Records({"x": x.copy(), "labels": labels}), validation, fingerprint_arrays(x, labels), self.public)
+        return Data(
+            Records({"x": x.copy(), "labels": labels}),
+            validation,
+            fingerprint_arrays(x, labels),
+            self.public,
+        )
 
 
 def config(turn):
@@ -43,13 +57,19 @@ def shared(tmp_path):
     ledger = Ledger.open(tmp_path / "ledger", Turned().load().dataset_id, 8.0, 1e-5)
     study = Study("s", Mechanism("poisson_gaussian", 0.25, 4.0), 8.0, 1e-5, 60)
     ledger.ensure_study(study)
-    options = {"storage": str(tmp_path / "runs"), "ledger": str(tmp_path / "ledger"), "key_path": str(tmp_path / "key"), "study": study}
+    options = {
+        "storage": str(tmp_path / "runs"),
+        "ledger": str(tmp_path / "ledger"),
+        "key_path": str(tmp_path / "key"),
+        "study": study,
+    }
     return ledger, options
 
 
 def test_a_trial_on_other_records_is_refused_before_it_draws_a_key(shared):
     ledger, options = shared
-    given = Around(open_ledger=lambda plan: ledger)  # as a sweep gives its trials the book to be charged
+    # as a sweep gives its trials the book to be charged
+    given = Around(open_ledger=lambda plan: ledger)
     execute(prepare(config(0), run="same", **options), Comms.local(), around=given)
     with pytest.raises(LedgerError, match="of another dataset"):
         execute(prepare(config(1), run="other", **options), Comms.local(), around=given)
@@ -69,15 +89,24 @@ def test_the_ledger_refuses_attempts_and_charges_for_other_records(shared):
 
 def test_private_scores_of_other_validation_records_are_refused(shared, tmp_path):
     _, options = shared
-    scores = Ledger.open(tmp_path / "scores", fingerprint_records(Turned().load().validation), 8.0, 1e-4)
+    scores = Ledger.open(
+        tmp_path / "scores", fingerprint_records(Turned().load().validation), 8.0, 1e-4
+    )
     scores.ensure_study(Study("s", Mechanism("poisson_gaussian", 1.0, 30.0), 8.0, 1e-5, 5))
     with pytest.raises(LedgerError, match="of another dataset"):
-        PrivateScore(lambda: scores, "s", "r", options["key_path"], "accuracy", 30.0, "another")({"accuracy": 0.5}, 50)
+        PrivateScore(lambda: scores, "s", "r", options["key_path"], "accuracy", 30.0, "another")(
+            {"accuracy": 0.5}, 50
+        )
     terms = Terms("accuracy", 30.0, str(tmp_path / "scores"), "s")
     flipped = Ledger.open(tmp_path / "flipped", Turned(turn=1).load().dataset_id, 8.0, 1e-5)
     flipped.ensure_study(options["study"])
     with pytest.raises(LedgerError, match="of another dataset"):
-        execute(prepare(config(1), run="r", scores=terms, **{**options, "ledger": str(tmp_path / "flipped")}), Comms.local())
+        execute(
+            prepare(
+                config(1), run="r", scores=terms, **{**options, "ledger": str(tmp_path / "flipped")}
+            ),
+            Comms.local(),
+        )
     assert scores.state.study("s").used == 0
 
 

@@ -1,4 +1,6 @@
-"""What a forward pass may do: no company, no memory, no shared luck, no ambient precision; each is found by value in training mode."""
+"""What a forward pass may do: no company, no memory, no shared luck, no ambient precision; each is
+found by value in training mode.
+"""
 
 import contextlib
 
@@ -49,9 +51,13 @@ class Do(nn.Module):
 
 
 MIXING = {
-    "batch statistics": lambda x, training: (x - x.mean(0)) / (x.var(0) + 1e-5).sqrt() if training else x,
+    "batch statistics": lambda x, training: (
+        (x - x.mean(0)) / (x.var(0) + 1e-5).sqrt() if training else x
+    ),
     "mixup": lambda x, training: 0.5 * x + 0.5 * x.roll(1, 0) if training else x,
-    "functional batch norm": lambda x, training: F.batch_norm(x, None, None, training=True) if training else x,
+    "functional batch norm": lambda x, training: (
+        F.batch_norm(x, None, None, training=True) if training else x
+    ),
     "a little of the mean": lambda x, training: x + 1e-5 * x.mean(0),
     "a detached mean": lambda x, training: x - 1e-4 * x.detach().mean(0),
     "the batch's size": lambda x, training: x / x.shape[0],
@@ -66,12 +72,16 @@ def test_company_is_refused(kind, method):
     with pytest.raises(UnsupportedLayer):
         engine(model, method).clipped_sum(loss, batch())
     with pytest.raises(UnsupportedLayer):
-        preflight(model, loss, batch(4), Privacy(), Method(name=method, rank=2, project_min_numel=50))
+        preflight(
+            model, loss, batch(4), Privacy(), Method(name=method, rank=2, project_min_numel=50)
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mixing_before_the_first_layer_is_refused_in_every_precision(dtype):
-    model = nn.Sequential(Do(lambda x, training: x + 5e-2 * x.mean(0)), around(nn.Identity())).to(dtype)
+    model = nn.Sequential(Do(lambda x, training: x + 5e-2 * x.mean(0)), around(nn.Identity())).to(
+        dtype
+    )
     with pytest.raises(UnsupportedLayer, match="beside other examples"):
         engine(model).clipped_sum(lambda m, b: loss(m, {"x": b["x"].to(dtype)}), batch())
 
@@ -140,8 +150,8 @@ class Keeps(nn.Module):
 
 
 WAYS = [
-    "buffer", "replaced buffer", "data", "numpy", "frozen weight", "unsaved buffer", "unsaved data", "attribute, read", "list, read",
-    "trained weight", "trained weight, by the book",
+    "buffer", "replaced buffer", "data", "numpy", "frozen weight", "unsaved buffer", "unsaved data",
+    "attribute, read", "list, read", "trained weight", "trained weight, by the book",
 ]  # fmt: skip
 
 
@@ -159,7 +169,8 @@ def test_what_all_examples_share_is_no_part_of_a_batch():
     def nearest(m, b):
         return torch.cdist(m(b["x"]), b["table"]).square().sum(1)
 
-    with pytest.raises(UnsupportedLayer, match="beside other examples"):  # though it happens to have a row for each
+    # though it happens to have a row for each
+    with pytest.raises(UnsupportedLayer, match="beside other examples"):
         engine(model).clipped_sum(nearest, {**batch(8), "table": shared})
     with pytest.raises(ConfigError, match="one entry an example"):
         engine(model).clipped_sum(nearest, {**batch(8), "table": shared[:5]})
@@ -205,7 +216,9 @@ SHARED_LUCK = {
     "noise of one position": lambda: Do(lambda x, training: x + torch.randn(16)),
     "one permutation": lambda: Do(lambda x, training: x[:, torch.randperm(16)]),
     "Python's generator": lambda: Do(lambda x, training: x * float(np.random.rand() < 2)),
-    "one mask of the batch's size": lambda: Do(lambda x, training: x * F.dropout(torch.ones(16), 0.5)),
+    "one mask of the batch's size": lambda: Do(
+        lambda x, training: x * F.dropout(torch.ones(16), 0.5)
+    ),
 }
 OWN_LUCK = {
     "stochastic depth by row": lambda: drop_path("row"),
@@ -218,7 +231,9 @@ OWN_LUCK = {
 
 @pytest.mark.parametrize("kind", SHARED_LUCK)
 def test_luck_that_examples_share_is_refused(kind):
-    with pytest.raises(UnsupportedLayer, match=r"random|several examples share|all examples of a pass share"):
+    with pytest.raises(
+        UnsupportedLayer, match=r"random|several examples share|all examples of a pass share"
+    ):
         engine(around(SHARED_LUCK[kind]())).clipped_sum(loss, batch(8))
 
 
@@ -232,7 +247,8 @@ def test_luck_of_each_example_is_trained(kind):
     torch.manual_seed(7)
     once = made.clipped_sum(loss, batch(8)).tensors
     torch.manual_seed(7)
-    again = engine(model).clipped_sum(loss, batch(8)).tensors  # verified now, and yet the same masks
+    # verified now, and yet the same masks
+    again = engine(model).clipped_sum(loss, batch(8)).tensors
     assert all(torch.equal(once[name], again[name]) for name in once)
 
 
@@ -252,13 +268,26 @@ def test_precision_outside_does_not_reach_norms_and_sums(around_it, method):
     for size in (1.0, 1e2, 1e5):
         for route in ("gram", "instantiate"):
             b = cancelling(size, 2, 64)
-            b["x"] = b["x"] + torch.randn(b["x"].shape, generator=torch.Generator().manual_seed(0)) * 0.1
-            made = make_engine(Weighted(64, 64), method, 1.0, key=b"k", rank=4, project_min_numel=1, routes=(f"*:{route}",))
+            b["x"] = (
+                b["x"] + torch.randn(b["x"].shape, generator=torch.Generator().manual_seed(0)) * 0.1
+            )
+            made = make_engine(
+                Weighted(64, 64),
+                method,
+                1.0,
+                key=b"k",
+                rank=4,
+                project_min_numel=1,
+                routes=(f"*:{route}",),
+            )
             with around_it():
                 before = torch.get_float32_matmul_precision()
                 summed = made.clipped_sum(dictated, b)
                 assert torch.get_float32_matmul_precision() == before
-            assert sum(float(t.double().square().sum()) for t in summed.tensors.values()) ** 0.5 <= 1 + 1e-3
+            assert (
+                sum(float(t.double().square().sum()) for t in summed.tensors.values()) ** 0.5
+                <= 1 + 1e-3
+            )
 
 
 class Custom(torch.autograd.Function):
@@ -276,9 +305,13 @@ class Custom(torch.autograd.Function):
 LOST = {
     "a Function of one's own": lambda m, x: Custom.apply(x, m.inner.weight),
     "vmap over a parameter": lambda m, x: torch.vmap(lambda row: x @ row)(m.inner.weight).T,
-    "a trace": lambda m, x: torch.jit.trace(lambda a, w: a @ w.t(), (x, m.inner.weight.detach()))(x, m.inner.weight),
+    "a trace": lambda m, x: torch.jit.trace(lambda a, w: a @ w.t(), (x, m.inner.weight.detach()))(
+        x, m.inner.weight
+    ),
     "a reference kept elsewhere": lambda m, x: F.linear(x, m.hoard[0], m.inner.bias),
-    "reentrant checkpointing": lambda m, x: checkpoint(m.inner, x + 0 * m.scale, use_reentrant=True),
+    "reentrant checkpointing": lambda m, x: checkpoint(
+        m.inner, x + 0 * m.scale, use_reentrant=True
+    ),
 }
 
 
@@ -302,10 +335,15 @@ def test_a_gradient_that_would_be_lost_is_refused(kind, method):
 @pytest.mark.filterwarnings("ignore")
 def test_a_scripted_layer_is_refused_and_a_compiled_one_runs_as_it_was_written():
     with pytest.raises(UnsupportedLayer, match="not seen"):
-        engine(nn.Sequential(torch.jit.script(nn.Linear(WIDTH, 4)), nn.Linear(4, 1))).clipped_sum(loss, batch())
+        engine(nn.Sequential(torch.jit.script(nn.Linear(WIDTH, 4)), nn.Linear(4, 1))).clipped_sum(
+            loss, batch()
+        )
     plain = nn.Sequential(nn.Linear(WIDTH, 4), nn.Linear(4, 1))
     compiled = nn.Sequential(torch.compile(plain[0], backend="eager"), plain[1])
-    one, two = engine(plain).clipped_sum(loss, batch()).tensors, engine(compiled).clipped_sum(loss, batch()).tensors
+    one, two = (
+        engine(plain).clipped_sum(loss, batch()).tensors,
+        engine(compiled).clipped_sum(loss, batch()).tensors,
+    )
     assert all(torch.equal(a, b) for a, b in zip(one.values(), two.values()))
 
 
@@ -316,7 +354,9 @@ def test_complex_parameters_are_refused_by_name():
 
 
 class Scaled(torch.autograd.Function):
-    """Looks the same going forward; going backward it divides by the largest gradient of the batch."""
+    """Looks the same going forward; going backward it divides by the largest gradient of the
+    batch.
+    """
 
     @staticmethod
     def forward(ctx, x):
@@ -342,7 +382,9 @@ BACKWARD_COMPANY = {
     "a backward that scales by the batch": lambda x, training: Scaled.apply(x),
     "a hook that normalises": hooked,
     "a scale of the batch, straight through": straight_through,
-    "a scale by the number of entries": lambda x, training: x.detach() + (x - x.detach()) / x.numel() ** 0.5,
+    "a scale by the number of entries": (
+        lambda x, training: x.detach() + (x - x.detach()) / x.numel() ** 0.5
+    ),
 }
 
 
@@ -353,7 +395,9 @@ def test_company_on_the_way_back_alone_is_refused(kind):
 
 
 class ByTheBatch(torch.autograd.Function):
-    """Exactly the same going forward; going backward it multiplies by what the whole batch has said."""
+    """Exactly the same going forward; going backward it multiplies by what the whole batch has
+    said.
+    """
 
     @staticmethod
     def forward(ctx, x):
@@ -366,24 +410,37 @@ class ByTheBatch(torch.autograd.Function):
 
 
 def test_company_on_the_way_back_is_found_where_values_repeat_only_in_the_same_place_in_memory():
-    """A part of a wider tensor: exchanged examples lie together, and losses may round otherwise there."""
+    """A part of a wider tensor: exchanged examples lie together, and losses may round otherwise
+    there.
+    """
     wide = torch.randn(6, 2 * WIDTH, generator=torch.Generator().manual_seed(0))
-    model = around(Do(lambda x, training: ByTheBatch.apply(x) + 0 * torch.rand_like(x)))  # luck, so that no smaller batch is compared
+    # luck, so that no smaller batch is compared
+    model = around(Do(lambda x, training: ByTheBatch.apply(x) + 0 * torch.rand_like(x)))
     with pytest.raises(UnsupportedLayer, match="another gradient beside other examples"):
-        engine(model).clipped_sum(lambda m, b: loss(m, b) * (1 + 1e-6 * b["x"].is_contiguous()), {"x": wide[:, :WIDTH]})
+        engine(model).clipped_sum(
+            lambda m, b: loss(m, b) * (1 + 1e-6 * b["x"].is_contiguous()), {"x": wide[:, :WIDTH]}
+        )
 
 
 def test_company_of_gradients_that_no_value_changes_is_refused():
-    """Linear losses: what goes back is the same whatever the others are, and yet each example's share depends on their number."""
-    model = nn.Sequential(nn.Linear(WIDTH, 1), Do(lambda x, training: hooked(x + 0 * torch.rand_like(x), training)))
+    """Linear losses: what goes back is the same whatever the others are, and yet each example's
+    share depends on their number.
+    """
+    model = nn.Sequential(
+        nn.Linear(WIDTH, 1), Do(lambda x, training: hooked(x + 0 * torch.rand_like(x), training))
+    )
     with pytest.raises(UnsupportedLayer, match="where the losses of others go backward with it"):
         engine(model).clipped_sum(loss, batch(6))
 
 
 POISONED = {
-    "losses that are dropped together": lambda losses: losses if torch.isfinite(losses).all() else losses * 0,
+    "losses that are dropped together": lambda losses: (
+        losses if torch.isfinite(losses).all() else losses * 0
+    ),
     "a little of all": lambda losses: losses + 1e-12 * losses.detach().abs().sum(),
-    "a branch on the largest": lambda losses: losses / 2 if losses.detach().abs().max() > 1e6 else losses,
+    "a branch on the largest": lambda losses: (
+        losses / 2 if losses.detach().abs().max() > 1e6 else losses
+    ),
 }
 
 
@@ -394,12 +451,16 @@ def test_company_that_waits_for_one_extreme_record_is_refused(kind):
 
 
 def test_examples_in_one_row_under_a_mask_are_refused():
-    """Attention multiplies what is masked by zero, which one undefined record makes undefined for all."""
+    """Attention multiplies what is masked by zero, which one undefined record makes undefined for
+    all.
+    """
     model = nn.Linear(WIDTH, WIDTH)
 
     def packed(m, b):
         row, rows = m(b["x"]).unsqueeze(0), len(b["x"])
-        return F.scaled_dot_product_attention(row, row, row, attn_mask=torch.eye(rows).bool())[0].sum(1)
+        return F.scaled_dot_product_attention(row, row, row, attn_mask=torch.eye(rows).bool())[
+            0
+        ].sum(1)
 
     with pytest.raises(UnsupportedLayer, match="beside other examples"):
         engine(model).clipped_sum(packed, batch(6))
@@ -416,15 +477,22 @@ def test_a_loss_that_ends_where_the_longest_ends_is_refused(equal_first):
     uneven = torch.arange(9) < torch.tensor([[2], [9], [4], [5]])
     made = engine(nn.Linear(WIDTH, 2))
     if equal_first:
-        made.clipped_sum(trimmed, {"text": torch.randn(4, 9, WIDTH, generator=g), "mask": torch.ones(4, 9).long()})
+        made.clipped_sum(
+            trimmed,
+            {"text": torch.randn(4, 9, WIDTH, generator=g), "mask": torch.ones(4, 9).long()},
+        )
     with pytest.raises(UnsupportedLayer):
-        made.clipped_sum(trimmed, {"text": torch.randn(4, 9, WIDTH, generator=g), "mask": uneven.long()})
+        made.clipped_sum(
+            trimmed, {"text": torch.randn(4, 9, WIDTH, generator=g), "mask": uneven.long()}
+        )
 
 
 @pytest.mark.parametrize("number", [4.0, np.float32(4.0), np.array([1.0, 2.0]), torch.tensor(4.0)])
 def test_numbers_beside_the_examples_are_refused(number):
     with pytest.raises(ConfigError, match="one entry an example"):
-        engine(nn.Linear(WIDTH, 1)).clipped_sum(lambda m, b: loss(m, b) / b["items"].sum(), {**batch(6), "items": number})
+        engine(nn.Linear(WIDTH, 1)).clipped_sum(
+            lambda m, b: loss(m, b) / b["items"].sum(), {**batch(6), "items": number}
+        )
 
 
 def test_what_a_loss_does_to_its_batch_ends_with_the_pass():
@@ -443,7 +511,9 @@ def test_what_a_loss_does_to_its_batch_ends_with_the_pass():
 
 
 class Waits(Keeps):
-    """State that is kept at once and read much later, so that no pass that looks at losses would notice."""
+    """State that is kept at once and read much later, so that no pass that looks at losses would
+    notice.
+    """
 
     def forward(self, x):
         h = self.first(x)

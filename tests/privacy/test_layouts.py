@@ -29,14 +29,25 @@ def owner(layout, rows, place):
 def test_each_example_gets_its_own_positions_and_no_others(rows, features):
     for lead, layout in [*regular(rows), ((3, 2), Layout(only=rows - 1))]:
         tensor = torch.randn(*lead, *features, dtype=torch.float64)
-        mine = {i: [tensor[p] for p in itertools.product(*map(range, lead)) if owner(layout, rows, p) == i] for i in range(rows)}
+        mine = {
+            i: [
+                tensor[p]
+                for p in itertools.product(*map(range, lead))
+                if owner(layout, rows, p) == i
+            ]
+            for i in range(rows)
+        }
         parts = layout.by_example(tensor, len(lead), rows)
         sums = layout.summed(tensor, len(lead), rows)
         assert sums.shape == (rows, *features)
         assert parts.shape[0] == rows
         assert parts.shape[2:] == features
         for i, positions in mine.items():
-            whole = torch.stack(positions) if positions else torch.zeros(1, *features, dtype=torch.float64)
+            whole = (
+                torch.stack(positions)
+                if positions
+                else torch.zeros(1, *features, dtype=torch.float64)
+            )
             torch.testing.assert_close(sums[i], whole.sum(0))
             torch.testing.assert_close(parts[i].sum(0), whole.sum(0))
             torch.testing.assert_close(parts[i].square().sum(), whole.square().sum())
@@ -60,7 +71,8 @@ def test_a_layout_for_another_size_is_the_same_order_or_none(rows):
             changed = (*lead[: layout.axis], size, *lead[layout.axis + 1 :])
             fitted = layout.fitted(changed, rows)
             if fitted is None:
-                grows = layout.outer == 1 and layout.inner > 1  # only what was seen to be several may be another number
+                # only what was seen to be several may be another number
+                grows = layout.outer == 1 and layout.inner > 1
                 assert size % rows or (size != lead[layout.axis] and not grows)
                 continue
             assert fitted.axis == layout.axis
@@ -90,9 +102,13 @@ def test_candidates_are_all_layouts_that_the_sizes_allow_each_once_and_the_usual
 
 @pytest.mark.parametrize("rows", [2, 3, 4])
 def test_one_gradient_in_a_row_of_another_is_a_contradiction(rows):
-    """Law: evidence agrees with a layout where, and only where, no group reaches a row that none of its examples owns."""
+    """Law: evidence agrees with a layout where, and only where, no group reaches a row that none of
+    its examples owns.
+    """
     groups = row_layout.every_pair(rows)
-    layouts = [(lead, layout) for lead, layout in regular(rows)] + [((2, 3), Layout(only=i)) for i in range(rows)]
+    layouts = [(lead, layout) for lead, layout in regular(rows)] + [
+        ((2, 3), Layout(only=i)) for i in range(rows)
+    ]
     layouts += [((rows * 6,), Layout(0, outer, 6 // outer)) for outer in (1, 2, 6)]
     for lead, layout in layouts:
         places = list(itertools.product(*map(range, lead)))
@@ -102,14 +118,20 @@ def test_one_gradient_in_a_row_of_another_is_a_contradiction(rows):
             for place in places[:: max(len(places) // 12, 1)]:
                 one = nothing.clone()
                 one[(k, *place)] = True
-                assert row_layout.agrees(layout, one, groups) == bool(groups[k, owner(layout, rows, place)])
+                assert row_layout.agrees(layout, one, groups) == bool(
+                    groups[k, owner(layout, rows, place)]
+                )
 
 
 def test_evidence_that_fits_nothing_is_resolved_to_nothing():
     groups = row_layout.every_pair(3)
     assert row_layout.readings(torch.ones(len(groups), 3, dtype=torch.bool), groups) == []
-    assert row_layout.readings(torch.zeros(len(groups), 3, 2, dtype=torch.bool), groups) == [Layout()]
-    assert row_layout.readings(torch.zeros(len(groups), 5, dtype=torch.bool), groups) == [Layout(only=i) for i in range(3)]
+    assert row_layout.readings(torch.zeros(len(groups), 3, 2, dtype=torch.bool), groups) == [
+        Layout()
+    ]
+    assert row_layout.readings(torch.zeros(len(groups), 5, dtype=torch.bool), groups) == [
+        Layout(only=i) for i in range(3)
+    ]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 9, 33])

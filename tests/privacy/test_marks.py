@@ -1,4 +1,6 @@
-"""Gradients compared use by use: which rows weights have reached, and which examples have received two different gradients."""
+"""Gradients compared use by use: which rows weights have reached, and which examples have received
+two different gradients.
+"""
 
 import pytest
 import torch
@@ -20,11 +22,29 @@ def tap(lead, layout, name="w"):
 @pytest.mark.parametrize("rows", [9, 64, 1000])
 @pytest.mark.parametrize("kind", ["batch-first", "time-major", "views", "one example"])
 def test_weights_tell_every_two_neighbours_apart_and_forgive_rounding(rows, kind):
-    layout = {"batch-first": Layout(0, 1, 3), "time-major": Layout(1), "views": Layout(0, 2, 1), "one example": Layout(only=rows - 2)}[kind]
-    use = tap({"batch-first": (3 * rows,), "time-major": (4, rows), "views": (2 * rows, 2), "one example": (5,)}[kind], layout)
+    layout = {
+        "batch-first": Layout(0, 1, 3),
+        "time-major": Layout(1),
+        "views": Layout(0, 2, 1),
+        "one example": Layout(only=rows - 2),
+    }[kind]
+    use = tap(
+        {
+            "batch-first": (3 * rows,),
+            "time-major": (4, rows),
+            "views": (2 * rows, 2),
+            "one example": (5,),
+        }[kind],
+        layout,
+    )
     weights = 1 + torch.arange(rows) / rows
     shape = [-1 if d == layout.axis else 1 for d in range(len(use.lead))]
-    reached = weights[layout.owners(use.lead, rows)].view(shape if layout.only is None else [1]).expand(use.lead).double()
+    reached = (
+        weights[layout.owners(use.lead, rows)]
+        .view(shape if layout.only is None else [1])
+        .expand(use.lead)
+        .double()
+    )
     whole = torch.rand(use.lead, dtype=torch.float64) + 0.1
     assert _weighs(use, layout, whole, reached * whole, weights)
     rounded = reached * (1 + 1e-4 * (2 * torch.rand(use.lead) - 1)) * whole
@@ -34,28 +54,47 @@ def test_weights_tell_every_two_neighbours_apart_and_forgive_rounding(rows, kind
             wrong = (reached * whole).clone()
             wrong.view(-1)[place] += step * whole.view(-1)[place]
             assert not _weighs(use, layout, whole, wrong, weights)
-    assert _weighs(use, layout, torch.zeros(use.lead), torch.zeros(use.lead), weights)  # what brings nothing says nothing
+    # what brings nothing says nothing
+    assert _weighs(use, layout, torch.zeros(use.lead), torch.zeros(use.lead), weights)
 
 
 def marks_like(*leads, sums=1.0, magnitudes=2.0):
-    return [torch.stack([torch.full(lead, sums), torch.full(lead, magnitudes)]).double() for lead in leads]
+    return [
+        torch.stack([torch.full(lead, sums), torch.full(lead, magnitudes)]).double()
+        for lead in leads
+    ]
 
 
-USES = {"rows": ((4,), Layout()), "views": ((3, 8), Layout(1, 2, 1)), "a loop": ((5,), Layout(only=2)), "unknown": ((4,), None)}
+USES = {
+    "rows": ((4,), Layout()),
+    "views": ((3, 8), Layout(1, 2, 1)),
+    "a loop": ((5,), Layout(only=2)),
+    "unknown": ((4,), None),
+}
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_two_gradients_of_one_example_are_refused_at_every_use(sign):
-    """Example 2 and no other is of the group; uses without a layout say nothing, wherever they stand."""
-    leads, taps = [lead for lead, _ in USES.values()], [tap(lead, layout, name) for name, (lead, layout) in USES.items()]
+    """Example 2 and no other is of the group; uses without a layout say nothing, wherever they
+    stand.
+    """
+    leads, taps = (
+        [lead for lead, _ in USES.values()],
+        [tap(lead, layout, name) for name, (lead, layout) in USES.items()],
+    )
     group = torch.tensor([False, False, True, False])
     for size, refused in ((1.01, True), (0.99, False)):
         for number, (name, (lead, layout)) in enumerate(USES.items()):
             for order in (list(range(4)), [3, 2, 1, 0]):
                 owners = layout.owners(lead, 4) if layout is not None else torch.zeros(1)
-                places = [0] if layout is None or layout.only is not None else (owners == 2).nonzero().flatten().tolist()
+                places = (
+                    [0]
+                    if layout is None or layout.only is not None
+                    else (owners == 2).nonzero().flatten().tolist()
+                )
                 other, third = marks_like(*leads), marks_like(*leads)
-                other[number][0][..., places[-1]] += sign * size * TOLERANCE * 2.0  # of its magnitudes, not of its sum
+                # of its magnitudes, not of its sum
+                other[number][0][..., places[-1]] += sign * size * TOLERANCE * 2.0
                 third[number][0][..., [p for p in range(lead[-1]) if p not in places]] += 1.0
                 pick = lambda marks, order=order: [marks[i] for i in order]  # noqa: E731
                 one = marks_like(*leads)
@@ -64,21 +103,43 @@ def test_two_gradients_of_one_example_are_refused_at_every_use(sign):
                 for a, b in ((one, other), (other, one)):
                     if refused and layout is not None:
                         with pytest.raises(UnsupportedLayer, match=f"parameter {name}"):
-                            same_gradients(pick(taps), pick(a), pick(b), group, TOLERANCE, "another")
+                            same_gradients(
+                                pick(taps), pick(a), pick(b), group, TOLERANCE, "another"
+                            )
                     else:
                         same_gradients(pick(taps), pick(a), pick(b), group, TOLERANCE, "another")
-    same_gradients(taps, marks_like(*leads), marks_like(*leads, sums=9.0), torch.zeros(4, dtype=torch.bool), TOLERANCE, "another")
+    same_gradients(
+        taps,
+        marks_like(*leads),
+        marks_like(*leads, sums=9.0),
+        torch.zeros(4, dtype=torch.bool),
+        TOLERANCE,
+        "another",
+    )
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_another_gradient_in_a_smaller_batch_is_refused_at_every_use(sign):
-    """Examples 1 and 3 of four; uses whose layout is unknown, of one example alone or of no such size say nothing."""
+    """Examples 1 and 3 of four; uses whose layout is unknown, of one example alone or of no such
+    size say nothing.
+    """
     picked = torch.tensor([1, 3])
     uses = {**USES, "positions": ((12,), Layout(0, 1, 3)), "other sizes": ((8,), Layout(0, 2, 1))}
-    smaller = {"rows": (2,), "views": (3, 4), "a loop": (5,), "unknown": (2,), "positions": (4,), "other sizes": (6,)}
-    taps, some = [tap(lead, layout, n) for n, (lead, layout) in uses.items()], [tap(smaller[n], None, n) for n in uses]
+    smaller = {
+        "rows": (2,),
+        "views": (3, 4),
+        "a loop": (5,),
+        "unknown": (2,),
+        "positions": (4,),
+        "other sizes": (6,),
+    }
+    taps, some = (
+        [tap(lead, layout, n) for n, (lead, layout) in uses.items()],
+        [tap(smaller[n], None, n) for n in uses],
+    )
     whole = marks_like(*(lead for lead, _ in uses.values()))
-    whole[4] = whole[4] * torch.tensor([2 / 3])  # three positions an example here, two in the smaller batch
+    # three positions an example here, two in the smaller batch
+    whole[4] = whole[4] * torch.tensor([2 / 3])
     for order in (list(range(6)), list(range(5, -1, -1))):
         pick = lambda found, order=order: [found[i] for i in order]  # noqa: E731
         for number, name in enumerate(uses):

@@ -1,4 +1,6 @@
-"""Copies of ledgers, permissions, hostile manifests, and what a private selection must not tell before its end."""
+"""Copies of ledgers, permissions, hostile manifests, and what a private selection must not tell
+before its end.
+"""
 
 import json
 import shutil
@@ -32,7 +34,10 @@ def test_two_copies_of_a_ledger_lead_to_two_noises(tmp_path):
     Ledger.open(paths[0], tiny().task.load().dataset_id, 8.0, 1e-5)
     shutil.copytree(*paths)
     options = {"run": "same", "key_path": str(tmp_path / "key")}
-    plans = [prepare(tiny(), storage=str(tmp_path / p.name / "runs"), ledger=str(p), **options) for p in paths]
+    plans = [
+        prepare(tiny(), storage=str(tmp_path / p.name / "runs"), ledger=str(p), **options)
+        for p in paths
+    ]
     attempts = [begin_attempt(plan, Comms.local()) for plan in plans]
     assert attempts[0].number == attempts[1].number == 1
     assert Ledger.open(paths[0]).ledger_id == Ledger.open(paths[1]).ledger_id
@@ -46,7 +51,10 @@ def test_two_copies_of_a_score_ledger_lead_to_two_noises(tmp_path):
     Ledger.open(tmp_path / "ledger", "validation", 9.0, 1e-4).ensure_study(study)
     shutil.copytree(tmp_path / "ledger", tmp_path / "copy")
     books = [Ledger.open(tmp_path / name) for name in ("ledger", "copy")]
-    given = [PrivateScore(lambda b=b: b, "s", "r", str(tmp_path / "key"), "accuracy", 30.0, "validation") for b in books]
+    given = [
+        PrivateScore(lambda b=b: b, "s", "r", str(tmp_path / "key"), "accuracy", 30.0, "validation")
+        for b in books
+    ]
     assert given[0]({"accuracy": 0.5}, 100) != given[1]({"accuracy": 0.5}, 100)
 
 
@@ -64,7 +72,9 @@ def test_an_attempts_key_is_fresh_and_every_rank_has_it(tmp_path):
 
 
 def test_ledgers_are_their_owners_alone(tmp_path):
-    plan = prepare(tiny(public=False), run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+    plan = prepare(
+        tiny(public=False), run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key")
+    )
     execute(plan, Comms.local())
     ledger = Storage(plan.ledger)
     files = list(Path(ledger.url).rglob("*"))
@@ -80,7 +90,16 @@ def manifests(tmp_path):
     def write(step, **over):
         place = folder / f"checkpoints/step-{step:08d}-attempt-0001"
         place.mkdir(parents=True)
-        fields = {"step": step, "pieces": {}, "files": {}, "counters": {"optimizer": {}}, "facts": {}, "base": None, "format": 2, **over}
+        fields = {
+            "step": step,
+            "pieces": {},
+            "files": {},
+            "counters": {"optimizer": {}},
+            "facts": {},
+            "base": None,
+            "format": 2,
+            **over,
+        }
         (place / "manifest.json").write_text(json.dumps(fields))
 
     return write, Storage(folder)
@@ -93,9 +112,11 @@ def name(step):
 @pytest.mark.parametrize(
     "over",
     [
-        {"base": name(2)}, {"base": name(1)}, {"base": "../../x"}, {"base": "checkpoints"}, {"base": "/etc"}, {"base": 5},
-        {"base": name(7)}, {"files": {"../../../secret": 5}}, {"files": {"/etc/passwd": 5}}, {"files": {"..": 5}},
-        {"pieces": {"model": [{"name": "w", "file": "../x", "offset": 0, "bytes": 4, "sha256": "", "dtype": "F32", "global_shape": [1],
+        {"base": name(2)}, {"base": name(1)}, {"base": "../../x"}, {"base": "checkpoints"},
+        {"base": "/etc"}, {"base": 5}, {"base": name(7)}, {"files": {"../../../secret": 5}},
+        {"files": {"/etc/passwd": 5}}, {"files": {"..": 5}},
+        {"pieces": {"model": [{"name": "w", "file": "../x", "offset": 0, "bytes": 4, "sha256": "",
+        "dtype": "F32", "global_shape": [1],
                                "start": 0, "rows": 1}]}},
     ],
 )  # fmt: skip
@@ -117,11 +138,21 @@ def test_a_manifest_leads_nowhere_but_to_a_full_checkpoint_of_the_run(manifests,
 def test_how_many_trials_there_are_decides_no_error(tmp_path, trials):
     from grape_ray.ray_backend.private_selection import Sealed, _open_sealed
 
-    options = Options("tests.tiny_space", mode="select", scheduler="none", storage=str(tmp_path / "s"), key_path=str(tmp_path / "key"))
+    options = Options(
+        "tests.tiny_space",
+        mode="select",
+        scheduler="none",
+        storage=str(tmp_path / "s"),
+        key_path=str(tmp_path / "key"),
+    )
     begun = sweeps_prepare.prepare(options, *spaces.load("tests.tiny_space"), "a")
-    paid = replace(begun.steps.paid, mechanism=Mechanism("poisson_gaussian", 1.0, 0.05), trial_tokens=12)
+    paid = replace(
+        begun.steps.paid, mechanism=Mechanism("poisson_gaussian", 1.0, 0.05), trial_tokens=12
+    )
     assert price.trial_epsilon(paid) * 40 > MAX_EPSILON > price.trial_epsilon(paid)
     costly = replace(begun, steps=replace(begun.steps, paid=paid))
-    _open_sealed(costly, Storage(tmp_path / "sealed"), [Sealed(f"{n:016x}", {}) for n in range(trials)])
+    _open_sealed(
+        costly, Storage(tmp_path / "sealed"), [Sealed(f"{n:016x}", {}) for n in range(trials)]
+    )
     ledgers = list((tmp_path / "sealed").rglob("00000001.json"))
     assert len(ledgers) == trials  # each for itself

@@ -33,7 +33,13 @@ def variance_accepted(sample, std):
 
 @pytest.mark.statistical
 def test_variance_is_the_declared_one_and_not_a_tenth_more_or_less():
-    released = privatize(zeros(a=(300, 40), b=(777,)), NoiseStream(KEY), step=3, noise_multiplier=1.5, expected_batch_size=10)
+    released = privatize(
+        zeros(a=(300, 40), b=(777,)),
+        NoiseStream(KEY),
+        step=3,
+        noise_multiplier=1.5,
+        expected_batch_size=10,
+    )
     std = 1.5 * 2.0 / 10
     assert released.noise_std == pytest.approx(std)
     for tensor in released.tensors.values():
@@ -59,7 +65,12 @@ def test_no_correlation_across_coordinates_steps_keys_and_lags():
     n = 200_000
     bound = stats.norm.isf(FALSE_ALARM / 2) / math.sqrt(n)
     base = normals(KEY, 5, 0, n + 64)
-    others = [normals(KEY, 6, 0, n), normals(KEY, 5 + 2**32, 0, n), normals(b"m" * 32, 5, 0, n), normals(KEY, 5, 10**9, n)]
+    others = [
+        normals(KEY, 6, 0, n),
+        normals(KEY, 5 + 2**32, 0, n),
+        normals(b"m" * 32, 5, 0, n),
+        normals(KEY, 5, 10**9, n),
+    ]
     others += [base[lag : lag + n] for lag in (1, 2, 3, 32, 64)]
     for other in others:
         assert abs(np.corrcoef(base[:n], other)[0, 1]) < bound
@@ -71,8 +82,12 @@ def test_any_slice_gives_the_same_bits():
     whole = normals(KEY, 9, 0, 50_000)
     for start, count in ((0, 1), (1, 1), (16383, 2), (777, 30_001), (49_999, 1)):
         assert (normals(KEY, 9, start, count) == whole[start : start + count]).all()
-    assert (public_normals(b"k", "layer", 2, (50, 4)) == public_normals(b"k", "layer", 2, (50, 4))).all()
-    assert (public_normals(b"k", "layer", 2, (50, 4)) != public_normals(b"k", "layer", 3, (50, 4))).any()
+    assert (
+        public_normals(b"k", "layer", 2, (50, 4)) == public_normals(b"k", "layer", 2, (50, 4))
+    ).all()
+    assert (
+        public_normals(b"k", "layer", 2, (50, 4)) != public_normals(b"k", "layer", 3, (50, 4))
+    ).any()
 
 
 def test_a_step_is_drawn_once():
@@ -94,7 +109,13 @@ def test_numbers_without_meaning_are_refused_before_any_noise_is_drawn(field, va
         privatize(zeros(a=(3,)), stream, step=0, **numbers)
     privatize(zeros(a=(3,)), stream, step=0, noise_multiplier=1.0, expected_batch_size=1.0)
     with pytest.raises(ConfigError):
-        privatize(ClippedSum({"a": torch.zeros(3)}, float("inf")), stream, step=1, noise_multiplier=1.0, expected_batch_size=1.0)
+        privatize(
+            ClippedSum({"a": torch.zeros(3)}, float("inf")),
+            stream,
+            step=1,
+            noise_multiplier=1.0,
+            expected_batch_size=1.0,
+        )
 
 
 def test_the_noise_line_is_a_type():
@@ -120,8 +141,12 @@ def test_sampling_is_poisson():
     z = stats.norm.isf(FALSE_ALARM / 2)
     assert abs(counts.mean() - size * prob) < z * math.sqrt(size * prob * (1 - prob) / steps)
     spread = size * prob * (1 - prob)
-    assert stats.chi2.cdf((steps - 1) * counts.var(ddof=1) / spread, steps - 1) == pytest.approx(0.5, abs=0.5 - FALSE_ALARM / 2)
-    per_record = stats.chi2.sf(((inside.sum(0) - steps * prob) ** 2 / (steps * prob * (1 - prob))).sum(), size)
+    assert stats.chi2.cdf((steps - 1) * counts.var(ddof=1) / spread, steps - 1) == pytest.approx(
+        0.5, abs=0.5 - FALSE_ALARM / 2
+    )
+    per_record = stats.chi2.sf(
+        ((inside.sum(0) - steps * prob) ** 2 / (steps * prob * (1 - prob))).sum(), size
+    )
     assert per_record > FALSE_ALARM
     pairs = np.corrcoef(inside[:, :60].T) - np.eye(60)
     assert np.abs(pairs).max() < stats.norm.isf(FALSE_ALARM / 60**2) / math.sqrt(steps)
@@ -134,7 +159,8 @@ def test_sampling_is_exact_at_its_ends():
     assert poisson_batch(KEY, 0, 1000, 1e-12).size == 0
     assert poisson_batch(KEY, 0, 0, 0.5).size == 0
     grown = poisson_batch(KEY, 7, 2000, 0.3)
-    assert (grown[grown < 1000] == poisson_batch(KEY, 7, 1000, 0.3)).all()  # a record's fate does not depend on the others
+    # a record's fate does not depend on the others
+    assert (grown[grown < 1000] == poisson_batch(KEY, 7, 1000, 0.3)).all()
 
 
 def test_noise_drawn_ahead_is_the_same_noise_and_a_step_is_still_drawn_once():
@@ -146,7 +172,9 @@ def test_noise_drawn_ahead_is_the_same_noise_and_a_step_is_still_drawn_once():
         with pytest.MonkeyPatch.context() as patch:
             if ahead == [(0, 300777)]:
                 patch.setattr("grape_ray.privacy.noise.normals", None)  # all of it lies ready
-            gradient = privatize(summed, stream, step=2, noise_multiplier=1.0, expected_batch_size=1)
+            gradient = privatize(
+                summed, stream, step=2, noise_multiplier=1.0, expected_batch_size=1
+            )
         with pytest.raises(NoiseReuse):
             privatize(zeros(a=(1,)), stream, step=2, noise_multiplier=1.0, expected_batch_size=1)
         return gradient.tensors
@@ -157,7 +185,8 @@ def test_noise_drawn_ahead_is_the_same_noise_and_a_step_is_still_drawn_once():
 
 
 def test_tails_of_normals_are_as_fine_as_their_body():
-    uniforms = np.full(40_000, 2.0**-52)  # the least of 52 bits: alone, it would be the radius 8.49 again and again
+    # the least of 52 bits: alone, it would be the radius 8.49 again and again
+    uniforms = np.full(40_000, 2.0**-52)
     _refine(uniforms, KEY, 0, 3)
     assert len(np.unique(uniforms)) == uniforms.size
     assert stats.kstest(uniforms * 2.0**52, "uniform").pvalue > FALSE_ALARM
@@ -177,7 +206,10 @@ def added_on_the_grid(summed, noise, std):
 
 def impossible(released, summed):
     """Coordinates that no single-precision noise leads to from this sum."""
-    noise, found = (released.double() - summed.double()).float(), torch.zeros(released.shape, dtype=torch.bool)
+    noise, found = (
+        (released.double() - summed.double()).float(),
+        torch.zeros(released.shape, dtype=torch.bool),
+    )
     for _ in range(3):
         noise = torch.nextafter(noise, torch.tensor(-torch.inf))
     for _ in range(7):
@@ -187,7 +219,9 @@ def impossible(released, summed):
 
 
 def right_guesses(add, tries=300, std=50.0):
-    """How often an adversary who knows both sums tells which was noised, from what could not have come of each."""
+    """How often an adversary who knows both sums tells which was noised, from what could not have
+    come of each.
+    """
     sums = torch.randn(2, 4000, generator=torch.Generator().manual_seed(0)) / 60
     sums[1] += sums[1] * 0.01
     right = 0
@@ -208,17 +242,25 @@ def test_low_bits_do_not_tell_which_sum_was_noised():
 @pytest.mark.statistical
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("multiplier", [0.01, 1.0, 50.0, 1e6])
-def test_what_is_released_is_a_multiple_of_the_grid_and_odd_as_often_as_even_whatever_the_sum(multiplier, dtype):
+def test_what_is_released_is_a_multiple_of_the_grid_and_odd_as_often_as_even_whatever_the_sum(
+    multiplier, dtype
+):
     count, sensitivity = 20_000, 0.7
     grid, std = grid_and_std(sensitivity, multiplier, count)
     for size in (0.0, 1e-9, 1.0, 1e3):
-        summed = torch.full((count,), size, dtype=dtype) * (1 + torch.arange(count, dtype=dtype) / count)
+        summed = torch.full((count,), size, dtype=dtype) * (
+            1 + torch.arange(count, dtype=dtype) / count
+        )
         noise = torch.from_numpy(normals(KEY, 8, 0, count))
         steps = on_grid(summed.double().clone(), noise, std, grid) / grid
         assert (steps == steps.round()).all()
         assert stats.binomtest(int((steps % 2 == 1).sum()), count).pvalue > FALSE_ALARM
         released = privatize(
-            ClippedSum({"a": summed}, sensitivity), NoiseStream(KEY), step=8, noise_multiplier=multiplier, expected_batch_size=3
+            ClippedSum({"a": summed}, sensitivity),
+            NoiseStream(KEY),
+            step=8,
+            noise_multiplier=multiplier,
+            expected_batch_size=3,
         )
         assert torch.equal(released.tensors["a"], (steps * grid / 3).to(dtype))
 
@@ -228,7 +270,9 @@ def test_sums_that_lie_on_one_point_of_the_grid_are_released_alike():
     grid, _ = grid_and_std(1.0, 1.0, count)
     near = torch.randn(count, dtype=torch.float64).div(grid).round().mul(grid)
     noise = torch.from_numpy(normals(KEY, 0, 0, count))
-    outcomes = [on_grid(near + shift * grid, noise.clone(), 1.0, grid) for shift in (0.0, 0.3, -0.49)]
+    outcomes = [
+        on_grid(near + shift * grid, noise.clone(), 1.0, grid) for shift in (0.0, 0.3, -0.49)
+    ]
     assert torch.equal(outcomes[0], outcomes[1])
     assert torch.equal(outcomes[0], outcomes[2])
 
@@ -250,23 +294,43 @@ def test_rounding_apart_is_as_far_as_the_noise_expects_and_no_farther():
     still = torch.zeros(5000, dtype=torch.float64)
     for _ in range(20):
         first = torch.randn(5000, dtype=torch.float64, generator=generator)
-        second = first + torch.nn.functional.normalize(torch.randn(5000, dtype=torch.float64, generator=generator), dim=0)
+        second = first + torch.nn.functional.normalize(
+            torch.randn(5000, dtype=torch.float64, generator=generator), dim=0
+        )
         apart = on_grid(first, still.clone(), 1.0, grid) - on_grid(second, still.clone(), 1.0, grid)
         assert apart.norm() <= 1 + grid * math.sqrt(5000)
     half = torch.full((5000,), grid * 0.5000001, dtype=torch.float64)
     worst = on_grid(half, still.clone(), 1.0, grid) - on_grid(-half, still.clone(), 1.0, grid)
-    assert float(worst.norm()) == pytest.approx(2 * grid * math.sqrt(5000), rel=1e-5)  # half of it by rounding
+    # half of it by rounding
+    assert float(worst.norm()) == pytest.approx(2 * grid * math.sqrt(5000), rel=1e-5)
 
 
 def test_a_sum_beyond_the_grid_stays_at_its_end_and_pieces_of_a_large_tensor_join():
     grid, std = grid_and_std(1.0, 1.0, 1)
     far = torch.tensor([1e30, -torch.inf], dtype=torch.float64)
-    assert on_grid(far, torch.zeros(2, dtype=torch.float64), std, grid).tolist() == [2.0**52 * grid, -(2.0**52) * grid]
-    alone = privatize(zeros(a=(5,), b=(300_000,)), NoiseStream(KEY), step=0, noise_multiplier=1.0, expected_batch_size=2)
-    joined = privatize(zeros(a=(300_005,)), NoiseStream(KEY), step=0, noise_multiplier=1.0, expected_batch_size=2)
+    assert on_grid(far, torch.zeros(2, dtype=torch.float64), std, grid).tolist() == [
+        2.0**52 * grid,
+        -(2.0**52) * grid,
+    ]
+    alone = privatize(
+        zeros(a=(5,), b=(300_000,)),
+        NoiseStream(KEY),
+        step=0,
+        noise_multiplier=1.0,
+        expected_batch_size=2,
+    )
+    joined = privatize(
+        zeros(a=(300_005,)), NoiseStream(KEY), step=0, noise_multiplier=1.0, expected_batch_size=2
+    )
     assert torch.equal(torch.cat(list(alone.tensors.values())), joined.tensors["a"])
     with pytest.raises(ConfigError, match="sensitivity"):
-        privatize(ClippedSum({"a": torch.zeros(3)}, 0.0), NoiseStream(KEY), step=0, noise_multiplier=1.0, expected_batch_size=1.0)
+        privatize(
+            ClippedSum({"a": torch.zeros(3)}, 0.0),
+            NoiseStream(KEY),
+            step=0,
+            noise_multiplier=1.0,
+            expected_batch_size=1.0,
+        )
 
 
 class Ranks(Comms):
@@ -294,11 +358,20 @@ class Ranks(Comms):
 
 
 def released_by(world, shapes):
-    """What each of `world` ranks holds after the noise, one vector a rank; their sums are whole numbers that add up to 6 everywhere."""
+    """What each of `world` ranks holds after the noise, one vector a rank; their sums are whole
+    numbers that add up to 6 everywhere.
+    """
 
     def on(comms):
         summed = ClippedSum({n: torch.full(s, 6.0 / world) for n, s in shapes.items()}, 2.0)
-        made = privatize(summed, NoiseStream(KEY), step=5, noise_multiplier=1.5, expected_batch_size=4, comms=comms)
+        made = privatize(
+            summed,
+            NoiseStream(KEY),
+            step=5,
+            noise_multiplier=1.5,
+            expected_batch_size=4,
+            comms=comms,
+        )
         assert {n: t.shape for n, t in made.tensors.items()} == shapes
         assert (made.step, made.noise_std) == (5, pytest.approx(0.75))
         return torch.cat([t.flatten() for t in made.tensors.values()])
@@ -313,10 +386,22 @@ def released_by(world, shapes):
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_every_coordinate_has_noise_of_its_own_however_tensors_and_ranks_cut_the_sum(world):
     large = (1 << 18) + 7  # so that each is noised apart, with small ones between
-    shapes = {n: torch.Size(s) for n, s in {"a": (large,), "b": (3, 5), "c": (large,), "d": (2, large), "e": (4,)}.items()}
+    shapes = {
+        n: torch.Size(s)
+        for n, s in {"a": (large,), "b": (3, 5), "c": (large,), "d": (2, large), "e": (4,)}.items()
+    }
     count = sum(math.prod(s) for s in shapes.values())
     grid, std = grid_and_std(2.0, 1.5, count)
-    expected = on_grid(torch.full((count,), 6.0).double(), torch.from_numpy(normals(KEY, 5, 0, count)), std, grid).div(4).float()
+    expected = (
+        on_grid(
+            torch.full((count,), 6.0).double(),
+            torch.from_numpy(normals(KEY, 5, 0, count)),
+            std,
+            grid,
+        )
+        .div(4)
+        .float()
+    )
     for released in released_by(world, shapes):
         assert torch.equal(released, expected)
 
@@ -324,11 +409,25 @@ def test_every_coordinate_has_noise_of_its_own_however_tensors_and_ranks_cut_the
 def test_noise_is_that_of_its_place_whatever_was_drawn_ahead():
     stream = NoiseStream(KEY)
     stream.draw_ahead(2, 100, 500)
-    for step, start, count in [(2, 100, 500), (2, 150, 200), (2, 599, 1), (2, 100, 1), (2, 99, 3), (2, 598, 5), (2, 0, 50), (3, 150, 200)]:
-        assert (stream.normals(step, start, count).numpy() == normals(KEY, step, start, count)).all()
+    for step, start, count in [
+        (2, 100, 500),
+        (2, 150, 200),
+        (2, 599, 1),
+        (2, 100, 1),
+        (2, 99, 3),
+        (2, 598, 5),
+        (2, 0, 50),
+        (3, 150, 200),
+    ]:
+        assert (
+            stream.normals(step, start, count).numpy() == normals(KEY, step, start, count)
+        ).all()
 
 
-@pytest.mark.parametrize(("start", "count", "size"), [(0, 10, 4), (3, 10, 4), (4, 8, 4), (7, 1, 4), (5, 0, 4), (9, 100, 16)])
+@pytest.mark.parametrize(
+    ("start", "count", "size"),
+    [(0, 10, 4), (3, 10, 4), (4, 8, 4), (7, 1, 4), (5, 0, 4), (9, 100, 16)],
+)
 def test_pieces_are_all_places_once_and_end_where_the_noise_does(start, count, size):
     pieces = list(_pieces(start, count, size))
     assert [place for low, high in pieces for place in range(low, high)] == list(range(count))

@@ -1,4 +1,6 @@
-"""One dataset has one budget: however its ledger's place is written, and whichever of its columns are read."""
+"""One dataset has one budget: however its ledger's place is written, and whichever of its columns
+are read.
+"""
 
 import os
 import shutil
@@ -27,7 +29,9 @@ from tests.tiny import Tiny, tiny
 def plan(tmp_path):
     """`prepare` on private records."""
     config = tiny(public=False)
-    return lambda config=config, run="r", **options: prepare(config, run=run, key_path=str(tmp_path / "key"), **options)
+    return lambda config=config, run="r", **options: prepare(
+        config, run=run, key_path=str(tmp_path / "key"), **options
+    )
 
 
 @pytest.fixture
@@ -35,7 +39,8 @@ def ways(tmp_path):
     """One folder's names."""
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    return [f"{tmp_path}/real", f"{tmp_path}/real/", f"file://{tmp_path}/real", f"local://{tmp_path}/real", f"{tmp_path}/link",
+    return [f"{tmp_path}/real", f"{tmp_path}/real/", f"file://{tmp_path}/real",
+    f"local://{tmp_path}/real", f"{tmp_path}/link",
             f"{tmp_path}/x/../real"]  # fmt: skip
 
 
@@ -55,7 +60,11 @@ def test_local_storage_has_one_ledger_however_it_is_written(plan, tmp_path, ways
 @pytest.mark.parametrize("second", ["memory://one-budget/runs", None])
 def test_a_second_ledger_is_opened_on_request_alone(plan, tmp_path, second):
     plan(storage=str(tmp_path / "runs"))
-    options = {"storage": second} if second else {"storage": str(tmp_path / "runs"), "ledger": str(tmp_path / "other")}
+    options = (
+        {"storage": second}
+        if second
+        else {"storage": str(tmp_path / "runs"), "ledger": str(tmp_path / "other")}
+    )
     with pytest.raises(LedgerError, match=r"paid for by another ledger already.*--second-ledger"):
         plan(run="again", **options)
     assert plan(run="again", second_ledger=True, **options).ledger
@@ -90,7 +99,9 @@ def test_the_registry_is_the_users_own_and_holds_no_fingerprint(plan, tmp_path):
         assert path.stat().st_mode & 0o077 == 0
         assert not any(name.encode() in path.read_bytes() for name in Tiny().load().identity)
     assert (home() / "datasets").stat().st_mode & 0o077 == 0
-    assert [entry.place for entry in registry.known([made.dataset_id])] == [os.path.realpath(made.ledger)]
+    assert [entry.place for entry in registry.known([made.dataset_id])] == [
+        os.path.realpath(made.ledger)
+    ]
     (home() / "datasets" / "salt").rename(tmp_path / "salt")
     with pytest.raises(GrapeRayError, match="registry of ledgers is damaged"):
         plan(run="again", storage=str(tmp_path / "runs"))
@@ -110,11 +121,18 @@ class Columns(Tiny):
     def load(self) -> Data:
         data = super().load()
         constant = np.ones(self.records, dtype=np.int64)
-        columns = {**{name: data.train.array(name) for name in self.wanted.split(",")}, "constant": constant}
-        return Data(Records(columns), data.validation, fingerprint_arrays(*columns.values()), self.public)
+        columns = {
+            **{name: data.train.array(name) for name in self.wanted.split(",")},
+            "constant": constant,
+        }
+        return Data(
+            Records(columns), data.validation, fingerprint_arrays(*columns.values()), self.public
+        )
 
 
-@pytest.mark.parametrize(("first", "then"), [("x,labels", "x"), ("x", "x,labels"), ("x,labels", "labels")])
+@pytest.mark.parametrize(
+    ("first", "then"), [("x,labels", "x"), ("x", "x,labels"), ("x,labels", "labels")]
+)
 def test_other_columns_of_one_table_are_no_other_dataset(tmp_path, first, then):
     one, two = Columns(wanted=first).load(), Columns(wanted=then).load()
     assert one.dataset_id != two.dataset_id
@@ -125,12 +143,21 @@ def test_other_columns_of_one_table_are_no_other_dataset(tmp_path, first, then):
 
 def test_columns_that_say_little_are_in_many_datasets(tmp_path):
     registry.register(Columns(wanted="x").load().identity, str(tmp_path / "ledger"), "id")
-    registry.check_only(str(tmp_path / "other"), Columns(wanted="labels").load().identity, second=False)  # the constant is in both
+    # the constant is in both
+    registry.check_only(
+        str(tmp_path / "other"), Columns(wanted="labels").load().identity, second=False
+    )
 
 
 def test_a_tables_columns_are_known_by_their_content():
     rows = 100
-    table = pa.table({"text": [f"text {n}" for n in range(rows)], "label": [n % 2 for n in range(rows)], "one": [1] * rows})
+    table = pa.table(
+        {
+            "text": [f"text {n}" for n in range(rows)],
+            "label": [n % 2 for n in range(rows)],
+            "one": [1] * rows,
+        }
+    )
     found = tables.fingerprint_columns(table)
     assert len(set(found)) == 2
     assert set(tables.fingerprint_columns(table.select(["text"]))) < set(found)
@@ -143,7 +170,11 @@ def test_small_tables_are_known_by_their_values_and_row_numbers_tell_nothing():
     table = pa.table({"text": texts, "label": [0, 1, 1, 0, 1], "row": range(5)})
     assert tables.fingerprint_columns(table) == tables.fingerprint_columns(table.select(["text"]))
     rows = np.arange(1000)
-    columns = {"row": rows, "constant": np.zeros(1000), "x": np.random.default_rng(0).normal(size=(1000, 2))}
+    columns = {
+        "row": rows,
+        "constant": np.zeros(1000),
+        "x": np.random.default_rng(0).normal(size=(1000, 2)),
+    }
     assert len(column_fingerprints(Records(columns))) == 1
 
 
@@ -162,7 +193,14 @@ class Held(Tiny):
     def load(self) -> Data:
         data = super().load()
         columns = {
-            name: np.concatenate([data.train.array(name)[: self.taken], data.validation.array(name)[: 50 - self.taken]])[::-1].copy()
+            name: (
+                np.concatenate(
+                    [
+                        data.train.array(name)[: self.taken],
+                        data.validation.array(name)[: 50 - self.taken],
+                    ]
+                )[::-1].copy()
+            )
             for name in data.train.columns
         }
         return replace(data, validation=Records(columns))
@@ -178,8 +216,11 @@ def test_training_records_are_no_validation_records(tmp_path, plan):
 
 def test_records_that_are_known_as_private_are_not_spoken_of_exactly(tmp_path, plan):
     held = Tiny(public=False).load().validation
-    registry.register((fingerprint_records(held), *column_fingerprints(held)), str(tmp_path / "ledger"), "id")
+    registry.register(
+        (fingerprint_records(held), *column_fingerprints(held)), str(tmp_path / "ledger"), "id"
+    )
     yardstick = tiny().override(["method.name=none"])
-    for config in (tiny(public=False), tiny(), yardstick):  # whether or not the training records are public
+    # whether or not the training records are public
+    for config in (tiny(public=False), tiny(), yardstick):
         with pytest.raises(DataError, match="known as private"):
             plan(config, storage=str(tmp_path / "runs"))

@@ -1,4 +1,6 @@
-"""Whose row is it: every regular order of rows is understood, whatever else is refused, and a record moves the sum by at most C."""
+"""Whose row is it: every regular order of rows is understood, whatever else is refused, and a
+record moves the sum by at most C.
+"""
 
 import pytest
 import torch
@@ -27,14 +29,21 @@ def moved(model, loss, batch, method, record):
     """|| S(D) - S(D minus a record) || / C."""
     made, rows = engine(model, method), len(next(iter(batch.values())))
     keep = torch.arange(rows) != record
-    whole, rest = (made.clipped_sum(loss, b).tensors for b in (batch, {k: v[keep] for k, v in batch.items()}))
+    whole, rest = (
+        made.clipped_sum(loss, b).tensors for b in (batch, {k: v[keep] for k, v in batch.items()})
+    )
     return sum(float((whole[n] - rest[n]).double().square().sum()) for n in whole) ** 0.5
 
 
 def network():
     torch.manual_seed(0)
     return nn.ModuleDict(
-        {"a": nn.Linear(WIDTH, WIDTH), "b": nn.Linear(WIDTH, WIDTH), "norm": nn.LayerNorm(WIDTH), "c": nn.Linear(WIDTH, 1)}
+        {
+            "a": nn.Linear(WIDTH, WIDTH),
+            "b": nn.Linear(WIDTH, WIDTH),
+            "norm": nn.LayerNorm(WIDTH),
+            "c": nn.Linear(WIDTH, 1),
+        }
     )
 
 
@@ -83,7 +92,15 @@ def one_by_one(m, b):
     return torch.stack([w * score(m, x).sum() for w, x in zip(b["w"], b["text"])])
 
 
-REGULAR = [preferences, copies, interleaved, time_major, time_major_flat, views_of_tokens, one_by_one]
+REGULAR = [
+    preferences,
+    copies,
+    interleaved,
+    time_major,
+    time_major_flat,
+    views_of_tokens,
+    one_by_one,
+]
 
 
 @pytest.mark.parametrize("loss", REGULAR)
@@ -91,7 +108,8 @@ REGULAR = [preferences, copies, interleaved, time_major, time_major_flat, views_
 def test_every_regular_order_of_rows_is_right(loss, method):
     model, batch = network().double(), {k: v.double() for k, v in batch_of(6).items()}
     made = engine(model, method, 0.5)
-    for rows in (6, 4, 5, 1):  # other sizes follow from what the first has shown, or are verified anew
+    # other sizes follow from what the first has shown, or are verified anew
+    for rows in (6, 4, 5, 1):
         part = {k: v[:rows] for k, v in batch.items()}
         assert worst(made.clipped_sum(loss, part).tensors, expected(made, loss, part, rows)) < 1e-9
 
@@ -99,29 +117,44 @@ def test_every_regular_order_of_rows_is_right(loss, method):
 @pytest.mark.parametrize("loss", [preferences, copies])
 @pytest.mark.parametrize("method", EXACT)
 def test_a_record_moves_the_sum_by_at_most_the_clip_norm(loss, method):
-    assert max(moved(network(), loss, batch_of(64), method, record) for record in (0, 1, 31, 40, 63)) <= 1 + 1e-5
+    assert (
+        max(moved(network(), loss, batch_of(64), method, record) for record in (0, 1, 31, 40, 63))
+        <= 1 + 1e-5
+    )
 
 
 def test_the_preflight_passes_what_is_right():
     for method in ("grape", "ghost", "randomized"):
-        report = preflight(network(), preferences, batch_of(3), Privacy(), Method(name=method, rank=2, project_min_numel=20))
+        report = preflight(
+            network(),
+            preferences,
+            batch_of(3),
+            Privacy(),
+            Method(name=method, rank=2, project_min_numel=20),
+        )
         assert report.worst < 1e-4
 
 
 def crossed(m, b):
-    """Each loss is of its own example, but rows are in an order that none of size or place would tell."""
+    """Each loss is of its own example, but rows are in an order that none of size or place would
+    tell.
+    """
     order = torch.tensor([2, 0, 3, 1, 5, 4])[: len(b["w"])]
     return b["w"] * score(m, b["chosen"][order])[order.argsort()]
 
 
 @pytest.mark.parametrize("method", EXACT)
 def test_an_irregular_order_is_refused_by_name(method):
-    with pytest.raises(UnsupportedLayer, match=r"'a\.weight'.*rows \(6,\) in which gradients of several"):
+    with pytest.raises(
+        UnsupportedLayer, match=r"'a\.weight'.*rows \(6,\) in which gradients of several"
+    ):
         engine(network(), method).clipped_sum(crossed, batch_of(6))
 
 
 def test_rows_that_change_places_later_are_refused_as_well():
-    """The same operations, in an order that depends on a switch no signature shows: found at the stated rate."""
+    """The same operations, in an order that depends on a switch no signature shows: found at the
+    stated rate.
+    """
     model, batch, switch = network(), batch_of(6), [False]
 
     def loss(m, b):
@@ -140,14 +173,19 @@ def test_rows_that_change_places_later_are_refused_as_well():
 
 @pytest.mark.parametrize("rows", [2, 3, 8])
 def test_two_examples_that_change_places_are_found_every_time_among_few(rows):
-    """Each loss is right, and no value tells: only gradients show that two rows belong to each other's example."""
+    """Each loss is right, and no value tells: only gradients show that two rows belong to each
+    other's example.
+    """
     batch = batch_of(rows)
     for number in range(15):
         other = 1 + number % (rows - 1)
         order = [other if i == 0 else 0 if i == other else i for i in range(rows)]
         with pytest.raises(UnsupportedLayer, match="gradients of several"):
             engine(network(), "ghost").clipped_sum(
-                lambda m, b, order=order: score(m, b["chosen"][torch.tensor(order)])[torch.tensor(order)], batch
+                lambda m, b, order=order: score(m, b["chosen"][torch.tensor(order)])[
+                    torch.tensor(order)
+                ],
+                batch,
             )
 
 
@@ -156,7 +194,13 @@ def test_a_right_pass_stays_right_when_it_is_verified_again(monkeypatch):
     model, batch = network().double(), {k: v.double() for k, v in batch_of(6).items()}
     made = engine(model, "ghost", 0.5)
     for _ in range(5):
-        assert worst(made.clipped_sum(time_major_flat, batch).tensors, expected(made, time_major_flat, batch, 6)) < 1e-9
+        assert (
+            worst(
+                made.clipped_sum(time_major_flat, batch).tensors,
+                expected(made, time_major_flat, batch, 6),
+            )
+            < 1e-9
+        )
 
 
 def test_a_result_that_no_loss_needs_has_no_gradient_and_no_owner_to_find():
@@ -186,7 +230,9 @@ class Sorted(nn.Module):
 def test_rows_sorted_by_what_they_say_are_refused_in_every_precision(dtype):
     model = Sorted().to(dtype)
     with pytest.raises(UnsupportedLayer, match="picked across examples by their values"):
-        engine(model, "dp_adam").clipped_sum(lambda m, b: m(b["text"].to(dtype)).float().square().sum((1, 2)), batch_of(4))
+        engine(model, "dp_adam").clipped_sum(
+            lambda m, b: m(b["text"].to(dtype)).float().square().sum((1, 2)), batch_of(4)
+        )
 
 
 def test_experts_that_choose_within_an_example_are_right():
@@ -211,7 +257,9 @@ def test_gradients_within_the_loss_are_refused():
 
 @pytest.mark.parametrize("rows", [2, 3, 4, 7, 12])
 def test_layouts_are_told_from_evidence(rows):
-    """Law: of all regular layouts the one that made the evidence is found, up to layouts that own every row alike."""
+    """Law: of all regular layouts the one that made the evidence is found, up to layouts that own
+    every row alike.
+    """
     groups = row_layout.every_pair(rows)
     for i in range(rows):
         for j in range(rows):
@@ -227,8 +275,14 @@ def test_layouts_are_told_from_evidence(rows):
             assert row_layout.agrees(found, evidence, groups)
             if found.axis == layout.axis and found.only is None and layout.only is None:
                 assert torch.equal(found.owners(lead, rows), owner)
-            moved_rows = evidence.roll(1, dims=layout.axis + 1) if layout.only is None else ~evidence
-            assert layout.only is not None or rows == 1 or not row_layout.agrees(layout, moved_rows, groups)
+            moved_rows = (
+                evidence.roll(1, dims=layout.axis + 1) if layout.only is None else ~evidence
+            )
+            assert (
+                layout.only is not None
+                or rows == 1
+                or not row_layout.agrees(layout, moved_rows, groups)
+            )
 
 
 def test_a_layout_takes_apart_what_it_says():
@@ -241,7 +295,8 @@ def test_a_layout_takes_apart_what_it_says():
     longer = Layout(0, 1, 2).fitted((9,), 3)
     assert longer == Layout(0, 1, 3)
     assert longer.summed(torch.arange(9.0), 1, 3).tolist() == [3.0, 12.0, 21.0]
-    assert Layout(0, 1, 1).fitted((6,), 3) is None  # of one entry each it is not known which factor would grow
+    # of one entry each it is not known which factor would grow
+    assert Layout(0, 1, 1).fitted((6,), 3) is None
     assert Layout(0, 2, 1).fitted((9,), 3) is None
     assert Layout(0, 2, 1).fitted((6,), 3) == Layout(0, 2, 1)
     assert Layout(0, 2, 4).fitted((21,), 3) is None
@@ -280,7 +335,9 @@ def test_layouts_are_not_remembered_of_uses_through_which_no_gradient_came(learn
 
 
 def test_an_order_in_which_no_gradient_came_is_checked_when_one_comes():
-    """One layout alone fits the sizes, and it is wrong: while nothing comes back it must not be taken for granted."""
+    """One layout alone fits the sizes, and it is wrong: while nothing comes back it must not be
+    taken for granted.
+    """
 
     def inside(m, b):
         order = torch.tensor([i for i in (2, 0, 3, 1, 5, 4) if i < len(b["w"])])
@@ -321,7 +378,10 @@ def test_one_active_row_of_several_views_settles_nothing():
     for on in (torch.zeros(4, 2).long(), torch.ones(4, 2).long()):
         on[0] = torch.tensor([1, 0])
         batch["on"] = on  # a mask, and uneven in both
-        assert worst(made.clipped_sum(switched, batch).tensors, expected(made, switched, batch, 4)) < 1e-9
+        assert (
+            worst(made.clipped_sum(switched, batch).tensors, expected(made, switched, batch, 4))
+            < 1e-9
+        )
 
 
 @pytest.mark.parametrize("loss", [views_of_tokens, time_major_flat, time_major])
@@ -335,9 +395,17 @@ def test_a_pass_of_one_token_does_not_say_how_many_tokens_lie(loss):
         def sized(m, b, length=length):
             if loss is time_major:
                 return time_major(m, b)
-            tokens = b["text"].transpose(0, 1).flatten(0, 1) if loss is time_major_flat else torch.cat([b["text"]] * 2).flatten(0, 1)
+            tokens = (
+                b["text"].transpose(0, 1).flatten(0, 1)
+                if loss is time_major_flat
+                else torch.cat([b["text"]] * 2).flatten(0, 1)
+            )
             scores = score(m, tokens)
-            return b["w"] * (scores.view(length, -1).sum(0) if loss is time_major_flat else scores.view(2, -1, length).sum((0, 2)))
+            return b["w"] * (
+                scores.view(length, -1).sum(0)
+                if loss is time_major_flat
+                else scores.view(2, -1, length).sum((0, 2))
+            )
 
         assert worst(made.clipped_sum(sized, batch).tensors, expected(made, sized, batch, 4)) < 1e-9
 
@@ -350,7 +418,10 @@ def test_one_swapped_pair_of_many_is_found_at_once(rows):
         order = [*range(first), first + 1, first, *range(first + 2, rows)]
         with pytest.raises(UnsupportedLayer, match="gradients of several"):
             engine(network(), "ghost").clipped_sum(
-                lambda m, b, order=order: score(m, b["chosen"][torch.tensor(order)])[torch.tensor(order)], batch_of(rows)
+                lambda m, b, order=order: score(m, b["chosen"][torch.tensor(order)])[
+                    torch.tensor(order)
+                ],
+                batch_of(rows),
             )
 
 
@@ -364,7 +435,11 @@ def test_many_examples_in_half_precision_are_right():
 def by_length(order_of):
     def loss(m, b):
         order = order_of(b["size"])
-        scores = [score(m, b["chosen"][i : i + 1]) for i in order] if isinstance(order, range) else score(m, b["chosen"][order])
+        scores = (
+            [score(m, b["chosen"][i : i + 1]) for i in order]
+            if isinstance(order, range)
+            else score(m, b["chosen"][order])
+        )
         return scores[torch.as_tensor(order).argsort()]
 
     return loss
@@ -388,7 +463,9 @@ def test_an_order_that_left_torch_is_followed_all_the_same(kind):
 
 
 def test_a_reading_that_is_still_open_refuses_no_right_training():
-    """Preferences of which one side of one pair alone is active: views could follow one another in two ways, of equal sums."""
+    """Preferences of which one side of one pair alone is active: views could follow one another in
+    two ways, of equal sums.
+    """
 
     class Preferences(nn.Module):
         def __init__(self):
@@ -396,7 +473,9 @@ def test_a_reading_that_is_still_open_refuses_no_right_training():
             self.score = nn.Linear(5, 1)
 
         def forward(self, batch):
-            chosen, rejected = self.score(torch.cat([batch["chosen"], batch["rejected"]])).squeeze(1).chunk(2)
+            chosen, rejected = (
+                self.score(torch.cat([batch["chosen"], batch["rejected"]])).squeeze(1).chunk(2)
+            )
             return torch.relu(batch["m0"] + chosen) + torch.relu(batch["m1"] + rejected)
 
     for seed in range(10):
@@ -404,6 +483,12 @@ def test_a_reading_that_is_still_open_refuses_no_right_training():
         batch = {name: torch.randn(4, 5, generator=generator) for name in ("chosen", "rejected")}
         batch |= {"m0": torch.tensor([100.0, -100, -100, -100]), "m1": torch.full((4,), -100.0)}
         model = Preferences()
-        summed = make_engine(model, "dp_adam", 1e9).clipped_sum(lambda model, batch: model(batch), batch).tensors
+        summed = (
+            make_engine(model, "dp_adam", 1e9)
+            .clipped_sum(lambda model, batch: model(batch), batch)
+            .tensors
+        )
         wanted = torch.autograd.grad(model(batch).sum(), list(model.parameters()))
-        assert all(torch.allclose(mine, theirs, atol=1e-5) for mine, theirs in zip(summed.values(), wanted))
+        assert all(
+            torch.allclose(mine, theirs, atol=1e-5) for mine, theirs in zip(summed.values(), wanted)
+        )

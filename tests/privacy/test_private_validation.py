@@ -1,4 +1,6 @@
-"""Private validation records: a run says of them what its own description lets it say, whoever launches, resumes or exports it."""
+"""Private validation records: a run says of them what its own description lets it say, whoever
+launches, resumes or exports it.
+"""
 
 import dataclasses
 import json
@@ -36,14 +38,21 @@ def begun(tmp_path, terms):
     """A run that was stopped at its first evaluation, after 4 of 12 steps."""
     config = tiny().override(["performance.eval_every=4"])
     options = {"run": "r", "storage": str(tmp_path / "runs"), "key_path": str(tmp_path / "key")}
-    execute(prepare(config, scores=terms, **options), Comms.local(), around=Around(go_on=lambda progress: False))
+    execute(
+        prepare(config, scores=terms, **options),
+        Comms.local(),
+        around=Around(go_on=lambda progress: False),
+    )
     return config, options
 
 
 def told(folder):
     """All that a run's folder says of accuracy."""
     found = [json.loads((folder / "result.json").read_text())["metrics"]]
-    found += [json.loads(path.read_text())["facts"]["metrics"] for path in folder.glob("checkpoints/*/manifest.json")]
+    found += [
+        json.loads(path.read_text())["facts"]["metrics"]
+        for path in folder.glob("checkpoints/*/manifest.json")
+    ]
     return [metrics["accuracy"] for metrics in found if metrics]
 
 
@@ -51,19 +60,24 @@ def test_a_resumed_run_releases_noised_and_charged_scores_alone(tmp_path, scored
     terms, ledger = scored
     begun(tmp_path, terms)
     assert ledger.state.study("s").used == 1
-    result = execute(plan_resume(str(tmp_path / "runs/r"), key_path=str(tmp_path / "key")), Comms.local())
+    result = execute(
+        plan_resume(str(tmp_path / "runs/r"), key_path=str(tmp_path / "key")), Comms.local()
+    )
     assert result["steps"] == 12
     assert ledger.state.study("s").used == 3  # at steps 8 and 12
     assert len(ledger.attempts("s", "r")) == 2  # with a key of its own
     for accuracy in told(tmp_path / "runs/r"):
-        assert abs(RECORDS * accuracy - round(RECORDS * accuracy)) > 1e-5  # no count of right answers
+        # no count of right answers
+        assert abs(RECORDS * accuracy - round(RECORDS * accuracy)) > 1e-5
 
 
 def test_without_a_token_left_nothing_is_released(tmp_path, scored):
     terms, ledger = scored
     ledger.charge("s", "other", ledger.begin_attempt("s", "other", "id"), 0, 4)
     begun(tmp_path, terms)
-    result = execute(plan_resume(str(tmp_path / "runs/r"), key_path=str(tmp_path / "key")), Comms.local())
+    result = execute(
+        plan_resume(str(tmp_path / "runs/r"), key_path=str(tmp_path / "key")), Comms.local()
+    )
     assert result["metrics"] == {}
 
 
@@ -71,7 +85,9 @@ def test_no_other_caller_may_say_more(tmp_path, scored):
     config, options = begun(tmp_path, scored[0])
     with pytest.raises(ConfigError, match="exists with another validation"):
         prepare(config, **options)
-    shown = CliRunner().invoke(main, ["resume", str(tmp_path / "runs/r"), "--key-file", str(tmp_path / "key")])
+    shown = CliRunner().invoke(
+        main, ["resume", str(tmp_path / "runs/r"), "--key-file", str(tmp_path / "key")]
+    )
     assert shown.exit_code == 0, shown.output
     assert all(abs(RECORDS * a - round(RECORDS * a)) > 1e-5 for a in told(tmp_path / "runs/r"))
 
@@ -85,14 +101,24 @@ def test_a_description_that_does_not_say_it_is_refused(tmp_path, scored, change)
         del described["validation"]
     elif change == "public":
         described["validation"] = "public"
-        register((fingerprint_records(Tiny().load().validation),), scored[0].ledger, scored[1].ledger_id)
+        register(
+            (fingerprint_records(Tiny().load().validation),), scored[0].ledger, scored[1].ledger_id
+        )
     else:
         described["validation"]["noise_multiplier"] = 1e-3
     path.write_text(json.dumps(described))
-    with pytest.raises((ConfigError, DataError, LedgerError), match=r"records are public|another noise|known as private"):
+    with pytest.raises(
+        (ConfigError, DataError, LedgerError),
+        match=r"records are public|another noise|known as private",
+    ):
         plan_resume(str(tmp_path / "runs/r"), key_path=str(tmp_path / "key"))
 
 
 def test_a_metric_that_is_not_bounded_is_refused(tmp_path, scored):
     with pytest.raises(ConfigError, match="metric of private scores"):
-        prepare(tiny(), run="r", storage=str(tmp_path / "runs"), scores=dataclasses.replace(scored[0], metric="loss"))
+        prepare(
+            tiny(),
+            run="r",
+            storage=str(tmp_path / "runs"),
+            scores=dataclasses.replace(scored[0], metric="loss"),
+        )

@@ -38,8 +38,20 @@ def make_batch(rows=6):
     return {"x": x, "ids": torch.arange(rows) + 2, "mask": mask, "name": "no tensor"}
 
 
-def check(loss, batch=None, *, thorough=True, drew=False, masked=False, losses=None, tolerance=1e-4, model=None):
-    """Verifies a loss of batches alone; `losses`, if given, are those that the engine's rules are said to have found."""
+def check(
+    loss,
+    batch=None,
+    *,
+    thorough=True,
+    drew=False,
+    masked=False,
+    losses=None,
+    tolerance=1e-4,
+    model=None,
+):
+    """Verifies a loss of batches alone; `losses`, if given, are those that the engine's rules are
+    said to have found.
+    """
     batch = make_batch() if batch is None else batch
     rows, state = rows_of(batch), random_states(CPU)
 
@@ -51,7 +63,9 @@ def check(loss, batch=None, *, thorough=True, drew=False, masked=False, losses=N
     seen = Dependence(rows, set(), Tracked)
     seen.drew, seen.masked = drew, masked
     session = Session(rows, None, CPU, set(), set(), find)
-    Repetition(session, forward, batch, state, tolerance).check((found, [], []), Watch(model or nn.Module()), seen, thorough)
+    Repetition(session, forward, batch, state, tolerance).check(
+        (found, [], []), Watch(model or nn.Module()), seen, thorough
+    )
 
 
 def plain(batch):
@@ -90,7 +104,8 @@ def test_every_example_keeps_its_value_beside_others_that_are_exchanged(thorough
         source = (g["ids"][:, None] == batch["ids"]).long().argmax(1)
         assert k[source].all()  # the others are replaced by those that stay
         ratio = g["x"] / batch["x"][source]
-        assert torch.allclose(ratio[~k], ratio[~k][0, 0], equal_nan=True)  # all of them as much larger, or undefined
+        # all of them as much larger, or undefined
+        assert torch.allclose(ratio[~k], ratio[~k][0, 0], equal_nan=True)
     few = [g for g in given if rows_of(g) < 6]
     assert [rows_of(g) for g in few] == [3]
     assert all(torch.isin(g["ids"], batch["ids"]).all() for g in few)
@@ -98,17 +113,24 @@ def test_every_example_keeps_its_value_beside_others_that_are_exchanged(thorough
 
 def test_the_batch_itself_comes_again_unchanged():
     batch = make_batch()
-    assert any(all(torch.equal(g[k], batch[k]) for k in ("x", "ids", "mask")) for g in seen_by(plain, batch=batch))
+    assert any(
+        all(torch.equal(g[k], batch[k]) for k in ("x", "ids", "mask"))
+        for g in seen_by(plain, batch=batch)
+    )
 
 
 MIXES = [lambda x: x.mean(0), lambda x: x.flip(0), lambda x: x.roll(1, 0), lambda x: x.max()]
 
 
-@pytest.mark.parametrize(("mix", "thorough"), [*((mix, True) for mix in MIXES), *((mix, False) for mix in MIXES[:3])])
+@pytest.mark.parametrize(
+    ("mix", "thorough"), [*((mix, True) for mix in MIXES), *((mix, False) for mix in MIXES[:3])]
+)
 def test_little_company_is_found_each_time(mix, thorough):
     for _ in range(4):
         with pytest.raises(UnsupportedLayer):
-            check(lambda b: plain(b) + 1e-3 * mix(b["x"]).expand_as(b["x"]).sum(1), thorough=thorough)
+            check(
+                lambda b: plain(b) + 1e-3 * mix(b["x"]).expand_as(b["x"]).sum(1), thorough=thorough
+            )
 
 
 @pytest.mark.parametrize("error", [RuntimeError, ValueError, IndexError, AssertionError])
@@ -164,7 +186,11 @@ def test_company_that_waits_for_an_extreme_is_found_in_a_model_that_repeats_up_t
         check(lambda b: jitter(1e-6)(b) * (0.5 if (b["x"] > 1e6).any() else 1.0))
 
 
-@pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: np.random.randint(5)], ids=["python", "numpy", "numpy's integers"])
+@pytest.mark.parametrize(
+    "draw",
+    [random.random, np.random.rand, lambda: np.random.randint(5)],
+    ids=["python", "numpy", "numpy's integers"],
+)
 def test_random_numbers_that_are_not_torchs_are_refused_even_where_they_change_nothing(draw):
     with pytest.raises(UnsupportedLayer, match="global generator"):
         check(lambda b: plain(b) + 0 * float(draw()))
@@ -177,7 +203,9 @@ def test_random_numbers_that_several_examples_share_are_told_apart_from_company(
         check(lambda b: plain(b) + b["x"].mean() + 0 * torch.rand(6), drew=True)
 
 
-@pytest.mark.parametrize("rare", [lambda drawn: drawn < 0.02, lambda drawn: drawn > 0.98], ids=["low", "high"])
+@pytest.mark.parametrize(
+    "rare", [lambda drawn: drawn < 0.02, lambda drawn: drawn > 0.98], ids=["low", "high"]
+)
 def test_luck_that_is_shared_and_rarely_shows_is_found(rare):
     for _ in range(4):
         with pytest.raises(UnsupportedLayer, match="share"):
@@ -250,7 +278,11 @@ def test_a_batch_of_one_is_verified_too():
     check(plain, make_batch(1))
     calls = []
     with pytest.raises(UnsupportedLayer, match="come again"):
-        check(lambda b: plain(b) + (calls.append(1) or len(calls)), make_batch(1), losses=plain(make_batch(1)) + 2)
+        check(
+            lambda b: plain(b) + (calls.append(1) or len(calls)),
+            make_batch(1),
+            losses=plain(make_batch(1)) + 2,
+        )
     with pytest.raises(UnsupportedLayer, match="global generator"):
         check(lambda b: plain(b) + 0 * random.random(), make_batch(1))
 
@@ -297,7 +329,9 @@ def test_equal_bits_and_nan_beside_nan_are_the_same_and_nothing_else_is():
         ([1.0, 1.0], [1.0, INF], INF),
     ],
 )
-def test_distances_are_relative_to_the_largest_and_infinite_where_one_side_is_not_finite(a, b, apart):
+def test_distances_are_relative_to_the_largest_and_infinite_where_one_side_is_not_finite(
+    a, b, apart
+):
     assert _distance(torch.tensor(a), torch.tensor(b)) == pytest.approx(apart)
 
 
@@ -314,7 +348,9 @@ def test_masks_are_what_holds_nothing_but_zeros_and_ones():
 
 @pytest.mark.parametrize("method", ["grape", "dp_adam", "ghost", "bookkeeping"])
 def test_no_two_graphs_are_held_at_once(method):
-    """Peak memory is one pass's: whatever an earlier pass has saved for its way back is gone when the next one begins."""
+    """Peak memory is one pass's: whatever an earlier pass has saved for its way back is gone when
+    the next one begins.
+    """
 
     saved, begun = [], []
 

@@ -1,4 +1,6 @@
-"""No width, length, precision or size hides a contribution in the rounding of its norm, and none that does not cancel is clipped for it."""
+"""No width, length, precision or size hides a contribution in the rounding of its norm, and none
+that does not cancel is clipped for it.
+"""
 
 import math
 
@@ -34,7 +36,12 @@ ROUNDED = 1 + 2.0**-22  # of a factor and of a product, in single precision
 
 def true_norm(uses):
     parts = [
-        left.outer(right.double()) if isinstance(left, Index) else left.double().transpose(1, 2) @ right.double() for left, right in uses
+        (
+            left.outer(right.double())
+            if isinstance(left, Index)
+            else left.double().transpose(1, 2) @ right.double()
+        )
+        for left, right in uses
     ]
     return torch.stack(parts).sum(0).flatten(1).norm(dim=1)
 
@@ -54,11 +61,15 @@ def cancelling(width, tokens, generator):
     near = 10 ** float(-6 * torch.rand((), generator=generator))
     signs = torch.where(torch.arange(tokens) % 2 == 0, 1.0, -1.0).view(1, -1, 1)
     left = torch.randn(1, 1, 64, generator=generator) * signs
-    return left, torch.randn(1, 1, width, generator=generator) + near * torch.randn(1, tokens, width, generator=generator)
+    return left, torch.randn(1, 1, width, generator=generator) + near * torch.randn(
+        1, tokens, width, generator=generator
+    )
 
 
 def random(width, tokens, generator):
-    return torch.randn(1, tokens, 64, generator=generator), torch.randn(1, tokens, width, generator=generator)
+    return torch.randn(1, tokens, 64, generator=generator), torch.randn(
+        1, tokens, width, generator=generator
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -75,7 +86,8 @@ def test_norms_are_never_below_the_truth_at_any_width(route, made, dtype):
                 assert (true_norm([pair]) <= found * (1 + 1e-8)).all()  # the truth is rounded, too
                 scaled = factor_pairs.scaled(pair[0], pair[1], 1 / found)
                 assert true_norm([scaled]) <= ROUNDED  # what is summed, in exact arithmetic
-                assert factor_pairs.summed(*scaled).double().norm() <= 1 + 1e-6  # and as it comes out
+                # and as it comes out
+                assert factor_pairs.summed(*scaled).double().norm() <= 1 + 1e-6
 
 
 @pytest.mark.parametrize("method", [m for m in EXACT if METHODS[m].subspace != "gaussian"])
@@ -93,7 +105,9 @@ def test_wide_layers_contribute_no_more_than_the_clip_norm(method):
         engine = make_engine(Weighted(width), method, 1.0, rank=4)
         for _ in range(20):
             grads, inputs = constants(width, 2, generator)
-            summed = engine.clipped_sum(lambda model, batch: model(batch), {"x": inputs, "g": grads})
+            summed = engine.clipped_sum(
+                lambda model, batch: model(batch), {"x": inputs, "g": grads}
+            )
             assert summed.tensors["layer.weight"].double().norm() <= 1 + 1e-6
 
 
@@ -113,21 +127,28 @@ def test_tables_are_never_under_normed_where_ids_repeat_and_exact_where_they_do_
         right = constants(64, 300, generator)[0].to(dtype)
         right += torch.randn(right.shape, generator=generator) * 1e-3
         index = Index(torch.randint(0, 3, (1, 300), generator=generator), 5)
-        assert true_norm([(index, right)]) <= factor_pairs.lookup_squared_norms(index, right).sqrt() * (1 + 1e-12)
+        assert true_norm([(index, right)]) <= factor_pairs.lookup_squared_norms(
+            index, right
+        ).sqrt() * (1 + 1e-12)
         for norms in ROUTES.values():
             assert true_norm([(index, right)]) <= norms([(index, right)]).sqrt() * (1 + 1e-12)
-            assert true_norm([(index, right), (right[..., :5], right)]) <= norms([(index, right), (right[..., :5], right)]).sqrt() * (
-                1 + 1e-12
-            )
+            assert true_norm([(index, right), (right[..., :5], right)]) <= norms(
+                [(index, right), (right[..., :5], right)]
+            ).sqrt() * (1 + 1e-12)
     distinct = Index(torch.arange(300).unsqueeze(0), 300)
     found = factor_pairs.lookup_squared_norms(distinct, right).sqrt()
     assert true_norm([(distinct, right)]) <= found <= true_norm([(distinct, right)]) * (1 + 5e-6)
 
 
-@pytest.mark.parametrize(("tokens", "width"), [(128, 768), (512, 768), (1024, 768), (128, 4096), (1024, 4096)])
+@pytest.mark.parametrize(
+    ("tokens", "width"), [(128, 768), (512, 768), (1024, 768), (128, 4096), (1024, 4096)]
+)
 def test_tokens_of_random_directions_are_clipped_by_little_too_much(tokens, width):
     generator = torch.Generator().manual_seed(0)
-    pair = torch.randn(1, tokens, width, generator=generator), torch.randn(1, tokens, width, generator=generator)
+    pair = (
+        torch.randn(1, tokens, width, generator=generator),
+        torch.randn(1, tokens, width, generator=generator),
+    )
     found = ROUTES[norm_route(tokens, width, width)]([pair]).sqrt()
     grams = [factor.double() @ factor.double().transpose(1, 2) for factor in pair]
     true = (grams[0] * grams[1]).sum().sqrt()
@@ -150,18 +171,26 @@ def test_squared_norms_of_any_length_are_tight_from_above(numel):
 def test_what_underflows_is_not_lost():
     size = torch.full((1, 4), 1e-25)
     assert (squared(size).sqrt() >= 2e-25).all()
-    left, right = torch.full((1, 2, 8), 1e-24), torch.full((1, 2, 8), 1e15)  # squares of the left factors vanish
+    # squares of the left factors vanish
+    left, right = torch.full((1, 2, 8), 1e-24), torch.full((1, 2, 8), 1e15)
     for norms in ROUTES.values():
         assert (norms([(left, right)]).sqrt() >= true_norm([(left, right)])).all()
-    assert factors({"a": torch.tensor([1e80], dtype=torch.float64)}, "flat", 1e-6, None)["a"] == 0  # no subnormal factor
+    # no subnormal factor
+    assert factors({"a": torch.tensor([1e80], dtype=torch.float64)}, "flat", 1e-6, None)["a"] == 0
 
 
 @pytest.mark.parametrize("method", [*EXACT, "randomized"])
 def test_gradients_near_the_smallest_floats_contribute_no_more_than_the_least_clip_norm(method):
-    engine = make_engine(nn.Linear(64, 64, bias=False), method, MIN_CLIP_NORM, rank=2, project_min_numel=20)
+    engine = make_engine(
+        nn.Linear(64, 64, bias=False), method, MIN_CLIP_NORM, rank=2, project_min_numel=20
+    )
     for size in (1e-5, 1e-8, 1e-19, 1e-21, 1e-23, 1e-38):
-        summed = engine.clipped_sum(lambda model, x, size=size: size * model(x).sum(1), torch.ones(1, 64))
-        assert summed.tensors["weight"].double().norm() <= MIN_CLIP_NORM * (1 + 1e-5 if method != "randomized" else 3)
+        summed = engine.clipped_sum(
+            lambda model, x, size=size: size * model(x).sum(1), torch.ones(1, 64)
+        )
+        assert summed.tensors["weight"].double().norm() <= MIN_CLIP_NORM * (
+            1 + 1e-5 if method != "randomized" else 3
+        )
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, -1.0, 1e-7, 1e-20, 1e13, math.nan, math.inf])
@@ -186,7 +215,9 @@ def test_products_keep_their_precision_under_autocast_and_their_bound():
     with torch.autocast("cpu", torch.bfloat16):
         found = products(a, b)
     exact = a.double() @ b.double().transpose(1, 2)
-    bound = gamma(chain(a.shape[2]), torch.float32) * (a.abs().double() @ b.abs().double().transpose(1, 2))
+    bound = gamma(chain(a.shape[2]), torch.float32) * (
+        a.abs().double() @ b.abs().double().transpose(1, 2)
+    )
     assert ((found.double() - exact).abs() <= bound).all()
     assert gamma(1 << 24, torch.float32) == math.inf
 
@@ -198,7 +229,13 @@ def test_error_bounds_are_those_of_the_book(dtype):
         assert gamma(terms, dtype) == pytest.approx(terms * half / (1 - terms * half), rel=1e-12)
     assert gamma(round(0.5 / half), dtype) == math.inf
     assert gamma(round(0.5 / half) - 1, dtype) == pytest.approx(1, abs=5 * half)
-    assert [chain(n) for n in (0, 1, BLOCK, BLOCK + 1, 3 * BLOCK)] == [0, 2, BLOCK + 1, BLOCK + 2, BLOCK + 3]
+    assert [chain(n) for n in (0, 1, BLOCK, BLOCK + 1, 3 * BLOCK)] == [
+        0,
+        2,
+        BLOCK + 1,
+        BLOCK + 2,
+        BLOCK + 3,
+    ]
 
 
 def test_lengths_have_room_for_every_rounding_and_for_what_underflowed():
@@ -226,7 +263,9 @@ def test_a_norm_that_is_off_by_an_error_is_raised_by_it():
 
 
 def test_squared_norms_have_room_for_every_rounding():
-    """Of ones nothing is rounded: what is added to the truth is the bound, of a short block and of the sum over blocks."""
+    """Of ones nothing is rounded: what is added to the truth is the bound, of a short block and of
+    the sum over blocks.
+    """
     for numel, terms in ((1, 1), (64, 64), (64 * 500, 64)):
         ones = torch.ones(2, numel)
         above = (squared(ones) / numel - 1) / (torch.finfo(torch.float32).eps / 2)
@@ -253,15 +292,21 @@ def test_sums_of_products_and_norms_of_matrices_keep_their_bounds(shape):
             assert (true <= norms).all()
         total, off = dots(a, b)
         underflow = shape[1] * shape[2] * torch.finfo(torch.float32).tiny
-        assert ((total - (a.double() * b.double()).sum((1, 2))).abs() <= off * exact[0] * exact[1] + underflow).all()
+        assert (
+            (total - (a.double() * b.double()).sum((1, 2))).abs()
+            <= off * exact[0] * exact[1] + underflow
+        ).all()
         assert off <= gamma(min(shape[2], BLOCK) + 2, torch.float32)
     rounded = matrix_norms(torch.ones(shape)) / math.sqrt(shape[1] * shape[2]) - 1
-    assert ((shape[2] + 6) * torch.finfo(torch.float32).eps / 2 <= rounded).all()  # the roots round, too
+    # the roots round, too
+    assert ((shape[2] + 6) * torch.finfo(torch.float32).eps / 2 <= rounded).all()
     assert (rounded <= (shape[2] + 20) * torch.finfo(torch.float32).eps / 2).all()
 
 
 def test_inner_products_that_cancel_are_covered_by_what_is_added():
-    """Two positions that cancel: what is left is rounding alone, and the bound on it is that of the book, for every pair of widths."""
+    """Two positions that cancel: what is left is rounding alone, and the bound on it is that of the
+    book, for every pair of widths.
+    """
     for width in (64, BLOCK, 2048):
         left, right = constants(width, 2, torch.Generator().manual_seed(width))
         found = factor_pairs.gram_squared_norms([(left, right)])
@@ -284,4 +329,6 @@ def test_long_sums_are_taken_in_double_precision_and_have_room_for_it():
         above = (matrix_norms(ones).item() / math.sqrt(height * width) - 1) / half
         assert height + width + 10 <= above <= height + width + 30
         floor = matrix_norms(torch.zeros(1, height, width)).item()
-        assert floor == pytest.approx(math.sqrt(height * width * torch.finfo(torch.float32).tiny), rel=1e-6, abs=0)
+        assert floor == pytest.approx(
+            math.sqrt(height * width * torch.finfo(torch.float32).tiny), rel=1e-6, abs=0
+        )

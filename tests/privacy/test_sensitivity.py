@@ -1,4 +1,6 @@
-"""Adversarial records and models: no rounding, buffer, mode or choice by value lets one example move the sum by more than C."""
+"""Adversarial records and models: no rounding, buffer, mode or choice by value lets one example
+move the sum by more than C.
+"""
 
 import dataclasses
 
@@ -45,15 +47,21 @@ def in_bf16(model, batch):
 
 
 def contribution(engine, loss, batch):
-    return torch.cat([t.flatten().double() for t in engine.clipped_sum(loss, batch).tensors.values()]).norm()
+    return torch.cat(
+        [t.flatten().double() for t in engine.clipped_sum(loss, batch).tensors.values()]
+    ).norm()
 
 
 def cancelling(size, tokens=2, width=64):
-    """Output gradients that cancel but for a hundred-thousandth, on nearly equal inputs of a given size."""
+    """Output gradients that cancel but for a hundred-thousandth, on nearly equal inputs of a given
+    size.
+    """
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(1, width, generator=generator).expand(tokens, -1) * size
     x = x + torch.randn(tokens, width, generator=generator)
-    g = torch.randn(1, width, generator=generator) * torch.tensor([[1.0], [-1.0]]).repeat(tokens // 2, 1)
+    g = torch.randn(1, width, generator=generator) * torch.tensor([[1.0], [-1.0]]).repeat(
+        tokens // 2, 1
+    )
     return {"x": x[None], "g": g[None]}
 
 
@@ -62,14 +70,19 @@ def cancelling(size, tokens=2, width=64):
 @pytest.mark.parametrize("route", ["gram", "instantiate"])
 @pytest.mark.parametrize("method", EXACT)
 def test_positions_that_cancel_hide_no_contribution(method, route, size, loss):
-    engine = make_engine(Weighted(), method, CLIP, key=b"k", rank=4, project_min_numel=1, routes=(f"*:{route}",))
+    engine = make_engine(
+        Weighted(), method, CLIP, key=b"k", rank=4, project_min_numel=1, routes=(f"*:{route}",)
+    )
     assert contribution(engine, loss, cancelling(size)) <= CLIP * (1 + 1e-3)
 
 
 @pytest.mark.parametrize("method", ["ghost", "bookkeeping"])
 def test_what_does_not_cancel_is_not_clipped_more_than_it_must(method):
     generator = torch.Generator().manual_seed(2)
-    batch = {"x": torch.randn(1, 128, 64, generator=generator), "g": torch.randn(1, 128, 64, generator=generator)}
+    batch = {
+        "x": torch.randn(1, 128, 64, generator=generator),
+        "g": torch.randn(1, 128, 64, generator=generator),
+    }
     engine = make_engine(Weighted(), method, CLIP, routes=("*:gram",))
     assert contribution(engine, dictated, batch) >= CLIP * (1 - 1e-4)
 
@@ -82,7 +95,9 @@ def test_norms_of_many_entries_do_not_come_out_small():
 
 
 class Frozen(nn.Module):
-    """A trainable head over a frozen batch normalisation that was set to eval mode, as our own error advises."""
+    """A trainable head over a frozen batch normalisation that was set to eval mode, as our own
+    error advises.
+    """
 
     def __init__(self):
         super().__init__()
@@ -107,14 +122,18 @@ def test_a_frozen_layer_keeps_its_mode_through_an_evaluation():
 
 
 def test_running_statistics_are_refused_before_they_could_be_released():
-    model = nn.Sequential(nn.InstanceNorm1d(4, track_running_stats=True), nn.Flatten(), nn.Linear(20, 2)).train()
+    model = nn.Sequential(
+        nn.InstanceNorm1d(4, track_running_stats=True), nn.Flatten(), nn.Linear(20, 2)
+    ).train()
     engine = make_engine(model, "dp_adam", CLIP)
     with pytest.raises(UnsupportedLayer, match=r"0\.running_mean.*is written to"):
         engine.clipped_sum(lambda m, x: m(x).square().sum(1), torch.randn(3, 4, 5) + 7)
 
 
 class Picks(nn.Module):
-    """Sends the tokens that a mask picks through its layer: how many there are depends on what the examples say."""
+    """Sends the tokens that a mask picks through its layer: how many there are depends on what the
+    examples say.
+    """
 
     def __init__(self):
         super().__init__()
@@ -130,7 +149,8 @@ def test_tokens_picked_by_their_values_are_refused_as_soon_as_they_are_not_alike
     mask = torch.zeros(4, 8, dtype=torch.bool)
     mask[:, :3] = True
     engine = make_engine(Picks(), method, CLIP, rank=2, project_min_numel=1)
-    engine.clipped_sum(lambda m, b: m(b), {"x": torch.randn(4, 8, 4), "mask": mask})  # three of each, in order
+    # three of each, in order
+    engine.clipped_sum(lambda m, b: m(b), {"x": torch.randn(4, 8, 4), "mask": mask})
     mask[0, 2], mask[1, 3] = False, True  # as many in all, and divisible by four
     with pytest.raises(UnsupportedLayer, match="picked across examples by their values"):
         engine.clipped_sum(lambda m, b: m(b), {"x": torch.randn(4, 8, 4), "mask": mask})
@@ -152,14 +172,24 @@ class LooksAtPadding:
 
     def build_model(self, seed):
         torch.manual_seed(seed)
-        return nn.ModuleDict({"table": nn.Embedding(16, 6), "mix": nn.Conv1d(6, 6, 3, padding=1), "head": nn.Linear(6, 2)}).eval()
+        return nn.ModuleDict(
+            {
+                "table": nn.Embedding(16, 6),
+                "mix": nn.Conv1d(6, 6, 3, padding=1),
+                "head": nn.Linear(6, 2),
+            }
+        ).eval()
 
     def collate(self, records, indices):
         lengths = [2 + 3 * (int(i) % 3) for i in indices]
         ids = torch.zeros(len(indices), max(lengths), dtype=torch.int64)
         for row, (index, length) in enumerate(zip(indices, lengths)):
             ids[row, :length] = torch.arange(1, length + 1) + int(index) % 5
-        return {"ids": ids, "mask": ids > 0, "labels": torch.from_numpy(records.array("labels")[indices] % 2)}
+        return {
+            "ids": ids,
+            "mask": ids > 0,
+            "labels": torch.from_numpy(records.array("labels")[indices] % 2),
+        }
 
     def per_example_loss(self, model, batch):
         hidden = model["mix"](model["table"](batch["ids"]).transpose(1, 2) + 1).relu()
@@ -175,7 +205,9 @@ def test_a_model_that_looks_at_padding_is_found():
 
 
 def test_dropout_masks_come_from_a_secret_of_the_attempt(tmp_path):
-    plan = prepare(tiny(dropout=0.1), run="r", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+    plan = prepare(
+        tiny(dropout=0.1), run="r", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key")
+    )
     first, second = (begin_attempt(plan, Comms.local()) for _ in range(2))
     assert len({first.dropout_key, second.dropout_key, first.sampling_key, first.noise_key}) == 4
 
@@ -195,7 +227,10 @@ def test_metrics_leave_every_module_in_its_mode():
 
     class Task:
         def collate(self, records, indices):
-            return {"x": torch.ones(len(indices), 8), "labels": torch.zeros(len(indices), dtype=torch.int64)}
+            return {
+                "x": torch.ones(len(indices), 8),
+                "labels": torch.zeros(len(indices), dtype=torch.int64),
+            }
 
     model = Outputs().train()
     model.inner.norm.eval()

@@ -8,10 +8,19 @@ import pytest
 import torch
 from torch import nn
 
-from grape_ray.engines.capture.model_state import Start, Watch, awake, check_kinds, checksum, state_of, untrained
+from grape_ray.engines.capture.model_state import (
+    Start,
+    Watch,
+    awake,
+    check_kinds,
+    checksum,
+    state_of,
+    untrained,
+)
 from grape_ray.errors import UnsupportedLayer
 
-SMALL, LARGE = 1024, 1025  # float32 entries of a buffer whose contents are compared after every pass, and of one where not
+# float32 entries of a buffer whose contents are compared after every pass, and of one where not
+SMALL, LARGE = 1024, 1025
 
 
 class Inner(nn.Module):
@@ -37,13 +46,30 @@ class Outer(nn.Module):
 
 def test_state_is_every_parameter_and_buffer_under_each_of_its_names():
     model = Outer()
-    assert list(state_of(model)) == ["scale", "tied", "inner.kept", "inner.unsaved", "inner.weight", "inner.frozen"]
+    assert list(state_of(model)) == [
+        "scale",
+        "tied",
+        "inner.kept",
+        "inner.unsaved",
+        "inner.weight",
+        "inner.frozen",
+    ]
     assert state_of(model)["tied"] is state_of(model)["inner.weight"] is model.tied
     assert state_of(model)["inner.unsaved"] is model.inner.unsaved
     assert set(untrained(model)) == {"inner.kept", "inner.unsaved", "inner.frozen"}
 
 
-DTYPES = [torch.bool, torch.uint8, torch.bfloat16, torch.float16, torch.int32, torch.float32, torch.float64, torch.cfloat, torch.cdouble]
+DTYPES = [
+    torch.bool,
+    torch.uint8,
+    torch.bfloat16,
+    torch.float16,
+    torch.int32,
+    torch.float32,
+    torch.float64,
+    torch.cfloat,
+    torch.cdouble,
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -54,7 +80,9 @@ def test_a_change_of_one_entry_shows_in_the_checksum(dtype, shape):
         after = before.clone()
         after.view(-1)[place] = 0
         assert checksum(after) != checksum(before)
-    assert checksum(before) == checksum(before.mT.contiguous().mT if before.ndim == 2 else before.clone())
+    assert checksum(before) == checksum(
+        before.mT.contiguous().mT if before.ndim == 2 else before.clone()
+    )
 
 
 def test_exchanged_entries_other_shapes_and_other_types_show_in_the_checksum():
@@ -62,7 +90,8 @@ def test_exchanged_entries_other_shapes_and_other_types_show_in_the_checksum():
     assert checksum(values) != checksum(values.flip(0))
     assert checksum(values) != checksum(values.view(3, 4))
     assert checksum(torch.zeros(4)) != checksum(torch.zeros(4, dtype=torch.int32))
-    assert checksum(torch.tensor([0.0])) != checksum(torch.tensor([-0.0]))  # the bits count, not the values
+    # the bits count, not the values
+    assert checksum(torch.tensor([0.0])) != checksum(torch.tensor([-0.0]))
     large = torch.zeros((1 << 16) + 2, dtype=torch.int32)
     for i, j in ((0, 1), (0xFFFE, 0xFFFF), (1, 1 << 16)):
         a, b = large.clone(), large.clone()
@@ -77,7 +106,14 @@ def test_exchanged_entries_other_shapes_and_other_types_show_in_the_checksum():
 
 
 def test_what_sleeps_is_woken_for_a_while_and_sleeps_again():
-    model = nn.ParameterDict({"asleep": torch.zeros(5), "other": torch.zeros(5), "empty": torch.zeros(0), "on": torch.tensor([0.0, 2.0])})
+    model = nn.ParameterDict(
+        {
+            "asleep": torch.zeros(5),
+            "other": torch.zeros(5),
+            "empty": torch.zeros(0),
+            "on": torch.tensor([0.0, 2.0]),
+        }
+    )
     model["frozen"] = nn.Parameter(torch.zeros(5), requires_grad=False)
     for _ in range(2):
         with contextlib.suppress(KeyError), awake(model):
@@ -122,7 +158,9 @@ def test_writes_are_refused_by_name_after_every_pass(kind, wrapped):
     watch = Watch(model)
     watch.check()
     WRITES[kind](inner)
-    with pytest.raises(UnsupportedLayer, match=f"'({'inner.' if wrapped else ''}{kind.split()[0]}|tied)'"):
+    with pytest.raises(
+        UnsupportedLayer, match=f"'({'inner.' if wrapped else ''}{kind.split()[0]}|tied)'"
+    ):
         watch.check()
 
 
@@ -137,7 +175,9 @@ def test_what_is_no_state_may_change():
     watch.check()
 
 
-@pytest.mark.parametrize("name", ["inner.kept", "inner.unsaved", "inner.weight", "inner.frozen", "scale"])
+@pytest.mark.parametrize(
+    "name", ["inner.kept", "inner.unsaved", "inner.weight", "inner.frozen", "scale"]
+)
 def test_what_goes_past_torch_shows_in_the_contents(name):
     model = Outer()
     watch = Watch(model)
@@ -173,7 +213,9 @@ def test_attributes_are_put_back_and_parameters_left_where_they_are():
 def test_constants_are_what_no_batch_has_touched():
     model = Outer()
     inner = model.inner
-    assert Watch(model).constants() == {id(t) for t in (inner.kept, inner.unsaved, inner.frozen, inner.held)}
+    assert Watch(model).constants() == {
+        id(t) for t in (inner.kept, inner.unsaved, inner.frozen, inner.held)
+    }
 
 
 def test_what_training_does_not_train_is_saved_as_it_began():
@@ -181,7 +223,11 @@ def test_what_training_does_not_train_is_saved_as_it_began():
     start = Start(model)
     model.inner.weight.data.add_(1)
     start.check()
-    for tensor, name in ((model.inner.frozen, "frozen"), (model.inner.kept, "kept"), (model.inner.unsaved, "unsaved")):
+    for tensor, name in (
+        (model.inner.frozen, "frozen"),
+        (model.inner.kept, "kept"),
+        (model.inner.unsaved, "unsaved"),
+    ):
         tensor.data[1] += 1
         with pytest.raises(UnsupportedLayer, match=f"'inner.{name}'"):
             start.check()
@@ -202,5 +248,10 @@ def test_state_that_cannot_be_clipped_or_watched_is_refused_by_name():
         check_kinds(Outer(), {"v": torch.zeros(2), "w": torch.zeros(2, dtype=torch.cfloat)})
     with pytest.raises(UnsupportedLayer, match="'1'"):
         check_kinds(nn.Sequential(Outer(), Extra()), {})
-    with pytest.raises(UnsupportedLayer, match=r"parameter 'w', got 'float16', expected bfloat16.*torch.float32"):
-        check_kinds(Outer(), {"v": torch.zeros(2, dtype=torch.bfloat16), "w": torch.zeros(2, dtype=torch.float16)})
+    with pytest.raises(
+        UnsupportedLayer, match=r"parameter 'w', got 'float16', expected bfloat16.*torch.float32"
+    ):
+        check_kinds(
+            Outer(),
+            {"v": torch.zeros(2, dtype=torch.bfloat16), "w": torch.zeros(2, dtype=torch.float16)},
+        )

@@ -1,4 +1,6 @@
-"""A folder of runs or of a sweep may have been made by anyone: it has nothing imported, called or unpickled that the user did not name."""
+"""A folder of runs or of a sweep may have been made by anyone: it has nothing imported, called or
+unpickled that the user did not name.
+"""
 
 import json
 import os
@@ -51,14 +53,24 @@ def test_a_description_names_nothing_but_a_task(description, tmp_path, monkeypat
 
 
 def published(tmp_path, module="stranger"):
-    """A run whose task lies in a module of the current folder that leaves a mark when it is imported."""
+    """A run whose task lies in a module of the current folder that leaves a mark when it is
+    imported.
+    """
     run = tmp_path / "runs" / "r"
-    execute(prepare(tiny(), run="r", storage=str(run.parent), key_path=str(tmp_path / "key")), Comms.local())
+    execute(
+        prepare(tiny(), run="r", storage=str(run.parent), key_path=str(tmp_path / "key")),
+        Comms.local(),
+    )
     described = json.loads((run / "run.json").read_text())
     described["task"]["class"] = f"{module}:Mine"
     (run / "run.json").write_text(json.dumps(described))
-    text = f"import dataclasses, pathlib\nfrom tests.tiny import Tiny\npathlib.Path({str(tmp_path / 'MARK')!r}).touch()\n"
-    (tmp_path / f"{module}.py").write_text(text + "@dataclasses.dataclass(frozen=True)\nclass Mine(Tiny):\n    pass\n")
+    text = (
+        "import dataclasses, pathlib\nfrom tests.tiny import"
+        f" Tiny\npathlib.Path({str(tmp_path / 'MARK')!r}).touch()\n"
+    )
+    (tmp_path / f"{module}.py").write_text(
+        text + "@dataclasses.dataclass(frozen=True)\nclass Mine(Tiny):\n    pass\n"
+    )
     return run
 
 
@@ -67,13 +79,21 @@ def program(words, cwd):
     paths = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths}
     return subprocess.run(
-        [sys.executable, "-c", code, *map(str, words)], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, *map(str, words)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
 def test_a_module_that_the_user_did_not_name_is_not_even_imported(tmp_path):
     run = published(tmp_path)
-    for words in (["export", run, tmp_path / "out"], ["resume", run, "--key-file", tmp_path / "key"]):
+    for words in (
+        ["export", run, tmp_path / "out"],
+        ["resume", run, "--key-file", tmp_path / "key"],
+    ):
         done = program(words, tmp_path)
         assert done.returncode == 2
         assert "--trust-module stranger" in done.stderr
@@ -83,20 +103,36 @@ def test_a_module_that_the_user_did_not_name_is_not_even_imported(tmp_path):
     assert (tmp_path / "MARK").exists()
 
 
-@pytest.mark.parametrize("name", ["pipelines/digits_vit.py", "sklearn.py", "transformers.py", "safetensors.py"])
+@pytest.mark.parametrize(
+    "name", ["pipelines/digits_vit.py", "sklearn.py", "transformers.py", "safetensors.py"]
+)
 def test_files_beside_a_run_pass_for_nothing(tmp_path, name):
-    """Who calls the program from within a folder that was copied from elsewhere has nothing of it imported."""
+    """Who calls the program from within a folder that was copied from elsewhere has nothing of it
+    imported.
+    """
     run = tmp_path / "runs" / "r"
     execute(
-        prepare(digits_vit().override(["privacy.steps=1"]), run="r", storage=str(run.parent), key_path=str(tmp_path / "key")), Comms.local()
+        prepare(
+            digits_vit().override(["privacy.steps=1"]),
+            run="r",
+            storage=str(run.parent),
+            key_path=str(tmp_path / "key"),
+        ),
+        Comms.local(),
     )
     (tmp_path / name).parent.mkdir(exist_ok=True)
-    for path in {tmp_path / name, (tmp_path / name).parent / ("__init__.py" if "/" in name else name)}:
+    for path in {
+        tmp_path / name,
+        (tmp_path / name).parent / ("__init__.py" if "/" in name else name),
+    }:
         path.write_text(f"import pathlib; pathlib.Path({str(tmp_path / 'MARK')!r}).touch()")
-    code = "import sys; sys.path.remove(''); from grape_ray.cli.main import main; main()"  # as the installed program, which has no '' there
+    # as the installed program, which has no '' there
+    code = "import sys; sys.path.remove(''); from grape_ray.cli.main import main; main()"
     words = [sys.executable, "-c", code, "export", str(run), str(tmp_path / "out")]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "MARK").exists()
 
@@ -113,10 +149,14 @@ def test_libraries_name_trusted_modules_as_well(tmp_path, monkeypatch):
 def test_what_is_trusted_is_a_module_and_those_below_it(tmp_path):
     with pytest.raises(ConfigError, match="not named"):
         rebuild_task({"class": "stranger2:Mine", "fields": {}}, trust=["stranger"])
-    assert rebuild_task({"class": "tests.tiny:Tiny", "fields": {"records": 150}}, trust=["tests"]) == Tiny(records=150)
+    assert rebuild_task(
+        {"class": "tests.tiny:Tiny", "fields": {"records": 150}}, trust=["tests"]
+    ) == Tiny(records=150)
 
 
-@pytest.mark.parametrize("url", ["simplecache::file:///tmp/x", "reference::file:///tmp/x.json", "reference://"])
+@pytest.mark.parametrize(
+    "url", ["simplecache::file:///tmp/x", "reference::file:///tmp/x.json", "reference://"]
+)
 def test_a_location_is_no_chain_of_drivers(url):
     with pytest.raises(StorageError, match="chain of drivers"):
         Storage(url)
@@ -132,9 +172,18 @@ class _Bomb:
 
 @pytest.fixture
 def sweep(tmp_path):
-    """A sweep's folder as it is when it was cut off, with a state of Ray Tune that runs code when it is loaded."""
-    words = {"storage": str(tmp_path / "sweeps"), "key_path": str(tmp_path / "key"), "scheduler": "none", "trials": 1}
-    begun = prepare_sweep(Options("tests.tiny_space", **words), *spaces.load("tests.tiny_space"), "a")
+    """A sweep's folder as it is when it was cut off, with a state of Ray Tune that runs code when
+    it is loaded.
+    """
+    words = {
+        "storage": str(tmp_path / "sweeps"),
+        "key_path": str(tmp_path / "key"),
+        "scheduler": "none",
+        "trials": 1,
+    }
+    begun = prepare_sweep(
+        Options("tests.tiny_space", **words), *spaces.load("tests.tiny_space"), "a"
+    )
     begun.register()
     state = tmp_path / "sweeps" / "a" / results.TUNE
     state.mkdir()
@@ -146,7 +195,9 @@ def test_pickles_of_a_sweep_that_others_began_are_not_loaded(sweep, monkeypatch)
     monkeypatch.setenv("XDG_DATA_HOME", str(sweep / "another-user"))
     with pytest.raises(ConfigError, match="--trust-state"):
         resume_sweep(str(sweep / "sweeps"), "a", {}, print)
-    shown = CliRunner().invoke(main, ["tune", "tests.tiny_space", "--resume", "a", "--storage", str(sweep / "sweeps")])
+    shown = CliRunner().invoke(
+        main, ["tune", "tests.tiny_space", "--resume", "a", "--storage", str(sweep / "sweeps")]
+    )
     assert shown.exit_code == 2
     assert "--trust-state" in shown.stderr
     assert not (sweep / "MARK").exists()
@@ -163,24 +214,39 @@ def test_a_sweeps_description_has_no_module_imported_and_no_key_of_its_own_used(
     path = sweep / "sweeps" / "a" / "sweep.json"
     described = json.loads(path.read_text())
     monkeypatch.syspath_prepend(str(sweep))
-    (sweep / "strange_space.py").write_text(f"import pathlib; pathlib.Path({str(sweep / 'MARK')!r}).touch()")
-    path.write_text(json.dumps({**described, "options": {**described["options"], "space": "strange_space"}}))
+    (sweep / "strange_space.py").write_text(
+        f"import pathlib; pathlib.Path({str(sweep / 'MARK')!r}).touch()"
+    )
+    path.write_text(
+        json.dumps({**described, "options": {**described["options"], "space": "strange_space"}})
+    )
     with pytest.raises(ConfigError, match="--trust-module strange_space"):
         resume_sweep(str(sweep / "sweeps"), "a", {}, print)
     assert not (sweep / "MARK").exists()
     inside = str(sweep / "sweeps" / "a" / "key")
-    path.write_text(json.dumps({**described, "options": {**described["options"], "key_path": inside}}))
+    path.write_text(
+        json.dumps({**described, "options": {**described["options"], "key_path": inside}})
+    )
     with pytest.raises(ConfigError, match="master key lies inside"):
         resume_sweep(str(sweep / "sweeps"), "a", {}, print)
 
 
 def test_a_selection_that_others_began_is_not_gone_on_with(tmp_path, monkeypatch):
-    words = {"storage": str(tmp_path / "sweeps"), "key_path": str(tmp_path / "key"), "mode": "select", "scheduler": "none"}
-    prepare_sweep(Options("tests.tiny_space", **words), *spaces.load("tests.tiny_space"), "a").register()
+    words = {
+        "storage": str(tmp_path / "sweeps"),
+        "key_path": str(tmp_path / "key"),
+        "mode": "select",
+        "scheduler": "none",
+    }
+    prepare_sweep(
+        Options("tests.tiny_space", **words), *spaces.load("tests.tiny_space"), "a"
+    ).register()
     path = tmp_path / "sweeps" / "a" / "sweep.json"
     mine = tmp_path / "mine"
     (mine / "runs").mkdir(parents=True)
-    path.write_text(json.dumps({**json.loads(path.read_text()), "sealed": str(mine), "mark": "0" * 32}))
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "sealed": str(mine), "mark": "0" * 32})
+    )
     with pytest.raises(ConfigError, match="--trust-state"):
         resume_sweep(str(tmp_path / "sweeps"), "a", {}, print)
     assert (mine / "runs").exists()

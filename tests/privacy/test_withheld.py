@@ -1,4 +1,6 @@
-"""No text of an exception that the task's code raised is printed or written: it may quote a record."""
+"""No text of an exception that the task's code raised is printed or written: it may quote a
+record.
+"""
 
 import json
 import os
@@ -29,7 +31,11 @@ def go(tmp_path, **task):
 
 
 def quoted(folder):
-    return [path for path in Path(folder).rglob("*") if path.is_file() and RECORD.encode() in path.read_bytes()]
+    return [
+        path
+        for path in Path(folder).rglob("*")
+        if path.is_file() and RECORD.encode() in path.read_bytes()
+    ]
 
 
 @pytest.mark.parametrize("at", PLACES)
@@ -62,9 +68,21 @@ def test_on_public_data_the_texts_are_shown(tmp_path):
 
 def test_the_program_prints_no_text(tmp_path):
     code = "from grape_ray.cli.main import main; main()"
-    words = ["train", "tests.quoting:quoting", "--storage", tmp_path / "runs", "--key-file", tmp_path / "key"]
+    words = [
+        "train",
+        "tests.quoting:quoting",
+        "--storage",
+        tmp_path / "runs",
+        "--key-file",
+        tmp_path / "key",
+    ]
     done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, words)], cwd=REPOSITORY, env=dict(os.environ), capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, *map(str, words)],
+        cwd=REPOSITORY,
+        env=dict(os.environ),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 2
     assert "the task failed with ValueError" in done.stderr

@@ -1,1 +1,3 @@
-"""Pure tensor functions: pairs of factors, bounds on rounding, norm estimates, patches of convolutions."""
+"""Pure tensor functions: pairs of factors, bounds on rounding, norm estimates, patches of
+convolutions.
+"""

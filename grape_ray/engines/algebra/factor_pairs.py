@@ -1,7 +1,8 @@
-"""A weight's per-example gradient as a pair of factors: left (B,T,O) and right (B,T,I) stand for left^T right, (B,O,I), never formed early.
+"""A weight's per-example gradient as a pair of factors: left (B,T,O) and right (B,T,I) stand for
+left^T right, (B,O,I), never formed early.
 
-Shapes: B examples, T positions, O and I the weight's two sides, R rank, U uses of one weight. Left may be an `Index`: one-hot rows
-of an embedding table, kept as ids.
+Shapes: B examples, T positions, O and I the weight's two sides, R rank, U uses of one weight. Left
+may be an `Index`: one-hot rows of an embedding table, kept as ids.
 """
 
 from __future__ import annotations
@@ -43,11 +44,15 @@ class Index:
         rows, _, width = right.shape
         out = right.new_zeros(rows * self.size, width)
         flat = self.ids + torch.arange(rows, device=self.ids.device).unsqueeze(1) * self.size
-        return out.index_add_(0, flat.reshape(-1), right.reshape(-1, width)).view(rows, self.size, width)
+        return out.index_add_(0, flat.reshape(-1), right.reshape(-1, width)).view(
+            rows, self.size, width
+        )
 
     def summed(self, right: Tensor) -> Tensor:
         """one-hot^T right over all examples -> (size,I)."""
-        return right.new_zeros(self.size, right.shape[-1]).index_add_(0, self.ids.reshape(-1), right.reshape(-1, right.shape[-1]))
+        return right.new_zeros(self.size, right.shape[-1]).index_add_(
+            0, self.ids.reshape(-1), right.reshape(-1, right.shape[-1])
+        )
 
 
 Left = Tensor | Index
@@ -64,20 +69,26 @@ def outer(left: Left, right: Tensor) -> Tensor:
 
 
 Pair = tuple[Left, Tensor]
-Sides = tuple[Tensor, Tensor]  # of a use: total lengths of the left and of the right factors, (B,) each
+# of a use: total lengths of the left and of the right factors, (B,) each
+Sides = tuple[Tensor, Tensor]
 _FEW_USES = 4  # of one weight, of which inner products are taken pair by pair
 
-_GRAM_ENTRIES, _GRADIENT_ENTRIES = 1 << 18, 1 << 21  # of inner products, which fit a cache, and of gradients that exist at a time
+# of inner products, which fit a cache, and of gradients that exist at a time
+_GRAM_ENTRIES, _GRADIENT_ENTRIES = 1 << 18, 1 << 21
 
 
 def wide(left: Left, right: Tensor) -> Pair:
-    """The pair in fp32 or fp64. Products of half-precision numbers are exact there, so that norm and sum see one and the same gradient."""
+    """The pair in fp32 or fp64. Products of half-precision numbers are exact there, so that norm
+    and sum see one and the same gradient.
+    """
     dtype = torch.promote_types(right.dtype, torch.float32)
     return left if isinstance(left, Index) else left.to(dtype), right.to(dtype)
 
 
 def joined(uses: list[Pair]) -> list[Pair]:
-    """The uses as they are, or, where there are many as of a recurrent layer's steps, as one use of all their positions."""
+    """The uses as they are, or, where there are many as of a recurrent layer's steps, as one use of
+    all their positions.
+    """
     lefts = [left for left, _ in uses if isinstance(left, Tensor)]
     if len(uses) <= _FEW_USES or len(lefts) < len(uses):
         return uses
@@ -90,11 +101,13 @@ def positions(uses: list[Pair]) -> int:
 
 
 def gram_squared_norms(uses: list[Pair]) -> Tensor:
-    """||sum_u left_u^T right_u||^2 per example by inner products of positions (ghost norm; Li et al. 2022) -> (B,) float64, from above.
+    """||sum_u left_u^T right_u||^2 per example by inner products of positions (ghost norm; Li et
+    al. 2022) -> (B,) float64, from above.
 
-    Sums over pairs of uses, so tied and reused weights are exact. Positions that cancel each other leave little but rounding, which
-    could come out as nothing: each inner product may be off by gamma_n |left_s| |left_t|, and the most that this can do to the sum,
-    by the Cauchy-Schwarz inequality, is added.
+    Sums over pairs of uses, so tied and reused weights are exact. Positions that cancel each other
+    leave little but rounding, which could come out as nothing: each inner product may be off by
+    gamma_n |left_s| |left_t|, and the most that this can do to the sum, by the Cauchy-Schwarz
+    inequality, is added.
     """
     return torch.cat([_gram(some) for some in _by_rows(uses, positions(uses) ** 2, _GRAM_ENTRIES)])
 
@@ -113,7 +126,8 @@ def _gram(uses: list[Pair]) -> Tensor:
             parts.append(2 * _entrywise(*crossed, sides[first], sides[second], left, right))
     total, off = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
     squares = total.clamp(min=0) + off + positions(uses) ** 2 * torch.finfo(dtype).tiny
-    # What is summed in the end is rounded by as much as this of the magnitudes, which a length times b length bounds.
+    # What is summed in the end is rounded by as much as this of the magnitudes, which a length
+    # times b length bounds.
     return raised(squares, torch.finfo(dtype).eps * sum(a * b for a, b in sides))
 
 
@@ -123,22 +137,37 @@ def _total_lengths(use: Pair, grams: tuple[Tensor, Tensor]) -> Sides:
     return total_length(left, chain(width(use[0]))), total_length(right, chain(use[1].shape[-1]))
 
 
-def _entrywise(left: Tensor, right: Tensor, rows: Sides, columns: Sides, one: Left, other: Tensor) -> Tensor:
-    """sum of left * right, two (B,Ta,Tb) of inner products, and what errors in them can change of it -> (2,B).
+def _entrywise(
+    left: Tensor, right: Tensor, rows: Sides, columns: Sides, one: Left, other: Tensor
+) -> Tensor:
+    """sum of left * right, two (B,Ta,Tb) of inner products, and what errors in them can change of
+    it -> (2,B).
 
-    With total lengths (a, b) of the rows' and (a', b') of the columns' factors, the errors are matrices of a Frobenius norm of at most
-    gamma a a' in `left` and gamma b b' in `right`. One-hot rows are exact.
+    With total lengths (a, b) of the rows' and (a', b') of the columns' factors, the errors are
+    matrices of a Frobenius norm of at most gamma a a' in `left` and gamma b b' in `right`. One-hot
+    rows are exact.
     """
     dtype = right.dtype
-    off_left = gamma(0 if isinstance(one, Index) else chain(one.shape[-1]), dtype) * rows[0] * columns[0]
+    off_left = (
+        gamma(0 if isinstance(one, Index) else chain(one.shape[-1]), dtype) * rows[0] * columns[0]
+    )
     off_right = gamma(chain(other.shape[-1]), dtype) * rows[1] * columns[1]
     norms = matrix_norms(left), matrix_norms(right)
     total, last = dots(left, right)
-    return torch.stack([total, off_left * norms[1] + off_right * norms[0] + off_left * off_right + last * norms[0] * norms[1]])
+    return torch.stack(
+        [
+            total,
+            off_left * norms[1]
+            + off_right * norms[0]
+            + off_left * off_right
+            + last * norms[0] * norms[1],
+        ]
+    )
 
 
 def outer_squared_norms(uses: list[Pair], small: Tensor | None = None) -> Tensor:
-    """||sum_u left_u^T right_u + small||^2 per example from the gradients themselves, some examples at a time -> (B,) float64, from above.
+    """||sum_u left_u^T right_u + small||^2 per example from the gradients themselves, some examples
+    at a time -> (B,) float64, from above.
 
     Args:
         small: what else there is of the gradient, (B, ...) of as many entries, or None.
@@ -149,20 +178,32 @@ def outer_squared_norms(uses: list[Pair], small: Tensor | None = None) -> Tensor
     for some in _by_rows(uses, entries, _GRADIENT_ENTRIES):
         whole = _whole(some)
         last = first + whole.shape[0]
-        found.append(squared(whole if small is None else whole + small[first:last].view(whole.shape)))
+        found.append(
+            squared(whole if small is None else whole + small[first:last].view(whole.shape))
+        )
         first = last
-    terms = len(uses) + max(right.shape[1] if isinstance(left, Index) else chain(right.shape[1]) for left, right in uses)
+    terms = len(uses) + max(
+        right.shape[1] if isinstance(left, Index) else chain(right.shape[1]) for left, right in uses
+    )
     underflow = positions(uses) * math.sqrt(entries) * torch.finfo(dtype).tiny
     return raised(torch.cat(found), gamma(terms + 2, dtype) * magnitudes(uses) + underflow)
 
 
 def _by_rows(uses: list[Pair], entries: int, most: int) -> Iterator[list[Pair]]:
-    """The pairs of some examples after the other, as many as have `most` entries together, or one; all of them on an accelerator."""
+    """The pairs of some examples after the other, as many as have `most` entries together, or one;
+    all of them on an accelerator.
+    """
     rows, device = uses[0][1].shape[0], uses[0][1].device.type
     size = max(1, most // max(entries, 1)) if device == "cpu" else max(rows, 1)
     for first in range(0, max(rows, 1), size):
         some = slice(first, first + size)
-        yield [(Index(left.ids[some], left.size) if isinstance(left, Index) else left[some], right[some]) for left, right in uses]
+        yield [
+            (
+                Index(left.ids[some], left.size) if isinstance(left, Index) else left[some],
+                right[some],
+            )
+            for left, right in uses
+        ]
 
 
 def _whole(uses: list[Pair]) -> Tensor:
@@ -181,7 +222,9 @@ def _whole(uses: list[Pair]) -> Tensor:
 
 
 def magnitudes(uses: list[Pair]) -> Tensor:
-    """sum over positions of ||left_t|| ||right_t|| per example -> (B,) float64, from above: the norm, if no two positions cancelled."""
+    """sum over positions of ||left_t|| ||right_t|| per example -> (B,) float64, from above: the
+    norm, if no two positions cancelled.
+    """
     total = torch.zeros((), dtype=torch.float64)
     for left, right in uses:
         product = vector_lengths(right).double()
@@ -203,19 +246,31 @@ def _inner(a: Left, b: Left, dtype: torch.dtype) -> Tensor:
 
 
 def lookup_squared_norms(index: Index, right: Tensor) -> Tensor:
-    """Squared norms of an embedding's per-example gradient by sums over equal ids, O(T I) each, no table, no T x T -> (B,), from above."""
+    """Squared norms of an embedding's per-example gradient by sums over equal ids, O(T I) each, no
+    table, no T x T -> (B,), from above.
+    """
     rows, length, width = right.shape
     ids, order = index.ids.sort(dim=1)
     fresh = torch.ones_like(ids, dtype=torch.bool)
     fresh[:, 1:] = ids[:, 1:] != ids[:, :-1]
     slots = fresh.cumsum(1) - 1 + torch.arange(rows, device=ids.device).unsqueeze(1) * length
     ordered = right.gather(1, order.unsqueeze(2).expand(-1, -1, width))
-    sums = right.new_zeros(rows * length, width).index_add_(0, slots.reshape(-1), ordered.reshape(-1, width))
+    sums = right.new_zeros(rows * length, width).index_add_(
+        0, slots.reshape(-1), ordered.reshape(-1, width)
+    )
     # A sum of k rows is off by gamma_k times the sum of their lengths; one row alone is exact.
     sizes = vector_lengths(ordered).double()
     magnitude = sizes.new_zeros(rows * length).index_add_(0, slots.reshape(-1), sizes.reshape(-1))
-    count = torch.zeros_like(magnitude).index_add_(0, slots.reshape(-1), torch.ones_like(sizes).reshape(-1))
-    error = (count - 1).clamp_(min=0).mul_(gamma(length, right.dtype) / max(length, 1)).mul_(magnitude).view(rows, length)
+    count = torch.zeros_like(magnitude).index_add_(
+        0, slots.reshape(-1), torch.ones_like(sizes).reshape(-1)
+    )
+    error = (
+        (count - 1)
+        .clamp_(min=0)
+        .mul_(gamma(length, right.dtype) / max(length, 1))
+        .mul_(magnitude)
+        .view(rows, length)
+    )
     return raised(squared(sums.view(rows, length, width)), torch.linalg.vector_norm(error, dim=1))
 
 
@@ -227,7 +282,9 @@ def summed(left: Left, right: Tensor) -> Tensor:
 
 
 def scaled(left: Left, right: Tensor, factors: Tensor) -> Pair:
-    """The pair, in fp32 or better, with each example's product scaled by its factor (B,), applied to the narrower side."""
+    """The pair, in fp32 or better, with each example's product scaled by its factor (B,), applied
+    to the narrower side.
+    """
     left, right = wide(left, right)
     if isinstance(left, Index) or right.shape[-1] <= left.shape[-1]:
         return left, right * factors.view(-1, 1, 1).to(right.dtype)

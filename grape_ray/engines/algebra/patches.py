@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 def patches(x: Tensor, kernel: tuple[int, ...], spec: tuple) -> Tensor:
-    """Patches of x (N,C,L) or (N,C,H,W) -> (N, positions, C * kernel elements), in the order of the flattened weight.
+    """Patches of x (N,C,L) or (N,C,H,W) -> (N, positions, C * kernel elements), in the order of the
+    flattened weight.
 
     Args:
         spec: (stride, padding, dilation), a list each.

@@ -1,1 +1,3 @@
-"""How per-example gradients are caught: tracked parameters, taps, and which rows belong to which example."""
+"""How per-example gradients are caught: tracked parameters, taps, and which rows belong to which
+example.
+"""

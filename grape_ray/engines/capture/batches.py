@@ -1,4 +1,6 @@
-"""A batch as the engine sees it: tensors with one entry an example, in any nest of dicts, lists and tuples."""
+"""A batch as the engine sees it: tensors with one entry an example, in any nest of dicts, lists and
+tuples.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,15 @@ def plain(batch: Any) -> Any:
 
 
 def mapped(batch: Any, change: Callable[[Tensor], Tensor] = lambda t: t) -> Any:
-    """The batch in new containers, with every tensor changed; what a forward pass does to its containers then ends with it."""
+    """The batch in new containers, with every tensor changed; what a forward pass does to its
+    containers then ends with it.
+    """
     made = tree_map(lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf, plain(batch))
-    return made if isinstance(batch, (dict, list, tuple, Tensor)) or not hasattr(batch, "keys") else type(batch)(made)
+    return (
+        made
+        if isinstance(batch, (dict, list, tuple, Tensor)) or not hasattr(batch, "keys")
+        else type(batch)(made)
+    )
 
 
 def tensors_of(batch: Any) -> list[Tensor]:
@@ -34,23 +42,40 @@ def batch_rows(batch: Any) -> int:
     """Examples in a batch: the length of each of its tensors.
 
     Raises:
-        ConfigError: a tensor has another length, or none, or there are numbers beside them. What is no example's own may be made from
-            all of them, and nothing could tell.
+        ConfigError: a tensor has another length, or none, or there are numbers beside them. What is
+            no example's own may be made from all of them, and nothing could tell.
     """
     tensors = tensors_of(batch)
     numbers = [
-        leaf for leaf in tree_flatten(plain(batch))[0] if isinstance(leaf, (Number, np.ndarray, np.generic)) and not isinstance(leaf, bool)
+        leaf
+        for leaf in tree_flatten(plain(batch))[0]
+        if isinstance(leaf, (Number, np.ndarray, np.generic)) and not isinstance(leaf, bool)
     ]
     lengths = {t.shape[0] if t.ndim else None for t in tensors}
     if len(lengths) != 1 or None in lengths or numbers:
-        shapes = ", ".join([*(str(tuple(t.shape)) for t in tensors[:4]), *(type(n).__name__ for n in numbers[:2])]) or type(batch).__name__
+        shapes = (
+            ", ".join(
+                [
+                    *(str(tuple(t.shape)) for t in tensors[:4]),
+                    *(type(n).__name__ for n in numbers[:2]),
+                ]
+            )
+            or type(batch).__name__
+        )
         fix = "keep what all examples share in the model or the task"
-        raise ConfigError("batch", shapes, "tensors, in a dict, list or tuple, with one entry an example in dimension 0", fix)
+        raise ConfigError(
+            "batch",
+            shapes,
+            "tensors, in a dict, list or tuple, with one entry an example in dimension 0",
+            fix,
+        )
     return tensors[0].shape[0]
 
 
 def is_mask(leaf: Tensor) -> bool:
-    """Whether a tensor of two or more dimensions holds zeros and ones alone, as attention masks do."""
+    """Whether a tensor of two or more dimensions holds zeros and ones alone, as attention masks
+    do.
+    """
     if leaf.ndim < 2 or leaf.is_floating_point() or leaf.is_complex():
         return False
     return leaf.dtype == torch.bool or bool(((leaf == 0) | (leaf == 1)).all())

@@ -1,4 +1,6 @@
-"""One pass over one micro-batch: what is done with each use of a parameter, and with the gradient that comes back from it."""
+"""One pass over one micro-batch: what is done with each use of a parameter, and with the gradient
+that comes back from it.
+"""
 
 from __future__ import annotations
 
@@ -14,26 +16,40 @@ from torch.utils._pytree import tree_map
 
 from grape_ray.engines.capture.dependence import Dependence, is_in_place, stripped, tensors_in
 from grape_ray.engines.capture.row_layout import Layout
-from grape_ray.engines.capture.tracked import Node, Tracked, graph_of, no_subclass, tracked_in, values_of
+from grape_ray.engines.capture.tracked import (
+    Node,
+    Tracked,
+    graph_of,
+    no_subclass,
+    tracked_in,
+    values_of,
+)
 from grape_ray.errors import UnsupportedLayer
 
 
 class Phase(enum.Enum):
-    """What a session is doing: the loss's forward pass, a verification of it, or the backward pass whose gradients count."""
+    """What a session is doing: the loss's forward pass, a verification of it, or the backward pass
+    whose gradients count.
+    """
 
     FORWARD = "forward"
     VERIFY = "verify"
     BACKWARD = "backward"
 
 
-Way = tuple[int, tuple, tuple]  # the number of a tap in its pass, the shape of a value or the shapes of arguments, the shape it meets
+# the number of a tap in its pass, the shape of a value or the shapes of arguments, the shape it
+# meets
+Way = tuple[int, tuple, tuple]
 
 
-Find = Callable[[Callable, str], Callable[..., Any]]  # (function, its name) -> what is done with it (capture.dispatch)
+# (function, its name) -> what is done with it (capture.dispatch)
+Find = Callable[[Callable, str], Callable[..., Any]]
 
 
 class Reroute(Exception):
-    """Shared values that carry the batch inside, or along dimensions to which they are expanded, where the other was tried."""
+    """Shared values that carry the batch inside, or along dimensions to which they are expanded,
+    where the other was tried.
+    """
 
     def __init__(self, ways: set[Way]):
         super().__init__(ways)
@@ -41,19 +57,25 @@ class Reroute(Exception):
 
 
 class Unsettled(Exception):
-    """A gradient at a use through which none came when its kind of pass was verified, so that nothing is known of its rows."""
+    """A gradient at a use through which none came when its kind of pass was verified, so that
+    nothing is known of its rows.
+    """
 
 
 class Tap:
     """One use of a parameter by the batch: where backward brings gradients that belong to examples.
 
     Attributes:
-        key: (parameters, operation, number of leading dimensions). lead: the leading dimensions of what is used.
-        layout: whose row is whose, once it is known. evidence: what came for each group whose losses went backward alone.
-            Of each group: sums (2, *lead) of the gradient and of its magnitudes over the features.
-        readings: all layouts that the evidence allows, where it was gathered. settled: whether they are one.
+        key: (parameters, operation, number of leading dimensions). lead: the leading dimensions of
+            what is used.
+        layout: whose row is whose, once it is known. evidence: what came for each group whose
+            losses went backward alone. Of each group: sums (2, *lead) of the gradient and of its
+            magnitudes over the features.
+        readings: all layouts that the evidence allows, where it was gathered. settled: whether they
+            are one.
         recorded: whether the forward pass has met this use.
-        way: where a shared value meets the batch: its place in `Session.inside`; None for all other uses.
+        way: where a shared value meets the batch: its place in `Session.inside`; None for all other
+            uses.
     """
 
     __slots__ = ("evidence", "key", "layout", "lead", "readings", "recorded", "settled", "way")
@@ -68,17 +90,30 @@ class Tap:
 
 
 class Session:
-    """One pass over one micro-batch: routes every operation on a tracked value, and hands what backward finds to the sink.
+    """One pass over one micro-batch: routes every operation on a tracked value, and hands what
+    backward finds to the sink.
 
     Attributes:
-        rows: examples in the micro-batch. anchor: a scalar that ties every tap into the autograd graph.
-        sink: the method's collector (engines.sink.Sink). dependence: knows what comes from the batch.
-        taps: all uses in the order of the forward pass. half: whether any was computed in half precision.
-        inside: the places where what is shared meets the batch in another way than was taken first: a value that carries the batch inside
-            (dispatch.own), or arguments of unknown origin that turned out to be constant.
+        rows: examples in the micro-batch. anchor: a scalar that ties every tap into the autograd
+            graph.
+        sink: the method's collector (engines.sink.Sink). dependence: knows what comes from the
+            batch.
+        taps: all uses in the order of the forward pass. half: whether any was computed in half
+            precision.
+        inside: the places where what is shared meets the batch in another way than was taken first:
+            a value that carries the batch inside (dispatch.own), or arguments of unknown origin
+            that turned out to be constant.
     """
 
-    def __init__(self, rows: int, sink: Any, device: torch.device, constants: set[int], inside: set[Way], find: Find):
+    def __init__(
+        self,
+        rows: int,
+        sink: Any,
+        device: torch.device,
+        constants: set[int],
+        inside: set[Way],
+        find: Find,
+    ):
         self._find = find
         self.rows, self.sink, self.device = rows, sink, device
         self.anchor = torch.zeros((), requires_grad=True, device=device)
@@ -99,9 +134,16 @@ class Session:
 
     @contextlib.contextmanager
     def apart(self, dependence: Dependence) -> Iterator[list[Tap]]:
-        """Another forward pass beside the one that counts, of as many examples as `dependence` says: gives the list of its uses."""
+        """Another forward pass beside the one that counts, of as many examples as `dependence`
+        says: gives the list of its uses.
+        """
         before = self.taps, self.dependence, self.rows
-        self.taps, self.dependence, self.rows, self._announcing = [], dependence, dependence.rows, False
+        self.taps, self.dependence, self.rows, self._announcing = (
+            [],
+            dependence,
+            dependence.rows,
+            False,
+        )
         try:
             yield self.taps
         finally:
@@ -109,12 +151,16 @@ class Session:
             self._announcing = True
 
     def track(self, node: Node) -> Tracked:
-        """The stand-in of a node; a gradient that reaches it past the taps is noticed by `check_leaks`."""
+        """The stand-in of a node; a gradient that reaches it past the taps is noticed by
+        `check_leaks`.
+        """
         with no_subclass():
             differentiable = node.graph.is_floating_point() or node.graph.is_complex()
             stand_in = torch.Tensor._make_subclass(Tracked, node.value, differentiable)
             if differentiable:
-                stand_in.register_post_accumulate_grad_hook(functools.partial(_leaked, self._leaks, node.label))
+                stand_in.register_post_accumulate_grad_hook(
+                    functools.partial(_leaked, self._leaks, node.label)
+                )
         stand_in.node, stand_in.session = node, self
         return stand_in
 
@@ -129,8 +175,14 @@ class Session:
         return self._find(func, name)(self, func, name, args, kwargs)
 
     def _write(self, name: str, args: tuple, kwargs: dict) -> None:
-        """Before an operation writes into a shared value: from then on it is no parameter any more, and what is written must be shared."""
-        if self.phase is Phase.FORWARD and torch.is_grad_enabled() and self.depends(name, args, kwargs):
+        """Before an operation writes into a shared value: from then on it is no parameter any more,
+        and what is written must be shared.
+        """
+        if (
+            self.phase is Phase.FORWARD
+            and torch.is_grad_enabled()
+            and self.depends(name, args, kwargs)
+        ):
             raise UnsupportedLayer(
                 f"a copy of parameter {args[0].node.label}, by `{name}`",
                 "values of the batch written into it",
@@ -146,8 +198,13 @@ class Session:
             UnsupportedLayer: it has, and its rows were picked across examples by their values.
         """
         plain = [t for t in tensors_in(args, kwargs) if not isinstance(t, Tracked)]
-        key = name, tuple(t.node.label for t in tensors_in(args, kwargs) if isinstance(t, Tracked)), tuple(t.shape for t in plain)
-        if self.phase is not Phase.FORWARD:  # a recomputed block, on any thread: as it was the first time
+        key = (
+            name,
+            tuple(t.node.label for t in tensors_in(args, kwargs) if isinstance(t, Tracked)),
+            tuple(t.shape for t in plain),
+        )
+        # a recomputed block, on any thread: as it was the first time
+        if self.phase is not Phase.FORWARD:
             answer = self._depends.get(key, True)
             if answer is None:
                 raise UnsupportedLayer(
@@ -163,18 +220,26 @@ class Session:
             self._unsure = len(self.taps), key[2], ()
             answer = self._unsure not in self.inside
         self._depends[key] = answer if self._depends.get(key, answer) == answer else None
-        by = next((p for t in plain if (p := self.dependence.picked(t)) is not None), None) if answer else None
+        by = (
+            next((p for t in plain if (p := self.dependence.picked(t)) is not None), None)
+            if answer
+            else None
+        )
         if by is not None:
             raise UnsupportedLayer(
                 f"operation '{name}' on parameter {', '.join(key[1])}",
                 f"rows that `{by}` picked across examples by their values",
-                "rows that belong to examples by their place (of experts, the implementation that computes all rows in place)",
-                "choose such an implementation (transformers: model.set_experts_implementation('batched_mm')), or freeze the parameter",
+                "rows that belong to examples by their place (of experts, the implementation that"
+                " computes all rows in place)",
+                "choose such an implementation (transformers:"
+                " model.set_experts_implementation('batched_mm')), or freeze the parameter",
             )
         return answer
 
     def shared_argument(self, tensor: Tensor) -> bool:
-        """Whether the batch has no part in one argument; in a recomputed block, whether it had none the first time."""
+        """Whether the batch has no part in one argument; in a recomputed block, whether it had none
+        the first time.
+        """
         if self.phase is Phase.FORWARD:
             answer = self.dependence.constant(tensor)
             self._depends["argument", tensor.shape, tensor.dtype] = answer
@@ -182,7 +247,9 @@ class Session:
         return bool(self._depends.get(("argument", tensor.shape, tensor.dtype), False))
 
     def tap(self, nodes: Sequence[Node | None], name: str, lead: Sequence[int]) -> Tap:
-        """Announces a use of parameters by the batch, with the leading dimensions of the gradients that it will bring."""
+        """Announces a use of parameters by the batch, with the leading dimensions of the gradients
+        that it will bring.
+        """
         found = [node for node in nodes if node is not None]
         tap = Tap((", ".join(node.label for node in found), name, len(lead)), tuple(lead))
         if self.phase is Phase.FORWARD:
@@ -195,7 +262,9 @@ class Session:
         return tap
 
     def arriving(self, tap: Tap, grad: Tensor) -> bool:
-        """Told by a tap of its output's gradient (*lead, *features); whether it counts, or was a question of whose it is."""
+        """Told by a tap of its output's gradient (*lead, *features); whether it counts, or was a
+        question of whose it is.
+        """
         if self.phase is Phase.FORWARD:
             raise UnsupportedLayer(
                 f"a gradient of parameter {tap.key[0]} is taken inside the loss",
@@ -208,7 +277,10 @@ class Session:
             features = list(range(len(tap.lead), grad.ndim))
             wide = grad if features else grad.unsqueeze(-1)
             features = features or [-1]
-            sums = wide.sum(features, dtype=torch.float64), wide.abs().sum(features, dtype=torch.float64)
+            sums = (
+                wide.sum(features, dtype=torch.float64),
+                wide.abs().sum(features, dtype=torch.float64),
+            )
             tap.evidence.append(torch.stack(sums))
             return False
         if tap.layout is None:
@@ -234,21 +306,31 @@ class Session:
         assert tap.layout is not None
         return tap.layout.summed(tensor, len(tap.lead), self.rows)
 
-    def derive(self, func: Callable, args: tuple, kwargs: dict, transposed: bool | None = None) -> Any:
+    def derive(
+        self, func: Callable, args: tuple, kwargs: dict, transposed: bool | None = None
+    ) -> Any:
         """The operation on shared values alone; tensors in the result are tracked.
 
         Args:
-            transposed: where the result is still the one parameter up to a cast: whether it is transposed now.
+            transposed: where the result is still the one parameter up to a cast: whether it is
+                transposed now.
         """
         found = tracked_in(args, kwargs)
         with torch.enable_grad(), no_subclass():
             out = func(*tree_map(graph_of, args), **tree_map(graph_of, kwargs))
         leaves = {n: leaf for t in found for n, leaf in t.node.leaves.items()}
         root = found[0].node.root if transposed is not None else None
-        return tree_map(lambda t: self.track(Node(t, leaves, root, bool(transposed))) if isinstance(t, Tensor) else t, out)
+        return tree_map(
+            lambda t: (
+                self.track(Node(t, leaves, root, bool(transposed))) if isinstance(t, Tensor) else t
+            ),
+            out,
+        )
 
     def dense(self, node: Node, grads: Tensor) -> None:
-        """Takes per-example gradients (B, *node's shape); those of computed values wait for `flush`."""
+        """Takes per-example gradients (B, *node's shape); those of computed values wait for
+        `flush`.
+        """
         if node.root is not None and not node.transposed:
             self.sink.dense(node.root, grads)
         elif id(node) in self._pending:
@@ -258,7 +340,9 @@ class Session:
 
     @torch.no_grad()
     def flush(self) -> None:
-        """Pulls the gradients of computed values back to their parameters, example by example (batched by vmap)."""
+        """Pulls the gradients of computed values back to their parameters, example by example
+        (batched by vmap).
+        """
         for node, grads in self._pending.values():
             if not node.graph.requires_grad:
                 continue
@@ -273,7 +357,9 @@ class Session:
         self._pending.clear()
 
     def check_leaks(self) -> None:
-        """Raises UnsupportedLayer where backward brought a gradient past the taps: it would be lost."""
+        """Raises UnsupportedLayer where backward brought a gradient past the taps: it would be
+        lost.
+        """
         if self._leaks:
             raise past_the_engine(self._leaks[0])
 
@@ -288,7 +374,8 @@ def past_the_engine(label: str) -> UnsupportedLayer:
     """The refusal of a use that no tap sees."""
     return UnsupportedLayer(
         f"parameter {label} is used where torch functions are not seen",
-        "a gradient of the whole batch (torch.jit, an autograd.Function of your own, vmap over it, a reference kept outside its module)",
+        "a gradient of the whole batch (torch.jit, an autograd.Function of your own, vmap over it,"
+        " a reference kept outside its module)",
         "uses as torch functions of what the module's own attribute holds",
         "freeze it (requires_grad=False), or write the operation with torch functions",
     )

@@ -1,6 +1,7 @@
 """What a forward pass may not change: parameters, buffers and attributes of modules.
 
-State that a pass writes is a function of the examples, without noise: it would be saved with the model, or shape later gradients.
+State that a pass writes is a function of the examples, without noise: it would be saved with the
+model, or shape later gradients.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ _SMALL_BYTES = 1 << 12  # of a buffer or array whose contents are compared after
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, those that are not saved included; a shared tensor under each of its names."""
+    """Parameters and buffers by name, those that are not saved included; a shared tensor under each
+    of its names.
+    """
     found = {}
     for prefix, module in model.named_modules():
         for held in (module._buffers, module._parameters):
@@ -42,9 +45,11 @@ def _trained(tensor: Tensor) -> bool:
 
 
 def checksum(tensor: Tensor) -> int:
-    """A number that any change of bits is all but certain to change; at the speed of memory, not of cryptography.
+    """A number that any change of bits is all but certain to change; at the speed of memory, not of
+    cryptography.
 
-    The sum of all words, and of all words times their position modulo 2^16, so that exchanged values show too.
+    The sum of all words, and of all words times their position modulo 2^16, so that exchanged
+    values show too.
     """
     flat = tensor.detach().contiguous().reshape(-1)
     if flat.is_complex():
@@ -55,31 +60,57 @@ def checksum(tensor: Tensor) -> int:
     for chunk in words.split(1 << 20):  # in the cache, and no copy of a large tensor in int64
         chunk = chunk.long()
         plain += int(chunk.sum())
-        mixed += int((chunk * torch.arange(1, len(chunk) + 1, device=chunk.device).bitwise_and_(0xFFFF)).sum())
+        mixed += int(
+            (
+                chunk * torch.arange(1, len(chunk) + 1, device=chunk.device).bitwise_and_(0xFFFF)
+            ).sum()
+        )
     return hash((plain, mixed, tuple(tensor.shape), str(tensor.dtype)))
 
 
 def check_kinds(model: nn.Module, params: Mapping[str, Tensor]) -> None:
-    """Refuses what cannot be clipped, trained or watched: complex and fp16 parameters, state that modules add to what is saved."""
+    """Refuses what cannot be clipped, trained or watched: complex and fp16 parameters, state that
+    modules add to what is saved.
+    """
     for name, param in params.items():
         if param.is_complex():
-            fix = "hold its real and imaginary parts as one real parameter, and use torch.view_as_complex of it"
-            raise UnsupportedLayer(f"parameter '{name}'", "complex numbers", "real numbers, which clipping and noise are defined for", fix)
+            fix = (
+                "hold its real and imaginary parts as one real parameter, and use"
+                " torch.view_as_complex of it"
+            )
+            raise UnsupportedLayer(
+                f"parameter '{name}'",
+                "complex numbers",
+                "real numbers, which clipping and noise are defined for",
+                fix,
+            )
         if param.dtype == torch.float16:
             expected = "bfloat16 (trained with stochastic rounding), float32 or float64"
-            fix = "load the model with dtype=torch.bfloat16 or torch.float32: most of a private step is lost in float16"
+            fix = (
+                "load the model with dtype=torch.bfloat16 or torch.float32: most of a private step"
+                " is lost in float16"
+            )
             raise UnsupportedLayer(f"parameter '{name}'", "float16", expected, fix)
     for name, module in model.named_modules():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise UnsupportedLayer(
-                f"module '{name}'", "get_extra_state", "parameters and buffers, which can be watched", "keep it in a buffer"
+                f"module '{name}'",
+                "get_extra_state",
+                "parameters and buffers, which can be watched",
+                "keep it in a buffer",
             )
 
 
 @contextlib.contextmanager
 def awake(model: nn.Module) -> Iterator[None]:
-    """Small values in trainable tensors that begin as zeros, as LoRA's do: through zeros no gradient would show whose it is."""
-    asleep = [p for p in model.parameters() if p.requires_grad and p.numel() and not bool(p.detach().any())]
+    """Small values in trainable tensors that begin as zeros, as LoRA's do: through zeros no
+    gradient would show whose it is.
+    """
+    asleep = [
+        p
+        for p in model.parameters()
+        if p.requires_grad and p.numel() and not bool(p.detach().any())
+    ]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for param in asleep:
@@ -93,7 +124,9 @@ def awake(model: nn.Module) -> Iterator[None]:
 
 
 def _contents(value: Any) -> Any:
-    """What a plain attribute holds, as far as a pass could add to it: versions of tensors, bytes of small arrays, members of containers."""
+    """What a plain attribute holds, as far as a pass could add to it: versions of tensors, bytes of
+    small arrays, members of containers.
+    """
     if isinstance(value, Tensor):
         return None if value.is_inference() else value._version
     if isinstance(value, np.ndarray):
@@ -108,9 +141,10 @@ def _contents(value: Any) -> Any:
 class Watch:
     """The state of a model before a pass, and what has to hold after it.
 
-    Guarantees: what a pass rebinds among the attributes of modules (`self.mean = ...`) is put back at its end, so that no pass knows what
-    an earlier one left there. Writes into buffers and weights, trained ones included, are refused: by identity and version after every
-    pass, and bit by bit, which also finds what goes past torch (`.data`, numpy), wherever a pass is verified.
+    Guarantees: what a pass rebinds among the attributes of modules (`self.mean = ...`) is put back
+    at its end, so that no pass knows what an earlier one left there. Writes into buffers and
+    weights, trained ones included, are refused: by identity and version after every pass, and bit
+    by bit, which also finds what goes past torch (`.data`, numpy), wherever a pass is verified.
     """
 
     def __init__(self, model: nn.Module):
@@ -121,23 +155,40 @@ class Watch:
             (f"{name}.{key}" if name else key, value, seen)
             for name, module in model.named_modules()
             for key, value in module.__dict__.items()
-            if key not in _REGISTRIES and not key.startswith("_") and (seen := _contents(value)) is not None
+            if key not in _REGISTRIES
+            and not key.startswith("_")
+            and (seen := _contents(value)) is not None
         ]
         self._tensors = state_of(model)
         self._small = [
             (name, tensor, checksum(tensor))
             for name, tensor in self._tensors.items()
-            if not isinstance(tensor, nn.Parameter) and tensor.numel() * tensor.element_size() <= _SMALL_BYTES and tensor.is_cpu
+            if not isinstance(tensor, nn.Parameter)
+            and tensor.numel() * tensor.element_size() <= _SMALL_BYTES
+            and tensor.is_cpu
         ]
-        self._versions = {name: tensor._version for name, tensor in self._tensors.items() if not tensor.is_inference()}
+        self._versions = {
+            name: tensor._version
+            for name, tensor in self._tensors.items()
+            if not tensor.is_inference()
+        }
 
     def constants(self) -> set[int]:
-        """The ids of tensors that the pass's batch has not touched: untrained ones, and those that modules hold as attributes."""
-        held = {id(value) for attributes in self._attributes for value in attributes.values() if isinstance(value, Tensor)}
+        """The ids of tensors that the pass's batch has not touched: untrained ones, and those that
+        modules hold as attributes.
+        """
+        held = {
+            id(value)
+            for attributes in self._attributes
+            for value in attributes.values()
+            if isinstance(value, Tensor)
+        }
         return held | {id(tensor) for tensor in self._tensors.values() if not _trained(tensor)}
 
     def contents(self) -> dict[str, int]:
-        """A checksum of each parameter and buffer as it is now; of one that a pass replaced, `check` tells."""
+        """A checksum of each parameter and buffer as it is now; of one that a pass replaced,
+        `check` tells.
+        """
         return {name: checksum(tensor) for name, tensor in self._tensors.items()}
 
     def restore_attributes(self) -> None:
@@ -149,7 +200,9 @@ class Watch:
             now.update({key: value for key, value in before.items() if key not in _REGISTRIES})
 
     def check(self) -> None:
-        """Raises UnsupportedLayer where a parameter or buffer was replaced or written to, or an attribute's contents were."""
+        """Raises UnsupportedLayer where a parameter or buffer was replaced or written to, or an
+        attribute's contents were.
+        """
         for name, value, seen in self._held:
             if _contents(value) != seen:
                 raise written(name)
@@ -159,19 +212,26 @@ class Watch:
         after = state_of(self._model)
         for name in {**self._tensors, **after}:
             old, new = self._tensors.get(name), after.get(name)
-            if old is not new or (new is not None and name in self._versions and new._version != self._versions[name]):
+            if old is not new or (
+                new is not None and name in self._versions and new._version != self._versions[name]
+            ):
                 raise written(name)
 
 
 class Start:
-    """The untrained tensors of a model as training begins; what is saved with it later must be these, bit for bit."""
+    """The untrained tensors of a model as training begins; what is saved with it later must be
+    these, bit for bit.
+    """
 
     def __init__(self, model: nn.Module):
         self._model = model
         self._sums = self._now()
 
     def _now(self) -> dict[str, int]:
-        return {name: checksum(sharding.local(tensor)) for name, tensor in untrained(self._model).items()}
+        return {
+            name: checksum(sharding.local(tensor))
+            for name, tensor in untrained(self._model).items()
+        }
 
     def check(self) -> None:
         """Raises UnsupportedLayer, naming a tensor that changed."""
@@ -185,6 +245,7 @@ def written(name: str) -> UnsupportedLayer:
     return UnsupportedLayer(
         f"tensor '{name}' is written to in the forward pass",
         None,
-        "a forward pass that changes nothing (what it writes is a function of the examples, without noise)",
+        "a forward pass that changes nothing (what it writes is a function of the examples, without"
+        " noise)",
         "call .eval() on the layer that keeps statistics, or replace it",
     )

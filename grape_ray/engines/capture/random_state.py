@@ -11,11 +11,22 @@ import torch
 
 
 def random_states(device: torch.device) -> list:
-    """The states of torch's generators that a pass on `device` draws from, of NumPy's and of Python's."""
+    """The states of torch's generators that a pass on `device` draws from, of NumPy's and of
+    Python's.
+    """
     found: list[tuple[Callable, Any]] = [(torch.set_rng_state, torch.get_rng_state())]
     if device.type == "cuda":
-        found.append((lambda state: torch.cuda.set_rng_state(state, device), torch.cuda.get_rng_state(device)))
-    return [*found, (np.random.set_state, np.random.get_state()), (random.setstate, random.getstate())]
+        found.append(
+            (
+                lambda state: torch.cuda.set_rng_state(state, device),
+                torch.cuda.get_rng_state(device),
+            )
+        )
+    return [
+        *found,
+        (np.random.set_state, np.random.get_state()),
+        (random.setstate, random.getstate()),
+    ]
 
 
 def set_states(states: list) -> None:

@@ -1,6 +1,8 @@
-"""Which example owns which rows of a tensor: regular layouts, and how they are told from where gradients are exactly zero.
+"""Which example owns which rows of a tensor: regular layouts, and how they are told from where
+gradients are exactly zero.
 
-Shapes: B examples (`rows`), K groups of examples, *lead the leading dimensions of a tensor, those that are not features.
+Shapes: B examples (`rows`), K groups of examples, *lead the leading dimensions of a tensor, those
+that are not features.
 """
 
 from __future__ import annotations
@@ -18,13 +20,15 @@ Lead = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Layout:
-    """One leading dimension carries the examples: it is `outer` x B x `inner` long, and its entry j belongs to example j // inner % B.
+    """One leading dimension carries the examples: it is `outer` x B x `inner` long, and its entry j
+    belongs to example j // inner % B.
 
-    (B, T) has outer = inner = 1 on axis 0, (B * T,) has inner = T, two views one after the other (2 * B,) have outer = 2, time-major
-    (T, B) lies on axis 1.
+    (B, T) has outer = inner = 1 on axis 0, (B * T,) has inner = T, two views one after the other (2
+    * B,) have outer = 2, time-major (T, B) lies on axis 1.
 
     Attributes:
-        only: the example that owns all of it, as in a loop over the examples; the other fields say nothing then.
+        only: the example that owns all of it, as in a loop over the examples; the other fields say
+            nothing then.
     """
 
     axis: int = 0
@@ -35,8 +39,8 @@ class Layout:
     def fitted(self, lead: Lead, rows: int) -> Layout | None:
         """The same layout for another size, or None where it does not follow from this one.
 
-        A factor that was seen to be more than 1 may be another number; of two views one after the other it would not be known whether
-        there are more of them now, or more entries in each.
+        A factor that was seen to be more than 1 may be another number; of two views one after the
+        other it would not be known whether there are more of them now, or more entries in each.
         """
         if self.only is not None:
             return self
@@ -54,7 +58,9 @@ class Layout:
         return torch.arange(lead[self.axis]) // self.inner % rows
 
     def by_example(self, tensor: Tensor, dims: int, rows: int) -> Tensor:
-        """(*lead, *features) with `dims` leading dimensions -> (B, T, *features), T all positions of an example."""
+        """(*lead, *features) with `dims` leading dimensions -> (B, T, *features), T all positions
+        of an example.
+        """
         features = tensor.shape[dims:]
         if self.only is not None:
             out = tensor.new_zeros(rows, math.prod(tensor.shape[:dims]), *features)
@@ -89,7 +95,8 @@ def agrees(layout: Layout, evidence: Tensor, groups: Tensor) -> bool:
     """Whether every group's gradients stay within the rows of its own examples.
 
     Args:
-        evidence: (K, *lead) bool, where the gradient of the group's losses is not zero. groups: (K, B) bool.
+        evidence: (K, *lead) bool, where the gradient of the group's losses is not zero. groups: (K,
+            B) bool.
     """
     owners = layout.owners(tuple(evidence.shape[1:]), groups.shape[1])
     own = groups[:, owners]
@@ -101,19 +108,33 @@ def agrees(layout: Layout, evidence: Tensor, groups: Tensor) -> bool:
 
 
 def readings(evidence: Tensor, groups: Tensor) -> list[Layout]:
-    """The layouts that the evidence allows, the usual ones first; those of single examples only where no other does."""
-    found = [c for c in candidates(tuple(evidence.shape[1:]), groups.shape[1]) if agrees(c, evidence, groups)]
+    """The layouts that the evidence allows, the usual ones first; those of single examples only
+    where no other does.
+    """
+    found = [
+        c
+        for c in candidates(tuple(evidence.shape[1:]), groups.shape[1])
+        if agrees(c, evidence, groups)
+    ]
     return [c for c in found if c.only is None] or found
 
 
 def every_pair(rows: int) -> Tensor:
-    """Groups (K, B) such that of any two examples one is in a group without the other: the bits of their numbers, set and not set."""
-    bits = torch.arange(rows).unsqueeze(0) >> torch.arange(max((rows - 1).bit_length(), 1)).unsqueeze(1) & 1
+    """Groups (K, B) such that of any two examples one is in a group without the other: the bits of
+    their numbers, set and not set.
+    """
+    bits = (
+        torch.arange(rows).unsqueeze(0)
+        >> torch.arange(max((rows - 1).bit_length(), 1)).unsqueeze(1)
+        & 1
+    )
     return torch.cat([bits, 1 - bits]).bool()
 
 
 def random_halves(rows: int) -> Tensor:
-    """A random half of the examples and the rest, (2, B); of two examples it tells apart every other pair."""
+    """A random half of the examples and the rest, (2, B); of two examples it tells apart every
+    other pair.
+    """
     order = sorted(range(rows), key=lambda _: secrets.randbits(32))
     half = torch.zeros(rows, dtype=torch.bool)
     half[order[: (rows + 1) // 2]] = True

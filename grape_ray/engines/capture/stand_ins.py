@@ -1,4 +1,6 @@
-"""The stand-ins of parameters in the modules' own slots, for the time of a pass; the model object stays the user's."""
+"""The stand-ins of parameters in the modules' own slots, for the time of a pass; the model object
+stays the user's.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ class Slot(NamedTuple):
 
 
 def _stand_in(session: Session, slots: list[Slot]) -> None:
-    """Puts a stand-in into every slot that holds a whole tensor; a tied one is the same everywhere."""
+    """Puts a stand-in into every slot that holds a whole tensor; a tied one is the same
+    everywhere.
+    """
     made: dict[int, Tracked] = {}
     for slot in slots:
         value = slot.module._parameters[slot.key]
@@ -39,14 +43,18 @@ def _stand_in(session: Session, slots: list[Slot]) -> None:
 
 
 @contextlib.contextmanager
-def tracking(model: nn.Module, params: dict[str, nn.Parameter], session: Session, watch: Watch) -> Iterator[None]:
-    """Swaps tracked stand-ins for `params` into the model's modules, and the parameters back afterwards, whatever happens.
+def tracking(
+    model: nn.Module, params: dict[str, nn.Parameter], session: Session, watch: Watch
+) -> Iterator[None]:
+    """Swaps tracked stand-ins for `params` into the model's modules, and the parameters back
+    afterwards, whatever happens.
 
-    A sharded model's weights are there only while their block runs, so their stand-ins are made anew each time it is entered.
+    A sharded model's weights are there only while their block runs, so their stand-ins are made
+    anew each time it is entered.
 
     Raises:
-        UnsupportedLayer: a parameter received an ordinary gradient, so the model reached it past the engine; or the pass has written to
-            what is not trained.
+        UnsupportedLayer: a parameter received an ordinary gradient, so the model reached it past
+            the engine; or the pass has written to what is not trained.
     """
     names = {id(param): name for name, param in params.items()}
     slots = [
@@ -60,9 +68,12 @@ def tracking(model: nn.Module, params: dict[str, nn.Parameter], session: Session
     try:
         for param in params.values():
             param.grad = None
-        owners = {part: gate for module, gate in gated.items() for part in module.modules()}  # inner blocks come later and win
+        # inner blocks come later and win
+        owners = {part: gate for module, gate in gated.items() for part in module.modules()}
         for gate in gated.values():
-            gate.watcher = functools.partial(_stand_in, session, [s for s in slots if owners[s.module] is gate])
+            gate.watcher = functools.partial(
+                _stand_in, session, [s for s in slots if owners[s.module] is gate]
+            )
         if not gated:
             _stand_in(session, slots)
             _flat_weights(model)
@@ -85,7 +96,13 @@ def tracking(model: nn.Module, params: dict[str, nn.Parameter], session: Session
 
 
 def _flat_weights(model: nn.Module) -> None:
-    """Recurrent layers keep their weights a second time, in a list; the attribute is put back with all others."""
+    """Recurrent layers keep their weights a second time, in a list; the attribute is put back with
+    all others.
+    """
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
-            object.__setattr__(module, "_flat_weights", [module._parameters[name] for name in module._flat_weights_names])
+            object.__setattr__(
+                module,
+                "_flat_weights",
+                [module._parameters[name] for name in module._flat_weights_names],
+            )

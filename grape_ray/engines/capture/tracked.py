@@ -1,9 +1,11 @@
-"""Parameters that answer for themselves: a tensor subclass stands in for each trainable parameter during one pass.
+"""Parameters that answer for themselves: a tensor subclass stands in for each trainable parameter
+during one pass.
 
-Whatever the model does with a parameter (a Linear, a bare `weight * x`, a tied head, `cls_token.expand(B, ...)`) reaches
-`Session.call`, on any thread and inside recomputed checkpoints. A value is either *shared* (computed from parameters and constants
-alone: it stays tracked, as a Node) or the batch has a part in it (from there on it is a plain tensor whose gradient is taken apart
-by example).
+Whatever the model does with a parameter (a Linear, a bare `weight * x`, a tied head,
+`cls_token.expand(B, ...)`) reaches `Session.call`, on any thread and inside recomputed checkpoints.
+A value is either *shared* (computed from parameters and constants alone: it stays tracked, as a
+Node) or the batch has a part in it (from there on it is a plain tensor whose gradient is taken
+apart by example).
 """
 
 from __future__ import annotations
@@ -23,14 +25,22 @@ class Node:
 
     Attributes:
         graph: the value, with autograd history. leaves: parameter name -> leaf.
-        root: the parameter that it is, up to a cast, or None. transposed: whether it is that parameter's 2-D transpose.
+        root: the parameter that it is, up to a cast, or None. transposed: whether it is that
+            parameter's 2-D transpose.
         spread: where this value is copies of another, as of a prefix token.
-        lookup: (node, ids, padding_idx), where this value is rows of a table at constant places, as of positions.
+        lookup: (node, ids, padding_idx), where this value is rows of a table at constant places, as
+            of positions.
     """
 
     __slots__ = ("graph", "leaves", "lookup", "root", "spread", "transposed")
 
-    def __init__(self, graph: Tensor, leaves: dict[str, Tensor], root: str | None = None, transposed: bool = False):
+    def __init__(
+        self,
+        graph: Tensor,
+        leaves: dict[str, Tensor],
+        root: str | None = None,
+        transposed: bool = False,
+    ):
         self.graph, self.leaves, self.root, self.transposed = graph, leaves, root, transposed
         self.spread: Spread | None = None
         self.lookup: tuple[Node, Tensor, int | None] | None = None
@@ -45,7 +55,9 @@ class Node:
 
 
 class Spread(NamedTuple):
-    """Copies of a shared value: `source` expanded to `shape`, and then reshaped by the operations `then`, (function, arguments) each."""
+    """Copies of a shared value: `source` expanded to `shape`, and then reshaped by the operations
+    `then`, (function, arguments) each.
+    """
 
     source: Node
     shape: tuple[int, ...]

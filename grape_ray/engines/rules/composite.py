@@ -1,4 +1,6 @@
-"""Layers that torch computes in one call, written out in operations that have rules: attention, recurrent layers and their cells."""
+"""Layers that torch computes in one call, written out in operations that have rules: attention,
+recurrent layers and their cells.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from grape_ray.engines.capture.dispatch import fast_rule, shared
 from grape_ray.engines.capture.tracked import Tracked, tracked_in
 from grape_ray.errors import UnsupportedLayer
 
-# torch's own function, past its first question, which hands it over whole: its operations are then seen one by one.
+# torch's own function, past its first question, which hands it over whole: its operations are then
+# seen one by one.
 _attention = types.FunctionType(
     F.multi_head_attention_forward.__code__,
     {**F.__dict__, "has_torch_function": lambda _: False},
@@ -26,7 +29,9 @@ Step = Callable[[Tensor, Tensor, State], State]
 
 
 @fast_rule("multi_head_attention_forward")
-def multi_head_attention(session: Session, func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
+def multi_head_attention(
+    session: Session, func: Callable, name: str, args: tuple, kwargs: dict
+) -> Any:
     """nn.MultiheadAttention, and with it torch's transformer layers."""
     if not session.depends(name, args, kwargs):
         return shared(session, func, name, args, kwargs)
@@ -40,7 +45,10 @@ def _lstm_step(gates_x: Tensor, gates_h: Tensor, state: State) -> State:
 
 
 def _gru_step(gates_x: Tensor, gates_h: Tensor, state: State) -> State:
-    (reset_x, update_x, new_x), (reset_h, update_h, new_h) = gates_x.chunk(3, 1), gates_h.chunk(3, 1)
+    (reset_x, update_x, new_x), (reset_h, update_h, new_h) = (
+        gates_x.chunk(3, 1),
+        gates_h.chunk(3, 1),
+    )
     new = (new_x + (reset_x + reset_h).sigmoid() * new_h).tanh()
     return (new + (update_x + update_h).sigmoid() * (state[0] - new),)
 
@@ -50,29 +58,41 @@ def _plain_step(activation: Callable[[Tensor], Tensor]) -> Step:
 
 
 _STEPS: dict[str, Step] = {
-    "lstm": _lstm_step, "gru": _gru_step, "rnn_tanh": _plain_step(torch.tanh), "rnn_relu": _plain_step(torch.relu),
+    "lstm": _lstm_step, "gru": _gru_step, "rnn_tanh": _plain_step(torch.tanh),
+    "rnn_relu": _plain_step(torch.relu),
 }  # fmt: skip
 
 
 @fast_rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
 def cell(session: Session, func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
-    """One step of a recurrent layer; a state that the batch has no part in is made each example's own."""
+    """One step of a recurrent layer; a state that the batch has no part in is made each example's
+    own.
+    """
     if not session.depends(name, args, kwargs):
         return shared(session, func, name, args, kwargs)
     x, state, w_ih, w_hh = args[:4]
     b_ih, b_hh = args[4:6] if len(args) > 4 else (None, None)
-    state = tuple(_of_the_batch(s) for s in (state if isinstance(state, (tuple, list)) else (state,)))
-    out = _STEPS[name.removesuffix("_cell")](F.linear(x, w_ih, b_ih), F.linear(state[0], w_hh, b_hh), state)
+    state = tuple(
+        _of_the_batch(s) for s in (state if isinstance(state, (tuple, list)) else (state,))
+    )
+    out = _STEPS[name.removesuffix("_cell")](
+        F.linear(x, w_ih, b_ih), F.linear(state[0], w_hh, b_hh), state
+    )
     return out if len(out) > 1 else out[0]
 
 
 @fast_rule(*_STEPS)
 def recurrent(session: Session, func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
-    """nn.LSTM, nn.GRU and nn.RNN of padded sequences: inputs of all steps in one product, states step by step."""
+    """nn.LSTM, nn.GRU and nn.RNN of padded sequences: inputs of all steps in one product, states
+    step by step.
+    """
     if isinstance(args[1], Tensor) and args[1].ndim == 1:
         label = ", ".join(t.node.label for t in tracked_in(args, kwargs)[:1])
         raise UnsupportedLayer(
-            f"'{name}' of a packed sequence on parameter {label}", "rows in order of time", "padded sequences", "do not pack them"
+            f"'{name}' of a packed sequence on parameter {label}",
+            "rows in order of time",
+            "padded sequences",
+            "do not pack them",
         )
     if not session.depends(name, args, kwargs):
         return shared(session, func, name, args, kwargs)
@@ -86,20 +106,33 @@ def recurrent(session: Session, func: Callable, name: str, args: tuple, kwargs: 
         for way in range(ways):
             number = layer * ways + way
             own = weights[number * each : (number + 1) * each]
-            out, last = _one_layer(name, x, tuple(_of_the_batch(s[number]) for s in states), own, biased, reverse=bool(way))
+            out, last = _one_layer(
+                name,
+                x,
+                tuple(_of_the_batch(s[number]) for s in states),
+                own,
+                biased,
+                reverse=bool(way),
+            )
             outs.append(out)
             final.append(last)
         x = torch.cat(outs, 2) if ways > 1 else outs[0]
         if layer < layers - 1:
-            x = F.dropout(x.transpose(0, 1).contiguous(), dropout, training).transpose(0, 1)  # drawn in the order of torch's own
-    return x if batch_first else x.transpose(0, 1), *(torch.stack([state[k] for state in final]) for k in range(len(states)))
+            # drawn in the order of torch's own
+            x = F.dropout(x.transpose(0, 1).contiguous(), dropout, training).transpose(0, 1)
+    return x if batch_first else x.transpose(0, 1), *(
+        torch.stack([state[k] for state in final]) for k in range(len(states))
+    )
 
 
-def _one_layer(name: str, x: Tensor, state: State, weights: Sequence[Tensor], biased: bool, reverse: bool) -> tuple[Tensor, State]:
+def _one_layer(
+    name: str, x: Tensor, state: State, weights: Sequence[Tensor], biased: bool, reverse: bool
+) -> tuple[Tensor, State]:
     """x (B,T,I) through one direction of one layer: (B,T,H), and the last state."""
     w_ih, w_hh, *rest = weights
     b_ih, b_hh = rest[:2] if biased else (None, None)
-    shrink = rest[2 if biased else 0] if len(rest) > (2 if biased else 0) else None  # an LSTM's projection of its output
+    # an LSTM's projection of its output
+    shrink = rest[2 if biased else 0] if len(rest) > (2 if biased else 0) else None
     gates, outs = F.linear(x, w_ih, b_ih), dict[int, Tensor]()
     for t in reversed(range(x.shape[1])) if reverse else range(x.shape[1]):
         state = _STEPS[name](gates[:, t], F.linear(state[0], w_hh, b_hh), state)
@@ -110,5 +143,7 @@ def _one_layer(name: str, x: Tensor, state: State, weights: Sequence[Tensor], bi
 
 
 def _of_the_batch(state: Tensor) -> Tensor:
-    """A copy that no watch has seen, and that therefore counts as the batch's: a state of zeros has a row for each example."""
+    """A copy that no watch has seen, and that therefore counts as the batch's: a state of zeros has
+    a row for each example.
+    """
     return state if isinstance(state, Tracked) else state.clone()

@@ -31,15 +31,23 @@ def _plain(value: Any) -> Any:
     return value.node.value if isinstance(value, Tracked) else value
 
 
-def _matrix(session: Session, name: str, x: Tensor, weight: Any, bias: Any, by_rows: bool) -> Tensor:
+def _matrix(
+    session: Session, name: str, x: Tensor, weight: Any, bias: Any, by_rows: bool
+) -> Tensor:
     nodes = _node(weight), _node(bias)
     tap = session.tap(nodes, name, x.shape[:-1])
-    return MatrixTap.apply(session.anchor, session, tap, x, _plain(weight), _plain(bias), nodes, by_rows)
+    return MatrixTap.apply(
+        session.anchor, session, tap, x, _plain(weight), _plain(bias), nodes, by_rows
+    )
 
 
 def _learned_elsewhere(*values: Any) -> bool:
-    """Whether a weight that is not tracked has a gradient of its own, such as one that the batch itself computes."""
-    return any(isinstance(v, Tensor) and not isinstance(v, Tracked) and v.requires_grad for v in values)
+    """Whether a weight that is not tracked has a gradient of its own, such as one that the batch
+    itself computes.
+    """
+    return any(
+        isinstance(v, Tensor) and not isinstance(v, Tracked) and v.requires_grad for v in values
+    )
 
 
 @fast_rule("linear")
@@ -59,7 +67,12 @@ def matmul(session: Session, func: Callable, name: str, args: tuple, kwargs: dic
     x, weight = _bind(args, kwargs, "input other")
     if name == "rmatmul":
         x, weight = weight, x
-    if isinstance(x, Tracked) or weight.ndim != 2 or x.ndim < 2 or not session.depends(name, args, kwargs):
+    if (
+        isinstance(x, Tracked)
+        or weight.ndim != 2
+        or x.ndim < 2
+        or not session.depends(name, args, kwargs)
+    ):
         return general(session, torch.matmul, "matmul", (x, weight), {})
     return _matrix(session, name, x, weight, None, by_rows=False)
 
@@ -67,8 +80,16 @@ def matmul(session: Session, func: Callable, name: str, args: tuple, kwargs: dic
 @fast_rule("addmm")
 def addmm(session: Session, func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
     """bias + x W, as GPT-2's Conv1D writes it."""
-    bias, x, weight, beta, alpha = _bind(args, kwargs, "input mat1 mat2 beta alpha", beta=1, alpha=1)
-    fits = isinstance(bias, Tensor) and bias.ndim == 1 and beta == 1 and alpha == 1 and not _learned_elsewhere(weight, bias)
+    bias, x, weight, beta, alpha = _bind(
+        args, kwargs, "input mat1 mat2 beta alpha", beta=1, alpha=1
+    )
+    fits = (
+        isinstance(bias, Tensor)
+        and bias.ndim == 1
+        and beta == 1
+        and alpha == 1
+        and not _learned_elsewhere(weight, bias)
+    )
     if isinstance(x, Tracked) or not fits or not session.depends(name, args, kwargs):
         return general(session, func, name, args, kwargs)
     return _matrix(session, name, x, weight, bias, by_rows=False)
@@ -80,7 +101,12 @@ def embedding(session: Session, func: Callable, name: str, args: tuple, kwargs: 
         args, kwargs, "input weight padding_idx max_norm norm_type scale_grad_by_freq sparse"
     )  # fmt: skip
     if max_norm is not None or by_freq:
-        raise UnsupportedLayer(f"embedding {table.node.label}", "max_norm or by_freq", "neither (they mix examples)", "unset them")
+        raise UnsupportedLayer(
+            f"embedding {table.node.label}",
+            "max_norm or by_freq",
+            "neither (they mix examples)",
+            "unset them",
+        )
     if padding_idx is not None:
         padding_idx %= table.shape[0]
     if not isinstance(table, Tracked) or not session.depends(name, args, kwargs):
@@ -91,16 +117,36 @@ def embedding(session: Session, func: Callable, name: str, args: tuple, kwargs: 
     return _look_up(session, name, ids, table.node, padding_idx)
 
 
-def _look_up(session: Session, name: str, ids: Tensor, node: Node, padding_idx: int | None) -> Tensor:
-    return EmbeddingTap.apply(session.anchor, session, session.tap([node], name, ids.shape), ids, node.value, node, padding_idx)
+def _look_up(
+    session: Session, name: str, ids: Tensor, node: Node, padding_idx: int | None
+) -> Tensor:
+    return EmbeddingTap.apply(
+        session.anchor,
+        session,
+        session.tap([node], name, ids.shape),
+        ids,
+        node.value,
+        node,
+        padding_idx,
+    )
 
 
 @fast_rule("getitem")
 def getitem(session: Session, func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
     """weight[ids], an embedding without the module."""
     table, ids = args
-    looks_up = isinstance(ids, Tensor) and not isinstance(ids, Tracked) and ids.dtype in (torch.int64, torch.int32)
-    if isinstance(table, Tracked) and table.ndim == 2 and looks_up and ids.ndim and session.depends(name, args, kwargs):
+    looks_up = (
+        isinstance(ids, Tensor)
+        and not isinstance(ids, Tracked)
+        and ids.dtype in (torch.int64, torch.int32)
+    )
+    if (
+        isinstance(table, Tracked)
+        and table.ndim == 2
+        and looks_up
+        and ids.ndim
+        and session.depends(name, args, kwargs)
+    ):
         return _look_up(session, name, ids % table.node.graph.shape[0], table.node, None)
     out = general(session, func, name, args, kwargs)
     if looks_up and isinstance(table, Tracked) and table.ndim == 2 and isinstance(out, Tracked):
@@ -110,20 +156,30 @@ def getitem(session: Session, func: Callable, name: str, args: tuple, kwargs: di
 
 @fast_rule("layer_norm")
 def layer_norm(session: Session, func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
-    x, shape, weight, bias, eps, _ = _bind(args, kwargs, "input normalized_shape weight bias eps cudnn_enable", eps=1e-5)
-    if isinstance(x, Tracked) or _learned_elsewhere(weight, bias) or not session.depends(name, args, kwargs):
+    x, shape, weight, bias, eps, _ = _bind(
+        args, kwargs, "input normalized_shape weight bias eps cudnn_enable", eps=1e-5
+    )
+    if (
+        isinstance(x, Tracked)
+        or _learned_elsewhere(weight, bias)
+        or not session.depends(name, args, kwargs)
+    ):
         return general(session, func, name, args, kwargs)
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type):
         x = x.float()
     nodes, shape = (_node(weight), _node(bias)), tuple(shape)
     tap = session.tap(nodes, name, x.shape[: x.ndim - len(shape)])
-    y = NormTap.apply(session.anchor, session, tap, x, shape, _plain(weight), _plain(bias), nodes, eps)
+    y = NormTap.apply(
+        session.anchor, session, tap, x, shape, _plain(weight), _plain(bias), nodes, eps
+    )
     return y.to(dtype) if dtype == x.dtype else y
 
 
 def _per_channel(session: Session, y: Tensor, weight: Any, bias: Any) -> Tensor:
-    """y * weight + bias with one of each a channel (dimension 1), through the broadcasting rules."""
+    """y * weight + bias with one of each a channel (dimension 1), through the broadcasting
+    rules.
+    """
     shape = (1, -1, *[1] * (y.ndim - 2))
     if weight is not None:
         y = y * weight.view(shape)
@@ -141,16 +197,22 @@ def group_norm(session: Session, func: Callable, name: str, args: tuple, kwargs:
 @fast_rule("batch_norm")
 def batch_norm(session: Session, func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
     x, mean, var, weight, bias, training, _, eps = _bind(
-        args, kwargs, "input running_mean running_var weight bias training momentum eps", training=False, eps=1e-5
+        args, kwargs, "input running_mean running_var weight bias training momentum eps",
+        training=False, eps=1e-5
     )  # fmt: skip
     if training:
         label = ", ".join(t.node.label for t in tracked_in(args, kwargs))
         raise UnsupportedLayer(
-            f"batch normalisation {label} in training mode", None, "no mixing of examples", "use GroupNorm or call .eval() on the layer"
+            f"batch normalisation {label} in training mode",
+            None,
+            "no mixing of examples",
+            "use GroupNorm or call .eval() on the layer",
         )
     if not session.depends(name, args, kwargs):
         return shared(session, func, name, args, kwargs)
-    return _per_channel(session, F.batch_norm(x, mean, var, None, None, False, 0.0, eps), weight, bias)
+    return _per_channel(
+        session, F.batch_norm(x, mean, var, None, None, False, 0.0, eps), weight, bias
+    )
 
 
 @fast_rule("rms_norm")
@@ -164,12 +226,17 @@ def rms_norm(session: Session, func: Callable, name: str, args: tuple, kwargs: d
 @fast_rule("conv1d", "conv2d", "conv3d")
 def convolution(session: Session, func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
     x, weight, bias, stride, padding, dilation, groups = _bind(
-        args, kwargs, "input weight bias stride padding dilation groups", stride=1, padding=0, dilation=1, groups=1
+        args, kwargs, "input weight bias stride padding dilation groups", stride=1, padding=0,
+        dilation=1, groups=1
     )  # fmt: skip
     dims = weight.ndim - 2
     node = _node(weight)
-    plain = (node is None or (node.root is not None and not node.transposed)) and not _learned_elsewhere(weight, bias)
-    fits = plain and not isinstance(padding, str) and groups == 1 and dims <= 2 and x.ndim == dims + 2
+    plain = (
+        node is None or (node.root is not None and not node.transposed)
+    ) and not _learned_elsewhere(weight, bias)
+    fits = (
+        plain and not isinstance(padding, str) and groups == 1 and dims <= 2 and x.ndim == dims + 2
+    )
     if isinstance(x, Tracked) or not fits or not session.depends(name, args, kwargs):
         return general(session, func, name, args, kwargs)
     spec = tuple([v] * dims if isinstance(v, int) else list(v) for v in (stride, padding, dilation))
@@ -182,7 +249,10 @@ def convolution(session: Session, func: Callable, name: str, args: tuple, kwargs
 def attention(session: Session, func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
     """Attention with a learned bias (T5's relative positions) as its mask."""
     query, mask = args[0], kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
-    args, kwargs = args[:3], {**dict(zip(("attn_mask", "dropout_p", "is_causal", "scale"), args[3:])), **kwargs}
+    args, kwargs = (
+        args[:3],
+        {**dict(zip(("attn_mask", "dropout_p", "is_causal", "scale"), args[3:])), **kwargs},
+    )
     if len(tracked_in(args, kwargs)) != 1 or not isinstance(mask, Tracked):
         return general(session, func, name, args, kwargs)
     if not session.depends(name, args, kwargs):
@@ -193,11 +263,22 @@ def attention(session: Session, func: Callable, name: str, args: tuple, kwargs: 
 
 @fast_rule("einsum")
 def einsum(session: Session, func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
-    """A product with one parameter, each of whose indices is either summed or new: a matrix product over any leading dimensions."""
-    equation, operands = args[0], args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
+    """A product with one parameter, each of whose indices is either summed or new: a matrix product
+    over any leading dimensions.
+    """
+    equation, operands = (
+        args[0],
+        (args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]),
+    )
     weights = [o for o in operands if isinstance(o, Tracked)]
     parts = equation.replace(" ", "").split("->") if isinstance(equation, str) else []
-    if len(operands) != 2 or len(weights) != 1 or len(parts) != 2 or "." in equation or not session.depends(name, args, kwargs):
+    if (
+        len(operands) != 2
+        or len(weights) != 1
+        or len(parts) != 2
+        or "." in equation
+        or not session.depends(name, args, kwargs)
+    ):
         return general(session, func, name, args, kwargs)
     number = 0 if operands[0] is weights[0] else 1
     terms, out = parts[0].split(","), parts[1]
@@ -206,7 +287,12 @@ def einsum(session: Session, func: Callable, name: str, args: tuple, kwargs: dic
     new = [i for i in of_weight if i not in of_x and i in out]
     lead = [i for i in of_x if i not in of_weight and i in out]
     each_once = all(len(set(t)) == len(t) for t in (*terms, out))
-    if not summed or not each_once or len(summed) + len(new) != len(of_weight) or len(summed) + len(lead) != len(of_x):
+    if (
+        not summed
+        or not each_once
+        or len(summed) + len(new) != len(of_weight)
+        or len(summed) + len(lead) != len(of_x)
+    ):
         return general(session, func, name, args, kwargs)
     x, weight = operands[1 - number], weights[0]
     sizes = dict(zip(of_weight, weight.shape)) | dict(zip(of_x, x.shape))

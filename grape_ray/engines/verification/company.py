@@ -9,13 +9,22 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from grape_ray.engines.capture.dependence import DRAWS, DROPOUT_AT, DROPOUTS, Dependence, is_dropout, stripped
+from grape_ray.engines.capture.dependence import (
+    DRAWS,
+    DROPOUT_AT,
+    DROPOUTS,
+    Dependence,
+    is_dropout,
+    stripped,
+)
 
 
 class Undropped(TorchFunctionMode):
     """A pass without dropout, in a model that is otherwise in training mode."""
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs, name = kwargs or {}, stripped(func)
         if name in DROPOUTS and is_dropout(name, args, kwargs):
             return args[0] if args else kwargs["input"]
@@ -27,10 +36,12 @@ class Undropped(TorchFunctionMode):
 
 
 class Company(Dependence):
-    """The same watch over a pass whose other examples were exchanged: what they draw at random is exchanged as well.
+    """The same watch over a pass whose other examples were exchanged: what they draw at random is
+    exchanged as well.
 
-    Each draw takes as many random numbers as ever; then the rows of `others` are set to extreme values, and so is a draw that has no row
-    for each example. Examples with luck of their own notice nothing.
+    Each draw takes as many random numbers as ever; then the rows of `others` are set to extreme
+    values, and so is a draw that has no row for each example. Examples with luck of their own
+    notice nothing.
 
     Args:
         others: (B,) bool. high: whether extremes are high ones.
@@ -64,5 +75,7 @@ class Company(Dependence):
             extreme = drawn.reshape(-1).roll(1 if self._high else -1).view_as(drawn)
         if per_example:
             others = self._others.to(drawn.device).repeat_interleave(drawn.shape[axis] // self.rows)
-            extreme = torch.where(others.view([-1 if d == axis else 1 for d in range(drawn.ndim)]), extreme, drawn)
+            extreme = torch.where(
+                others.view([-1 if d == axis else 1 for d in range(drawn.ndim)]), extreme, drawn
+            )
         drawn.copy_(extreme)

@@ -1,7 +1,9 @@
-"""Whose rows are whose, by value: gradients of some examples' losses alone, at every use of a parameter.
+"""Whose rows are whose, by value: gradients of some examples' losses alone, at every use of a
+parameter.
 
-The losses of a group of examples go backward alone. Every tap must then receive exact zeros in the rows of all others, and in the
-group's own rows what it receives when all losses go backward together.
+The losses of a group of examples go backward alone. Every tap must then receive exact zeros in the
+rows of all others, and in the group's own rows what it receives when all losses go backward
+together.
 """
 
 from __future__ import annotations
@@ -16,25 +18,29 @@ from grape_ray.engines.capture.capture_pass import Phase, Reroute, Session, Tap
 from grape_ray.engines.capture.row_layout import Layout
 from grape_ray.errors import UnsupportedLayer
 
-_FEW = 8  # examples that are told apart by exact zeros, in 2 log2 B backward passes; more by weights, in one beside two of halves
+# examples that are told apart by exact zeros, in 2 log2 B backward passes; more by weights, in one
+# beside two of halves
+_FEW = 8
 _MOST = 1000  # examples that weights tell apart where rounding is below a thousandth
-Marks = list[Tensor]  # for every tap (2, *lead): sums of its gradient and of its magnitudes over the features
+# for every tap (2, *lead): sums of its gradient and of its magnitudes over the features
+Marks = list[Tensor]
 
 
 def ownership(session: Session, losses: Tensor, tolerance: float, thorough: bool) -> Marks:
     """Finds the layout of every tap that has none, and checks those that have one, by exact zeros.
 
     Args:
-        tolerance: of gradients that differ by rounding, relative. thorough: tell every two examples apart; otherwise a random half
-            from the rest.
+        tolerance: of gradients that differ by rounding, relative. thorough: tell every two examples
+            apart; otherwise a random half from the rest.
 
     Returns:
         What all losses together bring.
 
     Raises:
-        UnsupportedLayer: gradients of one example arrive in rows that belong to another, or in no regular place, or are others when
-            other losses go backward with them.
-        Reroute: that can be because shared values meet the batch another way than their sizes suggest.
+        UnsupportedLayer: gradients of one example arrive in rows that belong to another, or in no
+            regular place, or are others when other losses go backward with them.
+        Reroute: that can be because shared values meet the batch another way than their sizes
+            suggest.
     """
     if not losses.requires_grad:
         return []
@@ -42,7 +48,11 @@ def ownership(session: Session, losses: Tensor, tolerance: float, thorough: bool
     if session.rows == 1:
         return whole
     by_weight = thorough and _FEW < session.rows <= _MOST and tolerance < 1 / _MOST
-    groups = row_layout.every_pair(session.rows) if thorough and not by_weight else row_layout.random_halves(session.rows)
+    groups = (
+        row_layout.every_pair(session.rows)
+        if thorough and not by_weight
+        else row_layout.random_halves(session.rows)
+    )
     kept = [marks_of(session, session.taps, losses, group) for group in groups]
     weights = 1 + torch.arange(session.rows) / session.rows
     weighted = marks_of(session, session.taps, losses, weights) if by_weight else whole
@@ -52,9 +62,13 @@ def ownership(session: Session, losses: Tensor, tolerance: float, thorough: bool
         evidence = torch.stack([marks[number][1] > 0 for marks in kept]).cpu()
         if tap.layout is None:
             found = row_layout.readings(evidence, groups) if bool(evidence.any()) else []
-            found = [c for c in found if _weighs(tap, c, whole[number][1], weighted[number][1], weights)]
+            found = [
+                c for c in found if _weighs(tap, c, whole[number][1], weighted[number][1], weights)
+            ]
             tap.layout, tap.readings = found[0] if found else None, found
-            tap.settled = len({(c.axis, *c.owners(tap.lead, session.rows).tolist()) for c in found}) <= 1
+            tap.settled = (
+                len({(c.axis, *c.owners(tap.lead, session.rows).tolist()) for c in found}) <= 1
+            )
             fits = tap.layout is not None or not bool(evidence.any())
         else:
             fits = row_layout.agrees(tap.layout, evidence, groups)
@@ -67,12 +81,21 @@ def ownership(session: Session, losses: Tensor, tolerance: float, thorough: bool
     if wrong:
         raise _not_owned(wrong[0], session.rows)
     for group, marks in zip(groups, kept):
-        same_gradients(session.taps, whole, marks, group, tolerance, "another gradient where the losses of others go backward with it")
+        same_gradients(
+            session.taps,
+            whole,
+            marks,
+            group,
+            tolerance,
+            "another gradient where the losses of others go backward with it",
+        )
     return whole
 
 
 def _weighs(tap: Tap, layout: Layout, whole: Tensor, weighted: Tensor, weights: Tensor) -> bool:
-    """Whether weights (B,) of the losses have reached the rows of those whose they are, told by the magnitudes of gradients (*lead,)."""
+    """Whether weights (B,) of the losses have reached the rows of those whose they are, told by the
+    magnitudes of gradients (*lead,).
+    """
     own = weights[layout.owners(tap.lead, len(weights))].to(whole)
     if layout.only is None:
         own = own.view(*[-1 if d == layout.axis else 1 for d in range(len(tap.lead))])
@@ -88,7 +111,10 @@ def marks_of(session: Session, taps: Sequence[Tap], losses: Tensor, group: Tenso
         torch.autograd.backward(losses, group.to(losses.device, losses.dtype), retain_graph=True)
     except RuntimeError as error:
         raise UnsupportedLayer(
-            "the backward pass", str(error).splitlines()[0], "a forward pass that torch can go back through", "do not write in place"
+            "the backward pass",
+            str(error).splitlines()[0],
+            "a forward pass that torch can go back through",
+            "do not write in place",
         ) from error
     finally:
         session.phase = phase
@@ -101,15 +127,24 @@ def marks_of(session: Session, taps: Sequence[Tap], losses: Tensor, group: Tenso
     return found
 
 
-def same_gradients(taps: Sequence[Tap], one: Marks, other: Marks, group: Tensor, tolerance: float, got: str) -> None:
-    """Raises UnsupportedLayer where the rows of a group's examples have received two different gradients."""
+def same_gradients(
+    taps: Sequence[Tap], one: Marks, other: Marks, group: Tensor, tolerance: float, got: str
+) -> None:
+    """Raises UnsupportedLayer where the rows of a group's examples have received two different
+    gradients.
+    """
     for tap, a, b in zip(taps, one, other):
         if tap.layout is None:
             continue
         own = torch.ones((), dtype=torch.bool)
-        for layout in tap.readings or [tap.layout]:  # what only one reading gives to the group may be another's
+        # what only one reading gives to the group may be another's
+        for layout in tap.readings or [tap.layout]:
             mine = group[layout.owners(tap.lead, len(group))]
-            own = own & (mine if layout.only is not None else mine.view(*[-1 if d == layout.axis else 1 for d in range(len(tap.lead))]))
+            own = own & (
+                mine
+                if layout.only is not None
+                else mine.view(*[-1 if d == layout.axis else 1 for d in range(len(tap.lead))])
+            )
         own = own.to(a.device)
         apart = (a[0] - b[0]).abs() - tolerance * torch.maximum(a[1], b[1])
         if bool(((apart > 0) & own).any()):
@@ -117,7 +152,8 @@ def same_gradients(taps: Sequence[Tap], one: Marks, other: Marks, group: Tensor,
                 f"the gradient of an example at operation '{tap.key[1]}' on parameter {tap.key[0]}",
                 got,
                 "a gradient of that example's loss alone",
-                "let no hook or backward function look at the whole batch, or scale or clip what comes back",
+                "let no hook or backward function look at the whole batch, or scale or clip what"
+                " comes back",
             )
 
 
@@ -126,10 +162,24 @@ def by_example(tap: Tap, marks: Tensor, layout: Layout, rows: int) -> Tensor:
     return torch.stack([layout.summed(part, len(tap.lead), rows) for part in marks])
 
 
-def same_in_part(taps: Sequence[Tap], whole: Marks, some: Sequence[Tap], part: Marks, picked: Tensor, rows: int, tolerance: float) -> None:
-    """Raises UnsupportedLayer where examples `picked` (indices) have another gradient in a batch of their own, use by use."""
+def same_in_part(
+    taps: Sequence[Tap],
+    whole: Marks,
+    some: Sequence[Tap],
+    part: Marks,
+    picked: Tensor,
+    rows: int,
+    tolerance: float,
+) -> None:
+    """Raises UnsupportedLayer where examples `picked` (indices) have another gradient in a batch of
+    their own, use by use.
+    """
     for tap, all_of_it, other, its in zip(taps, whole, some, part):
-        layout = tap.layout.fitted(other.lead, len(picked)) if tap.layout is not None and tap.layout.only is None else None
+        layout = (
+            tap.layout.fitted(other.lead, len(picked))
+            if tap.layout is not None and tap.layout.only is None
+            else None
+        )
         if tap.layout is None or layout is None:
             continue
         a = by_example(tap, all_of_it, tap.layout, rows)[:, picked.to(all_of_it.device)]
@@ -147,6 +197,7 @@ def _not_owned(tap: Tap, rows: int) -> UnsupportedLayer:
     return UnsupportedLayer(
         f"operation '{tap.key[1]}' on parameter {tap.key[0]}",
         f"rows {tap.lead} in which gradients of several of {rows} examples meet",
-        "rows that each belong to one example, in a regular order (batch-first, view after view, or time-major)",
+        "rows that each belong to one example, in a regular order (batch-first, view after view, or"
+        " time-major)",
         "freeze the parameter (requires_grad=False), or keep examples in order and apart",
     )

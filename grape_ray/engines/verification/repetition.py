@@ -1,11 +1,14 @@
-"""A forward pass made again: no example notices the others, luck is not shared, and nothing is remembered.
+"""A forward pass made again: no example notices the others, luck is not shared, and nothing is
+remembered.
 
-* *no company, no shared luck*: the pass is repeated with the other examples exchanged, for extreme and for undefined ones where they are
-  real numbers, and with them the random numbers that do not visibly belong to an example; the losses of the rest must not change by a
-  single bit, nor their gradients beyond rounding.
-* *no memory*: that repetition comes after passes over other examples, and no weight or buffer may have changed.
-* *no counting*: a part of the batch alone, and the batch with the others' masks exchanged as well, must give the same losses up to
-  rounding, since other shapes and masks may take other paths.
+* *no company, no shared luck*: the pass is repeated with the other examples exchanged, for extreme
+  and for undefined ones where they are real numbers, and with them the random numbers that do not
+  visibly belong to an example; the losses of the rest must not change by a single bit, nor their
+  gradients beyond rounding.
+* *no memory*: that repetition comes after passes over other examples, and no weight or buffer may
+  have changed.
+* *no counting*: a part of the batch alone, and the batch with the others' masks exchanged as well,
+  must give the same losses up to rounding, since other shapes and masks may take other paths.
 """
 
 from __future__ import annotations
@@ -30,26 +33,38 @@ from grape_ray.engines.verification.ownership import Marks, marks_of, same_gradi
 from grape_ray.errors import UnsupportedLayer
 
 _EXTREMES = (1e12, float("nan"))  # what the others' real numbers are multiplied by
-Look = tuple[Tensor, list[Tap], Marks]  # losses (B,), the uses of parameters, and what all losses together bring to each
+# losses (B,), the uses of parameters, and what all losses together bring to each
+Look = tuple[Tensor, list[Tap], Marks]
 
 
 class Repetition:
-    """A forward pass that can be made again: the same random numbers, and other examples beside the same ones.
+    """A forward pass that can be made again: the same random numbers, and other examples beside the
+    same ones.
 
     Args:
-        forward: (batch, B) -> losses (B,). state: random states from before the pass (`random_states`).
+        forward: (batch, B) -> losses (B,). state: random states from before the pass
+            (`random_states`).
         tolerance: of a comparison where shapes differ, relative to the largest loss.
     """
 
-    def __init__(self, session: Session, forward: Callable[[Any, int], Tensor], batch: Any, state: list, tolerance: float):
+    def __init__(
+        self,
+        session: Session,
+        forward: Callable[[Any, int], Tensor],
+        batch: Any,
+        state: list,
+        tolerance: float,
+    ):
         self._session, self._forward, self._batch = session, forward, batch
         self._rows, self._state, self._tolerance = session.rows, state, tolerance
 
     def check(self, look: Look, watch: Watch, seen: Dependence, thorough: bool) -> None:
-        """Raises UnsupportedLayer where an example's loss depends on company, on luck that is shared, or on what came before.
+        """Raises UnsupportedLayer where an example's loss depends on company, on luck that is
+        shared, or on what came before.
 
         Args:
-            look: the pass as it was. watch: since before it. seen: what was noticed of its random numbers.
+            look: the pass as it was. watch: since before it. seen: what was noticed of its random
+                numbers.
             thorough: exchange one random half of the examples and the other; otherwise one.
         """
         before = random_states(self._session.device)
@@ -63,7 +78,11 @@ class Repetition:
             set_states(before)
 
     def _compare(self, look: Look, seen: Dependence, thorough: bool) -> None:
-        halves = row_layout.random_halves(self._rows) if self._rows > 1 else torch.zeros(1, 1, dtype=torch.bool)
+        halves = (
+            row_layout.random_halves(self._rows)
+            if self._rows > 1
+            else torch.zeros(1, 1, dtype=torch.bool)
+        )
         used = list(enumerate(halves))[: 2 if thorough else 1]
         for number, others in used:
             self._in_company(look, others, number, seen)
@@ -72,15 +91,23 @@ class Repetition:
             raise UnsupportedLayer(
                 "a random number in the forward pass",
                 "one of NumPy's or Python's global generator",
-                "random numbers of torch, which are drawn for each example and repeat with the step",
+                "random numbers of torch, which are drawn for each example and repeat with the"
+                " step",
                 "draw it with torch",
             )
-        self._close("the loss of an example by the engine's rules", "by torch alone", look[0].detach(), plain)
+        self._close(
+            "the loss of an example by the engine's rules",
+            "by torch alone",
+            look[0].detach(),
+            plain,
+        )
         if self._rows == 1:
             return
         for _, others in used:
             masked = self._losses(self._exchanged(others, 1.0, masks=True))
-            self._close("the loss of an example", "beside other masks", plain[~others], masked[~others])
+            self._close(
+                "the loss of an example", "beside other masks", plain[~others], masked[~others]
+            )
         if not seen.drew:  # in a smaller batch the same draws would be other examples'
             self._count(look, plain, halves[0], seen.masked)
 
@@ -89,31 +116,52 @@ class Repetition:
         among, met, brought = self._among(others, number)
         kept = ~others
         if not _same(losses[kept], among[kept]):
-            losses, taps, marks = self._again(taps)  # laid out in memory as exchanged examples are, which decides on some roundings
+            # laid out in memory as exchanged examples are, which decides on some roundings
+            losses, taps, marks = self._again(taps)
             if not _same(losses[kept], among[kept]):
                 self._explain(look[0], losses, among, others, number, seen.drew)
         if [(t.key, t.lead) for t in taps] == [(t.key, t.lead) for t in met]:
-            same_gradients(taps, marks, brought, kept, self._tolerance, "another gradient beside other examples")
+            same_gradients(
+                taps,
+                marks,
+                brought,
+                kept,
+                self._tolerance,
+                "another gradient beside other examples",
+            )
 
     def _count(self, look: Look, plain: Tensor, half: Tensor, masked: bool) -> None:
-        """Compares some examples in the whole batch and in one of their own: losses, without dropout, whose masks differ, or gradients."""
+        """Compares some examples in the whole batch and in one of their own: losses, without
+        dropout, whose masks differ, or gradients.
+        """
         picked = half.nonzero().squeeze(1)
         few = mapped(self._batch, lambda t: t[picked.to(t.device)])
         if masked:
-            whole, alone = self._losses(self._batch, watching=Undropped()), self._losses(few, len(picked), Undropped())
+            whole, alone = (
+                self._losses(self._batch, watching=Undropped()),
+                self._losses(few, len(picked), Undropped()),
+            )
             self._close("the loss of an example", "in a smaller batch", whole[picked], alone)
             return
         _, taps, marks = look
-        alone, met, brought = self._look(few, Dependence(len(picked), self._session.constants, Tracked))
+        alone, met, brought = self._look(
+            few, Dependence(len(picked), self._session.constants, Tracked)
+        )
         self._close("the loss of an example", "in a smaller batch", plain[picked], alone)
         if [t.key for t in taps] == [t.key for t in met]:
             same_in_part(taps, marks, met, brought, picked, self._rows, self._tolerance)
 
     def _among(self, others: Tensor, number: int, luck: bool = True) -> Look:
-        """The pass with `others` exchanged, and their luck; where a model fails on what that gives, with less exchanged."""
+        """The pass with `others` exchanged, and their luck; where a model fails on what that gives,
+        with less exchanged.
+        """
         constants, high = self._session.constants, bool(number)
         for scale in (_EXTREMES[number], 1.0):
-            watching = Company(self._rows, constants, Tracked, others, high) if luck else Dependence(self._rows, constants, Tracked)
+            watching = (
+                Company(self._rows, constants, Tracked, others, high)
+                if luck
+                else Dependence(self._rows, constants, Tracked)
+            )
             batch = self._exchanged(others, scale)
             try:
                 return self._look(batch, watching)
@@ -137,13 +185,19 @@ class Repetition:
         with self._session.apart(watching) as taps, torch.enable_grad():
             losses = watching.over(self._forward, batch)
             everyone = torch.ones(watching.rows, dtype=torch.bool)
-            return losses.detach(), taps, marks_of(self._session, taps, losses, everyone) if losses.requires_grad else []
+            return (
+                losses.detach(),
+                taps,
+                marks_of(self._session, taps, losses, everyone) if losses.requires_grad else [],
+            )
 
     def _exchanged(self, others: Tensor, scale: float, masks: bool = False) -> Any:
-        """The batch with each of `others` replaced by one of the rest, real numbers `scale` times as large.
+        """The batch with each of `others` replaced by one of the rest, real numbers `scale` times
+        as large.
 
         Args:
-            masks: whether tensors of zeros and ones are exchanged as well; models take other paths where nothing is masked.
+            masks: whether tensors of zeros and ones are exchanged as well; models take other paths
+                where nothing is masked.
         """
         rest = (~others).nonzero().squeeze(1)
         source = torch.arange(self._rows)
@@ -159,29 +213,38 @@ class Repetition:
 
         return mapped(self._batch, exchange)
 
-    def _losses(self, batch: Any, rows: int | None = None, watching: TorchFunctionMode | None = None) -> Tensor:
+    def _losses(
+        self, batch: Any, rows: int | None = None, watching: TorchFunctionMode | None = None
+    ) -> Tensor:
         set_states(self._state)
         context: AbstractContextManager = watching if watching is not None else nullcontext()
         with torch.no_grad(), context:
             return self._forward(mapped(batch), rows or self._rows).detach()
 
-    def _explain(self, first: Tensor, losses: Tensor, among: Tensor, others: Tensor, number: int, drew: bool) -> None:
-        """Says why losses differ; a difference that rounding explains where the model itself is not reproducible is none.
+    def _explain(
+        self, first: Tensor, losses: Tensor, among: Tensor, others: Tensor, number: int, drew: bool
+    ) -> None:
+        """Says why losses differ; a difference that rounding explains where the model itself is not
+        reproducible is none.
 
         Args:
-            first, losses: of the pass as it was, and of its last repetition. among: with `others` exchanged, after both.
+            first, losses: of the pass as it was, and of its last repetition. among: with `others`
+                exchanged, after both.
         """
         kept = ~others
         noise = max(_distance(first, losses), _distance(losses, self._again([])[0]))
         if 0 < noise <= self._tolerance:
-            self._close("the loss of an example", "beside other examples", losses[kept], among[kept])
+            self._close(
+                "the loss of an example", "beside other examples", losses[kept], among[kept]
+            )
             return
         if noise > 0:
             raise UnsupportedLayer(
                 "the loss of an example",
                 "another value when the same examples come again",
                 "a forward pass that remembers nothing of earlier ones",
-                "let the model write no state, and draw random numbers from torch's generator alone",
+                "let the model write no state, and draw random numbers from torch's generator"
+                " alone",
             )
         if drew and _same(losses[kept], self._among(others, number, luck=False)[0][kept]):
             raise UnsupportedLayer(
@@ -194,7 +257,8 @@ class Repetition:
             "the loss of an example",
             "another value beside other examples",
             "a function of that example alone",
-            "let the model look at no other example: no batch statistics, no mixing, no capacity that examples share",
+            "let the model look at no other example: no batch statistics, no mixing, no capacity"
+            " that examples share",
         )
 
     def _close(self, what: str, where: str, a: Tensor, b: Tensor) -> None:
@@ -203,7 +267,8 @@ class Repetition:
                 what,
                 f"{_distance(a, b):.1e} away from its value {where}",
                 f"at most {self._tolerance:g}, relative",
-                "let no loss depend on the number of examples or on their padding, and keep examples in the first dimension",
+                "let no loss depend on the number of examples or on their padding, and keep"
+                " examples in the first dimension",
             )
 
 

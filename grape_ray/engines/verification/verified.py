@@ -1,4 +1,6 @@
-"""What earlier passes have shown: the kinds of passes that were verified, and where the examples lie in each."""
+"""What earlier passes have shown: the kinds of passes that were verified, and where the examples
+lie in each.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +23,15 @@ class Layouts:
         self.inside: set[Way] = set()
 
     def signature(self, session: Session, training: bool, ragged: bool) -> Signature:
-        """The kind of a pass: the mode, whether examples are masked differently, and the uses of parameters in their order."""
+        """The kind of a pass: the mode, whether examples are masked differently, and the uses of
+        parameters in their order.
+        """
         return training, ragged, session.rows == 1, *(tap.key for tap in session.taps)
 
     def fitted(self, signature: Signature, session: Session) -> bool:
-        """Gives the session's taps the layouts that an earlier pass had; whether there was one, and all follow from it."""
+        """Gives the session's taps the layouts that an earlier pass had; whether there was one, and
+        all follow from it.
+        """
         known = self._known.get(signature, self._known.get((session.rows, signature)))
         if known is None:
             return False
@@ -36,8 +42,14 @@ class Layouts:
         return True
 
     def remember(self, signature: Signature, session: Session) -> None:
-        """Keeps the layouts of a verified pass, unless its gradients have left two readings of one."""
+        """Keeps the layouts of a verified pass, unless its gradients have left two readings of
+        one.
+        """
         if not all(tap.settled for tap in session.taps):
             return
-        single = session.rows > 1 and any(tap.layout is not None and tap.layout.only is not None for tap in session.taps)
-        self._known[(session.rows, signature) if single else signature] = [tap.layout for tap in session.taps]
+        single = session.rows > 1 and any(
+            tap.layout is not None and tap.layout.only is not None for tap in session.taps
+        )
+        self._known[(session.rows, signature) if single else signature] = [
+            tap.layout for tap in session.taps
+        ]
