@@ -24,11 +24,10 @@ from grape_ray.errors import ConfigError
 from grape_ray.ledger import Ledger, Study, verify
 from grape_ray.ray_backend.private_selection import Sealed, _release
 from grape_ray.ray_backend.trainable import comparable
-from grape_ray.ray_backend.tuner import outcome
 from grape_ray.storage import Storage
 from grape_ray.training.private_scores import PrivateScore
 from grape_ray.training.trace import Trace, lines
-from grape_ray.tuning import SweepStudy, page, price, results, spaces
+from grape_ray.tuning import SweepStudy, folder, page, price, results, spaces, trials
 from grape_ray.tuning.options import Options
 from grape_ray.tuning.prepare import prepare, resume
 from tests.tiny import Tiny, tiny
@@ -182,7 +181,7 @@ def test_the_description_of_a_sweep_holds_no_hash_of_the_data_and_is_resumed_wit
     domains, study = spaces.load("tests.tiny_space", ["task.public=false"])
     sweep = prepare(options, domains, study, "n")
     sweep.register()
-    described = results.read(sweep.folder())
+    described = folder.read(sweep.folder())
     assert sweep.scores is not None
     for share in (sweep.steps, sweep.scores):
         assert share.dataset_id not in json.dumps(described)
@@ -344,7 +343,7 @@ def test_a_search_that_is_not_installed_is_refused_before_anything_is_written(
 
 
 def row(run, score, steps=12):
-    return results.TrialRow(run, run, {"method.rank": 4}, steps, score, steps, steps, 1, (), True)
+    return trials.TrialRow(run, run, {"method.rank": 4}, steps, score, steps, steps, 1, (), True)
 
 
 @pytest.mark.parametrize(
@@ -352,10 +351,10 @@ def row(run, score, steps=12):
     [(math.nan, 0.3, 0.5), (0.5, math.nan, None), (math.inf, 0.5, -math.inf), (0.5, 0.5, math.nan)],
 )
 def test_a_score_that_is_not_finite_is_never_the_best(scores):
-    best = results.best([row(str(place), score, steps=place) for place, score in enumerate(scores)])
+    best = trials.best([row(str(place), score, steps=place) for place, score in enumerate(scores)])
     assert best is not None
     assert best.score == 0.5
-    assert results.best([row("a", math.nan), row("b", None), row("c", -math.inf)]) is None
+    assert trials.best([row("a", math.nan), row("b", None), row("c", -math.inf)]) is None
     # Neither does it keep Ray Tune's schedulers from comparing the others.
     told = [comparable(score) for score in scores if score is not None]
     assert np.isfinite(np.nanpercentile(told, 70))
@@ -374,13 +373,13 @@ def test_a_sweep_of_scores_that_are_not_finite_has_no_best_and_says_why(tmp_path
         ("y", [math.nan, math.nan]),
         ("z", [math.nan, 0.125]),
     ):
-        place = sweep.folder().child(results.RUNS).child(run)
+        place = sweep.folder().child(folder.RUNS).child(run)
         config = sweep.study.with_values({"method.rank": 4})
         place.write(
             "run.json",
             json.dumps({"run": run, **json.loads(json.dumps(describe(config)))}).encode(),
         )
-        trace = Trace(place, results.REPORTS)
+        trace = Trace(place, folder.REPORTS)
         for step, score in enumerate(reports, 1):
             trace.line(
                 json.dumps(
@@ -394,15 +393,13 @@ def test_a_sweep_of_scores_that_are_not_finite_has_no_best_and_says_why(tmp_path
                 )
             )
         trace.close()
-    rows = {
-        found.run: found for found in results.trials(sweep.folder(), results.read(sweep.folder()))
-    }
+    rows = {found.run: found for found in trials.rows(sweep.folder(), folder.read(sweep.folder()))}
     assert (rows["x"].score, rows["y"].score, rows["z"].score) == (None, None, 0.125)
-    best = results.best(list(rows.values()))
+    best = trials.best(list(rows.values()))
     assert best is not None
     assert best.run == "z"
     assert "0.1250" in page.report(f"{sweep.storage}/a")[0]
-    lines = _summary({**outcome(sweep), "best": None})
+    lines = _summary(replace(results.composed(sweep), best=None))
     assert "no trial has a finite score" in lines[-1]
 
 
@@ -416,9 +413,9 @@ def test_a_selection_never_releases_a_score_that_is_not_finite(tmp_path):
     )
     sweep = prepare(options, *spaces.load("tests.tiny_space"), name="a")
     secret = Storage(tmp_path / "secret")
-    trials = [Sealed(name, {"method.rank": 4}) for name in "abc"]
-    for trial, score in zip(trials, (math.nan, 0.25, math.inf)):
-        runs = secret.child(results.RUNS)
+    sealed = [Sealed(name, {"method.rank": 4}) for name in "abc"]
+    for trial, score in zip(sealed, (math.nan, 0.25, math.inf)):
+        runs = secret.child(folder.RUNS)
         result = {
             "metrics": {"accuracy": score},
             "steps": 12,
@@ -426,10 +423,10 @@ def test_a_selection_never_releases_a_score_that_is_not_finite(tmp_path):
         }
         runs.write(f"{trial.name}/result.json", json.dumps(result).encode())
         runs.write(f"{trial.name}/run.json", b"{}")
-    best = _release(sweep, secret, trials)
+    best = _release(sweep, secret, sealed)
     assert best is not None
-    assert best["score"] == 0.25
-    assert _release(sweep, secret, [trials[0], trials[2]]) is None
+    assert best.score == 0.25
+    assert _release(sweep, secret, [sealed[0], sealed[2]]) is None
 
 
 def test_a_metric_with_a_slip_costs_nothing(tmp_path):

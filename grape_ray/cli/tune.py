@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -12,6 +12,9 @@ from click.core import ParameterSource
 from grape_ray.config.modules import located
 from grape_ray.errors import ConfigError
 from grape_ray.tuning.options import COMPOSE, LAWS, SCHEDULERS, SEARCHES, SELECT, Options
+
+if TYPE_CHECKING:  # importing it takes seconds that --help does not have
+    from grape_ray.tuning.results import SweepResult
 
 
 @click.command("tune")
@@ -161,7 +164,7 @@ def command(
     for line in _summary(result):
         click.echo(line)
     if as_json:
-        click.echo(json.dumps(result))
+        click.echo(json.dumps(result.as_json()))
 
 
 def _given(context: click.Context, words: dict[str, Any], workers: int | None) -> dict[str, Any]:
@@ -177,34 +180,29 @@ def _given(context: click.Context, words: dict[str, Any], workers: int | None) -
     return {name: value for name, value in given.items() if name != "storage"}
 
 
-def _summary(result: dict[str, Any]) -> list[str]:
+def _summary(result: SweepResult) -> list[str]:
     """The result in lines for a person."""
-    best = result["best"]
+    best = result.best
     lines = [
-        f"sweep {result['sweep']}: epsilon {result['epsilon']:g} at delta {result['delta']:g} for"
-        " all of it"
+        f"sweep {result.sweep}: epsilon {result.epsilon:g} at delta {result.delta:g} for all of it"
     ]
-    if result["tokens_total"] is not None:
-        tokens = f"{result['tokens_charged']} of {result['tokens_total']} step tokens charged"
-        lines.append(
-            f"{result['trials']} trials, {tokens}, {result['steps_executed']} steps executed"
-        )
+    if result.tokens_total is not None:
+        tokens = f"{result.tokens_charged} of {result.tokens_total} step tokens charged"
+        lines.append(f"{result.trials} trials, {tokens}, {result.steps_executed} steps executed")
     if best is None:
         return [
             *lines,
-            (
-                "no trial has a finite score, so none is the best: look at the metric and at the"
-                " learning rates of the space"
-            ),
+            "no trial has a finite score, so none is the best: look at the metric and at the"
+            " learning rates of the space",
         ]
     values = ", ".join(
         f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in best["config"].items()
+        for name, value in best.config.items()
     )
-    lines.append(f"best: score {best['score']:.4f} after {best['steps']} steps with {values}")
-    if best["naive_epsilon"] is not None:
+    lines.append(f"best: score {best.score:.4f} after {best.steps} steps with {values}")
+    if best.naive_epsilon is not None:
         lines.append(
-            f"its own steps alone would cost epsilon {best['naive_epsilon']:.3f}: that is not what"
+            f"its own steps alone would cost epsilon {best.naive_epsilon:.3f}: that is not what"
             " tuning costs"
         )
-    return [*lines, f"ledger {result['ledger']}; run {best['run']}"]
+    return [*lines, f"ledger {result.ledger}; run {best.run}"]

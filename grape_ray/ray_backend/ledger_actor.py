@@ -10,7 +10,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ray
@@ -26,6 +26,7 @@ from grape_ray.ledger.lease import BEAT_S, Claim
 from grape_ray.ledger.ledger import Grant, Ledger
 from grape_ray.privacy.redaction import text_of
 from grape_ray.storage import Storage
+from grape_ray.tuning.sweep import BudgetShare, Sweep
 
 NAMESPACE = "grape-ray"
 _CALLS = frozenset(
@@ -282,6 +283,27 @@ class Accountant:
             scheduling_strategy="DEFAULT",
         )  # fmt: skip
         return placed.remote(self._url, secrets.token_hex(8), self._beat_s)
+
+
+@contextlib.contextmanager
+def accountants(sweep: Sweep) -> Iterator[tuple[Accountant, Accountant | None]]:
+    """The accountants of the training records and of private scores, with what the sweep pays for
+    registered; released at the end.
+    """
+    held: list[Accountant] = []
+
+    def take(share: BudgetShare) -> Accountant:
+        share.open()
+        book = Accountant.start(share.ledger)
+        held.append(book)
+        (book.ensure_study if isinstance(share.paid, Study) else book.ensure_selection)(share.paid)  # pyright: ignore[reportArgumentType]
+        return book
+
+    try:
+        yield take(sweep.steps), take(sweep.scores) if sweep.scores else None
+    finally:
+        for book in held:
+            book.release()
 
 
 def _name(url: str) -> str:

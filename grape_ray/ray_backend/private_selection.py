@@ -18,21 +18,22 @@ import ray.exceptions
 import torch
 from ray.tune.search.sample import Function
 
-from grape_ray.accounting import calibration
 from grape_ray.accounting.selection import Selection
 from grape_ray.distributed.comms import Comms
 from grape_ray.errors import ConfigError, GrapeRayError
 from grape_ray.ledger.entries import Study
 from grape_ray.ledger.ledger import Ledger
 from grape_ray.ledger.location import RUN_FILE
-from grape_ray.ray_backend.tuner import accountants
+from grape_ray.ray_backend.ledger_actor import accountants
 from grape_ray.storage import Storage
 from grape_ray.training.plan import RESULT_FILE, prepare
 from grape_ray.training.private_scores import Terms, described
 from grape_ray.training.run import execute
 from grape_ray.tuning import price, results
-from grape_ray.tuning.prepare import Share, Sweep
+from grape_ray.tuning.folder import RUNS
+from grape_ray.tuning.results import SweepResult, Winner
 from grape_ray.tuning.spaces import SweepStudy
+from grape_ray.tuning.sweep import Sweep
 
 WINNER = "winner"
 _DRAW, _LEDGER, _SCORES = "draw.json", "ledger", "score-ledger"
@@ -67,7 +68,7 @@ def check_domains(space: Mapping[str, Any]) -> None:
 def check_draw(sweep: Sweep) -> None:
     """Refuses to resume a selection whose trials are no longer known. Raises ConfigError."""
     assert sweep.sealed is not None
-    done = sweep.existing and sweep.folder().exists(results.RESULT_FILE)
+    done = sweep.existing and results.load(sweep.folder()) is not None
     if sweep.existing and not done and not Storage(sweep.sealed).exists(_DRAW):
         fix = "begin a new sweep, which is paid for again"
         what = (
@@ -77,18 +78,19 @@ def check_draw(sweep: Sweep) -> None:
         raise ConfigError(what, sweep.sealed, f"a folder with {_DRAW}", fix)
 
 
-def select(sweep: Sweep, at_once: int, say: Callable[[str], None]) -> dict[str, Any]:
+def select(sweep: Sweep, at_once: int, say: Callable[[str], None]) -> SweepResult:
     """Runs or resumes a private selection on the connected cluster, `at_once` trials at a time.
 
     Returns:
-        What `tune --json` prints, and nothing of any other trial.
+        The winner and what was paid, and nothing of any other trial.
 
     Raises:
         GrapeRayError: the ledger refuses the selection or is held by another cluster, or a trial
             failed.
     """
-    if sweep.existing and sweep.folder().exists(results.RESULT_FILE):
-        return json.loads(sweep.folder().read(results.RESULT_FILE))
+    finished = results.load(sweep.folder()) if sweep.existing else None
+    if finished is not None:
+        return finished
     assert sweep.sealed is not None
     secret = Storage(sweep.sealed)
     trials = _drawn(sweep, secret)
@@ -116,11 +118,11 @@ def select(sweep: Sweep, at_once: int, say: Callable[[str], None]) -> dict[str, 
         raise GrapeRayError(
             "a sealed trial failed", type(cause).__name__, "trials that end", fix
         ) from None
-    best = _release(sweep, secret, trials)
-    result = _result(sweep, best)
-    sweep.folder().write(results.RESULT_FILE, json.dumps(result, indent=1, sort_keys=True).encode())
+    result = results.selected(sweep, _release(sweep, secret, trials))
+    # durable before the draw goes: without either, the selection could neither end nor be resumed
+    results.save(sweep.folder(), result)
     secret.remove(_DRAW)
-    for part in (results.RUNS, _LEDGER, _SCORES):
+    for part in (RUNS, _LEDGER, _SCORES):
         secret.remove(part)
     return result
 
@@ -188,7 +190,7 @@ def _train(study: SweepStudy, parts: _Parts, trials: Sequence[Sealed]) -> None:
     secret = Storage(parts.sealed)
     device = torch.device("cuda" if study.config.performance.use_gpu else "cpu")
     for trial in trials:
-        runs = secret.child(results.RUNS)
+        runs = secret.child(RUNS)
         if runs.exists(f"{trial.name}/{RESULT_FILE}"):
             continue
         ledger = secret.child(_LEDGER).child(trial.name).url
@@ -208,11 +210,11 @@ def _terms(study: SweepStudy, ledger: str, name: str) -> Terms:
     return Terms(study.metric, paid.mechanism.noise_multiplier, ledger, name)
 
 
-def _release(sweep: Sweep, secret: Storage, trials: Sequence[Sealed]) -> dict[str, Any] | None:
+def _release(sweep: Sweep, secret: Storage, trials: Sequence[Sealed]) -> Winner | None:
     """Copies the best trial's model out of the sealed folder, under a name that tells nothing; None
     where none has a finite score.
     """
-    runs, metric = secret.child(results.RUNS), sweep.study.metric
+    runs, metric = secret.child(RUNS), sweep.study.metric
     scored = []
     for trial in trials:
         result = json.loads(runs.read(f"{trial.name}/{RESULT_FILE}"))
@@ -221,7 +223,7 @@ def _release(sweep: Sweep, secret: Storage, trials: Sequence[Sealed]) -> dict[st
     if not scored:
         return None
     score, trial, result = max(scored, key=lambda entry: entry[0])
-    mine, out = runs.child(trial.name), sweep.folder().child(results.RUNS)
+    mine, out = runs.child(trial.name), sweep.folder().child(RUNS)
     name = result["checkpoint"].rpartition(f"{trial.name}/")[2]
     for file in mine.list(f"{name}/"):
         data = mine.read(file)
@@ -238,32 +240,9 @@ def _release(sweep: Sweep, secret: Storage, trials: Sequence[Sealed]) -> dict[st
     }
     description = {**json.loads(mine.read(RUN_FILE)), **facts}
     out.write(f"{WINNER}/{RUN_FILE}", json.dumps(description, indent=1, sort_keys=True).encode())
-    return {"config": trial.values, "score": score, "run": WINNER, "steps": result["steps"]}
-
-
-def _result(sweep: Sweep, best: dict[str, Any] | None) -> dict[str, Any]:
-    paid = sweep.steps.paid
-    if best is not None:
-        best["naive_epsilon"] = calibration.epsilon(paid.mechanism, best["steps"], paid.delta)
-    return {
-        "sweep": f"{sweep.storage}/{sweep.name}",
-        "study": paid.name,
-        "mode": sweep.options.mode,
-        "epsilon": paid.epsilon,
-        "delta": paid.delta,
-        "noise_multiplier": paid.mechanism.noise_multiplier,
-        # How many trials there were must stay secret, and so must every number from which it could
-        # be told.
-        "tokens_total": None,
-        "tokens_charged": None,
-        "steps_executed": None,
-        "wasted": None,
-        "trials": None,
-        "best": best,
-        "ledger": sweep.steps.ledger,
-        "score_source": sweep.study.score_source,
-        "score_ledger": sweep.scores.ledger if isinstance(sweep.scores, Share) else None,
-    }
+    paid, steps = sweep.steps.paid, result["steps"]
+    naive = results.naive_epsilon(paid.mechanism, steps, paid.delta)
+    return Winner(trial.values, score, WINNER, steps, naive)
 
 
 def _plain(value: Any) -> Any:

@@ -15,14 +15,15 @@ from grape_ray.ledger.location import absolute
 from grape_ray.ray_backend.cluster import cluster, set_defaults
 from grape_ray.ray_backend.reachability import find_cluster
 from grape_ray.storage import Storage
-from grape_ray.tuning import results
+from grape_ray.tuning.folder import read
 from grape_ray.tuning.options import SELECT, Options
+from grape_ray.tuning.results import SweepResult
 
 _START_S = 300.0  # how long a group of workers may take to start
 
 
-def run(options: Options, say: Callable[[str], None], name: str | None = None) -> dict[str, Any]:
-    """Runs a new sweep and returns what `tune --json` prints.
+def run(options: Options, say: Callable[[str], None], name: str | None = None) -> SweepResult:
+    """Runs a new sweep to its end.
 
     Raises:
         GrapeRayError: one of its kinds for whatever is wrong; whatever could be told beforehand was
@@ -38,7 +39,7 @@ def resume(
     say: Callable[[str], None],
     trust: Iterable[str] = (),
     trust_state: bool = False,
-) -> dict[str, Any]:
+) -> SweepResult:
     """Goes on with a sweep that was cut off; what it was charged stays charged.
 
     Args:
@@ -48,7 +49,7 @@ def resume(
         trust_state: go by the sweep's description, and load Ray Tune's state (pickles), also where
             this user did not begin the sweep.
     """
-    described = results.read(Storage(absolute(storage)).child(name))
+    described = read(Storage(absolute(storage)).child(name))
     known = described["options"]
     differing = sorted(
         key for key, value in asked.items() if json.loads(json.dumps(value)) != known.get(key)
@@ -70,7 +71,7 @@ def resume(
 
 def _run(
     options: Options, say: Callable[[str], None], name: str | None, described: dict[str, Any] | None
-) -> dict[str, Any]:
+) -> SweepResult:
     set_defaults(_START_S)  # before anything imports Ray, as a tune space does
     find_cluster(_START_S)
     from grape_ray.tuning import prepare, spaces
@@ -91,8 +92,5 @@ def _run(
         # a cluster that is too small is told before anything is registered
         at_once = tuner.concurrency(study, options)
         sweep.register()
-        result = (private_selection.select if options.mode == SELECT else tuner.compose)(
-            sweep, at_once, say
-        )
-    sweep.folder().write(results.RESULT_FILE, json.dumps(result, indent=1, sort_keys=True).encode())
-    return result
+        run_mode = private_selection.select if options.mode == SELECT else tuner.compose
+        return run_mode(sweep, at_once, say)

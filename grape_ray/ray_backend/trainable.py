@@ -30,7 +30,7 @@ from grape_ray.training.private_scores import Terms
 from grape_ray.training.run import execute
 from grape_ray.training.session import Around
 from grape_ray.training.trace import Trace
-from grape_ray.tuning.results import EXECUTED, REPORTS
+from grape_ray.tuning.folder import EXECUTED, REPORTS
 from grape_ray.tuning.spaces import SweepStudy
 
 _POINTER = "pointer.json"

@@ -4,28 +4,27 @@ takes is paid for from one study.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import ray
 from ray import tune
 
-from grape_ray.accounting import calibration
 from grape_ray.errors import ConfigError, GrapeRayError
 from grape_ray.ledger.entries import Study
-from grape_ray.ledger.ledger import Ledger
 from grape_ray.privacy.redaction import text_of
-from grape_ray.ray_backend.ledger_actor import Accountant
+from grape_ray.ray_backend.ledger_actor import accountants
 from grape_ray.ray_backend.old_homes import old_homes
 from grape_ray.ray_backend.searcher import scheduler, search
 from grape_ray.ray_backend.trainable import WORST, Setting, Trial
 from grape_ray.tuning import results
+from grape_ray.tuning.folder import RUNS, TUNE
 from grape_ray.tuning.options import Options
-from grape_ray.tuning.prepare import Share, Sweep
+from grape_ray.tuning.results import SweepResult
 from grape_ray.tuning.spaces import SweepStudy
+from grape_ray.tuning.sweep import Sweep
 
 _HEAD = "node:__internal_head__"
 _MAX_FAILURES = 3
@@ -36,9 +35,8 @@ _ENVIRONMENT = {
 }
 
 
-def compose(sweep: Sweep, concurrent: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Runs or resumes a sweep on the connected cluster, so many trials at a time; returns what
-    `tune --json` prints.
+def compose(sweep: Sweep, concurrent: int, say: Callable[[str], None]) -> SweepResult:
+    """Runs or resumes a sweep on the connected cluster, so many trials at a time.
 
     Raises:
         GrapeRayError: the ledger refuses the study, is held by another cluster, or cannot be
@@ -50,7 +48,7 @@ def compose(sweep: Sweep, concurrent: int, say: Callable[[str], None]) -> dict[s
     with accountants(sweep) as (book, score_book):
         paid = sweep.steps.paid
         assert isinstance(paid, Study)
-        runs = f"{sweep.folder().url}/{results.RUNS}"
+        runs = f"{sweep.folder().url}/{RUNS}"
         setting = Setting(
             sweep.study,
             paid,
@@ -67,70 +65,9 @@ def compose(sweep: Sweep, concurrent: int, say: Callable[[str], None]) -> dict[s
         )
         _Teller.say = staticmethod(say)
         _check(_tuner(sweep, setting, concurrent).fit(), say)
-    return outcome(sweep)
-
-
-@contextlib.contextmanager
-def accountants(sweep: Sweep) -> Iterator[tuple[Accountant, Accountant | None]]:
-    """The accountants of the training records and of private scores, with what the sweep pays for
-    registered; released at the end.
-    """
-    held: list[Accountant] = []
-
-    def take(share: Share) -> Accountant:
-        share.open()
-        book = Accountant.start(share.ledger)
-        held.append(book)
-        (book.ensure_study if isinstance(share.paid, Study) else book.ensure_selection)(share.paid)  # pyright: ignore[reportArgumentType]
-        return book
-
-    try:
-        yield take(sweep.steps), take(sweep.scores) if sweep.scores else None
-    finally:
-        for book in held:
-            book.release()
-
-
-def outcome(sweep: Sweep) -> dict[str, Any]:
-    """What a sweep came to, put together from its folder and its ledger."""
-    paid = sweep.steps.paid
-    assert isinstance(paid, Study)
-    described = results.read(sweep.folder())
-    rows = results.trials(sweep.folder(), described)
-    best, charged = (
-        results.best(rows),
-        Ledger.open(sweep.steps.ledger, create=False).state.study(paid.name).used,
-    )
-    executed = sum(row.executed for row in rows)
-    naive = (
-        calibration.epsilon(paid.mechanism, best.steps, paid.delta) if best and best.steps else None
-    )
-    return {
-        "sweep": f"{sweep.storage}/{sweep.name}",
-        "study": paid.name,
-        "mode": sweep.options.mode,
-        "epsilon": paid.epsilon,
-        "delta": paid.delta,
-        "noise_multiplier": paid.mechanism.noise_multiplier,
-        "tokens_total": paid.tokens,
-        "tokens_charged": charged,
-        "steps_executed": executed,
-        "wasted": charged - executed,
-        "trials": len({row.trial for row in rows}),
-        "best": (
-            best
-            and {
-                "config": dict(best.values),
-                "score": best.score,
-                "run": best.run,
-                "steps": best.steps,
-                "naive_epsilon": naive,
-            }
-        ),
-        "ledger": sweep.steps.ledger,
-        "score_source": sweep.study.score_source,
-        "score_ledger": sweep.scores.ledger if sweep.scores else None,
-    }
+    result = results.composed(sweep)
+    results.save(sweep.folder(), result)
+    return result
 
 
 def concurrency(study: SweepStudy, options: Options) -> int:
@@ -181,7 +118,7 @@ def _tuner(sweep: Sweep, setting: Setting, concurrent: int) -> tune.Tuner:
         {_HEAD: 0.001} if performance.num_workers else {"GPU" if performance.use_gpu else "CPU": 1}
     )
     trainable = tune.with_resources(tune.with_parameters(Trial, setting=setting), need)
-    path = f"{sweep.folder().url}/{results.TUNE}"
+    path = f"{sweep.folder().url}/{TUNE}"
     if sweep.existing and tune.Tuner.can_restore(path):
         with old_homes(_Teller=_Teller):
             return tune.Tuner.restore(
@@ -200,7 +137,7 @@ def _tuner(sweep: Sweep, setting: Setting, concurrent: int) -> tune.Tuner:
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(
-            name=results.TUNE,
+            name=TUNE,
             storage_path=sweep.folder().url,
             failure_config=tune.FailureConfig(max_failures=_MAX_FAILURES),
             callbacks=[_Teller(sweep.study.metric)],

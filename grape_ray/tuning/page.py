@@ -19,10 +19,10 @@ from grape_ray.errors import ConfigError
 from grape_ray.ledger.entries import Study
 from grape_ray.ledger.history import Spending, history
 from grape_ray.storage import Storage
-from grape_ray.tuning import results
+from grape_ray.tuning import folder, results, trials
 from grape_ray.tuning.options import SELECT
-from grape_ray.tuning.results import TrialRow
 from grape_ray.tuning.svg import Plot, categories, fitting, linear
+from grape_ray.tuning.trials import TrialRow
 
 _CURVE_POINTS = 24  # of epsilon against tokens; between them it is interpolated
 
@@ -35,15 +35,15 @@ def report(url: str) -> tuple[str, bytes]:
             LedgerError: its ledger cannot be read.
     """
     place = Storage(url)
-    sweep = results.read(place)
+    sweep = folder.read(place)
     if sweep["mode"] == SELECT:
         return _selection(place, sweep)
-    rows = results.trials(place, sweep)
+    rows = trials.rows(place, sweep)
     return _compose(sweep, rows), _table(sweep, rows)
 
 
 def _compose(sweep: Mapping[str, Any], rows: list[TrialRow]) -> str:
-    study, best = Study.from_payload(sweep["paid"]), results.best(rows)
+    study, best = Study.from_payload(sweep["paid"]), trials.best(rows)
     spent = history(sweep["ledger"], study.name)
     charged, executed = sum(row.charged for row in rows), sum(row.executed for row in rows)
     naive = (

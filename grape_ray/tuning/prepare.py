@@ -5,10 +5,8 @@ nothing.
 from __future__ import annotations
 
 import json
-import secrets
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from grape_ray.accounting.selection import Selection
@@ -16,11 +14,9 @@ from grape_ray.config import cautions
 from grape_ray.config.cautions import Consent
 from grape_ray.config.description import at_home
 from grape_ray.config.pipelines import describe
-from grape_ray.config.trust import remember_sweep
 from grape_ray.data.fingerprints import column_fingerprints, fingerprint_records
 from grape_ray.errors import ConfigError
-from grape_ray.ledger import registry
-from grape_ray.ledger.budget import foresee, made_for
+from grape_ray.ledger.budget import made_for
 from grape_ray.ledger.entries import Study, entry_name, selection_from
 from grape_ray.ledger.ledger import Ledger
 from grape_ray.ledger.location import absolute, home, ledger_place
@@ -29,126 +25,12 @@ from grape_ray.storage import Storage
 from grape_ray.tasks.task import Data, label, loaded
 from grape_ray.training.dry_run import dry_run
 from grape_ray.training.plan import check_run_name, fresh_name, sampling_prob_of
-from grape_ray.training.private_scores import Terms
 from grape_ray.training.splits import check_splits
-from grape_ray.tuning import price, results
+from grape_ray.tuning import price
+from grape_ray.tuning.folder import SWEEP_FILE
 from grape_ray.tuning.options import SELECT, Options, check_select_config
 from grape_ray.tuning.spaces import PRIVATE, SweepStudy
-
-
-@dataclass(frozen=True)
-class Share:
-    """A study or selection, and the ledger of the records that pay for it.
-
-    Attributes:
-        paid: what is registered there. ledger: URL. dataset_id: of the records. budget: (epsilon,
-            delta) of the records, where the ledger is made; asked: as the user named it, with which
-            an existing ledger is compared. identity: all fingerprints of the records. public:
-            whether they are, so that there may be many ledgers. dataset: what the user calls them.
-    """
-
-    paid: Study | Selection
-    ledger: str
-    dataset_id: str
-    budget: tuple[float, float]
-    identity: tuple[str, ...] = field(default=(), compare=False)
-    public: bool = field(default=False, compare=False)
-    asked: tuple[float | None, float | None] = field(default=(None, None), compare=False)
-    dataset: str = field(default="", compare=False)
-
-    def check(self, second: bool) -> None:
-        """Refuses, before any work, what the ledger would refuse, and a second one. Raises
-        StorageError, BudgetExceeded, LedgerError.
-        """
-        registry.check_only(self.ledger, self.identity, second)
-        foresee(
-            Storage(self.ledger).first_contact(),
-            self.dataset_id,
-            self.budget,
-            self.paid,
-            self.asked,
-        )
-
-    def open(self) -> None:
-        """Makes the ledger where there is none."""
-        existing = Storage(self.ledger).exists(entry_name(0))
-        book = Ledger.open(
-            self.ledger, self.dataset_id, *((None, None) if existing else self.budget)
-        )
-        if not self.public and self.identity:
-            registry.register(self.identity, self.ledger, book.ledger_id, self.dataset)
-
-    def described(self) -> dict[str, Any]:
-        """The share as the sweep's description keeps it: without the fingerprint of the records,
-        which the ledger knows.
-        """
-        return {"paid": self.paid.payload(), "ledger": self.ledger, "budget": list(self.budget)}
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """A sweep that may begin.
-
-    Attributes:
-        name: of its folder below storage, and of its study. options: as asked. study: its config as
-            every trial begins from it.
-        storage: URL of the folder of sweeps. steps: what pays for training steps; scores: for
-            private scores, or None.
-        sealed: URL of the folder of secrets in mode select; None otherwise. existing: whether it is
-            resumed.
-    """
-
-    name: str
-    options: Options
-    space: dict[str, Any]
-    study: SweepStudy
-    storage: str
-    steps: Share
-    scores: Share | None
-    sealed: str | None
-    existing: bool
-
-    def folder(self) -> Storage:
-        """The sweep's own folder."""
-        return Storage(self.storage).child(self.name)
-
-    def terms(self) -> Terms | None:
-        """What may be said of private validation records; None where they are public."""
-        if self.scores is None:
-            return None
-        return Terms(
-            self.study.metric,
-            self.scores.paid.mechanism.noise_multiplier,
-            self.scores.ledger,
-            self.scores.paid.name,
-        )
-
-    def register(self) -> None:
-        """Keeps the description of the sweep, from which it is resumed and reported."""
-        if not self.existing:
-            mark = secrets.token_hex(16)
-            self.folder().create(
-                results.SWEEP_FILE,
-                json.dumps(self._description(mark), indent=1, sort_keys=True).encode(),
-            )
-            remember_sweep(self.folder().url, mark)
-
-    def _description(self, mark: str) -> dict[str, Any]:
-        return {
-            "sweep": self.name,
-            "mark": mark,
-            "study": self.steps.paid.name,
-            "mode": self.options.mode,
-            "options": self.options.as_json(),
-            "fields": sorted(self.space),
-            "metric": self.study.metric,
-            "score_source": self.study.score_source,
-            "config": describe(self.study.config),
-            **self.steps.described(),
-            "sealed": self.sealed,
-            "scores": self.scores and self.scores.described(),
-            "time": time.time(),
-        }
+from grape_ray.tuning.sweep import BudgetShare, Sweep
 
 
 def prepare(
@@ -260,19 +142,19 @@ def resume(
 
 def _known(
     described: Mapping[str, Any], mode: str, task: Any, identity: Callable[[Data], tuple[str, ...]]
-) -> Share:
+) -> BudgetShare:
     """A share as it was described; the data is read, for its fingerprints, only where the sweep was
     cut off before its ledger was made.
     """
     paid = (selection_from if mode == SELECT else Study.from_payload)(described["paid"])
     where, budget = described["ledger"], described["budget"]
     if Storage(where).exists(entry_name(0)):
-        return Share(
+        return BudgetShare(
             paid, where, Ledger.open(where, create=False).state.dataset_id, (budget[0], budget[1])
         )
     data = loaded(task)
     found = identity(data)
-    return Share(
+    return BudgetShare(
         paid,
         where,
         found[0],
@@ -292,7 +174,7 @@ def _check_place(place: Storage, name: str) -> None:
     ConfigError.
     """
     place.check_writable()
-    if place.exists(results.SWEEP_FILE):
+    if place.exists(SWEEP_FILE):
         raise ConfigError("the sweep exists", name, "a new name", f"resume it with --resume {name}")
 
 
@@ -329,7 +211,7 @@ def _given(value: float | None, otherwise: float) -> float:
 
 def _steps(
     options: Options, study: SweepStudy, name: str, data: Data, storage: str, sampling_prob: float
-) -> Share:
+) -> BudgetShare:
     """What pays for training steps."""
     privacy = study.config.privacy
     paid: Study | Selection
@@ -343,7 +225,7 @@ def _steps(
     asked = options.ledger_epsilon, options.ledger_delta
     budget = made_for((privacy.epsilon, privacy.delta), *asked)
     place = ledger_place(options.ledger, data.dataset_id, data.public, storage, name)
-    return Share(
+    return BudgetShare(
         paid,
         place,
         data.dataset_id,
@@ -362,7 +244,7 @@ def _scores(
     data: Data,
     storage: str,
     paid: Study | Selection,
-) -> Share:
+) -> BudgetShare:
     """What pays for private scores."""
     records = _validation_identity(data)
     if isinstance(paid, Study):
@@ -373,7 +255,7 @@ def _scores(
         price_of = price.select_scores(study, name, options.the_law())
     budget = (study.score_epsilon, study.score_delta)
     place = ledger_place(options.score_ledger, records[0], False, storage, name)
-    return Share(
+    return BudgetShare(
         price_of,
         place,
         records[0],

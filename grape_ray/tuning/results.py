@@ -1,134 +1,156 @@
-"""The folder of a sweep: how it was begun, its runs, and the table of its trials put together from
-what they left.
-"""
+"""What a sweep came to: `result.json` of its folder, and what `grape-ray tune --json` prints."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from grape_ray.errors import ConfigError
-from grape_ray.ledger.charges import Attempt
+from grape_ray.accounting import calibration
+from grape_ray.accounting.mechanism import Mechanism
+from grape_ray.ledger.entries import Study
 from grape_ray.ledger.ledger import Ledger
-from grape_ray.ledger.location import RUN_FILE
 from grape_ray.storage import Storage
-from grape_ray.training.trace import lines
-
-SWEEP_FILE, RESULT_FILE = "sweep.json", "result.json"
-RUNS, TUNE = "runs", "tune"
-_DESCRIBED = {  # what a description holds at least, and of which types
-    "sweep": str, "study": str, "mode": str, "options": dict, "fields": list, "metric": str,
-    "config": dict, "ledger": str, "paid": dict, "score_source": str, "budget": list,
-}  # fmt: skip
-EXECUTED, REPORTS = "executed", "reports"  # traces below a run's folder
+from grape_ray.tuning import trials
+from grape_ray.tuning.folder import RESULT_FILE, read
+from grape_ray.tuning.sweep import Sweep
 
 
 @dataclass(frozen=True)
-class TrialRow:
-    """What one run of a sweep did.
+class Winner:
+    """The best run of a sweep.
 
     Attributes:
-        run: its name; trial: the trial that it belongs to (population-based training has several
-            runs a trial).
-        values: of the varied fields. steps: of its model at its last report; score: then, None
-            without one that is finite.
-        charged, executed: step tokens it burned, and steps its processes counted. attempts: how
-            often it was begun.
-        reports: (time in seconds since 1970, step, score) each, of finite scores; done: whether it
-            reached its own end.
+        config: its values of the varied fields, by name. score: its last one.
+        run: its name. steps: that its model has taken.
+        naive_epsilon: of its own steps alone, which is not what tuning costs; None without any.
     """
 
+    config: Mapping[str, Any]
+    score: float
     run: str
-    trial: str
-    values: Mapping[str, Any]
     steps: int
-    score: float | None
-    charged: int
-    executed: int
-    attempts: int
-    reports: tuple[tuple[float, int, float], ...]
-    done: bool
+    naive_epsilon: float | None
 
 
-def read(folder: Storage) -> dict[str, Any]:
-    """How a sweep was begun. Raises ConfigError where the folder holds no sweep."""
-    try:
-        found = json.loads(folder.read(SWEEP_FILE))
-    except FileNotFoundError as error:
-        raise ConfigError(
-            "there is no sweep", folder.url, f"a folder with {SWEEP_FILE}", "check name and storage"
-        ) from error
-    except ValueError as error:
-        raise ConfigError(
-            f"{SWEEP_FILE} of the sweep is damaged",
-            str(error),
-            "a JSON object",
-            "restore it from a copy",
-        ) from error
-    wrong = [
-        name
-        for name, kind in _DESCRIBED.items()
-        if not isinstance(found, dict) or not isinstance(found.get(name), kind)
-    ]
-    if wrong:
-        got, expected = f"no usable {', '.join(wrong)}", "the JSON that its beginning wrote"
-        raise ConfigError(
-            f"{SWEEP_FILE} of the sweep is damaged", got, expected, "restore it from a copy"
-        )
-    return found
+@dataclass(frozen=True)
+class SweepResult:
+    """What a sweep cost, and its winner. The order of the fields is that of the JSON.
 
-
-def trials(folder: Storage, sweep: Mapping[str, Any]) -> list[TrialRow]:
-    """The runs of a sweep in mode compose, in the order in which they were begun."""
-    known = Ledger.open(sweep["ledger"], create=False).state.study(sweep["study"]).runs
-    names = sorted(
-        {name.split("/")[1] for name in folder.list(f"{RUNS}/") if name.endswith(f"/{RUN_FILE}")}
-    )
-    order = {run: place for place, run in enumerate(known)}
-    rows = [
-        _row(folder.child(RUNS).child(name), name, sweep, known.get(name, [])) for name in names
-    ]
-    return sorted(rows, key=lambda row: order.get(row.run, len(order)))
-
-
-def _row(
-    run_folder: Storage, run: str, sweep: Mapping[str, Any], attempts: list[Attempt]
-) -> TrialRow:
-    described = json.loads(run_folder.read(RUN_FILE))
-    values = {}
-    for name in sweep["fields"]:
-        node: Any = described
-        for part in name.split("."):
-            node = node["fields"][part] if part not in node and "fields" in node else node[part]
-        values[name] = node
-    metric = sweep["metric"]
-    told = sorted(
-        (json.loads(line) for line in lines(run_folder, REPORTS)), key=lambda report: report["time"]
-    )
-    scores = [
-        (report["time"], report["step"], report[metric]) for report in told if metric in report
-    ]
-    reports = tuple(score for score in scores if math.isfinite(score[2]))
-    return TrialRow(
-        run=run,
-        trial=run.partition(".")[0],
-        values=values,
-        steps=told[-1]["step"] if told else 0,
-        score=scores[-1][2] if scores and math.isfinite(scores[-1][2]) else None,
-        charged=sum(attempt.used for attempt in attempts),
-        executed=len(lines(run_folder, EXECUTED)),
-        attempts=len(attempts),
-        reports=reports,
-        done=bool(told) and told[-1]["done"],
-    )
-
-
-def best(rows: list[TrialRow]) -> TrialRow | None:
-    """The run with the best last score, the one with more steps of equals; None without a score
-    that is finite.
+    Attributes:
+        sweep: URL of its folder. study: name in the ledger. mode: `compose` or `select`.
+        epsilon, delta: cost of all that the sweep releases. noise_multiplier: of every step.
+        tokens_total, tokens_charged: step tokens of the study. steps_executed: that processes took;
+            wasted: charged, but not executed. trials: how many. In mode select these five are None:
+            how many trials there were is secret, and so is every number that would tell it.
+        best: the winner; None where no score is finite.
+        ledger: URL. score_source: `public` or `private`. score_ledger: URL of the ledger of private
+            validation records; None where they are public.
     """
-    scored = (row for row in rows if row.score is not None and math.isfinite(row.score))
-    return max(scored, key=lambda row: (row.score, row.steps), default=None)
+
+    sweep: str
+    study: str
+    mode: str
+    epsilon: float
+    delta: float
+    noise_multiplier: float
+    tokens_total: int | None
+    tokens_charged: int | None
+    steps_executed: int | None
+    wasted: int | None
+    trials: int | None
+    best: Winner | None
+    ledger: str
+    score_source: str
+    score_ledger: str | None
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> SweepResult:
+        """The result whose `as_json` this is."""
+        best = found["best"]
+        return cls(**{**found, "best": None if best is None else Winner(**best)})
+
+
+def composed(sweep: Sweep) -> SweepResult:
+    """The result of a sweep in mode compose, from its folder and its ledger.
+
+    Raises:
+        LedgerError: the ledger cannot be read.
+    """
+    paid = sweep.steps.paid
+    assert isinstance(paid, Study)
+    rows = trials.rows(sweep.folder(), read(sweep.folder()))
+    best = trials.best(rows)
+    charged = Ledger.open(sweep.steps.ledger, create=False).state.study(paid.name).used
+    executed = sum(row.executed for row in rows)
+    winner = None
+    if best is not None and best.score is not None:
+        naive = naive_epsilon(paid.mechanism, best.steps, paid.delta)
+        winner = Winner(best.values, best.score, best.run, best.steps, naive)
+    return _result(
+        sweep,
+        winner,
+        tokens_total=paid.tokens,
+        tokens_charged=charged,
+        steps_executed=executed,
+        wasted=charged - executed,
+        trials=len({row.trial for row in rows}),
+    )
+
+
+def selected(sweep: Sweep, winner: Winner | None) -> SweepResult:
+    """The result of a sweep in mode select, which knows its winner and nothing else."""
+    return _result(sweep, winner)
+
+
+def naive_epsilon(mechanism: Mechanism, steps: int, delta: float) -> float | None:
+    """Epsilon of one run's own steps, as if it were all that was tried; None without a step."""
+    return calibration.epsilon(mechanism, steps, delta) if steps else None
+
+
+def save(folder: Storage, result: SweepResult) -> None:
+    """Keeps the result in the sweep's folder."""
+    text = json.dumps(result.as_json(), indent=1, sort_keys=True)
+    folder.write(RESULT_FILE, text.encode())
+
+
+def load(folder: Storage) -> SweepResult | None:
+    """The result that a sweep's folder keeps; None where the sweep has not ended."""
+    if not folder.exists(RESULT_FILE):
+        return None
+    return SweepResult.from_json(json.loads(folder.read(RESULT_FILE)))
+
+
+def _result(
+    sweep: Sweep,
+    winner: Winner | None,
+    *,
+    tokens_total: int | None = None,
+    tokens_charged: int | None = None,
+    steps_executed: int | None = None,
+    wasted: int | None = None,
+    trials: int | None = None,
+) -> SweepResult:
+    paid = sweep.steps.paid
+    return SweepResult(
+        sweep=f"{sweep.storage}/{sweep.name}",
+        study=paid.name,
+        mode=sweep.options.mode,
+        epsilon=paid.epsilon,
+        delta=paid.delta,
+        noise_multiplier=paid.mechanism.noise_multiplier,
+        tokens_total=tokens_total,
+        tokens_charged=tokens_charged,
+        steps_executed=steps_executed,
+        wasted=wasted,
+        trials=trials,
+        best=winner,
+        ledger=sweep.steps.ledger,
+        score_source=sweep.study.score_source,
+        score_ledger=sweep.scores.ledger if sweep.scores else None,
+    )

@@ -16,7 +16,7 @@ import pytest
 
 from grape_ray.ledger import Ledger, verify
 from grape_ray.storage import Storage
-from grape_ray.tuning import results
+from grape_ray.tuning import folder
 
 pytestmark = pytest.mark.ray
 REPOSITORY = Path(__file__).parents[2]
@@ -58,8 +58,8 @@ class Prey:
         try:
             return sum(
                 len(self.sweep.read(name).splitlines())
-                for name in self.sweep.list(f"{results.RUNS}/")
-                if f"/{results.EXECUTED}/" in name
+                for name in self.sweep.list(f"{folder.RUNS}/")
+                if f"/{folder.EXECUTED}/" in name
             )
         except FileNotFoundError:
             return 0
@@ -101,7 +101,7 @@ class Prey:
             if self.driver.returncode == 0:
                 return json.loads(out.splitlines()[-1])
             assert self.driver.returncode == -signal.SIGKILL, err
-            begun = self.sweep.exists(results.SWEEP_FILE)
+            begun = self.sweep.exists(folder.SWEEP_FILE)
             self.start(*(("--resume", "c") if begun else self.words))
         raise AssertionError("the sweep did not end")
 
@@ -137,9 +137,9 @@ def survive(tmp_path, seed, kinds, *words):
     assert 0 <= wasted <= CHUNK * cut_off
     assert result["tokens_charged"] == sum(a.used for a in attempts) <= result["tokens_total"]
     assert result["best"] is not None
-    for name in prey.sweep.list(f"{results.RUNS}/"):
+    for name in prey.sweep.list(f"{folder.RUNS}/"):
         # of one process, and so of one attempt: no step was taken twice with its key
-        if f"/{results.EXECUTED}/" in name:
+        if f"/{folder.EXECUTED}/" in name:
             steps = [int(line) for line in prey.sweep.read(name).split()]
             assert steps == sorted(set(steps))
     print(json.dumps({"seed": seed, "killed": prey.killed, "charged": result["tokens_charged"],

@@ -21,22 +21,15 @@ from grape_ray.ray_backend.sweep import resume, run
 from grape_ray.storage import Storage
 from grape_ray.tuning.options import Options
 from grape_ray.tuning.page import report
+from grape_ray.tuning.results import SweepResult
 from tests.quoting import RECORD
 
 pytestmark = pytest.mark.ray
-WANTED = [
-    "study",
-    "mode",
-    "epsilon",
-    "delta",
-    "tokens_total",
-    "tokens_charged",
-    "steps_executed",
-    "wasted",
-    "trials",
-    "best",
-    "ledger",
-]
+KEYS = [  # of the JSON, in its order: scripts read it
+    "sweep", "study", "mode", "epsilon", "delta", "noise_multiplier", "tokens_total",
+    "tokens_charged", "steps_executed", "wasted", "trials", "best", "ledger", "score_source",
+    "score_ledger",
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -58,55 +51,51 @@ def sweep(tmp_path, ray_cluster):
 
 def balanced(result):
     """Each step that was executed was charged, and nothing else."""
-    assert [key for key in WANTED if key not in result] == []
-    assert result["tokens_charged"] == result["steps_executed"] <= result["tokens_total"]
-    assert result["wasted"] == 0
+    assert list(result.as_json()) == KEYS
+    assert result.tokens_charged == result.steps_executed <= result.tokens_total
+    assert result.wasted == 0
     assert (
-        Ledger.open(result["ledger"], create=False).state.study(result["study"]).used
-        == result["tokens_charged"]
+        Ledger.open(result.ledger, create=False).state.study(result.study).used
+        == result.tokens_charged
     )
-    found = verify(result["ledger"])
+    found = verify(result.ledger)
     assert found.ok, found.problems
 
 
 def test_asha_stops_trials_and_charges_what_they_took(sweep, tmp_path):
     result = sweep("a", trials=6, seed=3)
     balanced(result)
-    assert result["trials"] == 6
-    assert result["tokens_charged"] < 6 * 12  # some were stopped
-    assert set(result["best"]["config"]) == {
-        "method.rank",
-        "privacy.clip_norm",
-        "method.learning_rate",
-    }
-    assert 0 < result["best"]["naive_epsilon"] < result["epsilon"] == 8.0
+    assert result.trials == 6
+    assert result.tokens_charged < 6 * 12  # some were stopped
+    assert set(result.best.config) == {"method.rank", "privacy.clip_norm", "method.learning_rate"}
+    assert 0 < result.best.naive_epsilon < result.epsilon == 8.0
     assert any("step 12" in line for line in sweep.said)
     assert Storage(tmp_path / "sweeps" / "a").exists(
-        f"runs/{result['best']['run']}/{checkpoint.folder_of(12)}/manifest.json"
+        f"runs/{result.best.run}/{checkpoint.folder_of(12)}/manifest.json"
     )
     page, table = report(str(tmp_path / "sweeps" / "a"))
     assert page.count("<svg") == 6
     assert "http" not in page.replace("http://www.w3.org", "")  # it needs nothing else
-    assert f"{result['best']['naive_epsilon']:.2f}" in page
+    assert f"{result.best.naive_epsilon:.2f}" in page
     rows = pq.read_table(io.BytesIO(table)).to_pylist()
-    assert sum(row["executed"] for row in rows) == result["steps_executed"]
+    assert sum(row["executed"] for row in rows) == result.steps_executed
     assert {row["method.rank"] for row in rows} <= {4, 8}
-    shown = CliRunner().invoke(main, ["ledger", "show", result["ledger"], "--json"])
+    shown = CliRunner().invoke(main, ["ledger", "show", result.ledger, "--json"])
     assert (
         sum(r["used"] for r in json.loads(shown.stdout)["studies"]["a"]["runs"].values())
-        == result["tokens_charged"]
+        == result.tokens_charged
     )
     with pytest.raises(ConfigError, match=r"begun with another --trials"):
         resume(str(tmp_path / "sweeps"), "a", {"trials": 7}, print)
     again = resume(str(tmp_path / "sweeps"), "a", {}, print)
-    assert (again["tokens_charged"], again["best"]) == (result["tokens_charged"], result["best"])
+    assert (again.tokens_charged, again.best) == (result.tokens_charged, result.best)
 
 
 def test_the_budget_of_n_steps_gives_n_steps_to_eight_trials(sweep):
     result = sweep("a", trials=8, scheduler="none", tokens=41)
     balanced(result)
-    assert result["tokens_charged"] == result["tokens_total"] == 41
-    assert result["trials"] == 8
+    assert result.tokens_charged == result.tokens_total == 41
+    assert result.trials == 8
 
 
 def test_trials_of_other_lengths_refreshes_moments_and_methods_pay_alike(sweep, tmp_path):
@@ -117,7 +106,7 @@ def test_trials_of_other_lengths_refreshes_moments_and_methods_pay_alike(sweep, 
         for path in (tmp_path / "sweeps" / "a" / "runs").glob("*/run.json")
     ]
     lengths = [one["privacy"]["steps"] for one in described]
-    assert result["tokens_charged"] == sum(lengths)
+    assert result.tokens_charged == sum(lengths)
     assert len(set(lengths)) > 1
     for field in ("refresh", "moments", "name"):
         assert len({one["method"][field] for one in described}) > 1
@@ -214,12 +203,12 @@ def test_a_selection_releases_its_winner_and_nothing_else(sweep, tmp_path, monke
     monkeypatch.setenv("TINY_SCORES", "private")
     result = sweep("a", mode="select", scheduler="none", trials=4, epsilon=8.0)
     assert all(
-        result[key] is None
+        getattr(result, key) is None
         for key in ("tokens_total", "tokens_charged", "steps_executed", "wasted", "trials")
     )
-    assert result["epsilon"] == 8.0
-    assert result["score_source"] == "private"
-    for url in (result["ledger"], result["score_ledger"]):
+    assert result.epsilon == 8.0
+    assert result.score_source == "private"
+    for url in (result.ledger, result.score_ledger):
         state = Ledger.open(url, create=False).state
         assert list(state.selections) == ["a"]
         assert state.studies == {}  # from the charges of trials their number could be told
@@ -249,8 +238,8 @@ def test_a_trial_of_private_scores_pays_for_what_it_says_when_it_is_resumed_by_h
     monkeypatch.setenv("TINY_SCORES", "private")
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
     result = sweep("a", trials=1, scheduler="none")
-    folder = tmp_path / "sweeps" / "a" / "runs" / result["best"]["run"]
-    book = Ledger.open(result["score_ledger"], create=False)
+    folder = tmp_path / "sweeps" / "a" / "runs" / result.best.run
+    book = Ledger.open(result.score_ledger, create=False)
     before = book.state.study("a").used
     resumed = CliRunner().invoke(
         main, ["resume", str(folder), "--key-file", str(tmp_path / "key"), "--json"]
@@ -283,7 +272,7 @@ def test_a_selection_is_never_drawn_twice(sweep, tmp_path, monkeypatch):
         resume(str(tmp_path / "sweeps"), "a", {}, print)
     (sealed / "draw.json").write_text(drawn)
     result = resume(str(tmp_path / "sweeps"), "a", {}, print)
-    assert result["best"]["config"] in [values for _, values in json.loads(drawn)]
+    assert result.best.config in [values for _, values in json.loads(drawn)]
 
 
 @pytest.fixture
@@ -322,7 +311,7 @@ def program(*words):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return SweepResult.from_json(json.loads(done.stdout.splitlines()[-1]))
 
 
 @pytest.mark.slow
@@ -330,8 +319,8 @@ def test_a_sweep_lives_on_an_object_store(bucket, tmp_path):
     where = ("--storage", f"{bucket}/sweeps", "--key-file", tmp_path / "key")
     result = program("--trials", 3, "--name", "a", *where)
     balanced(result)
-    assert result["ledger"] == f"{bucket}/sweeps/a/ledger"
-    assert program("--resume", "a", *where)["best"] == result["best"]
+    assert result.ledger == f"{bucket}/sweeps/a/ledger"
+    assert program("--resume", "a", *where).best == result.best
     assert "<svg" in report(f"{bucket}/sweeps/a")[0]
 
 
@@ -340,7 +329,7 @@ def test_trials_on_workers_are_stopped_and_pay_alike(tmp_path):
     where = ("--storage", tmp_path / "sweeps", "--key-file", tmp_path / "key")
     result = program("--trials", 3, "--workers", 1, "--seed", 3, "--name", "a", *where)
     balanced(result)
-    assert result["trials"] == 3
+    assert result.trials == 3
 
 
 def test_a_sweeps_folder_and_console_quote_no_record(sweep, tmp_path):

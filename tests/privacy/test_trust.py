@@ -22,7 +22,7 @@ from grape_ray.training.export import export
 from grape_ray.training.plan import prepare
 from grape_ray.training.resume import plan_resume
 from grape_ray.training.run import execute
-from grape_ray.tuning import results, spaces
+from grape_ray.tuning import folder, spaces
 from grape_ray.tuning.options import Options
 from grape_ray.tuning.prepare import prepare as prepare_sweep
 from pipelines.digits_vit import digits_vit
@@ -185,7 +185,7 @@ def sweep(tmp_path):
         Options("tests.tiny_space", **words), *spaces.load("tests.tiny_space"), "a"
     )
     begun.register()
-    state = tmp_path / "sweeps" / "a" / results.TUNE
+    state = tmp_path / "sweeps" / "a" / folder.TUNE
     state.mkdir()
     (state / "tuner.pkl").write_bytes(pickle.dumps(_Bomb(str(tmp_path / "MARK"))))
     return tmp_path
