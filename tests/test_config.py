@@ -74,6 +74,7 @@ def test_a_wrong_assignment_is_told_with_the_nearest_names(assignment, message):
         (Privacy, {"noise_multiplier": float("nan")}), (Method, {"rank": 0}),
         (Method, {"learning_rate": 0}), (Method, {"betas": (0.9, 1.0)}),
         (Method, {"moments": "kept"}), (Performance, {"num_workers": -1}),
+        (Performance, {"num_workers": "0:0"}), (Performance, {"num_workers": "0:2"}),
         (Performance, {"charge_chunk": 0}), (Performance, {"micro_batch_size": True}),
         (Performance, {"start_timeout_s": float("inf")}),
     ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -139,28 +139,21 @@ def command(
     )
     words["scheduler"] = words["scheduler"] or ("none" if words["mode"] == SELECT else "asha")
     words["space"] = located(words["space"], "tune space")
-    from grape_ray.cli.progress import Reporter
+    say = partial(click.echo, err=True)
+    if resume is None:
+        options = Options(**words)
+        from grape_ray.ray_backend.sweep import run
 
-    with Reporter(sys.stderr, 0) as reporter:
-        if resume is None:
-            options = Options(**words)
-            from grape_ray.ray_backend.sweep import run
-
-            result = run(options, reporter.say, name)
-        else:
-            if name not in (None, resume):
-                raise ConfigError(
-                    "--name with --resume", name, f"{resume}, or nothing", "a sweep keeps its name"
-                )
-            from grape_ray.ray_backend.sweep import resume as go_on
-
-            result = go_on(
-                words["storage"],
-                resume,
-                _given(context, words, workers),
-                reporter.say,
-                trust_state=trust_state,
+        result = run(options, say, name)
+    else:
+        if name not in (None, resume):
+            raise ConfigError(
+                "--name with --resume", name, f"{resume}, or nothing", "a sweep keeps its name"
             )
+        from grape_ray.ray_backend.sweep import resume as resume_sweep
+
+        given = _given(context, words, workers)
+        result = resume_sweep(words["storage"], resume, given, say, trust_state=trust_state)
     for line in _summary(result):
         click.echo(line)
     if as_json:

@@ -313,11 +313,11 @@ class Performance:
         )
         low, high = self.workers
         expected, fix = (
-            "an integer >= 0, or MIN:MAX",
+            "an integer >= 0, or MIN:MAX with MIN >= 1",
             "0 trains in this process, 2:8 follows the cluster",
         )
         _require(
-            0 <= low <= high and (low > 0 or high == 0),
+            0 <= low <= high and (low > 0 or self.num_workers == 0),
             "performance.num_workers",
             self.num_workers,
             expected,

@@ -15,7 +15,6 @@ from typing import Any
 
 import ray
 import ray.exceptions
-from ray.util.metrics import Gauge
 
 from grape_ray.accounting import calibration
 from grape_ray.accounting.selection import Selection
@@ -25,6 +24,7 @@ from grape_ray.ledger.entries import Study
 from grape_ray.ledger.lease import BEAT_S, Claim
 from grape_ray.ledger.ledger import Grant, Ledger
 from grape_ray.privacy.redaction import text_of
+from grape_ray.ray_backend.metrics import StudyGauges
 from grape_ray.storage import Storage
 from grape_ray.tuning.sweep import BudgetShare, Sweep
 
@@ -61,18 +61,7 @@ class _Desk:
         self._claim: Claim | None = None
         self._used: dict[str, tuple[Study, int]] = {}
         self._users: set[str] = set()
-        tags = ("ledger", "study")
-        self._charged = Gauge(
-            "grape_ray_steps_charged", "Step tokens of a study that are gone.", tag_keys=tags
-        )
-        self._left = Gauge(
-            "grape_ray_tokens_left",
-            "Step tokens of a study that can still be charged.",
-            tag_keys=tags,
-        )
-        self._spent = Gauge(
-            "grape_ray_epsilon_spent", "Epsilon of the steps charged so far.", tag_keys=tags
-        )
+        self._gauges = StudyGauges()
 
     def hold(self, user: str) -> str:
         """Opens the ledger for this cluster alone, and for a sweep of it; returns its id."""
@@ -121,10 +110,9 @@ class _Desk:
         return self._ledger
 
     def _measure(self, ledger: Ledger, study: str) -> None:
-        known, tags = ledger.state.study(study), {"ledger": ledger.ledger_id, "study": study}
+        known = ledger.state.study(study)
         self._used[study] = known.study, known.used
-        self._charged.set(known.used, tags)
-        self._left.set(known.left, tags)
+        self._gauges.set(ledger.ledger_id, study, steps_charged=known.used, tokens_left=known.left)
 
     def _show(self) -> None:
         """Epsilon takes a moment to compute, so it is shown now and then, and never between a call
@@ -139,7 +127,7 @@ class _Desk:
                     spent = min(
                         study.epsilon, calibration.epsilon(study.mechanism, used, study.delta)
                     )
-                    self._spent.set(spent, {"ledger": self._ledger.ledger_id, "study": name})
+                    self._gauges.set(self._ledger.ledger_id, name, epsilon_spent=spent)
             wait.wait(_GAUGE_EVERY_S)
 
 

@@ -118,9 +118,7 @@ def test_metrics_show_what_is_left(accountant):
         text = (
             urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
         )
-        lines = [
-            line for line in text.splitlines() if "grape_ray_" in line and not line.startswith("#")
-        ]
+        lines = [line for line in text.splitlines() if line.startswith("ray_grape_study_")]
         if len({line.split("{")[0] for line in lines}) == 3:
             break
         assert time.monotonic() < deadline_s, lines
@@ -129,12 +127,12 @@ def test_metrics_show_what_is_left(accountant):
         f'ledger="{accountant.ledger_id}"' in line and 'dataset="' not in line for line in lines
     )
     values = {
-        line.split("{")[0].removeprefix("ray_"): float(line.rsplit(" ", 1)[1])
+        line.split("{")[0].removeprefix("ray_grape_study_"): float(line.rsplit(" ", 1)[1])
         for line in lines
         if 'study="s"' in line
     }
-    assert values["grape_ray_steps_charged"] + values["grape_ray_tokens_left"] == STUDY.tokens
-    assert 0 < values["grape_ray_epsilon_spent"] < 4
+    assert values["steps_charged"] + values["tokens_left"] == STUDY.tokens
+    assert 0 < values["epsilon_spent"] < 4
 
 
 @pytest.mark.ray
