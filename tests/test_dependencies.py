@@ -19,6 +19,7 @@ PACKAGE = Path(__file__).parents[1] / "grape_ray"
         ("grape_ray.accounting", ["ray", "torch"]), ("grape_ray.ledger.ledger", ["ray", "torch"]),
         ("grape_ray.cli.account", ["ray", "torch"]), ("grape_ray.training.run", ["ray"]),
         ("grape_ray.cli.main", ["ray", "torch", "dp_accounting", "transformers"]),
+        ("grape_ray.tuning.page", ["ray", "matplotlib", "jinja2"]),
         ("grape_ray.ray_backend.train", ["ray"]), ("pipelines.digits_vit", ["ray", "transformers"]),
     ],
 )  # fmt: skip

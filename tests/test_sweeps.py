@@ -5,10 +5,12 @@ traces promise; no cluster needed.
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +29,7 @@ from grape_ray.ray_backend.trainable import comparable
 from grape_ray.storage import Storage
 from grape_ray.training.private_scores import PrivateScore
 from grape_ray.training.trace import Trace, lines
-from grape_ray.tuning import SweepStudy, folder, page, price, results, spaces, trials
+from grape_ray.tuning import SweepStudy, folder, page, plots, price, results, spaces, trials
 from grape_ray.tuning.options import Options
 from grape_ray.tuning.prepare import prepare, resume
 from tests.tiny import Tiny, tiny
@@ -361,46 +363,103 @@ def test_a_score_that_is_not_finite_is_never_the_best(scores):
     assert max(told) == 0.5
 
 
-def test_a_sweep_of_scores_that_are_not_finite_has_no_best_and_says_why(tmp_path):
+@pytest.fixture
+def ended(tmp_path):
+    """A sweep whose three runs have reported, some of them scores that are not finite."""
     options = Options("tests.tiny_space", storage=str(tmp_path / "s"), key_path=str(tmp_path / "k"))
     sweep = prepare(options, *spaces.load("tests.tiny_space"), name="a")
     sweep.steps.open()
-    book = Ledger.open(sweep.steps.ledger)
-    book.ensure_study(sweep.steps.paid)
+    ledger = Ledger.open(sweep.steps.ledger)
+    ledger.ensure_study(sweep.steps.paid)
     sweep.register()
-    for run, reports in (
-        ("x", [0.25, math.nan]),
-        ("y", [math.nan, math.nan]),
-        ("z", [math.nan, 0.125]),
-    ):
+    told = {"x": [0.25, math.nan], "y": [math.nan, math.nan], "z": [math.nan, 0.125]}
+    for run, scores in told.items():
+        ledger.charge("a", run, ledger.begin_attempt("a", run, "id"), 0, 2)
         place = sweep.folder().child(folder.RUNS).child(run)
-        config = sweep.study.with_values({"method.rank": 4})
-        place.write(
-            "run.json",
-            json.dumps({"run": run, **json.loads(json.dumps(describe(config)))}).encode(),
-        )
+        config = describe(sweep.study.with_values({"method.rank": 4}))
+        place.write("run.json", json.dumps({"run": run, **config}).encode())
         trace = Trace(place, folder.REPORTS)
-        for step, score in enumerate(reports, 1):
-            trace.line(
-                json.dumps(
-                    {
-                        "step": step,
-                        "accuracy": score,
-                        "run": run,
-                        "time": float(step),
-                        "done": step == 2,
-                    }
-                )
-            )
+        for step, score in enumerate(scores, 1):
+            facts = {"step": step, "accuracy": score, "run": run, "time": float(step)}
+            trace.line(json.dumps({**facts, "done": step == 2}))
         trace.close()
-    rows = {found.run: found for found in trials.rows(sweep.folder(), folder.read(sweep.folder()))}
+    return sweep
+
+
+def test_a_sweep_of_scores_that_are_not_finite_has_no_best_and_says_why(ended):
+    rows = {row.run: row for row in trials.rows(ended.folder(), folder.read(ended.folder()))}
     assert (rows["x"].score, rows["y"].score, rows["z"].score) == (None, None, 0.125)
     best = trials.best(list(rows.values()))
     assert best is not None
     assert best.run == "z"
-    assert "0.1250" in page.report(f"{sweep.storage}/a")[0]
-    lines = _summary(replace(results.composed(sweep), best=None))
+    lines = _summary(replace(results.composed(ended), best=None))
     assert "no trial has a finite score" in lines[-1]
+
+
+class Elements(HTMLParser):
+    """The ids of a page, the ones that it refers to, and its words; each element must be closed."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.ids, self.named, self.words = [], [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        self.ids += [found["id"]] if "id" in found else []
+        self.named += found.get("aria-labelledby", "").split()
+        self.named += [found["href"][1:]] if "href" in found else []
+        self.named += re.findall(r"url\(#(.+?)\)", " ".join(map(str, found.values())))
+        if tag not in ("meta",):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_a_page_needs_nothing_else_and_says_its_plots_in_words(ended):
+    described = ended.folder().read(folder.SWEEP_FILE).decode()
+    strange = described.replace('"tests.tiny_space"', '"<script>x</script> & $y$"')
+    ended.folder().write(folder.SWEEP_FILE, strange.encode())
+    html, _ = page.report(f"{ended.storage}/a")
+    assert html == page.report(f"{ended.storage}/a")[0]
+    assert "http" not in html
+    assert "<script" not in html
+    found = Elements(html)
+    assert found.open == []
+    assert len(found.ids) == len(set(found.ids))
+    assert set(found.named) <= set(found.ids)
+    text = "".join(found.words)
+    for part in ("<script>x</script> & $y$", "0.1250", "accuracy by rank", "z: 0.1250 after 2"):
+        assert part in text
+    # drawn in the page's colours, which are others on dark paper
+    svg = html[html.index("<svg") :]
+    assert "prefers-color-scheme: dark" in html
+    assert not re.search("#[0-9a-f]{6}", svg)
+
+
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [
+        (["a$b$", True, None], ["None", "True", "a$b$"]),
+        ([16, 4, 8], ["4", "8", "16"]),
+        ([1e-4, 1e-2], ["0.0001", "0.001", "0.01"]),
+        ([0.1, 0.2], ["0.10", "0.20"]),
+        ([0.3], ["0.3"]),
+    ],
+)
+def test_the_axis_of_a_plot_suits_its_values(values, ticks):
+    rows = [replace(row(str(n), 0.5), values={"f": value}) for n, value in enumerate(values)]
+    svg = plots.by_parameter("f", "f", "accuracy", rows, rows[0]).svg
+    found = re.findall(r"<text [^>]*>(.*?)</text>", svg)
+    assert [text for text in found if text in ticks] == ticks
 
 
 def test_a_selection_never_releases_a_score_that_is_not_finite(tmp_path):

@@ -26,7 +26,7 @@ def command(sweep: str, out: Path) -> None:
     page, table = report(sweep)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(page)
+        out.write_text(page, encoding="utf-8")
         out.with_suffix(".parquet").write_bytes(table)
     except OSError as error:
         raise StorageError(

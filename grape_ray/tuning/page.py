@@ -1,12 +1,11 @@
 """The page that a sweep ends with: one HTML file that needs nothing else, and the table of its
-trials as Parquet.
+runs as Parquet.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from html import escape
 from importlib.resources import files
 from typing import Any
 
@@ -19,12 +18,14 @@ from grape_ray.errors import ConfigError
 from grape_ray.ledger.entries import Study
 from grape_ray.ledger.history import Spending, history
 from grape_ray.storage import Storage
-from grape_ray.tuning import folder, results, trials
+from grape_ray.tuning import folder, plots, results, trials
 from grape_ray.tuning.options import SELECT
-from grape_ray.tuning.svg import Plot, categories, fitting, linear
+from grape_ray.tuning.plots import Plot, Span, short, value_text
 from grape_ray.tuning.trials import TrialRow
 
 _CURVE_POINTS = 24  # of epsilon against tokens; between them it is interpolated
+_RUN_FACTS = ("steps", "score", "charged", "executed", "attempts")
+_NOT_THE_COST = "of the winner's own steps: not what tuning costs"
 
 
 def report(url: str) -> tuple[str, bytes]:
@@ -32,7 +33,7 @@ def report(url: str) -> tuple[str, bytes]:
 
     Raises:
         ConfigError: no sweep is there, or it is a private selection that has not ended.
-            LedgerError: its ledger cannot be read.
+        LedgerError: its ledger cannot be read.
     """
     place = Storage(url)
     sweep = folder.read(place)
@@ -44,266 +45,125 @@ def report(url: str) -> tuple[str, bytes]:
 
 def _compose(sweep: Mapping[str, Any], rows: list[TrialRow]) -> str:
     study, best = Study.from_payload(sweep["paid"]), trials.best(rows)
-    spent = history(sweep["ledger"], study.name)
+    naive = results.naive_epsilon(study.mechanism, best.steps, study.delta) if best else None
     charged, executed = sum(row.charged for row in rows), sum(row.executed for row in rows)
-    naive = (
-        calibration.epsilon(study.mechanism, best.steps, study.delta)
-        if best and best.steps
-        else None
-    )
-    facts = [
+    attempts, known = sum(row.attempts for row in rows), {row.trial for row in rows}
+    tiles = [
         (
             "the sweep's epsilon",
             f"{study.epsilon:g}",
             f"delta {study.delta:g}; holds for the winner and all else that is released",
         ),
-        (
-            "the naive epsilon",
-            f"{naive:.2f}" if naive else "-",
-            "of the winner's own steps: not what tuning costs",
-        ),
+        ("the naive epsilon", f"{naive:.2f}" if naive else "-", _NOT_THE_COST),
         (
             "step tokens charged",
             f"{charged:,}",
             f"of {study.tokens:,}; {executed:,} steps executed",
         ),
-        (
-            "trials",
-            f"{len({row.trial for row in rows})}",
-            f"{sum(row.attempts for row in rows)} attempts, {len(rows)} runs",
-        ),
+        ("trials", f"{len(known)}", f"{attempts} attempts, {len(rows)} runs"),
     ]
-    sections = [_tiles(facts)]
-    if best is not None:
-        sections.insert(0, _headline(sweep, best.score, best.values, study.epsilon, naive))
-    scored = [row for row in rows if row.score is not None]
-    if scored:
-        parameters = "".join(
-            _parameter(name, sweep["metric"], scored, best) for name in sweep["fields"]
-        )
-        sections.append(
-            "<h2>Score by parameter</h2><p>A dot a run, larger the longer it trained.</p><div"
-            f" class=plots>{parameters}</div>"
-        )
-        sections.append(
-            "<h2>Trials over time</h2><div"
-            f" class=plots>{_curves(sweep, scored, best)}{_timeline(rows, spent, best)}</div>"
-        )
-    if spent:
-        sections.append(f"<h2>Budget burned</h2><div class=plots>{_burned(study, spent)}</div>")
-    sections.append(_rows(sweep, rows, best))
-    return _page(sweep, sections)
+    headline = best and {
+        "score": best.score,
+        "config": best.values,
+        "epsilon": study.epsilon,
+        "naive": naive,
+    }
+    return _page(
+        sweep=sweep,
+        headline=headline,
+        tiles=tiles,
+        sections=_sections(sweep, study, rows, best),
+        heads=["run", *map(short, sweep["fields"]), "steps", sweep["metric"], *_RUN_FACTS[2:]],
+        rows=sorted(rows, key=lambda row: np.inf if row.score is None else -row.score),
+        best=best,
+    )
 
 
 def _selection(place: Storage, sweep: Mapping[str, Any]) -> tuple[str, bytes]:
     """The page of a private selection knows the winner and nothing else."""
-    import json
-
-    if not place.exists(results.RESULT_FILE):
+    result = results.load(place)
+    if result is None:
         raise ConfigError(
             "the private selection has not ended",
             place.url,
             "a finished sweep",
             "its trials are sealed: resume it first",
         )
-    result, paid = json.loads(place.read(results.RESULT_FILE)), sweep["paid"]
-    best = result["best"]
-    sections = []
-    naive = best and best["naive_epsilon"]
-    if best is not None:
-        sections.append(_headline(sweep, best["score"], best["config"], paid["epsilon"], naive))
-    facts = [
+    paid, best = sweep["paid"], result.best
+    naive = best.naive_epsilon if best else None
+    law = f"{paid['law'].replace('_', ' ')} law, shape {paid['shape']:g}"
+    tiles = [
         (
             "the selection's epsilon",
             f"{paid['epsilon']:g}",
             f"delta {paid['delta']:g}; paid before the first trial",
         ),
-        (
-            "the naive epsilon",
-            f"{naive:.2f}" if naive else "-",
-            "of the winner's own steps: not what tuning costs",
-        ),
-        (
-            "trials",
-            "secret",
-            (
-                f"{paid['mean']:g} on average, {paid['law'].replace('_', ' ')} law, shape"
-                f" {paid['shape']:g}"
-            ),
-        ),
+        ("the naive epsilon", f"{naive:.2f}" if naive else "-", _NOT_THE_COST),
+        ("trials", "secret", f"{paid['mean']:g} on average, {law}"),
     ]
-    sections += [
-        _tiles(facts),
-        "<p>Nothing but the winner was released; the other trials are destroyed.</p>",
-    ]
-    table = pa.Table.from_pylist(
-        [{"run": best["run"], **best["config"], "steps": best["steps"], "score": best["score"]}]
-        if best
-        else []
-    )
-    return _page(sweep, sections), _parquet(table)
+    headline = best and {
+        "score": best.score,
+        "config": best.config,
+        "epsilon": result.epsilon,
+        "naive": naive,
+    }
+    winner = best and {"run": best.run, **best.config, "steps": best.steps, "score": best.score}
+    table = pa.Table.from_pylist([winner] if winner else [])
+    return _page(sweep=sweep, headline=headline, tiles=tiles, sections=[]), _parquet(table)
 
 
-def _headline(
-    sweep: Mapping[str, Any],
-    score: float | None,
-    values: Mapping[str, Any],
-    epsilon: float,
-    naive: float | None,
-) -> str:
-    settings = ", ".join(
-        f"<b>{escape(_short(name))}</b> {escape(_value(value))}" for name, value in values.items()
-    )
-    noised = ", noised" if sweep["score_source"] == "private" else ""
-    beside = f" (naively {naive:.2f})" if naive else ""
-    told = (
-        f"{escape(sweep['metric'])} <b>{score:.4f}</b>{noised}, at epsilon"
-        f" <b>{epsilon:g}</b>{beside}"
-    )
-    return f"<p class=headline>{told}, with {settings}</p>"
+def _sections(
+    sweep: Mapping[str, Any], study: Study, rows: list[TrialRow], best: TrialRow | None
+) -> list[tuple[str, str, list[Plot]]]:
+    """(Heading, note, plots) each."""
+    metric, spent = sweep["metric"], history(sweep["ledger"], study.name)
+    scored = [row for row in rows if row.score is not None]
+    spans, found = _spans(rows, spent), []
+    if scored:
+        fields = sweep["fields"]
+        by_field = [plots.by_parameter(name, short(name), metric, scored, best) for name in fields]
+        note = "A dot a run, larger the longer it trained."
+        found.append(("Score by parameter", note, by_field))
+        over_time = [plots.over_steps(metric, scored, best)]
+        over_time += [plots.timeline(rows, spans, best)] if spans else []
+        found.append(("Trials over time", "", over_time))
+    if spent:
+        found.append(("Budget burned", "", [plots.budget(_curve(study, spent), study.epsilon)]))
+    return found
 
 
-def _tiles(facts: Sequence[tuple[str, str, str]]) -> str:
-    tiles = "".join(
-        f"<div class=tile><span>{escape(a)}</span><b>{escape(b)}</b><span>{escape(c)}</span></div>"
-        for a, b, c in facts
-    )
-    return f"<div class=tiles>{tiles}</div>"
-
-
-def _parameter(name: str, metric: str, rows: list[TrialRow], best: TrialRow | None) -> str:
-    plot = Plot(
-        fitting(_short(name), [row.values[name] for row in rows]),
-        linear(metric, [row.score or 0.0 for row in rows]),
-    )
-    longest = max(row.steps for row in rows) or 1
-    for row in sorted(rows, key=lambda row: row is best):
-        plot.dot(
-            row.values[name], row.score, _style(row, best), _about(row), 3 + 4 * row.steps / longest
-        )
-    return (
-        f"<figure><figcaption>{escape(metric)} by"
-        f" {escape(_short(name))}</figcaption>{plot.text}</figure>"
-    )
-
-
-def _curves(sweep: Mapping[str, Any], rows: list[TrialRow], best: TrialRow | None) -> str:
-    points = [report for row in rows for report in row.reports]
-    plot = Plot(
-        linear("step", [step for _, step, _ in points], zero=True),
-        linear("score", [score for *_, score in points]),
-    )
-    for row in sorted(rows, key=lambda row: row is best):
-        plot.line(
-            [(step, score) for _, step, score in row.reports],
-            f"line {_style(row, best)}",
-            _about(row),
-        )
-        plot.dot(row.reports[-1][1], row.reports[-1][2], _style(row, best), _about(row), 3)
-    return (
-        f"<figure><figcaption>{escape(sweep['metric'])} as trials go"
-        f" on</figcaption>{plot.text}</figure>"
-    )
-
-
-def _timeline(rows: list[TrialRow], spent: Sequence[Spending], best: TrialRow | None) -> str:
-    """A bar an attempt, from its first charge to its last sign of life."""
-    began = min(s.time for s in spent) if spent else 0.0
-    spans: list[tuple[TrialRow, float, float]] = []
+def _spans(rows: Sequence[TrialRow], spent: Sequence[Spending]) -> list[Span]:
+    """Each attempt, from its first charge to its last charge or report before the next one."""
+    began = min((s.time for s in spent), default=0.0)
+    spans = []
     for row in rows:
-        numbers = sorted({s.attempt for s in spent if s.run == row.run})
-        starts = [min(s.time for s in spent if (s.run, s.attempt) == (row.run, n)) for n in numbers]
-        for n, start in enumerate(starts):
-            until = starts[n + 1] if n + 1 < len(starts) else float("inf")
-            alive = [s.time for s in spent if s.run == row.run] + [time for time, *_ in row.reports]
-            spans.append((row, start, max([start, *(t for t in alive if start <= t < until)])))
-    if not spans:
-        return ""
-    names = {row.run: n for n, row in enumerate(reversed(rows))}
-    axis = categories("run", list(names.values()))
-    quiet = type(axis)("run", axis.place, [(place, "") for place in names.values()])
-    height = 60 + 18 * max(len(rows), 5)
-    plot = Plot(
-        linear("seconds since the first charge", [end - began for *_, end in spans], zero=True),
-        quiet,
-        height=height,
-    )
-    for row, start, end in spans:
-        plot.bar(start - began, end - began, names[row.run], _style(row, best), _about(row))
-    return (
-        "<figure><figcaption>When each run trained, a bar an"
-        f" attempt</figcaption>{plot.text}</figure>"
-    )
+        charges = [s for s in spent if s.run == row.run]
+        numbers = sorted({s.attempt for s in charges})
+        starts = [min(s.time for s in charges if s.attempt == n) for n in numbers]
+        times = [s.time for s in charges] + [time for time, *_ in row.reports]
+        for start, until in zip(starts, [*starts[1:], np.inf]):
+            end = max(time for time in (start, *times) if start <= time < until or time == start)
+            spans.append(Span(row, start - began, end - began))
+    return spans
 
 
-def _burned(study: Study, spent: Sequence[Spending]) -> str:
-    began, used, points = spent[0].time, 0, [(0.0, 0)]
-    for entry in spent:
-        used += entry.steps
-        points.append((entry.time - began, used))
-    knots = np.unique(np.linspace(1, max(1, *(n for _, n in points)), _CURVE_POINTS).astype(int))
+def _curve(study: Study, spent: Sequence[Spending]) -> list[tuple[float, float]]:
+    """(Seconds since the first charge, epsilon of the steps charged by then) each."""
+    used = np.cumsum([0, *(entry.steps for entry in spent)])
+    seconds = [0.0, *(entry.time - spent[0].time for entry in spent)]
+    knots = np.unique(np.linspace(1, max(1, *used), _CURVE_POINTS).astype(int))
     cost = [
-        0.0,
-        *(
-            min(study.epsilon, calibration.epsilon(study.mechanism, int(n), study.delta))
-            for n in knots
-        ),
+        min(study.epsilon, calibration.epsilon(study.mechanism, int(n), study.delta)) for n in knots
     ]
-    curve = [(time, float(np.interp(n, [0, *knots], cost))) for time, n in points]
-    plot = Plot(
-        linear("seconds since the first charge", [t for t, _ in curve]),
-        linear("epsilon", [study.epsilon], zero=True),
-        width=640,
-    )
-    plot.line(curve, "line burned", steps=True)
-    plot.level(study.epsilon, f"the sweep's budget, epsilon {study.epsilon:g}")
-    return (
-        "<figure class=wide><figcaption>Epsilon of the steps charged so far, all trials"
-        f" together</figcaption>{plot.text}</figure>"
-    )
-
-
-def _rows(sweep: Mapping[str, Any], rows: list[TrialRow], best: TrialRow | None) -> str:
-    heads = [
-        "run",
-        *(_short(name) for name in sweep["fields"]),
-        "steps",
-        sweep["metric"],
-        "charged",
-        "executed",
-        "attempts",
-    ]
-    lines = []
-    for row in sorted(rows, key=lambda row: -(row.score if row.score is not None else -np.inf)):
-        score = "-" if row.score is None else f"{row.score:.4f}"
-        cells = [
-            row.run,
-            *(_value(row.values[name]) for name in sweep["fields"]),
-            row.steps,
-            score,
-            row.charged,
-            row.executed,
-            row.attempts,
-        ]
-        mark = ' class="best"' if row is best else ""
-        lines.append(
-            f"<tr{mark}>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in cells) + "</tr>"
-        )
-    head = "".join(f"<th>{escape(h)}</th>" for h in heads)
-    return (
-        f"<h2>Runs</h2><div class=scroll><table><thead><tr>{head}</tr></thead>"
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
-    )
+    return list(zip(seconds, map(float, np.interp(used, [0, *knots], [0.0, *cost]))))
 
 
 def _table(sweep: Mapping[str, Any], rows: list[TrialRow]) -> bytes:
-    facts = ("run", "trial", "steps", "score", "charged", "executed", "attempts", "done")
+    facts = ("run", "trial", *_RUN_FACTS, "done")
     plain = [
         {
             **{fact: getattr(row, fact) for fact in facts},
             **{name: row.values[name] for name in sweep["fields"]},
-        }
-        | {
             "first_report_time": row.reports[0][0] if row.reports else None,
             "last_report_time": row.reports[-1][0] if row.reports else None,
         }
@@ -318,39 +178,12 @@ def _parquet(table: pa.Table) -> bytes:
     return buffer.getvalue()
 
 
-def _page(sweep: Mapping[str, Any], sections: Sequence[str]) -> str:
-    style = files("grape_ray.tuning").joinpath("page.css").read_text()
-    name, mode = escape(sweep["sweep"]), escape(sweep["mode"])
-    about = (
-        f"{escape(sweep['options']['space'])}, mode {mode}, score from"
-        f" {escape(sweep['score_source'])} validation records"
+def _page(**context: Any) -> str:
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    head = (
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Sweep'
-        f" {name}</title><style>{style}</style>"
-    )
-    return (
-        f"<!doctype html><html lang=en><head>{head}</head><body><h1>Sweep"
-        f" {name}</h1><p>{about}</p>{''.join(sections)}</body></html>\n"
-    )
-
-
-def _about(row: TrialRow) -> str:
-    values = ", ".join(f"{_short(name)} {_value(value)}" for name, value in row.values.items())
-    return (
-        f"{row.run}: {row.score:.4f} after {row.steps} steps; {values}"
-        if row.score is not None
-        else f"{row.run}: {values}"
-    )
-
-
-def _style(row: TrialRow, best: TrialRow | None) -> str:
-    return "best" if row is best else "run"
-
-
-def _short(name: str) -> str:
-    return name.rpartition(".")[2].replace("_", " ")
-
-
-def _value(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    environment.filters |= {"short": short, "value_text": value_text}
+    template = environment.from_string(files("grape_ray.tuning").joinpath("page.html").read_text())
+    return template.render({"palette": plots.PALETTE, "rows": [], **context}) + "\n"
