@@ -178,10 +178,8 @@ def _one_rank(index: int, where: Setting, method: str, rank: int, ranks: int, fo
     )
     model, loss, batch = build(where)
     engine, comms = make_engine(model, method, rank=rank), Comms.distributed()
-    optimizer, stream = (
-        make_optimizer(model, engine, Method(name=method, rank=rank), 10**6),
-        NoiseStream(bytes(32)),
-    )
+    optimizer = make_optimizer(model, engine, Method(name=method, rank=rank), 10**6)
+    stream = NoiseStream(bytes(32))
 
     def step(number: int) -> None:
         summed = engine.clipped_sum(loss, batch, step=number)

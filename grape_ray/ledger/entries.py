@@ -69,10 +69,8 @@ def check_reason(value: object) -> str:
         or len(value) > MAX_REASON
         or not value.isprintable()
     ):
-        expected, fix = (
-            f"1 to {MAX_REASON} printable characters",
-            "say who wanted it and why, in one line: it stays in the ledger",
-        )
+        expected = f"1 to {MAX_REASON} printable characters"
+        fix = "say who wanted it and why, in one line: it stays in the ledger"
         raise ConfigError("a budget is raised for a stated reason alone", value, expected, fix)
     return value
 

@@ -93,19 +93,15 @@ class Ledger:
             found = getattr(ledger._chain.state, name)
             if wanted is not None and wanted != found:
                 # A run's journal keeps the error: no hash of the data may stand in it.
-                got, expected, fix = (
-                    None,
-                    "that of these records",
-                    "one ledger serves one dataset: use another folder",
-                )
+                got = None
+                expected = "that of these records"
+                fix = "one ledger serves one dataset: use another folder"
                 if name != "dataset_id":
                     left = ledger._chain.state.left(name)
-                    got, expected = (
-                        wanted,
-                        (
-                            f"{found:g}, which it was made with or raised to, {left:g} of it not"
-                            " taken by a study"
-                        ),
+                    got = wanted
+                    expected = (
+                        f"{found:g}, which it was made with or raised to, {left:g} of it not"
+                        " taken by a study"
                     )
                     fix = (
                         "leave the budget out to take the ledger as it is, or raise it with"
@@ -300,11 +296,9 @@ class Ledger:
             NoiseReuse: a newer attempt has begun, the attempt is closed, or a step was paid for
                 before in this attempt.
         """
-        steps, chunk, attempt = (
-            check_count("steps", steps),
-            check_count("chunk", chunk, 0),
-            check_count("attempt", attempt),
-        )
+        steps = check_count("steps", steps)
+        chunk = check_count("chunk", chunk, 0)
+        attempt = check_count("attempt", attempt)
         if first_step is not None:
             first_step = check_count("first_step", first_step, 0)
 
@@ -313,10 +307,8 @@ class Ledger:
             known = state.attempt(study, run, attempt).charges.get(chunk)
             if known is not None:
                 if known.asked != steps or first_step not in (None, known.first_step):
-                    got, expected = (
-                        f"{steps} steps from {first_step}",
-                        f"{known.asked} steps from {known.first_step}",
-                    )
+                    got = f"{steps} steps from {first_step}"
+                    expected = f"{known.asked} steps from {known.first_step}"
                     raise LedgerError(
                         f"chunk {chunk} was charged with other arguments",
                         got,
@@ -366,11 +358,9 @@ class Ledger:
                 count, or out of reach.
             NoiseReuse: the attempt is over.
         """
-        steps, chunk, attempt = (
-            check_count("steps", steps),
-            check_count("chunk", chunk, 0),
-            check_count("attempt", attempt),
-        )
+        steps = check_count("steps", steps)
+        chunk = check_count("chunk", chunk, 0)
+        attempt = check_count("attempt", attempt)
 
         def decide(state: State):
             if state.attempt(study, run, attempt).refunds.get(chunk) == steps:
@@ -413,10 +403,8 @@ class Ledger:
 
         def fenced(state: State) -> tuple[Wanted, _Result]:
             if self._holder is not None and state.holder != self._holder:
-                got, fix = (
-                    f"epoch {state.epoch} of {state.holder}",
-                    "stop: another cluster, or a newer process of this one, charges it now",
-                )
+                got = f"epoch {state.epoch} of {state.holder}"
+                fix = "stop: another cluster, or a newer process of this one, charges it now"
                 raise LedgerError(
                     "the ledger was taken over", got, f"an epoch of {self._holder}", fix
                 )

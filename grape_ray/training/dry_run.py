@@ -243,10 +243,8 @@ def _check_room(place: Storage, size: int, count: int) -> None:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < size * count:
-        got, expected = (
-            f"{free / 2**20:.0f} MiB free",
-            f"{size * count / 2**20:.0f} MiB, for {count} checkpoints",
-        )
+        got = f"{free / 2**20:.0f} MiB free"
+        expected = f"{size * count / 2**20:.0f} MiB, for {count} checkpoints"
         raise StorageError(
             f"{place.url} has no room for a run",
             got,

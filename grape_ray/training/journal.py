@@ -38,11 +38,9 @@ class Journal:
     """
 
     def __init__(self, folder: Storage, attempt: int, rank: int, every_s: float = _WRITE_EVERY_S):
-        self._folder, self._name, self._every_s = (
-            folder,
-            f"{FOLDER}/attempt-{attempt:04d}-rank-{rank}",
-            every_s,
-        )
+        self._folder = folder
+        self._name = f"{FOLDER}/attempt-{attempt:04d}-rank-{rank}"
+        self._every_s = every_s
         self._always = {
             "attempt": attempt,
             "rank": rank,

@@ -136,13 +136,11 @@ def run_loop(
     Raises:
         What a hook raises on rank 0 is raised on every rank, so that no rank waits for ever.
     """
-    progress, paid_until, exhausted, stopped, notice = (
-        Progress(start, total),
-        start,
-        False,
-        False,
-        Notice.NONE,
-    )
+    progress = Progress(start, total)
+    paid_until = start
+    exhausted = False
+    stopped = False
+    notice = Notice.NONE
     # a run that does not begin at 0 begins at a checkpoint, which is not to be written again
     saved = start or None
     began = time.monotonic()

@@ -173,13 +173,11 @@ def prepare(
             if study
             else _price(config, sampling_prob)
         )
-        where, promise = (
-            settle(),
-            (
-                (study.epsilon, study.delta)
-                if study
-                else (config.privacy.epsilon, config.privacy.delta)
-            ),
+        where = settle()
+        promise = (
+            (study.epsilon, study.delta)
+            if study
+            else (config.privacy.epsilon, config.privacy.delta)
         )
         if study is None:  # who shares one charges the ledger that holds it
             registry.check_only(where, data.identity, second_ledger)

@@ -93,11 +93,9 @@ class PrivateScore:
         metric: str, noise_multiplier: float, dataset_id: str,
     ):  # fmt: skip
         self._open_book, self._study, self._run, self._key_path = open_book, study, run, key_path
-        self._metric, self._noise_multiplier, self._dataset_id = (
-            metric,
-            noise_multiplier,
-            dataset_id,
-        )
+        self._metric = metric
+        self._noise_multiplier = noise_multiplier
+        self._dataset_id = dataset_id
         self._book: Book | None = None
         self._attempt, self._key, self._given = 0, b"", 0
 

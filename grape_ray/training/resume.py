@@ -98,10 +98,8 @@ def _terms(known: Mapping[str, Any]) -> Terms | None:
         return None
     study = Ledger.open(terms.ledger, create=False).state.study(terms.study).study
     if study.mechanism.noise_multiplier != terms.noise_multiplier:
-        got, expected = (
-            terms.noise_multiplier,
-            f"{study.mechanism.noise_multiplier!r}, which their ledger's study freezes",
-        )
+        got = terms.noise_multiplier
+        expected = f"{study.mechanism.noise_multiplier!r}, which their ledger's study freezes"
         raise LedgerError(
             "the run's private scores have another noise",
             got,

@@ -23,10 +23,8 @@ class Trace:
     """
 
     def __init__(self, folder: Storage, kind: str):
-        self._folder, self._name = (
-            folder,
-            f"{kind}/{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}",
-        )
+        self._folder = folder
+        self._name = f"{kind}/{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}"
         self._descriptor: int | None = None
         self._text, self._next_s, self._unsaved = "", 0.0, False
 
