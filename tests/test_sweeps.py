@@ -26,8 +26,8 @@ from grape_ray.ray_backend.private_selection import Sealed, _release
 from grape_ray.ray_backend.trainable import comparable
 from grape_ray.ray_backend.tuner import outcome
 from grape_ray.storage import Storage
+from grape_ray.training.append_log import lines, process_log
 from grape_ray.training.private_scores import PrivateScore
-from grape_ray.training.trace import Trace, lines
 from grape_ray.tuning import SweepStudy, page, price, results, spaces
 from grape_ray.tuning.options import Options
 from grape_ray.tuning.prepare import prepare, resume
@@ -380,7 +380,7 @@ def test_a_sweep_of_scores_that_are_not_finite_has_no_best_and_says_why(tmp_path
             "run.json",
             json.dumps({"run": run, **json.loads(json.dumps(describe(config)))}).encode(),
         )
-        trace = Trace(place, results.REPORTS)
+        trace = process_log(place, results.REPORTS)
         for step, score in enumerate(reports, 1):
             trace.line(
                 json.dumps(
@@ -491,9 +491,10 @@ def test_a_score_whose_sensitivity_is_unknown_is_refused_and_not_told(scored, me
 
 def test_traced_lines_outlive_a_kill(tmp_path):
     code = (
-        "import os, signal; from grape_ray.storage import Storage; from grape_ray.training.trace"
-        f" import Trace; t = Trace(Storage({str(tmp_path)!r}), 'executed'); [t.line(str(n)) for n"
-        " in range(50)]; os.kill(os.getpid(), signal.SIGKILL)"
+        "import os, signal; from grape_ray.storage import Storage; from"
+        " grape_ray.training.append_log import process_log; log ="
+        f" process_log(Storage({str(tmp_path)!r}), 'executed'); [log.line(str(n)) for n in"
+        " range(50)]; os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False)
     assert done.returncode == -signal.SIGKILL
@@ -502,7 +503,7 @@ def test_traced_lines_outlive_a_kill(tmp_path):
 
 def test_traces_of_object_stores_are_written_whole():
     folder = Storage(f"memory://{os.getpid()}/x")
-    one, two = Trace(folder, "executed"), Trace(folder, "executed")
+    one, two = process_log(folder, "executed"), process_log(folder, "executed")
     for trace in (one, two):
         for n in range(3):
             trace.line(json.dumps({"n": n}))

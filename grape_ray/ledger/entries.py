@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from grape_ray.accounting import calibration
 from grape_ray.accounting.mechanism import (
     Mechanism,
     check_count,
@@ -108,6 +109,15 @@ class Study:
     def payload(self) -> dict[str, Any]:
         """The study as an entry's payload."""
         return asdict(self)
+
+    def epsilon_of(self, steps: int) -> float:
+        """An upper bound on the epsilon, at the study's delta, of that many of its steps.
+
+        For display: what is guaranteed is the study's `epsilon`, since its tokens can be spent.
+        """
+        if steps == 0:
+            return 0.0
+        return min(self.epsilon, calibration.epsilon(self.mechanism, steps, self.delta))
 
     @classmethod
     def from_payload(cls, payload: Mapping[str, Any]) -> Study:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 from grape_ray.accounting import calibration
@@ -16,21 +15,11 @@ from grape_ray.errors import BudgetExceeded, LedgerError
 from grape_ray.ledger.chain import Chain, Wanted
 from grape_ray.ledger.charges import Attempt, StudyState
 from grape_ray.ledger.entries import FORMAT, Study, check_reason
+from grape_ray.ledger.grant import _LEDGER, Grant
 from grape_ray.ledger.state import State
 from grape_ray.storage import Storage
 
 _Result = TypeVar("_Result")
-
-
-@dataclass(frozen=True)
-class Grant:
-    """Steps that were paid for: ``first_step`` to ``first_step + steps - 1``; ``steps`` is 0 when
-    the study is exhausted.
-    """
-
-    chunk: int
-    first_step: int
-    steps: int
 
 
 class Ledger:
@@ -304,28 +293,30 @@ class Ledger:
 
         def decide(state: State):
             state.check_dataset(dataset_id)
+            owner = state.study(study)
+
+            def granted(first: int, count: int) -> Grant:
+                mechanism = owner.study.mechanism
+                return Grant(study, run, attempt, chunk, first, count, mechanism, _LEDGER)
+
             known = state.attempt(study, run, attempt).charges.get(chunk)
             if known is not None:
                 if known.asked != steps or first_step not in (None, known.first_step):
-                    got = f"{steps} steps from {first_step}"
-                    expected = f"{known.asked} steps from {known.first_step}"
                     raise LedgerError(
                         f"chunk {chunk} was charged with other arguments",
-                        got,
-                        expected,
+                        f"{steps} steps from {first_step}",
+                        f"{known.asked} steps from {known.first_step}",
                         "use a new chunk number",
                     )
-                return None, Grant(chunk, known.first_step, known.steps)
+                return None, granted(known.first_step, known.steps)
             live = state.live_attempt(study, run, attempt)
             first = live.next_step if first_step is None else first_step
-            granted = min(steps, state.study(study).left)
-            if granted == 0:
-                return None, Grant(chunk, first, 0)
-            payload = {"study": study, "run": run, "attempt": attempt, "chunk": chunk}
-            return (
-                "charge",
-                {**payload, "first_step": first, "asked": steps, "steps": granted},
-            ), Grant(chunk, first, granted)
+            count = min(steps, owner.left)
+            if count == 0:
+                return None, granted(first, 0)
+            where = {"study": study, "run": run, "attempt": attempt, "chunk": chunk}
+            charged = {**where, "first_step": first, "asked": steps, "steps": count}
+            return ("charge", charged), granted(first, count)
 
         return self._append(decide)
 
@@ -388,15 +379,7 @@ class Ledger:
             LedgerError: no such study, or out of reach.
         """
         known = self.state.study(study)
-        used = known.used
-        return (
-            min(
-                known.study.epsilon,
-                calibration.epsilon(known.study.mechanism, used, known.study.delta),
-            )
-            if used
-            else 0.0
-        )
+        return known.study.epsilon_of(known.used)
 
     def _append(self, decide: Callable[[State], tuple[Wanted, _Result]]) -> _Result:
         """Extend the chain, unless another holder has taken the ledger over."""

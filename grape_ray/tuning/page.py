@@ -242,13 +242,7 @@ def _burned(study: Study, spent: Sequence[Spending]) -> str:
         used += entry.steps
         points.append((entry.time - began, used))
     knots = np.unique(np.linspace(1, max(1, *(n for _, n in points)), _CURVE_POINTS).astype(int))
-    cost = [
-        0.0,
-        *(
-            min(study.epsilon, calibration.epsilon(study.mechanism, int(n), study.delta))
-            for n in knots
-        ),
-    ]
+    cost = [0.0, *(study.epsilon_of(int(n)) for n in knots)]
     curve = [(time, float(np.interp(n, [0, *knots], cost))) for time, n in points]
     plot = Plot(
         linear("seconds since the first charge", [t for t, _ in curve]),

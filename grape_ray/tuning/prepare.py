@@ -20,15 +20,16 @@ from grape_ray.config.trust import remember_sweep
 from grape_ray.data.fingerprints import column_fingerprints, fingerprint_records
 from grape_ray.errors import ConfigError
 from grape_ray.ledger import registry
-from grape_ray.ledger.budget import foresee, made_for
+from grape_ray.ledger.budget import check_share, made_for
 from grape_ray.ledger.entries import Study, entry_name, selection_from
 from grape_ray.ledger.ledger import Ledger
 from grape_ray.ledger.location import absolute, home, ledger_place
 from grape_ray.privacy import keys
 from grape_ray.storage import Storage
 from grape_ray.tasks.task import Data, label, loaded
+from grape_ray.training.checks import check_run_name, fresh_name
 from grape_ray.training.dry_run import dry_run
-from grape_ray.training.plan import check_run_name, fresh_name, sampling_prob_of
+from grape_ray.training.pricing import sampling_prob_of
 from grape_ray.training.private_scores import Terms
 from grape_ray.training.splits import check_splits
 from grape_ray.tuning import price, results
@@ -61,7 +62,7 @@ class Share:
         StorageError, BudgetExceeded, LedgerError.
         """
         registry.check_only(self.ledger, self.identity, second)
-        foresee(
+        check_share(
             Storage(self.ledger).first_contact(),
             self.dataset_id,
             self.budget,
