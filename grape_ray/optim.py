@@ -75,12 +75,10 @@ class Optimizer:
         total_steps: int,
         rounding_key: bytes = b"",
     ):
-        self.params, self.subspace, self.method, self.total_steps = (
-            dict(params),
-            subspace,
-            method,
-            total_steps,
-        )
+        self.params = dict(params)
+        self.subspace = subspace
+        self.method = method
+        self.total_steps = total_steps
         self.updates, self._period, self._rounding_key = 0, 0, rounding_key
         self._rows = {name: self._rows_of(name, param) for name, param in self.params.items()}
         self.recorder: Recorder | None = None
@@ -130,10 +128,8 @@ class Optimizer:
                 "pass the clipped sum through noise.privatize",
             )
         step = step_of(gradient, step)
-        period, rate = (
-            self.subspace.period(step),
-            learning_rate(self.method, step, self.total_steps),
-        )
+        period = self.subspace.period(step)
+        rate = learning_rate(self.method, step, self.total_steps)
         if gradient.period not in (None, period):
             fix = "take subspace and refresh of engine and optimizer from one config"
             raise GrapeRayError(

@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from grape_ray.cli.main import main
 from grape_ray.cli.progress import Reporter
 from grape_ray.ledger.ledger import Ledger
-from grape_ray.training.loop import Progress
+from grape_ray.training.progress import Progress
 
 REPOSITORY = Path(__file__).parents[1]
 SST2 = REPOSITORY.parent / "shared" / "data" / "sst2"

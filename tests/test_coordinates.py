@@ -10,7 +10,7 @@ from torch import nn
 
 from grape_ray import checkpoint
 from grape_ray.checkpoint.coordinates import MAX_PERIODS, MAX_STEPS
-from grape_ray.checkpoint.manager import Occasion, Saver, resume
+from grape_ray.checkpoint.manager import CheckpointManager, Occasion, resume
 from grape_ray.config.schema import Config, Method, Performance
 from grape_ray.distributed.comms import Comms
 from grape_ray.engines import from_config
@@ -19,7 +19,7 @@ from grape_ray.optim import make_optimizer
 from grape_ray.privacy.noise import NoiseStream, privatize
 from grape_ray.storage import Storage
 from grape_ray.training.export import export
-from grape_ray.training.plan import prepare
+from grape_ray.training.planning import plan_run
 from grape_ray.training.run import execute
 from tests.tiny import tiny
 
@@ -44,7 +44,7 @@ class Trained:
         self.engine = from_config(self.model, config.privacy, method, b"public")
         self.optimizer = make_optimizer(self.model, self.engine, method, 1000)
         self.noise, self.step = NoiseStream(bytes(32)), 0
-        self.saver = Saver(config, Comms.local(), folder, self.model, self.optimizer, 1)
+        self.saver = CheckpointManager(config, Comms.local(), folder, self.model, self.optimizer, 1)
 
     def take(self, steps):
         for _ in range(steps):
@@ -186,7 +186,7 @@ def test_a_run_resumes_from_a_delta_and_exports_one(tmp_path):
             "performance.keep_checkpoints=1",
         ]
     )
-    plan = prepare(config, run="r", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+    plan = plan_run(config, run="r", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
 
     class Stop(BaseException):
         pass

@@ -24,11 +24,11 @@ from grape_ray.ledger.audit import verify
 from grape_ray.ray_backend.train import train
 from grape_ray.storage import Storage
 from grape_ray.tasks.metrics import plain
+from grape_ray.training.callbacks import RunCallbacks
 from grape_ray.training.evaluate import evaluate
 from grape_ray.training.export import export
-from grape_ray.training.plan import prepare
+from grape_ray.training.planning import plan_run
 from grape_ray.training.run import execute
-from grape_ray.training.session import Around
 from tests.tiny import Tiny, tiny
 
 
@@ -133,9 +133,11 @@ def test_chaos_of_evaluations_trackers_and_a_full_disk_leaves_a_whole_run(tmp_pa
     full = contextlib.ExitStack()
     emptied = threading.Timer(0.2, make_room)
     config = moody(fails=0.5, seed=seed, good=1)
-    plan = prepare(config, run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+    plan = plan_run(config, run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
     with full:
-        result = execute(plan, Comms.local(), on_progress=tracker, around=Around(on_step=fill))
+        result = execute(
+            plan, Comms.local(), on_progress=tracker, around=RunCallbacks(on_step=fill)
+        )
         emptied.join()
     whole(result, tmp_path / "runs" / "a", tmp_path)
     assert any("progress could not be shown: ConnectionError" in p for p in result["problems"])

@@ -20,10 +20,12 @@ from grape_ray.ledger.location import ledger_place
 from grape_ray.privacy import keys
 from grape_ray.ray_backend.train import train
 from grape_ray.storage import Storage
-from grape_ray.training.loop import Notice, Progress, run_loop
-from grape_ray.training.plan import prepare
+from grape_ray.training.attempt import Attempt, begin_attempt
+from grape_ray.training.callbacks import RunCallbacks
+from grape_ray.training.loop import run_loop
+from grape_ray.training.planning import plan_run
+from grape_ray.training.progress import Progress, Signal
 from grape_ray.training.run import execute
-from grape_ray.training.session import Around, Attempt, begin_attempt
 from tests.tiny import Tiny, tiny
 
 WANTED = ["run", "method", "epsilon", "epsilon_spent", "delta", "steps", "noise_multiplier",
@@ -97,7 +99,7 @@ class Recorder:
         pass
 
     def notice(self, progress):
-        return self.notices.get(progress.step, Notice.NONE)
+        return self.notices.get(progress.step, Signal.NONE)
 
     def progressed(self, progress):
         pass
@@ -174,7 +176,7 @@ def test_a_checkpoint_left_out_is_made_at_the_end():
 
 
 def test_a_notice_brings_a_checkpoint_at_once_and_a_stop_ends_the_run_unevaluated():
-    hooks = Recorder(notices={3: Notice.SAVE, 5: Notice.STOP})
+    hooks = Recorder(notices={3: Signal.CHECKPOINT_NOW, 5: Signal.STOP})
     outcome = run_loop(hooks.take, hooks, Performance(charge_chunk=9), 0, 9, Comms.local())
     assert [c for c in hooks.calls if c[0] in ("urgent", "checkpoint")] == [
         ("urgent", 3),
@@ -241,7 +243,7 @@ def test_a_metric_that_is_twice_not_finite_ends_the_run_before_more_is_paid(valu
 
 
 def test_a_checkpoint_that_time_asks_for_is_made_in_the_background():
-    hooks = Recorder(notices={3: Notice.DUE, 5: Notice.SAVE}, busy_at=(3,))
+    hooks = Recorder(notices={3: Signal.CHECKPOINT_DUE, 5: Signal.CHECKPOINT_NOW}, busy_at=(3,))
     run_loop(hooks.take, hooks, Performance(), 0, 9, Comms.local())
     assert [c for c in hooks.calls if c[0] in ("urgent", "checkpoint")] == [
         ("urgent", 5),
@@ -252,8 +254,8 @@ def test_a_checkpoint_that_time_asks_for_is_made_in_the_background():
 def test_a_stopped_run_gets_back_what_never_started(tmp_path):
     config = tiny().override(["performance.eval_every=4", "performance.charge_chunk=6"])
     taken = []
-    around = Around(on_step=taken.append, go_on=lambda progress: progress.step != 8)
-    plan = prepare(config, run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+    around = RunCallbacks(on_step=taken.append, should_continue=lambda progress: progress.step != 8)
+    plan = plan_run(config, run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
     result = execute(plan, Comms.local(), around=around)
     assert (result["stopped"], result["steps"], result["charged_steps"]) == (True, 8, 8)
     assert taken == list(range(8))
@@ -276,12 +278,12 @@ def test_a_run_begins_from_the_checkpoint_of_another_with_a_key_of_its_own(tmp_p
         "ledger": str(tmp_path / "ledger"),
         "key_path": str(tmp_path / "key"),
     }
-    first = prepare(tiny(), run="a", **options)
-    execute(first, Comms.local(), around=Around(go_on=lambda progress: False))
+    first = plan_run(tiny(), run="a", **options)
+    execute(first, Comms.local(), around=RunCallbacks(should_continue=lambda progress: False))
     assert first.ledger is not None
     study = Ledger.open(first.ledger).state.study("a").study
     config = tiny().override(["method.learning_rate=0.02"])
-    second = prepare(
+    second = plan_run(
         config,
         run="b",
         study=study,
@@ -289,7 +291,7 @@ def test_a_run_begins_from_the_checkpoint_of_another_with_a_key_of_its_own(tmp_p
         **options,
     )
     taken = []
-    result = execute(second, Comms.local(), around=Around(on_step=taken.append))
+    result = execute(second, Comms.local(), around=RunCallbacks(on_step=taken.append))
     assert taken == [8, 9, 10, 11]
     assert (result["steps"], result["charged_steps"], second.study) == (12, 4, "a")
     # of all runs of the study
@@ -305,7 +307,7 @@ def test_a_run_begins_from_the_checkpoint_of_another_with_a_key_of_its_own(tmp_p
         for n in after
     )
     with pytest.raises(ConfigError, match="another sampling_prob than study 'a'"):
-        prepare(
+        plan_run(
             config.override(["privacy.expected_batch_size=40"]), run="c", study=study, **options
         )
 
@@ -326,7 +328,7 @@ def test_a_run_is_charged_for_its_steps_and_verifies(run, tmp_path):
 
 
 def test_two_attempts_share_no_key(run, tmp_path):
-    plan = prepare(tiny(), run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+    plan = plan_run(tiny(), run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
     one, two = begin_attempt(plan, Comms.local()), begin_attempt(plan, Comms.local())
     secrets = [
         one.noise_key,
@@ -363,9 +365,9 @@ def test_resumed_weights_are_bitwise_those_of_an_uninterrupted_run(tmp_path, met
 
     options = {"storage": str(tmp_path / "runs"), "key_path": str(tmp_path / "key")}
     begin = begin_attempt if method == "none" else fixed_keys
-    whole = prepare(config, run="whole", **options)
+    whole = plan_run(config, run="whole", **options)
     execute(whole, Comms.local(), begin=begin)
-    cut = prepare(config, run="cut", **options)
+    cut = plan_run(config, run="cut", **options)
     with pytest.raises(Stop):
         execute(cut, Comms.local(), begin=begin, on_progress=interrupt)
     result = execute(cut, Comms.local(), begin=begin)
@@ -401,7 +403,7 @@ def test_performance_moves_no_more_than_rounding(tmp_path):
             tiny(), performance=dataclasses.replace(tiny().performance, **changes)
         )
         execute(
-            prepare(
+            plan_run(
                 config, run=name, storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key")
             ),
             Comms.local(),
@@ -418,7 +420,7 @@ def test_exhausted_budget_keeps_what_was_trained(run, tmp_path):
         privacy=dataclasses.replace(tiny().privacy, noise_multiplier=1.0, epsilon=4.0, steps=500),
     )
     result = run(config, run="a")
-    plan = prepare(config, run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+    plan = plan_run(config, run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
     assert result["exhausted"]
     assert result["steps"] == result["charged_steps"] == plan.tokens < 500
     assert result["epsilon_spent"] <= result["epsilon"] == 4.0
@@ -482,13 +484,13 @@ def test_no_hash_of_the_data_stands_beside_the_results(run, tmp_path, monkeypatc
         "key_path": str(tmp_path / "key"),
         "second_ledger": True,
     }
-    plan = prepare(config, run="b", **options)
+    plan = plan_run(config, run="b", **options)
     monkeypatch.setattr(type(config.task), "load", lambda self: data)
     with pytest.raises(DataError, match="the training data changed") as caught:
         execute(plan, Comms.local())
     assert not any(name in str(caught.value) for name in (data.dataset_id, changed.dataset_id))
     with pytest.raises(LedgerError, match="another dataset_id") as refused:
-        prepare(config, run="c", ledger=plan.ledger, **options)
+        plan_run(config, run="c", ledger=plan.ledger, **options)
     assert not any(name in str(refused.value) for name in (data.dataset_id, changed.dataset_id))
 
 
@@ -522,7 +524,7 @@ def test_a_key_that_cannot_be_used_costs_no_budget(tmp_path, monkeypatch, make):
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
     make(tmp_path / "key")
     with pytest.raises(StorageError, match="master key"):
-        prepare(tiny(public=False), storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+        plan_run(tiny(public=False), storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
     assert [path.name for path in tmp_path.iterdir()] == ["key"]
 
 
@@ -533,7 +535,7 @@ def test_a_model_that_only_trains_in_another_mode_costs_no_budget(tmp_path, monk
         Tiny, "build_model", lambda self, seed: torch.nn.Sequential(*layers).train()
     )
     with pytest.raises(GrapeRayError, match="batch normalisation"):
-        prepare(tiny(public=False), storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+        plan_run(tiny(public=False), storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
     assert list(tmp_path.iterdir()) == []
 
 

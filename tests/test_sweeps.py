@@ -27,8 +27,8 @@ from grape_ray.ledger import Ledger, Study, verify
 from grape_ray.ray_backend.private_selection import Sealed, _release
 from grape_ray.ray_backend.trainable import comparable
 from grape_ray.storage import Storage
-from grape_ray.training.private_scores import PrivateScore
-from grape_ray.training.trace import Trace, lines
+from grape_ray.training.append_log import lines, process_log
+from grape_ray.training.private_scores import PrivateScore, Terms
 from grape_ray.tuning import SweepStudy, folder, page, plots, price, results, spaces, trials
 from grape_ray.tuning.options import Options
 from grape_ray.tuning.prepare import prepare, resume
@@ -378,7 +378,7 @@ def ended(tmp_path):
         place = sweep.folder().child(folder.RUNS).child(run)
         config = describe(sweep.study.with_values({"method.rank": 4}))
         place.write("run.json", json.dumps({"run": run, **config}).encode())
-        trace = Trace(place, folder.REPORTS)
+        trace = process_log(place, folder.REPORTS)
         for step, score in enumerate(scores, 1):
             facts = {"step": step, "accuracy": score, "run": run, "time": float(step)}
             trace.line(json.dumps({**facts, "done": step == 2}))
@@ -505,10 +505,9 @@ def scored(tmp_path):
     """
     ledger = Ledger.open(tmp_path / "scores", "validation", 9.0, 1e-4)
     ledger.ensure_study(Study("s", Mechanism("poisson_gaussian", 1.0, 30.0), 9.0, 1e-5, 40))
+    terms = Terms("accuracy", 30.0, str(tmp_path / "scores"), "s")
     return (
-        lambda run: PrivateScore(
-            lambda: ledger, "s", run, str(tmp_path / "key"), "accuracy", 30.0, "validation"
-        ),
+        lambda run: PrivateScore(lambda: ledger, terms, run, str(tmp_path / "key"), "validation"),
         ledger,
     )
 
@@ -547,9 +546,10 @@ def test_a_score_whose_sensitivity_is_unknown_is_refused_and_not_told(scored, me
 
 def test_traced_lines_outlive_a_kill(tmp_path):
     code = (
-        "import os, signal; from grape_ray.storage import Storage; from grape_ray.training.trace"
-        f" import Trace; t = Trace(Storage({str(tmp_path)!r}), 'executed'); [t.line(str(n)) for n"
-        " in range(50)]; os.kill(os.getpid(), signal.SIGKILL)"
+        "import os, signal; from grape_ray.storage import Storage; from"
+        " grape_ray.training.append_log import process_log; log ="
+        f" process_log(Storage({str(tmp_path)!r}), 'executed'); [log.line(str(n)) for n in"
+        " range(50)]; os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False)
     assert done.returncode == -signal.SIGKILL
@@ -558,7 +558,7 @@ def test_traced_lines_outlive_a_kill(tmp_path):
 
 def test_traces_of_object_stores_are_written_whole():
     folder = Storage(f"memory://{os.getpid()}/x")
-    one, two = Trace(folder, "executed"), Trace(folder, "executed")
+    one, two = process_log(folder, "executed"), process_log(folder, "executed")
     for trace in (one, two):
         for n in range(3):
             trace.line(json.dumps({"n": n}))

@@ -267,10 +267,8 @@ def _gaussian_delta(mu: float, epsilon: float) -> float:
     """
     from scipy.special import log_ndtr
 
-    upper, lower = (
-        float(log_ndtr(mu / 2 - epsilon / mu)),
-        epsilon + float(log_ndtr(-mu / 2 - epsilon / mu)),
-    )
+    upper = float(log_ndtr(mu / 2 - epsilon / mu))
+    lower = epsilon + float(log_ndtr(-mu / 2 - epsilon / mu))
     return math.exp(upper) * -math.expm1(min(0.0, lower - upper))
 
 

@@ -187,10 +187,8 @@ class Composition:
                     reach = found
                 rate /= 2
             ends.append(self._steps * mean + sign * reach)
-        first, last = (
-            math.floor(ends[0] / self._one.spacing) - 1,
-            math.ceil(ends[1] / self._one.spacing) + 1,
-        )
+        first = math.floor(ends[0] / self._one.spacing) - 1
+        last = math.ceil(ends[1] / self._one.spacing) + 1
         return first, 1 << max(4, (last - first).bit_length())
 
     def _inside(self, tilted: _Tilted, epsilon: float) -> tuple[float, float]:

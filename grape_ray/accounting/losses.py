@@ -94,10 +94,8 @@ def _between(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     left, right = z[:-1], z[1:]
     below = right <= 0
-    large, small = (
-        np.where(below, ndtr(right), ndtr(-left)),
-        np.where(below, ndtr(left), ndtr(-right)),
-    )
+    large = np.where(below, ndtr(right), ndtr(-left))
+    small = np.where(below, ndtr(left), ndtr(-right))
     # a tail's relative error grows with its exponent
     nearest = np.minimum(np.where(below, right, left) ** 2, 1e6)
     return large - small, 2 * _UNIT * (8 + np.where(large > 0, nearest, 0.0)) * large

@@ -107,10 +107,8 @@ def _mean_delta(
     # Steepest where 3 = (w/2 - e/w)(w/2 + e/w): concave on its left, convex on its right; the
     # majorant is the tangent from there on.
     turn = np.sqrt(2 * (3 + np.sqrt(9 + e**2)))
-    x_turn, slope = (
-        (sigma * turn) ** -2.0,
-        -0.5 * sigma**2 * turn**3 * _density(turn / 2 - e / turn),
-    )
+    x_turn = (sigma * turn) ** -2.0
+    slope = -0.5 * sigma**2 * turn**3 * _density(turn / 2 - e / turn)
     with np.errstate(divide="ignore"):
         shift = np.minimum(nodes**-0.5 / sigma, turn)
     delta = ndtr(shift / 2 - e / shift) - np.exp(e + log_ndtr(-shift / 2 - e / shift))
@@ -129,11 +127,9 @@ def _secret(
     ]
     power, miss, ratio = (np.concatenate(columns) for columns in zip(*parts))
     # Where the majorant exceeds 1 it is replaced by 1, a tighter one.
-    power, ratio, miss = (
-        np.minimum(power, 1.0),
-        np.where(miss > 0, ratio, 0.0),
-        np.maximum(miss, 0.0),
-    )
+    power = np.minimum(power, 1.0)
+    ratio = np.where(miss > 0, ratio, 0.0)
+    miss = np.maximum(miss, 0.0)
     falls = np.flatnonzero(np.diff(ratio) < -1e-9 * np.abs(ratio[1:]))  # more than rounding
     # from here on only the node at 0 counts; the rest is an infinite loss
     end = int(falls[0]) + 1 if len(falls) else len(ratio)

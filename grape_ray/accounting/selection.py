@@ -76,10 +76,8 @@ class Law:
                 f"{NEGATIVE_BINOMIAL} or {POISSON}",
                 "correct its name",
             )
-        mean, shape = (
-            finite("mean number of trials", self.mean),
-            finite("shape of the law", self.shape),
-        )
+        mean = finite("mean number of trials", self.mean)
+        shape = finite("shape of the law", self.shape)
         most = _MAX_MEAN[self.name]
         if not 1 < mean <= most:
             raise ConfigError(

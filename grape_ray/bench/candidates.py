@@ -17,15 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from grape_ray.bench.models import Loss
+from grape_ray.bench.paid import paid_steps
 from grape_ray.config.methods import METHODS
 from grape_ray.config.schema import Method, Privacy
 from grape_ray.engines import Engine, from_config
 from grape_ray.errors import ConfigError, nearest
+from grape_ray.ledger.grant import Grant
 from grape_ray.optim import Optimizer, make_optimizer
 from grape_ray.privacy.noise import NoiseStream, privatize
 
 LEARNING_RATE = 1e-4
-NOISE_MULTIPLIER = 1.0  # as Opacus is given it, too
 CLIP_NORM = 1.0
 _KEY = b"benchmark".ljust(32, b".")  # what is measured here protects nobody
 
@@ -41,15 +42,14 @@ class PrivateStep:
     optimizer: Optimizer
     privatize: Callable[..., Any]
     stream: NoiseStream
+    grant: Grant
     count: int = 0
 
     def __call__(self) -> None:
         summed = self.engine.clipped_sum(self.loss, self.batch, step=self.count)
         rows = len(self.batch["labels"])
         self.optimizer.step(
-            self.privatize(
-                summed, self.stream, noise_multiplier=NOISE_MULTIPLIER, expected_batch_size=rows
-            )
+            self.privatize(summed, self.stream, grant=self.grant, expected_batch_size=rows)
         )
         self.count += 1
 
@@ -133,6 +133,7 @@ def _private(name: str, routes: tuple[str, ...] = ()) -> Callable[..., Step]:
             make_optimizer(model, engine, method, 10**6),
             privatize,
             NoiseStream(_KEY),
+            paid_steps(),
         )
 
     return make

@@ -17,7 +17,8 @@ from typing import Any
 
 from grape_ray import checkpoint
 from grape_ray.bench.models import Setting, build
-from grape_ray.checkpoint.manager import Occasion, Saver
+from grape_ray.bench.paid import paid_steps
+from grape_ray.checkpoint.manager import CheckpointManager, Occasion
 from grape_ray.config.schema import Config, Method, Performance
 from grape_ray.distributed.comms import Comms
 from grape_ray.engines import from_config
@@ -70,7 +71,9 @@ def measure(
     engine = from_config(model, config.privacy, method, b"public")
     optimizer, noise = make_optimizer(model, engine, method, 10**6), NoiseStream(bytes(32))
     place = Storage(storage)
-    saver = Saver(config, Comms.local(), place, model, optimizer, 0)
+    saver = CheckpointManager(config, Comms.local(), place, model, optimizer)
+    saver.begin_attempt(0)
+    grant = paid_steps()
     step, plain, saving, copies, written, sizes = 0, [], [], [0.0], 0, {True: 0, False: 0}
     for index in range(2 * rounds + 1):
         checkpoints, began = index % 2 == 0, time.monotonic()
@@ -82,14 +85,14 @@ def measure(
             released = privatize(
                 engine.clipped_sum(loss, batch, step=step),
                 noise,
-                noise_multiplier=1.0,
+                grant=grant,
                 expected_batch_size=where.rows,
             )
             optimizer.step(released)
             step += 1
         if index:  # the first block warms up
             (saving if checkpoints else plain).append((time.monotonic() - began) / block)
-        saver.settle()
+        saver.flush()
         if saver.newest:
             manifest = checkpoint.read_manifest(place, saver.newest)
             sizes[manifest.base is not None] = manifest.bytes

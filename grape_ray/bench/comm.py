@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from grape_ray.bench.models import Setting, build
+from grape_ray.bench.paid import paid_steps
 from grape_ray.distributed.comms import Comms
 from grape_ray.engines import make_engine
 from grape_ray.privacy.noise import NoiseStream, privatize
@@ -44,7 +45,7 @@ def _one_rank(index: int, where: Setting, method: str, rank: int, folder: str) -
         engine.empty_sum(),
         NoiseStream(bytes(32)),
         step=0,
-        noise_multiplier=1.0,
+        grant=paid_steps(),
         expected_batch_size=1,
         comms=comms,
     )

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from grape_ray.bench.models import Loss
+from grape_ray.bench.paid import NOISE_MULTIPLIER
 
-LEARNING_RATE, NOISE_MULTIPLIER, CLIP_NORM = 1e-4, 1.0, 1.0  # as in candidates
+LEARNING_RATE, CLIP_NORM = 1e-4, 1.0  # as in candidates
 _BY_HOOKS = ("opacus.grad_sample", "GradSampleModule"), ("opacus.optimizers", "DPOptimizer")
 _BY_GHOST = (
     ("opacus.grad_sample", "GradSampleModuleFastGradientClipping"),

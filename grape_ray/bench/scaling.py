@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from grape_ray.bench.models import Setting, build
+from grape_ray.bench.paid import paid_steps
 from grape_ray.config.schema import Method
 from grape_ray.distributed.comms import Comms
 from grape_ray.engines import make_engine
@@ -178,16 +179,14 @@ def _one_rank(index: int, where: Setting, method: str, rank: int, ranks: int, fo
     )
     model, loss, batch = build(where)
     engine, comms = make_engine(model, method, rank=rank), Comms.distributed()
-    optimizer, stream = (
-        make_optimizer(model, engine, Method(name=method, rank=rank), 10**6),
-        NoiseStream(bytes(32)),
-    )
+    optimizer = make_optimizer(model, engine, Method(name=method, rank=rank), 10**6)
+    stream, grant = NoiseStream(bytes(32)), paid_steps()
 
     def step(number: int) -> None:
         summed = engine.clipped_sum(loss, batch, step=number)
         size = ranks * where.rows
         optimizer.step(
-            privatize(summed, stream, noise_multiplier=1.0, expected_batch_size=size, comms=comms)
+            privatize(summed, stream, grant=grant, expected_batch_size=size, comms=comms)
         )
 
     for number in range(WARM_UP):

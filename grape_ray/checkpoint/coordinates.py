@@ -108,11 +108,9 @@ class Coordinates:
         holds the weights, by name.
         """
         self._clear(base)
-        self.deltas, self._steps, self._factor = (
-            int(counters["deltas"]),
-            int(counters["steps"]),
-            float(counters["factor"]),
-        )
+        self.deltas = int(counters["deltas"])
+        self._steps = int(counters["steps"])
+        self._factor = float(counters["factor"])
         self._factors = {int(p): float(f) for p, f in counters["factors"].items()}
         self._sums = {period: {} for period in self._factors}
         newest = max(self._sums, default=0)

@@ -1,12 +1,14 @@
-"""How a run keeps its state: written in the background, as deltas where these are small, and taken
-up again by any number of ranks.
+"""How a run keeps its state and gets it back: written in the background, as deltas where these are
+small, and resharded on resume.
 """
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +20,15 @@ from grape_ray.config.schema import Config
 from grape_ray.distributed import sharding
 from grape_ray.distributed.comms import Comms
 from grape_ray.engines.capture.model_state import Start
-from grape_ray.engines.subspace import Subspace
 from grape_ray.errors import CheckpointError, GrapeRayError, StorageError
 from grape_ray.optim import Optimizer
+from grape_ray.privacy.rank_zero import on_rank_zero
 from grape_ray.storage import Storage
 
 
 class Occasion(enum.Enum):
-    """Why a checkpoint is made; one that is merely due may be left out while an earlier one is on
-    its way.
+    """Why a checkpoint is made; one that is merely due may be skipped while the upload of an
+    earlier one is in flight.
     """
 
     DUE = "due"
@@ -34,65 +36,137 @@ class Occasion(enum.Enum):
     LAST = "last"
 
 
-class Saver:
-    """Makes the checkpoints of one attempt; every rank calls every method, at the same steps.
-
-    A checkpoint that is merely due is left out while the one before is still on its way, so that
-    slow storage never stops training; one that is urgent, or the last, waits for it and is waited
-    for.
-
-    Args:
-        attempt: number of the attempt, which names its folders; 0 takes the next that the storage
-            does not know.
+@dataclass(frozen=True)
+class Restored:
+    """The checkpoint that a run goes on from; by default there is none.
 
     Attributes:
-        attempt: the number that names its folders. listeners: told (name, facts) of each committed
-            checkpoint, on every rank.
-        newest: name of the newest committed checkpoint, as far as this rank was told. skipped: how
-            many were left out.
+        name: its folder. step: steps that the model has taken. metadata: what `save` was given.
+    """
+
+    name: str = ""
+    step: int = 0
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def executed_steps(self) -> int:
+        """Steps that the run had executed until then, as far as is known."""
+        return int(self.metadata.get("executed_steps", 0))
+
+
+class CheckpointManager:
+    """Makes and restores a run's checkpoints; every rank calls every method, at the same steps.
+
+    First `restore` or `begin_from`, if at all, then `begin_attempt`, then `save`. A checkpoint that
+    is merely due is skipped while the upload of the one before is in flight, so that slow storage
+    never stops training; one that is urgent, or the last, waits for it and is waited for.
+
+    Attributes:
+        attempt: the number that names the folders of this attempt's checkpoints.
+        on_commit: given (name, metadata) of each committed checkpoint, on every rank.
+        newest: name of the newest committed checkpoint, as far as this rank knows.
+        skipped: how many were skipped.
         failure: why the one before could not be written; a second failure in a row is raised.
     """
 
     def __init__(
-        self,
-        config: Config,
-        comms: Comms,
-        folder: Storage,
-        model: nn.Module,
-        optimizer: Optimizer,
-        attempt: int,
+        self, config: Config, comms: Comms, folder: Storage, model: nn.Module, optimizer: Optimizer
     ):
-        self._config, self._comms, self._model, self._optimizer = config, comms, model, optimizer
+        self._config, self._comms, self._folder = config, comms, folder
+        self._model, self._optimizer = model, optimizer
         performance = config.performance
-        self.attempt: int = attempt or comms.broadcast_object(
-            _next_attempt(folder) if comms.rank == 0 else None
-        )
-        self._start = Start(model)
         self._writer = Writer(
             folder, comms, performance.keep_checkpoints, performance.checkpoint_timeout_s
         )
-        self._facts: Mapping[str, Any] = {}
-        self.listeners: list[Callable[[str, Mapping[str, Any]], None]] = []
-        self._told = self.newest = ""
-        self.skipped, self.failure = 0, cast(GrapeRayError | None, None)
         self._coordinates = (
             Coordinates(optimizer.subspace)
             if performance.delta_checkpoints and _lifts_exactly(config, optimizer)
             else None
         )
         optimizer.recorder = self._coordinates
+        self._unchanged: Start | None = None
+        self._metadata: Mapping[str, Any] = {}
+        self.attempt, self.newest, self.skipped = 0, "", 0
+        self.failure: GrapeRayError | None = None
+        self.on_commit: Callable[[str, Mapping[str, Any]], None] = lambda name, metadata: None
 
     @property
     def lag_s(self) -> float:
         """Seconds from the newest checkpoint's copy to its manifest, or until now."""
         return self._writer.lag_s
 
-    def resumed(self, coordinates: Coordinates | None) -> None:
-        """Goes on counting from the full checkpoint of the delta that the run was resumed from."""
-        if self._coordinates is not None and coordinates is not None:
-            self._optimizer.recorder = self._coordinates = coordinates
+    def restore(self) -> Restored:
+        """Takes the state of the newest checkpoint that every rank can read, whatever number of
+        ranks wrote it.
 
-    def save(self, step: int, facts: Mapping[str, Any], occasion: Occasion) -> bool:
+        Torn and damaged ones are passed over with a warning.
+
+        Raises:
+            StorageError: the storage cannot be read. CheckpointError: the checkpoint holds another
+                model.
+        """
+        comms = self._comms
+        names = comms.gather_objects(
+            _attempted(lambda: checkpoint.names(self._folder)) if comms.rank == 0 else None
+        )[0]
+        for name in _unless_error(names):
+            mine = _attempted(partial(self._read, name))
+            errors = comms.gather_objects(mine if isinstance(mine, GrapeRayError) else None)
+            problems = [error for error in errors if error is not None]
+            for problem in problems:
+                if not isinstance(problem, CheckpointError):
+                    raise problem
+            if problems:
+                checkpoint.pass_over(problems[0])
+                continue
+            found: Checkpoint = _unless_error(mine)
+            if not sharding.is_sharded(self._model):
+                coordinates = self._load(found)
+                # Deltas go on from the full checkpoint of the one that was restored.
+                if self._coordinates is not None and coordinates is not None:
+                    self._optimizer.recorder = self._coordinates = coordinates
+            self.newest = found.name
+            return Restored(found.name, found.step, found.metadata)
+        return Restored()
+
+    def _read(self, name: str) -> Checkpoint:
+        """A checkpoint, verified; a sharded model has taken its rows by then, and no rank holds the
+        whole.
+        """
+        if not sharding.is_sharded(self._model):
+            return checkpoint.load(self._folder, name)
+        reader = checkpoint.Reader(self._folder, name)
+        rank_state.restore_rows(reader, self._model, self._optimizer)
+        return Checkpoint(reader.manifest.step, name, reader.manifest.metadata, {}, {})
+
+    def _load(self, found: Checkpoint) -> Coordinates | None:
+        coordinates = checkpoint.restore(self._model, found, self._optimizer.subspace)
+        self._optimizer.load_state_dict(found.optimizer)
+        return coordinates
+
+    def begin_from(self, folder: Storage, name: str, metadata: Mapping[str, Any]) -> Restored:
+        """Takes the state of another run's checkpoint, and keeps it as this run's own first.
+
+        Args:
+            folder: the other run's. metadata: what is told of it otherwise than there.
+        """
+        found = checkpoint.load(folder, checkpoint.of_step(folder, checkpoint.step_of(name)))
+        self._load(found)
+        self.begin_attempt(0)
+        own = {**found.metadata, **metadata}
+        self.save(found.step, own, Occasion.LAST)
+        return Restored(self.newest, found.step, {"executed_steps": own["executed_steps"]})
+
+    def begin_attempt(self, number: int) -> None:
+        """Begins the checkpoints of an attempt; 0 takes the next number that the storage does not
+        know, which the ranks agree on.
+
+        From now on what is not trained must stay as it is.
+        """
+        self.attempt = number or on_rank_zero(self._comms, partial(_next_attempt, self._folder))
+        self._unchanged = Start(self._model)
+
+    def save(self, step: int, metadata: Mapping[str, Any], occasion: Occasion) -> bool:
         """Whether a checkpoint of `step` was begun. Raises what the two before failed with, or this
         one, if it is waited for.
         """
@@ -107,24 +181,24 @@ class Saver:
             and moved.deltas < limit
             and occasion is not Occasion.LAST
         )
-        self._facts = facts
+        self._metadata = metadata
         if delta:
             assert moved is not None
             moved.deltas += 1
-        self._writer.begin(name, step, self._state(facts, moved if delta else None))
+        self._writer.begin(name, step, self._state(metadata, moved if delta else None))
         if moved is not None and not delta:
             moved.restart(name)
         if occasion is not Occasion.DUE:
-            self.settle()
+            self.flush()
         return True
 
     def _clear(self, wait: bool) -> bool:
-        """Whether no checkpoint is on its way; one that failed, as on a disk that was full for a
-        time, is given up, on every rank.
+        """Whether no upload is in flight; one that failed, as on a disk that was full for a time,
+        is given up, on every rank.
         """
         try:
             if wait:
-                self._writer.settle()
+                self._writer.flush()
             elif not self._writer.ready():
                 return False
         except (CheckpointError, StorageError) as error:
@@ -139,23 +213,22 @@ class Saver:
         self._tell()
         return True
 
-    def settle(self) -> None:
-        """Waits until the checkpoint on its way, if any, is committed, and tells of it."""
-        self._writer.settle()
+    def flush(self) -> None:
+        """Waits until the checkpoint in flight, if any, is committed, and tells of it."""
+        self._writer.flush()
         self._tell()
 
-    def linger(self) -> None:
-        """Before this rank ends by an error: what is on its way may still arrive."""
-        self._writer.linger()
+    def drain(self) -> None:
+        """Before this rank ends by an error: what is in flight may still arrive."""
+        self._writer.drain()
 
     def _tell(self) -> None:
         committed = self._writer.committed
-        if committed and committed != self._told:
-            self._told = self.newest = committed
-            for listener in self.listeners:
-                listener(committed, self._facts)
+        if committed and committed != self.newest:
+            self.newest = committed
+            self.on_commit(committed, self._metadata)
 
-    def _state(self, facts: Mapping[str, Any], moved: Coordinates | None) -> State:
+    def _state(self, metadata: Mapping[str, Any], moved: Coordinates | None) -> State:
         """This rank's part: of a full checkpoint, or, given coordinates, of what a delta cannot do
         without.
 
@@ -163,7 +236,8 @@ class Saver:
             UnsupportedLayer: what is not trained differs from the start's: it may hold anything of
                 the data, without noise.
         """
-        self._start.check()
+        assert self._unchanged is not None
+        self._unchanged.check()
         model, optimizer = rank_state.held(self._model), self._optimizer.state_dict()
         places = {**rank_state.model_places(self._model), **self._optimizer.places()}
         counters: dict[str, Any] = {
@@ -185,7 +259,7 @@ class Saver:
             kind: rank_state.shards_of(tensors, places, self._comms)
             for kind, tensors in kinds.items()
         }
-        return State(shards, counters, facts, moved.base if moved else None)
+        return State(shards, counters, metadata, moved.base if moved else None)
 
 
 def _lifts_exactly(config: Config, optimizer: Optimizer) -> bool:
@@ -203,54 +277,6 @@ def _lifts_exactly(config: Config, optimizer: Optimizer) -> bool:
 def _next_attempt(folder: Storage) -> int:
     """A number for a run without a ledger, above those that the storage has seen."""
     return max((int(name.rpartition("-")[2]) for name in checkpoint.names(folder)), default=0) + 1
-
-
-def resume(
-    folder: Storage, comms: Comms, model: nn.Module, optimizer: Optimizer, subspace: Subspace
-) -> tuple[Checkpoint, Coordinates | None] | None:
-    """Takes up the newest checkpoint that every rank can read, whatever number of ranks wrote it;
-    None where there is none.
-
-    Torn and damaged ones are passed over with a warning.
-
-    Raises:
-        StorageError: the storage cannot be read. CheckpointError: the checkpoint holds another
-            model.
-    """
-    known = comms.gather_objects(
-        _attempted(lambda: checkpoint.names(folder)) if comms.rank == 0 else None
-    )[0]
-    for name in _unless_error(known):
-        mine = _attempted(lambda n=name: _taken(folder, n, model, optimizer))
-        problems = [
-            e
-            for e in comms.gather_objects(mine if isinstance(mine, GrapeRayError) else None)
-            if e is not None
-        ]
-        for problem in problems:
-            if not isinstance(problem, CheckpointError):
-                raise problem
-        if problems:
-            checkpoint.pass_over(problems[0])
-            continue
-        found: Checkpoint = _unless_error(mine)
-        if sharding.is_sharded(model):
-            return found, None
-        coordinates = checkpoint.restore(model, found, subspace)
-        optimizer.load_state_dict(found.optimizer)
-        return found, coordinates
-    return None
-
-
-def _taken(folder: Storage, name: str, model: nn.Module, optimizer: Optimizer) -> Checkpoint:
-    """A checkpoint, verified; a sharded model has taken up its rows by then, and no rank holds the
-    whole.
-    """
-    if not sharding.is_sharded(model):
-        return checkpoint.load(folder, name)
-    reader = checkpoint.Reader(folder, name)
-    rank_state.restore_rows(reader, model, optimizer)
-    return Checkpoint(reader.manifest.step, name, reader.manifest.facts, {}, {})
 
 
 def _attempted(call: Callable[[], Any]) -> Any:

@@ -31,7 +31,7 @@ class Manifest:
         step: steps that its model has taken. name: its folder below the run's.
         pieces: kind of state (`model`, `optimizer`, `coordinates`) -> its pieces. files: file ->
             bytes.
-        counters: the numbers of the state that are no tensors. facts: what was kept beside the
+        counters: the numbers of the state that are no tensors. metadata: what was kept beside the
             state, such as the ledger's head.
         base: the full checkpoint that a delta starts from; None for a full one.
     """
@@ -41,7 +41,7 @@ class Manifest:
     pieces: Mapping[str, list[Piece]]
     files: Mapping[str, int]
     counters: Mapping[str, Any] = field(default_factory=dict)
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
     base: str | None = None
 
     @property
@@ -53,6 +53,7 @@ class Manifest:
         """Writes it, and with it the checkpoint counts."""
         fields = {**dataclasses.asdict(self), "format": FORMAT}
         del fields["name"]
+        fields["facts"] = fields.pop("metadata")  # its name in files
         storage.write(
             f"{self.name}/{MANIFEST}", json.dumps(fields, indent=1, sort_keys=True).encode()
         )
@@ -111,7 +112,8 @@ def read_manifest(storage: Storage, name: str) -> Manifest:
             kind: [Piece.from_json(p) for p in listed]
             for kind, listed in fields.pop("pieces").items()
         }
-        found = Manifest(**fields, name=name, pieces=pieces)
+        metadata = fields.pop("facts")
+        found = Manifest(**fields, name=name, pieces=pieces, metadata=metadata)
         _check_names(found)
         return found
     except FileNotFoundError as error:

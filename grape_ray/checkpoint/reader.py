@@ -109,8 +109,8 @@ class Checkpoint:
     """A whole checkpoint, verified.
 
     Attributes:
-        step: steps that its model has taken. name: folder below the run's storage. facts: what was
-            saved beside the state.
+        step: steps that its model has taken. name: folder below the run's storage. metadata: what
+            was saved beside the state.
         model: parameter and buffer name -> tensor. optimizer: what Optimizer.load_state_dict takes.
         base: of a delta, the full checkpoint whose projected weights `model` holds. coordinates,
             counters: what moves them on.
@@ -118,7 +118,7 @@ class Checkpoint:
 
     step: int
     name: str
-    facts: Mapping[str, Any]
+    metadata: Mapping[str, Any]
     model: Mapping[str, Tensor]
     optimizer: Mapping[str, Any]
     base: str | None = None
@@ -141,7 +141,7 @@ def load(storage: Storage, name: str) -> Checkpoint:
     return Checkpoint(
         saved.step,
         name,
-        saved.facts,
+        saved.metadata,
         tensors["model"],
         optimizer,
         saved.base,

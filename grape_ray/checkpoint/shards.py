@@ -147,10 +147,8 @@ def _header(file: str, shards: Mapping[str, Shard]) -> tuple[bytes, list[Piece]]
     pieces, end = [], 0
     for name, shard in shards.items():
         if shard.tensor.dtype not in _DTYPES:
-            expected, fix = (
-                "one of safetensors: " + ", ".join(_BY_NAME),
-                "keep it in another type, or register it with persistent=False",
-            )
+            expected = "one of safetensors: " + ", ".join(_BY_NAME)
+            fix = "keep it in another type, or register it with persistent=False"
             raise CheckpointError(
                 f"tensor '{name}' has a type that no checkpoint holds",
                 str(shard.tensor.dtype),

@@ -20,7 +20,7 @@ from grape_ray.errors import CheckpointError, GrapeRayError, StorageError
 from grape_ray.storage import Storage
 
 _LOOK_EVERY_S = 0.1
-_LINGER_S = 5.0  # with other ranks: one that is gone will not finish its part
+_DRAIN_S = 5.0  # with other ranks: one that is gone will not finish its part
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class State:
     Attributes:
         shards: kind of state (`model`, `optimizer`, `coordinates`) -> tensor name -> this rank's
             rows of it. All ranks' shards together are the whole state, each row once.
-        counters, facts, base: as in Manifest; those of rank 0 are kept.
+        counters, metadata, base: as in Manifest; those of rank 0 are kept.
     """
 
     shards: Mapping[str, Mapping[str, Shard]]
     counters: Mapping[str, Any] = field(default_factory=dict)
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
     base: str | None = None
 
 
@@ -53,12 +53,12 @@ class _Upload:
 
 
 class Writer:
-    """Streams one checkpoint at a time to storage; `begin`, `ready` and `settle` are called by
+    """Streams one checkpoint at a time to storage; `begin`, `ready` and `flush` are called by
     every rank, at the same steps.
 
     Guarantees: `begin` returns when the state is copied to host memory, and what is written is the
     state of that moment. A checkpoint has a manifest only when every rank's files are whole. What
-    fails in the background is raised on every rank by the next `ready` or `settle`. Nothing is
+    fails in the background is raised on every rank by the next `ready` or `flush`. Nothing is
     waited for beyond `deadline_s`.
 
     Args:
@@ -102,7 +102,7 @@ class Writer:
         self.committed = self._current.name if self._current else self.committed
         return True
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Waits until the checkpoint on its way, if any, is committed. Raises as `ready` does."""
         while not self.ready():
             if self._current:
@@ -113,12 +113,12 @@ class Writer:
         upload, self._current = self._current, None
         return upload.name if upload else None
 
-    def linger(self) -> None:
+    def drain(self) -> None:
         """Gives the checkpoint on its way a little time, when this rank ends by an error; speaks to
         no other rank.
         """
         if self._current:
-            self._current.done.wait(self._deadline_s if self._comms.world_size == 1 else _LINGER_S)
+            self._current.done.wait(self._deadline_s if self._comms.world_size == 1 else _DRAIN_S)
 
     def _look(self) -> tuple[bool, Exception | None]:
         """(on its way, what failed) of this rank."""
@@ -177,7 +177,7 @@ class Writer:
             for kind, listed in theirs["pieces"].items():
                 pieces[kind] += [Piece.from_json(p) for p in listed]
         Manifest(
-            upload.step, upload.name, pieces, files, state.counters, state.facts, state.base
+            upload.step, upload.name, pieces, files, state.counters, state.metadata, state.base
         ).commit(self._storage)
         try:
             for rank in range(1, self._comms.world_size):

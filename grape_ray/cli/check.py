@@ -96,7 +96,7 @@ def _rehearsed(config: Config) -> Any:
     from grape_ray.storage import Storage
     from grape_ray.tasks.task import loaded
     from grape_ray.training.dry_run import dry_run
-    from grape_ray.training.plan import sampling_prob_of
+    from grape_ray.training.pricing import sampling_prob_of
     from grape_ray.training.splits import check_splits
 
     data = loaded(config.task)

@@ -5,11 +5,12 @@ result.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+
+from grape_ray.training.result import RunResult
 
 _LINE_EVERY_S = 10.0
 
@@ -78,44 +79,43 @@ def describe(progress: Any, epsilon: float | None) -> str:
     return "  ".join(parts)
 
 
-def summary(result: Mapping[str, Any]) -> list[str]:
+def summary(result: RunResult) -> list[str]:
     """The result in lines for a person."""
-    if result["ledger"] is None:
+    if result.ledger is None:
         promise = "NOT PRIVATE: no guarantee for any training record"
     else:
         promise = (
-            f"epsilon {result['epsilon']:g} at delta {result['delta']:g}, noise multiplier"
-            f" {result['noise_multiplier']:.4g}"
+            f"epsilon {result.epsilon:g} at delta {result.delta:g}, noise multiplier"
+            f" {result.noise_multiplier:.4g}"
         )
     metrics = (
-        ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items())
-        or "no metrics"
+        ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items()) or "no metrics"
     )
-    if result["metrics_step"] not in (None, result["steps"]):
-        metrics += f" (of step {result['metrics_step']})"
+    if result.metrics_step not in (None, result.steps):
+        metrics += f" (of step {result.metrics_step})"
     lines = [
-        f"{result['run']}: {result['steps']} steps of {result['method']}, {promise}",
+        f"{result.run}: {result.steps} steps of {result.method}, {promise}",
         (
-            f"validation: {metrics}; {result['seconds']:.1f} s, peak"
-            f" {result['peak_bytes'] / 2**20:.0f} MiB a process"
+            f"validation: {metrics}; {result.seconds:.1f} s, peak"
+            f" {result.peak_bytes / 2**20:.0f} MiB a process"
         ),
-        f"checkpoint {result['checkpoint']}",
+        f"checkpoint {result.checkpoint}",
     ]
-    if result["ledger"]:
-        spent = f"epsilon {result['epsilon_spent']:.3f} spent so far"
+    if result.ledger:
+        spent = f"epsilon {result.epsilon_spent:.3f} spent so far"
         lines.append(
-            f"ledger {result['ledger']}: {result['charged_steps']} steps charged in"
-            f" {result['attempts']} attempt(s), {spent}"
+            f"ledger {result.ledger}: {result.charged_steps} steps charged in"
+            f" {result.attempts} attempt(s), {spent}"
         )
-    lines += [f"problem: {problem}" for problem in result["problems"]]
-    if result["diverged"]:
-        names = ", ".join(result["diverged"])
+    lines += [f"problem: {problem}" for problem in result.problems]
+    if result.diverged:
+        names = ", ".join(result.diverged)
         lines.append(
             f"ended early, before more was paid: {names} was not finite twice"
             " (performance.stop_on_nan=false goes on)"
         )
-    if any(problem.startswith("an evaluation failed") for problem in result["problems"]):
+    if any(problem.startswith("an evaluation failed") for problem in result.problems):
         lines.append("evaluate again, free of privacy cost: grape-ray evaluate RUN")
-    if result["exhausted"]:
+    if result.exhausted:
         lines.append("the privacy budget ended the run before its last planned step")
     return lines

@@ -55,6 +55,6 @@ def command(
     changes = [*assignments, *worker_assignments(workers)]
     plan = plan_resume(
         run, ledger=ledger, key_path=key_file, second_ledger=second_ledger, assignments=changes,
-        trust=trust, rehearse=not no_dry_run, reach=reach,
+        trust=trust, with_dry_run=not no_dry_run, check_workers=reach,
     )  # fmt: skip
     run_and_report(plan, as_json)

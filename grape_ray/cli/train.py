@@ -86,14 +86,14 @@ def command(
     # above was told before.
     from grape_ray.config.cautions import Consent
     from grape_ray.ray_backend.reachability import reach
-    from grape_ray.training.plan import prepare
+    from grape_ray.training.planning import plan_run
 
     budget = ledger_budget(ledger_epsilon, ledger_delta)
-    plan = prepare(
+    plan = plan_run(
         config, run=name, storage=storage, ledger=ledger, key_path=key_file,
         second_ledger=second_ledger, ledger_budget=budget,
-        consent=Consent(allow_large_delta, not_private), rehearse=not no_dry_run,
-        reach=partial(reach, config),
+        consent=Consent(allow_large_delta, not_private), with_dry_run=not no_dry_run,
+        check_workers=partial(reach, config),
     )  # fmt: skip
     run_and_report(plan, as_json)
 
@@ -127,4 +127,4 @@ def run_and_report(plan: Any, as_json: bool) -> None:
     for line in summary(result):
         click.echo(line)
     if as_json:
-        click.echo(json.dumps({**result, "plan": facts}))
+        click.echo(json.dumps({**result.as_dict(), "plan": facts}))

@@ -53,10 +53,8 @@ def _called(function: Any, reference: str) -> Config:
         name for name in TASK_METHODS if not callable(getattr(type(config.task), name, None))
     ]
     if lacking:
-        got, expected = (
-            f"{type(config.task).__name__} without {', '.join(lacking)}",
-            "an object with the methods of grape_ray.tasks.task.Task",
-        )
+        got = f"{type(config.task).__name__} without {', '.join(lacking)}"
+        expected = "an object with the methods of grape_ray.tasks.task.Task"
         raise ConfigError(
             f"the task of pipeline {reference}",
             got,
@@ -123,11 +121,9 @@ def rebuild_task(description: Mapping[str, Any], trust: Iterable[str] = ()) -> A
         ConfigError: a module that nobody has named, one that cannot be imported, no such task
             there, or one with other fields.
     """
-    reference, fields, trust = (
-        description["class"],
-        description["fields"],
-        tuple(located(name, "trusted module") for name in trust),
-    )
+    reference = description["class"]
+    fields = description["fields"]
+    trust = tuple(located(name, "trusted module") for name in trust)
     module_name, _, qualified = reference.partition(":")
     check_module(module_name, trust, "task")
     # The current folder may be the one that was copied from elsewhere; on the path, any file in it

@@ -100,10 +100,8 @@ class Privacy:
         _require(
             _count(self.spare_steps, 0), "privacy.spare_steps", self.spare_steps, "an integer >= 0"
         )
-        expected, fix = (
-            f"a number from {MIN_CLIP_NORM:g} to {MAX_CLIP_NORM:g}",
-            "multiply the loss to bring its gradients into range",
-        )
+        expected = f"a number from {MIN_CLIP_NORM:g} to {MAX_CLIP_NORM:g}"
+        fix = "multiply the loss to bring its gradients into range"
         in_range = _number(self.clip_norm) and MIN_CLIP_NORM <= self.clip_norm <= MAX_CLIP_NORM
         _require(in_range, "privacy.clip_norm", self.clip_norm, expected, fix)
         _choice("privacy.clipping", self.clipping, ("flat", "automatic", "per_layer"))
@@ -203,10 +201,8 @@ class Method:
             self.momentum,
             "a number in [0, 1)",
         )
-        decay, most = (
-            self.weight_decay,
-            f"a number >= 0, times the learning rate at most {MAX_RATE:g}",
-        )
+        decay = self.weight_decay
+        most = f"a number >= 0, times the learning rate at most {MAX_RATE:g}"
         _require(
             _number(decay) and 0 <= decay * rate <= MAX_RATE, "method.weight_decay", decay, most
         )
@@ -312,10 +308,8 @@ class Performance:
             "a number of seconds, 0 for never",
         )
         low, high = self.workers
-        expected, fix = (
-            "an integer >= 0, or MIN:MAX with MIN >= 1",
-            "0 trains in this process, 2:8 follows the cluster",
-        )
+        expected = "an integer >= 0, or MIN:MAX with MIN >= 1"
+        fix = "0 trains in this process, 2:8 follows the cluster"
         _require(
             0 <= low <= high and (low > 0 or self.num_workers == 0),
             "performance.num_workers",

@@ -4,6 +4,7 @@ ray.
 
 from grape_ray.ledger.audit import Report, verify
 from grape_ray.ledger.entries import Study
-from grape_ray.ledger.ledger import Grant, Ledger
+from grape_ray.ledger.grant import Grant
+from grape_ray.ledger.ledger import Ledger
 
 __all__ = ["Grant", "Ledger", "Report", "Study", "verify"]

@@ -26,7 +26,7 @@ def made_for(
     return share[0] if epsilon is None else epsilon, share[1] if delta is None else delta
 
 
-def foresee(
+def check_share(
     storage: Storage,
     dataset_id: str,
     budget: tuple[float, float],

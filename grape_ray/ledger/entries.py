@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from grape_ray.accounting import calibration
 from grape_ray.accounting.mechanism import (
     Mechanism,
     check_count,
@@ -69,10 +70,8 @@ def check_reason(value: object) -> str:
         or len(value) > MAX_REASON
         or not value.isprintable()
     ):
-        expected, fix = (
-            f"1 to {MAX_REASON} printable characters",
-            "say who wanted it and why, in one line: it stays in the ledger",
-        )
+        expected = f"1 to {MAX_REASON} printable characters"
+        fix = "say who wanted it and why, in one line: it stays in the ledger"
         raise ConfigError("a budget is raised for a stated reason alone", value, expected, fix)
     return value
 
@@ -110,6 +109,15 @@ class Study:
     def payload(self) -> dict[str, Any]:
         """The study as an entry's payload."""
         return asdict(self)
+
+    def epsilon_of(self, steps: int) -> float:
+        """An upper bound on the epsilon, at the study's delta, of that many of its steps.
+
+        For display: what is guaranteed is the study's `epsilon`, since its tokens can be spent.
+        """
+        if steps == 0:
+            return 0.0
+        return min(self.epsilon, calibration.epsilon(self.mechanism, steps, self.delta))
 
     @classmethod
     def from_payload(cls, payload: Mapping[str, Any]) -> Study:

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from grape_ray.ledger.charges import Attempt
-from grape_ray.ledger.ledger import Grant
+from grape_ray.ledger.grant import Grant
 
 
-class Book(Protocol):
+class LedgerClient(Protocol):
     """The calls of `accounting.ledger.Ledger` that a run makes; their promises, arguments and
     errors are described there.
 

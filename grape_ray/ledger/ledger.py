@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 from grape_ray.accounting import calibration
@@ -16,21 +15,11 @@ from grape_ray.errors import BudgetExceeded, LedgerError
 from grape_ray.ledger.chain import Chain, Wanted
 from grape_ray.ledger.charges import Attempt, StudyState
 from grape_ray.ledger.entries import FORMAT, Study, check_reason
+from grape_ray.ledger.grant import _LEDGER, Grant
 from grape_ray.ledger.state import State
 from grape_ray.storage import Storage
 
 _Result = TypeVar("_Result")
-
-
-@dataclass(frozen=True)
-class Grant:
-    """Steps that were paid for: ``first_step`` to ``first_step + steps - 1``; ``steps`` is 0 when
-    the study is exhausted.
-    """
-
-    chunk: int
-    first_step: int
-    steps: int
 
 
 class Ledger:
@@ -93,19 +82,15 @@ class Ledger:
             found = getattr(ledger._chain.state, name)
             if wanted is not None and wanted != found:
                 # A run's journal keeps the error: no hash of the data may stand in it.
-                got, expected, fix = (
-                    None,
-                    "that of these records",
-                    "one ledger serves one dataset: use another folder",
-                )
+                got = None
+                expected = "that of these records"
+                fix = "one ledger serves one dataset: use another folder"
                 if name != "dataset_id":
                     left = ledger._chain.state.left(name)
-                    got, expected = (
-                        wanted,
-                        (
-                            f"{found:g}, which it was made with or raised to, {left:g} of it not"
-                            " taken by a study"
-                        ),
+                    got = wanted
+                    expected = (
+                        f"{found:g}, which it was made with or raised to, {left:g} of it not"
+                        " taken by a study"
                     )
                     fix = (
                         "leave the budget out to take the ledger as it is, or raise it with"
@@ -300,40 +285,38 @@ class Ledger:
             NoiseReuse: a newer attempt has begun, the attempt is closed, or a step was paid for
                 before in this attempt.
         """
-        steps, chunk, attempt = (
-            check_count("steps", steps),
-            check_count("chunk", chunk, 0),
-            check_count("attempt", attempt),
-        )
+        steps = check_count("steps", steps)
+        chunk = check_count("chunk", chunk, 0)
+        attempt = check_count("attempt", attempt)
         if first_step is not None:
             first_step = check_count("first_step", first_step, 0)
 
         def decide(state: State):
             state.check_dataset(dataset_id)
+            owner = state.study(study)
+
+            def granted(first: int, count: int) -> Grant:
+                mechanism = owner.study.mechanism
+                return Grant(study, run, attempt, chunk, first, count, mechanism, _LEDGER)
+
             known = state.attempt(study, run, attempt).charges.get(chunk)
             if known is not None:
                 if known.asked != steps or first_step not in (None, known.first_step):
-                    got, expected = (
-                        f"{steps} steps from {first_step}",
-                        f"{known.asked} steps from {known.first_step}",
-                    )
                     raise LedgerError(
                         f"chunk {chunk} was charged with other arguments",
-                        got,
-                        expected,
+                        f"{steps} steps from {first_step}",
+                        f"{known.asked} steps from {known.first_step}",
                         "use a new chunk number",
                     )
-                return None, Grant(chunk, known.first_step, known.steps)
+                return None, granted(known.first_step, known.steps)
             live = state.live_attempt(study, run, attempt)
             first = live.next_step if first_step is None else first_step
-            granted = min(steps, state.study(study).left)
-            if granted == 0:
-                return None, Grant(chunk, first, 0)
-            payload = {"study": study, "run": run, "attempt": attempt, "chunk": chunk}
-            return (
-                "charge",
-                {**payload, "first_step": first, "asked": steps, "steps": granted},
-            ), Grant(chunk, first, granted)
+            count = min(steps, owner.left)
+            if count == 0:
+                return None, granted(first, 0)
+            where = {"study": study, "run": run, "attempt": attempt, "chunk": chunk}
+            charged = {**where, "first_step": first, "asked": steps, "steps": count}
+            return ("charge", charged), granted(first, count)
 
         return self._append(decide)
 
@@ -366,11 +349,9 @@ class Ledger:
                 count, or out of reach.
             NoiseReuse: the attempt is over.
         """
-        steps, chunk, attempt = (
-            check_count("steps", steps),
-            check_count("chunk", chunk, 0),
-            check_count("attempt", attempt),
-        )
+        steps = check_count("steps", steps)
+        chunk = check_count("chunk", chunk, 0)
+        attempt = check_count("attempt", attempt)
 
         def decide(state: State):
             if state.attempt(study, run, attempt).refunds.get(chunk) == steps:
@@ -398,25 +379,15 @@ class Ledger:
             LedgerError: no such study, or out of reach.
         """
         known = self.state.study(study)
-        used = known.used
-        return (
-            min(
-                known.study.epsilon,
-                calibration.epsilon(known.study.mechanism, used, known.study.delta),
-            )
-            if used
-            else 0.0
-        )
+        return known.study.epsilon_of(known.used)
 
     def _append(self, decide: Callable[[State], tuple[Wanted, _Result]]) -> _Result:
         """Extend the chain, unless another holder has taken the ledger over."""
 
         def fenced(state: State) -> tuple[Wanted, _Result]:
             if self._holder is not None and state.holder != self._holder:
-                got, fix = (
-                    f"epoch {state.epoch} of {state.holder}",
-                    "stop: another cluster, or a newer process of this one, charges it now",
-                )
+                got = f"epoch {state.epoch} of {state.holder}"
+                fix = "stop: another cluster, or a newer process of this one, charges it now"
                 raise LedgerError(
                     "the ledger was taken over", got, f"an epoch of {self._holder}", fix
                 )

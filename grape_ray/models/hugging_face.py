@@ -231,10 +231,8 @@ def _whole(name: str, model: nn.Module, found: dict[str, Any]) -> nn.Module:
     """The model, if all its weights came from its files. Raises ConfigError: one drawn in its place
     would pass for pretrained.
     """
-    expected, fix = (
-        "weights of the architecture that its config.json names",
-        "save it whole again, or correct its config.json",
-    )
+    expected = "weights of the architecture that its config.json names"
+    fix = "save it whole again, or correct its config.json"
     for key, theirs, mine in sorted(found["mismatched_keys"]):
         raise ConfigError(
             f"the weights of task.model {name} do not fit",

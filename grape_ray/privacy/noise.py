@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from grape_ray.distributed.comms import Comms
-from grape_ray.errors import ConfigError, NoiseReuse
+from grape_ray.errors import ConfigError, LedgerError, NoiseReuse
+from grape_ray.ledger.grant import Grant
 from grape_ray.privacy import types
 from grape_ray.privacy.random_streams import normals
 from grape_ray.privacy.types import ClippedSum, NonPrivateGradient, PrivateGradient, step_of
@@ -38,7 +39,7 @@ class NoiseStream:
     """The secret noise stream of one attempt; it never gives the noise of a step twice.
 
     Args:
-        key: 32 secret bytes, derived for this attempt alone (`accounting.keys.derive`).
+        key: 32 secret bytes, derived for this attempt alone (`privacy.keys.derive`).
 
     Raises:
         ConfigError: the key has another length.
@@ -90,16 +91,16 @@ def privatize(
     summed: ClippedSum,
     stream: NoiseStream,
     *,
-    step: int | None = None,
-    noise_multiplier: float,
+    grant: Grant,
     expected_batch_size: float,
+    step: int | None = None,
     comms: Comms | None = None,
 ) -> PrivateGradient:
     """The private mean gradient: (sum over ranks of `summed` + N(0, std^2)) / expected_batch_size,
     computed on a grid.
 
-    std is noise_multiplier * sensitivity, and a trifle more for the rounding (`grid_and_std`). The
-    sum's memory is reused.
+    std is the noise multiplier that the grant was paid for, times the sensitivity, and a trifle
+    more for the rounding (`grid_and_std`). The sum's memory is reused.
 
     Each rank reduces, noises and divides the slice it owns of the flat vector, then all gather: the
     noise is drawn once, in float64 from a cryptographic stream, and is bitwise the same at any
@@ -108,26 +109,35 @@ def privatize(
     Args:
         summed: this rank's clipped sum, the same tensors on every rank.
         stream: this attempt's secret stream, the same on every rank.
-        step: the step of `summed`; may be left out where the sum carries it, as an engine's does.
-        noise_multiplier: standard deviation in units of the sensitivity.
+        grant: what `Ledger.charge` returned for the step: proof that it is paid for, and as what.
         expected_batch_size: mean of the Poisson batch's size over all ranks; never the realised
             one, which is private.
+        step: the step of `summed`; may be left out where the sum carries it, as an engine's does.
 
     Raises:
+        LedgerError: the grant does not cover the step.
         NoiseReuse: the step's noise was drawn before: each step is used once, ascending.
-            GrapeRayError: `step` is not that of the sum.
-        ConfigError: a number that is not finite and > 0.
+        GrapeRayError: `step` is not that of the sum.
+        ConfigError: a batch size that is not finite and > 0.
     """
-    for name, value in (
-        ("noise_multiplier", noise_multiplier),
-        ("expected_batch_size", expected_batch_size),
-    ):
-        if not (math.isfinite(value) and value > 0):
-            raise ConfigError(
-                name, value, "a finite number > 0", "pass the one that the step is paid for with"
-            )
+    if not (math.isfinite(expected_batch_size) and expected_batch_size > 0):
+        raise ConfigError(
+            "expected_batch_size",
+            expected_batch_size,
+            "a finite number > 0",
+            "pass the one that the step is paid for with",
+        )
+    if not isinstance(grant, Grant):
+        raise LedgerError(
+            "noise without a grant",
+            type(grant).__name__,
+            "what Ledger.charge returned",
+            "charge the step to the ledger first",
+        )
     step = step_of(summed, step)
+    grant.check(step)
     stream.claim(step)
+    noise_multiplier = grant.mechanism.noise_multiplier
     count = sum(t.numel() for t in summed.tensors.values())
     grid, std = grid_and_std(summed.sensitivity, noise_multiplier, count)
 

@@ -16,13 +16,13 @@ from typing import Any
 import ray
 import ray.exceptions
 
-from grape_ray.accounting import calibration
 from grape_ray.accounting.selection import Selection
 from grape_ray.errors import GrapeRayError, LedgerError
 from grape_ray.ledger.charges import Attempt
 from grape_ray.ledger.entries import Study
+from grape_ray.ledger.grant import Grant
 from grape_ray.ledger.lease import BEAT_S, Claim
-from grape_ray.ledger.ledger import Grant, Ledger
+from grape_ray.ledger.ledger import Ledger
 from grape_ray.privacy.redaction import text_of
 from grape_ray.ray_backend.metrics import StudyGauges
 from grape_ray.storage import Storage
@@ -124,9 +124,7 @@ class _Desk:
             for name, (study, used) in list(self._used.items()):
                 if used and shown.get(name) != used:
                     shown[name] = used
-                    spent = min(
-                        study.epsilon, calibration.epsilon(study.mechanism, used, study.delta)
-                    )
+                    spent = study.epsilon_of(used)
                     self._gauges.set(self._ledger.ledger_id, name, epsilon_spent=spent)
             wait.wait(_GAUGE_EVERY_S)
 
@@ -216,11 +214,7 @@ class Accountant:
     def epsilon_spent(self, study: str) -> float:
         """See Ledger.epsilon_spent; computed here, so that nobody else waits for it."""
         known, used = self.counts(study)
-        return (
-            min(known.epsilon, calibration.epsilon(known.mechanism, used, known.delta))
-            if used
-            else 0.0
-        )
+        return known.epsilon_of(used)
 
     def release(self) -> None:
         """Ends the actor, when no other sweep of the cluster uses it, and lets another cluster have

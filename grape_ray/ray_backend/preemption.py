@@ -10,10 +10,10 @@ from ray.train.torch import TorchConfig
 from grape_ray.distributed.comms import Comms
 from grape_ray.ray_backend.stop_signal import is_rung
 from grape_ray.training import signals
-from grape_ray.training.loop import Notice
+from grape_ray.training.progress import Signal
 
 _ASK_EVERY_S = 1.0
-# below every shifted Notice, so that the largest over ranks is the gravest notice, and only then
+# below every shifted Signal, so that the largest over ranks is the gravest notice, and only then
 # the wish to ask Ray
 _ASK = 1
 
@@ -38,7 +38,7 @@ def _listening_backend(torch_backend: Any) -> Any:
 
 
 def _listen() -> None:
-    signals.listen()
+    signals.install()
 
 
 class Notices:
@@ -55,20 +55,20 @@ class Notices:
         self._known: Any = None
         self.stopped = False
 
-    def __call__(self, own: Notice) -> Notice:
+    def __call__(self, own: Signal) -> Signal:
         import ray.train
 
         now = time.monotonic()
         if self._comms.rank == 0 and now - self._asked_s >= _ASK_EVERY_S and is_rung(self._bell):
-            self.stopped, own = True, Notice.STOP
+            self.stopped, own = True, Signal.STOP
         wish = _ASK if self._comms.rank == 0 and now - self._asked_s >= _ASK_EVERY_S else 0
-        agreed = self._comms.largest(2 * max(own, signals.told()) + wish)
+        agreed = self._comms.largest(2 * max(own, signals.received()) + wish)
         if agreed > _ASK:
-            return Notice(agreed // 2)
+            return Signal(agreed // 2)
         if agreed == _ASK:
             self._asked_s = now
             found = ray.train.get_preemption_info()  # a call that Ray wants of every rank alike
             if found is not None and found != self._known:
                 self._known = found
-                return Notice.SAVE
-        return Notice.NONE
+                return Signal.CHECKPOINT_NOW
+        return Signal.NONE

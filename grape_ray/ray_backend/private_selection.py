@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import ray
 import ray.exceptions
-import torch
 from ray.tune.search.sample import Function
 
 from grape_ray.accounting.selection import Selection
@@ -26,8 +25,10 @@ from grape_ray.ledger.ledger import Ledger
 from grape_ray.ledger.location import RUN_FILE
 from grape_ray.ray_backend.ledger_actor import accountants
 from grape_ray.storage import Storage
-from grape_ray.training.plan import RESULT_FILE, prepare
+from grape_ray.training.callbacks import RunCallbacks
+from grape_ray.training.planning import plan_run
 from grape_ray.training.private_scores import Terms, described
+from grape_ray.training.result import RESULT_FILE
 from grape_ray.training.run import execute
 from grape_ray.tuning import price, results
 from grape_ray.tuning.folder import RUNS
@@ -188,20 +189,19 @@ def _train(study: SweepStudy, parts: _Parts, trials: Sequence[Sealed]) -> None:
     the sealed folder alone.
     """
     secret = Storage(parts.sealed)
-    device = torch.device("cuda" if study.config.performance.use_gpu else "cpu")
     for trial in trials:
         runs = secret.child(RUNS)
         if runs.exists(f"{trial.name}/{RESULT_FILE}"):
             continue
         ledger = secret.child(_LEDGER).child(trial.name).url
         paid = Ledger.open(ledger, create=False).state.study(trial.name).study
-        plan = prepare(
+        plan = plan_run(
             study.with_values(trial.values), run=trial.name, storage=runs.url, ledger=ledger,
             key_path=parts.key_path, study=paid,
             scores=_terms(study, secret.child(_SCORES).child(trial.name).url,
             trial.name) if parts.scores else None,
         )  # fmt: skip
-        execute(plan, Comms.local(), device=device, on_progress=lambda progress, epsilon: None)
+        execute(plan, Comms.local(), RunCallbacks(on_progress=lambda progress, epsilon: None))
 
 
 def _terms(study: SweepStudy, ledger: str, name: str) -> Terms:

@@ -14,7 +14,7 @@ from ray.exceptions import RayError
 
 from grape_ray.ray_backend.background import Background
 from grape_ray.training import signals
-from grape_ray.training.loop import Notice
+from grape_ray.training.progress import Signal
 
 _LOOK_EVERY_S = 0.2
 _ANSWER_S = 5.0
@@ -63,10 +63,10 @@ def until_told(launch: Callable[[], Any], bell: Any) -> bool:
         What `launch` raises. KeyboardInterrupt: a second signal.
     """
     running, rung_s = Background(launch), 0.0
-    with signals.listening():
+    with signals.installed():
         while running.runs():
             running.wait(_LOOK_EVERY_S)
-            if not rung_s and signals.told() is Notice.STOP:
+            if not rung_s and signals.received() is Signal.STOP:
                 rung_s = time.monotonic()
                 ray.get(bell.ring.remote(), timeout=_ANSWER_S)
             if (

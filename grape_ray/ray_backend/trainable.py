@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from ray import tune
 
 from grape_ray import checkpoint
@@ -24,12 +23,14 @@ from grape_ray.privacy.redaction import withheld
 from grape_ray.ray_backend.ledger_actor import Accountant
 from grape_ray.ray_backend.trainer import fit
 from grape_ray.ray_backend.trial_channel import RemoteTalk, Talk
-from grape_ray.training.loop import Progress
-from grape_ray.training.plan import Plan, prepare
+from grape_ray.training.append_log import process_log
+from grape_ray.training.callbacks import RunCallbacks
+from grape_ray.training.plan import Plan
+from grape_ray.training.planning import plan_run
 from grape_ray.training.private_scores import Terms
+from grape_ray.training.progress import Progress
+from grape_ray.training.result import RunResult
 from grape_ray.training.run import execute
-from grape_ray.training.session import Around
-from grape_ray.training.trace import Trace
 from grape_ray.tuning.folder import EXECUTED, REPORTS
 from grape_ray.tuning.spaces import SweepStudy
 
@@ -70,7 +71,7 @@ class Setting:
             "origin": origin,
         }
         options["scores"] = self.scores
-        return prepare(self.sweep.with_values(values), run=run, storage=self.storage, **options)
+        return plan_run(self.sweep.with_values(values), run=run, storage=self.storage, **options)
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,8 @@ class Surround:
     setting: Setting
     talk: Talk | RemoteTalk
 
-    def __call__(self, plan: Plan) -> Around:
-        setting, steps = self.setting, Trace(plan.folder(), EXECUTED)
+    def __call__(self, plan: Plan) -> RunCallbacks:
+        setting, steps = self.setting, process_log(plan.folder(), EXECUTED)
 
         def go_on(progress: Progress) -> bool:
             steps.close()  # durable by now, also on an object store
@@ -90,11 +91,14 @@ class Surround:
         def on_step(step: int) -> None:
             steps.line(str(step))
 
-        around = Around(
-            open_ledger=lambda plan: setting.book, on_step=on_step, go_on=go_on, on_end=steps.close
+        around = RunCallbacks(
+            open_ledger=lambda plan: setting.book,
+            on_step=on_step,
+            should_continue=go_on,
+            on_end=steps.close,
         )
         book = setting.score_book
-        return around if book is None else replace(around, open_scores=lambda plan: book)
+        return around if book is None else replace(around, open_score_ledger=lambda plan: book)
 
 
 class Trial(tune.Trainable):
@@ -122,9 +126,8 @@ class Trial(tune.Trainable):
                 break
         if self._error is not None:
             raise self._error
-        return self._told(
-            {"step": self._result["steps"], "metrics": self._result["metrics"]}, done=True
-        )
+        assert self._result is not None
+        return self._told({"step": self._result.steps, "metrics": self._result.metrics}, done=True)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """A pointer to the run's newest checkpoint, which itself stays where it is; JSON, because
@@ -155,14 +158,14 @@ class Trial(tune.Trainable):
         self._values, self._pointer, self._last_step = dict(values), None, 0
         self._thread: threading.Thread | None = None
         self._talk: Talk | RemoteTalk = Talk()
-        self._result: dict[str, Any] = {}
+        self._result: RunResult | None = None
         self._metrics: dict[str, float] = {}
         self._error: BaseException | None = None
 
     def _start(self) -> None:
         run, origin = _run_of(self.trial_id, self._values, self._pointer)
         self._plan = self._setting.plan(self._values, run, origin)
-        self._reports = Trace(self._plan.folder(), REPORTS)
+        self._reports = process_log(self._plan.folder(), REPORTS)
         if self._plan.config.performance.num_workers:
             self._talk = RemoteTalk()
         self._thread = threading.Thread(
@@ -174,10 +177,9 @@ class Trial(tune.Trainable):
         """The run, in its thread."""
         try:
             if plan.config.performance.num_workers:
-                self._result = fit(plan, around=surround)
+                self._result = fit(plan, make_callbacks=surround)
             else:
-                device = torch.device("cuda" if plan.config.performance.use_gpu else "cpu")
-                self._result = execute(plan, Comms.local(), device=device, around=surround(plan))
+                self._result = execute(plan, Comms.local(), surround(plan))
         except BaseException as error:  # Ray Tune keeps it in error.txt and error.pkl
             self._error = error if plan.public else withheld(error)
 

@@ -7,20 +7,21 @@ import logging
 import secrets
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
-
-import torch
 
 from grape_ray import checkpoint
 from grape_ray.distributed.comms import Comms
 from grape_ray.errors import GrapeRayError, Interrupted, TaskFailed
 from grape_ray.privacy.redaction import text_of, told
 from grape_ray.ray_backend.cluster import cluster, set_defaults
-from grape_ray.training.loop import Progress
-from grape_ray.training.plan import PROGRESS_FILE, RESULT_FILE, Plan
+from grape_ray.training.callbacks import RunCallbacks
+from grape_ray.training.journal import PROGRESS_FILE
+from grape_ray.training.plan import Plan
+from grape_ray.training.progress import Progress
+from grape_ray.training.result import RESULT_FILE, RunResult, read_result
 from grape_ray.training.run import execute, interrupted
-from grape_ray.training.session import Around
 
 _WATCH_EVERY_S = 0.5
 
@@ -34,12 +35,12 @@ class WorkersFailed(GrapeRayError):
 def fit(
     plan: Plan,
     on_progress: Callable[[Progress, float | None], None] | None = None,
-    around: Callable[[Plan], Around] | None = None,
-) -> dict[str, Any]:
+    make_callbacks: Callable[[Plan], RunCallbacks] | None = None,
+) -> RunResult:
     """Runs a plan on its workers and returns what `execute` returned there.
 
     Args:
-        on_progress: see Session. around: makes, on each worker, what a sweep puts around the run.
+        on_progress: see RunCallbacks. make_callbacks: makes a sweep's callbacks, on each worker.
 
     Raises:
         WorkersFailed: the cluster did not give the workers within performance.start_timeout_s, or
@@ -61,7 +62,7 @@ def fit(
     with cluster(most), _watching(plan, on_progress):
         bell = hang()
         trainer = TorchTrainer(
-            lambda: worker(plan, bell, around),
+            lambda: worker(plan, bell, make_callbacks),
             torch_config=Listening(backend="nccl" if performance.use_gpu else "gloo"),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=most if fewest == most else (fewest, most),
@@ -100,7 +101,7 @@ def fit(
             raise WorkersFailed(
                 "Ray could not run the workers", _last_line(error), "a cluster that stays", fix
             ) from error
-    return json.loads(plan.folder().read(RESULT_FILE))
+    return read_result(plan.folder())
 
 
 def _launch(plan: Plan, fit: Callable[[], Any]) -> None:
@@ -117,43 +118,43 @@ def _launch(plan: Plan, fit: Callable[[], Any]) -> None:
         raise _too_small(plan, "fewer for too long")
 
 
-def worker(plan: Plan, bell: Any, around: Callable[[Plan], Around] | None = None) -> None:
+def worker(
+    plan: Plan, bell: Any, make_callbacks: Callable[[Plan], RunCallbacks] | None = None
+) -> None:
     """One rank, inside a Ray Train worker. What it raises, Ray writes into logs."""
-    told(lambda: _work(plan, bell, around), plan.public)
+    told(lambda: _work(plan, bell, make_callbacks), plan.public)
 
 
-def _work(plan: Plan, bell: Any, around: Callable[[Plan], Around] | None) -> None:
+def _work(plan: Plan, bell: Any, make_callbacks: Callable[[Plan], RunCallbacks] | None) -> None:
     import ray.train
     from ray.train.torch import get_device
 
     from grape_ray.ray_backend.metrics import Gauges
     from grape_ray.ray_backend.preemption import Notices
 
-    def report(name: str, facts: Mapping[str, Any]) -> None:
+    def report(name: str, metadata: Mapping[str, Any]) -> None:
         """Tells Ray's callbacks of a checkpoint, which stays where it is: a report for each step
         would cost Ray's polling time.
         """
         ray.train.report(
             {
-                **facts["metrics"],
-                "step": facts["step"],
+                **metadata["metrics"],
+                "step": metadata["step"],
                 "checkpoint_path": f"{plan.folder().url}/{name}",
             }
         )
 
-    device = get_device() if plan.config.performance.use_gpu else torch.device("cpu")
     comms = Comms.distributed()
-    listening, own = Notices(comms, bell), around(plan) if around else None
+    listening = Notices(comms, bell)
+    callbacks = replace(
+        make_callbacks(plan) if make_callbacks else RunCallbacks(),
+        on_checkpoint=report,
+        agree_on_signal=listening,
+        on_gauges=Gauges(plan.run),
+    )
+    device = get_device() if plan.config.performance.use_gpu else None
     try:
-        execute(
-            plan,
-            comms,
-            device=device,
-            on_checkpoint=report,
-            on_notice=listening,
-            on_figures=Gauges(plan.run),
-            around=own,
-        )
+        execute(plan, comms, callbacks, device)
     except Interrupted:
         # by a machine's end: another attempt goes on elsewhere
         if not comms.broadcast_object(listening.stopped):

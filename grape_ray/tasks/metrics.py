@@ -39,11 +39,9 @@ def _name(name: Any) -> str:
 
 
 def _number(name: str, value: Any) -> float:
-    what, expected, fix = (
-        f"metric {name!r}",
-        "a number, or a tensor or array of one",
-        "return float(...) of it",
-    )
+    what = f"metric {name!r}"
+    expected = "a number, or a tensor or array of one"
+    fix = "return float(...) of it"
     if value is None or isinstance(value, (str, bytes, complex)):
         raise ConfigError(what, type(value).__name__, expected, fix)
     try:

@@ -20,7 +20,7 @@ def brief(plan: Plan) -> dict[str, Any]:
     contributions of length C, all of one direction, over the length of its noise,
     expected_batch_size / (noise multiplier * sqrt(coordinates)).
     """
-    config, performance, seen = plan.config, plan.config.performance, plan.rehearsal
+    config, performance, seen = plan.config, plan.config.performance, plan.dry_run
     noise = plan.noise_multiplier if plan.private else None
     book = (
         Ledger.open(plan.ledger_storage(), plan.dataset_id, create=False) if plan.ledger else None
@@ -39,9 +39,9 @@ def brief(plan: Plan) -> dict[str, Any]:
         "expected_batch_size": config.privacy.expected_batch_size,
         "noise_multiplier": noise,
         "steps": config.privacy.steps,
-        "epsilon": plan.promise[0] if plan.promise else None,
-        "delta": plan.promise[1] if plan.promise else None,
-        "delta_times_records": plan.promise[1] * plan.records if plan.promise else None,
+        "epsilon": plan.target[0] if plan.target else None,
+        "delta": plan.target[1] if plan.target else None,
+        "delta_times_records": plan.target[1] * plan.records if plan.target else None,
         "coordinates": seen.report.coordinates if seen else None,
         "signal_to_noise": signal,
         "workers": performance.num_workers,

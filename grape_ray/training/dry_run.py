@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from grape_ray import checkpoint
-from grape_ray.checkpoint.manager import Occasion, Saver
+from grape_ray.checkpoint.manager import CheckpointManager, Occasion
 from grape_ray.config.pipelines import check_description, describe
 from grape_ray.config.schema import Config
 from grape_ray.data.arrays import Records
@@ -93,7 +93,7 @@ def dry_run(
     )
     model, batch, report = stage(
         "a step on the shortest and the longest training records",
-        partial(try_out, config, data),
+        partial(preflight_extremes, config, data),
         fix,
     )
     engine = build_engine(config, model)
@@ -143,7 +143,7 @@ def _stage(public: bool, what: str, call: Callable[[], _Result], fix: str) -> _R
         ) from error
 
 
-def try_out(config: Config, data: Data) -> tuple[nn.Module, Any, Report]:
+def preflight_extremes(config: Config, data: Data) -> tuple[nn.Module, Any, Report]:
     """The preflight on the extremes of all records, in the mode that trains; the model it built,
     the batch, and what it found.
     """
@@ -210,7 +210,8 @@ def _evaluate(task: Task, model: nn.Module, records: Records) -> list[str]:
 
 def _save_and_load(config: Config, folder: Storage, model: nn.Module, optimizer: Optimizer) -> int:
     """Bytes of a checkpoint that was written and came back as it was."""
-    saver = Saver(config, Comms.local(), folder, model, optimizer, 1)
+    saver = CheckpointManager(config, Comms.local(), folder, model, optimizer)
+    saver.begin_attempt(1)
     saver.save(1, {"step": 1, "config": describe(config)}, Occasion.LAST)
     found = checkpoint.load(folder, saver.newest)
     state = {**model.state_dict(), **{name: p for name, p in model.named_parameters()}}
@@ -243,10 +244,8 @@ def _check_room(place: Storage, size: int, count: int) -> None:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < size * count:
-        got, expected = (
-            f"{free / 2**20:.0f} MiB free",
-            f"{size * count / 2**20:.0f} MiB, for {count} checkpoints",
-        )
+        got = f"{free / 2**20:.0f} MiB free"
+        expected = f"{size * count / 2**20:.0f} MiB, for {count} checkpoints"
         raise StorageError(
             f"{place.url} has no room for a run",
             got,

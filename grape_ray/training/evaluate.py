@@ -17,8 +17,8 @@ from grape_ray.storage import Storage
 from grape_ray.tasks.metrics import plain
 from grape_ray.tasks.task import loaded
 from grape_ray.training.build import newest_checkpoint, trained_model
-from grape_ray.training.plan import RESULT_FILE
 from grape_ray.training.private_scores import rebuilt
+from grape_ray.training.result import RESULT_FILE
 
 
 def evaluate(run: str, trust: Iterable[str] = ()) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from grape_ray.errors import ConfigError
-from grape_ray.ledger.interface import Book
+from grape_ray.ledger.interface import LedgerClient
 from grape_ray.privacy import keys
 from grape_ray.privacy.noise import grid_and_std, on_grid
 from grape_ray.privacy.random_streams import normals
@@ -82,23 +82,23 @@ class PrivateScore:
     (`bounded_metrics`), and SweepStudy refuses other metrics.
 
     Args:
-        open_book: gives the ledger of the validation records. study, run: names there. key_path:
-            file of the master key.
-        metric: which metric. noise_multiplier: of the study's mechanism.
+        open_ledger: gives the ledger of the validation records. terms: what is released, and the
+            study that pays for it.
+        run: name there. key_path: file of the master key.
         dataset_id: fingerprint of the records that are scored; their ledger refuses others.
     """
 
     def __init__(
-        self, open_book: Callable[[], Book], study: str, run: str, key_path: str | None,
-        metric: str, noise_multiplier: float, dataset_id: str,
-    ):  # fmt: skip
-        self._open_book, self._study, self._run, self._key_path = open_book, study, run, key_path
-        self._metric, self._noise_multiplier, self._dataset_id = (
-            metric,
-            noise_multiplier,
-            dataset_id,
-        )
-        self._book: Book | None = None
+        self,
+        open_ledger: Callable[[], LedgerClient],
+        terms: Terms,
+        run: str,
+        key_path: str | None,
+        dataset_id: str,
+    ):
+        self._open_ledger, self._terms, self._run = open_ledger, terms, run
+        self._key_path, self._dataset_id = key_path, dataset_id
+        self._ledger: LedgerClient | None = None
         self._attempt, self._key, self._given = 0, b"", 0
 
     def __call__(self, metrics: Mapping[str, float], records: int) -> dict[str, float]:
@@ -109,39 +109,46 @@ class PrivateScore:
             ConfigError: the metric is missing or no mean of values in [0, 1]. GrapeRayError: the
                 ledger refuses or cannot be reached.
         """
-        value = metrics.get(self._metric)
+        value = metrics.get(self._terms.metric)
         if value is None or not 0 <= value <= 1:
             expected = "a validation metric that is a mean of values in [0, 1]"
             got = "no such metric" if value is None else "another value"  # which one is private
             raise ConfigError(
-                f"the private score {self._metric}",
+                f"the private score {self._terms.metric}",
                 got,
                 expected,
                 "choose such a metric, as accuracy is",
             )
-        if self._book is None:
+        if self._ledger is None:
             self._begin()
-        assert self._book is not None
+        assert self._ledger is not None
         if (
-            self._book.charge(
-                self._study, self._run, self._attempt, self._given, 1, dataset_id=self._dataset_id
+            self._ledger.charge(
+                self._terms.study,
+                self._run,
+                self._attempt,
+                self._given,
+                1,
+                dataset_id=self._dataset_id,
             ).steps
             == 0
         ):
             return {}
         noise = torch.from_numpy(normals(self._key, self._given, 0, 1))
         self._given += 1
-        grid, std = grid_and_std(1.0, self._noise_multiplier, 1)
+        grid, std = grid_and_std(1.0, self._terms.noise_multiplier, 1)
         released = on_grid(torch.tensor([value * records], dtype=torch.float64), noise, std, grid)
-        return {self._metric: float(f"{float(released) / records:.6g}")}
+        return {self._terms.metric: float(f"{float(released) / records:.6g}")}
 
     def _begin(self) -> None:
         """A new attempt, with a key of its own."""
-        self._book, master = self._open_book(), keys.master_key(self._key_path)
-        self._attempt = self._book.begin_attempt(
-            self._study, self._run, keys.key_id(master), dataset_id=self._dataset_id
+        self._ledger, master = self._open_ledger(), keys.master_key(self._key_path)
+        self._attempt = self._ledger.begin_attempt(
+            self._terms.study, self._run, keys.key_id(master), dataset_id=self._dataset_id
         )
         self._key = keys.derive(
-            keys.of_attempt(master, self._book.ledger_id, self._study, self._run, self._attempt),
+            keys.of_attempt(
+                master, self._ledger.ledger_id, self._terms.study, self._run, self._attempt
+            ),
             "scores",
         )

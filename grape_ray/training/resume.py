@@ -17,7 +17,8 @@ from grape_ray.ledger.audit import verify
 from grape_ray.ledger.ledger import Ledger
 from grape_ray.ledger.location import RUN_FILE
 from grape_ray.storage import Storage
-from grape_ray.training.plan import Plan, prepare
+from grape_ray.training.plan import Plan
+from grape_ray.training.planning import plan_run
 from grape_ray.training.private_scores import Terms, rebuilt
 
 
@@ -29,8 +30,8 @@ def plan_resume(
     assignments: Iterable[str] = (),
     trust: Iterable[str] = (),
     second_ledger: bool = False,
-    rehearse: bool = True,
-    reach: Callable[[Config], None] = lambda config: None,
+    with_dry_run: bool = True,
+    check_workers: Callable[[Config], None] = lambda config: None,
 ) -> Plan:
     """The plan of a run that was begun before, checked like a new one; it goes on from the newest
     whole checkpoint.
@@ -41,7 +42,7 @@ def plan_resume(
         key_path: file of the master key; None is the usual place. Another key than before is no
             harm: each attempt has its own.
         assignments: `performance.*=value`, what may change without changing the run.
-        second_ledger, rehearse, reach: see `prepare`; `reach` is given the config.
+        second_ledger, with_dry_run, check_workers: see `plan_run`; the last is given the config.
         trust: modules that the run's description may have imported, beside this project's own: a
             run is a folder that anyone may have made.
 
@@ -77,11 +78,11 @@ def plan_resume(
             )
         if known["study"] != name:
             study = book.state.study(known["study"]).study
-    return prepare(
+    return plan_run(
         config, run=name, storage=root, ledger=where, key_path=key_path, study=study,
         origin=(origin[0], origin[1]) if origin else None, scores=scores,
         second_ledger=second_ledger, consent=Consent(True, True),  # given when the run was begun
-        rehearse=rehearse, reach=partial(reach, config),
+        with_dry_run=with_dry_run, check_workers=partial(check_workers, config),
     )  # fmt: skip
 
 
@@ -98,10 +99,8 @@ def _terms(known: Mapping[str, Any]) -> Terms | None:
         return None
     study = Ledger.open(terms.ledger, create=False).state.study(terms.study).study
     if study.mechanism.noise_multiplier != terms.noise_multiplier:
-        got, expected = (
-            terms.noise_multiplier,
-            f"{study.mechanism.noise_multiplier!r}, which their ledger's study freezes",
-        )
+        got = terms.noise_multiplier
+        expected = f"{study.mechanism.noise_multiplier!r}, which their ledger's study freezes"
         raise LedgerError(
             "the run's private scores have another noise",
             got,
@@ -116,7 +115,7 @@ def _check_moved(folder: Storage, book: Ledger, where: str, study: str, run: str
     heads = []
     for name in checkpoint.names(folder):
         try:
-            heads.append(checkpoint.read_manifest(folder, name).facts["ledger_head"])
+            heads.append(checkpoint.read_manifest(folder, name).metadata["ledger_head"])
             break
         except CheckpointError:
             continue

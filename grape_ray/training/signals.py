@@ -1,6 +1,4 @@
-"""Notices: being told from outside that this process is to end, and what the ranks of a run agree
-to do about it.
-"""
+"""Signals from outside that ask this process to end."""
 
 from __future__ import annotations
 
@@ -11,25 +9,25 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-from grape_ray.training.loop import Notice
+from grape_ray.training.loop import Signal
 
-# what ends a machine, and ^C: the run does the same for both
+# What ends a machine, and ^C: a run does the same for both.
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_told = threading.Event()
+_received = threading.Event()
 
 
-def listen() -> dict[signal.Signals, Any]:
-    """From now on the first SIGTERM or SIGINT is a notice to end in good order; a second does what
-    it did before. Main thread only.
+def install() -> dict[signal.Signals, Any]:
+    """From now on the first SIGTERM or SIGINT asks the run to end gracefully; a second does what it
+    did before. Main thread only.
 
     Returns:
         What handled the signals before.
     """
-    _told.clear()
+    _received.clear()
     before = {number: signal.getsignal(number) for number in _SIGNALS}
 
     def handle(number: int, frame: FrameType | None) -> None:
-        _told.set()
+        _received.set()
         _restore(before)
 
     for number in _SIGNALS:
@@ -43,18 +41,18 @@ def _restore(handlers: dict[signal.Signals, Any]) -> None:
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[None]:
-    """`listen` for the time of the block, where the block runs in the main thread."""
+def installed() -> Iterator[None]:
+    """`install` for the time of the block, where the block runs in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = listen()
+    before = install()
     try:
         yield
     finally:
         _restore(before)
 
 
-def told() -> Notice:
-    """What this process was told."""
-    return Notice.STOP if _told.is_set() else Notice.NONE
+def received() -> Signal:
+    """What this process was asked for."""
+    return Signal.STOP if _received.is_set() else Signal.NONE

@@ -15,6 +15,7 @@ from grape_ray.distributed.comms import Comms
 from grape_ray.distributed.sharding import is_sharded
 from grape_ray.engines import Engine
 from grape_ray.engines.engine import PerExampleLoss
+from grape_ray.ledger.grant import Grant
 from grape_ray.optim import Optimizer
 from grape_ray.privacy.noise import NoiseStream, nonprivate_mean, privatize
 from grape_ray.privacy.random_streams import poisson_batch, words
@@ -34,10 +35,9 @@ class Step:
 
     Attributes:
         loss: per-example loss, the task's own or one in lower precision.
-        noise: this attempt's secret stream; None for the non-private yardstick.
-        noise_multiplier: noise standard deviation over the sensitivity. expected_batch_size: the
-            divisor.
-        sampling_key: 32 bytes, secret and of this attempt (of the public seed for the yardstick).
+        noise: this attempt's secret stream; None for the non-private baseline.
+        expected_batch_size: the divisor.
+        sampling_key: 32 bytes, secret and of this attempt (of the public seed for the baseline).
         dropout_key: as sampling_key: an example's place in its batch, and so its mask, depends on
             the others.
         micro_batch_size: examples a pass; changes rounding at most.
@@ -52,22 +52,28 @@ class Step:
     comms: Comms
     device: torch.device
     noise: NoiseStream | None
-    noise_multiplier: float
     sampling_prob: float
     expected_batch_size: int
     sampling_key: bytes
     dropout_key: bytes
     micro_batch_size: int
 
-    def __call__(self, step: int) -> None:
-        """Takes step `step` (0-based). Raises NoiseReuse where this attempt has drawn the step's
-        noise before.
+    def __call__(self, step: int, grant: Grant | None = None) -> None:
+        """Takes step `step` (0-based).
+
+        Args:
+            grant: what the step is paid for with; None for the non-private baseline alone.
+
+        Raises:
+            LedgerError: the grant does not cover the step.
+            NoiseReuse: this attempt has drawn the step's noise before.
         """
         batch = poisson_batch(self.sampling_key, step, len(self.records), self.sampling_prob)
         share = batch[self.comms.rank :: self.comms.world_size]
         largest = -(-len(batch) // self.comms.world_size) if is_sharded(self.model) else len(share)
         self._draw_ahead(step)
-        self.optimizer.step(self._gradient(self._summed(share, largest, step), len(batch)))
+        summed = self._summed(share, largest, step)
+        self.optimizer.step(self._gradient(summed, len(batch), grant))
 
     def _draw_ahead(self, step: int) -> None:
         """Where a GPU computes the gradients, idle cores draw the noise meanwhile: it does not
@@ -104,14 +110,14 @@ class Step:
         return self.engine.empty_sum(step) if total is None else total
 
     def _gradient(
-        self, summed: ClippedSum, batch_size: int
+        self, summed: ClippedSum, batch_size: int, grant: Grant | None
     ) -> PrivateGradient | NonPrivateGradient:
         if self.noise is None:
             return nonprivate_mean(summed, batch_size=batch_size, comms=self.comms)
         return privatize(
             summed,
             self.noise,
-            noise_multiplier=self.noise_multiplier,
+            grant=grant,  # pyright: ignore[reportArgumentType]  (None is refused there)
             expected_batch_size=self.expected_batch_size,
             comms=self.comms,
         )

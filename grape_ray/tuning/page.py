@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from grape_ray.accounting import calibration
 from grape_ray.errors import ConfigError
 from grape_ray.ledger.entries import Study
 from grape_ray.ledger.history import Spending, history
@@ -152,10 +151,8 @@ def _curve(study: Study, spent: Sequence[Spending]) -> list[tuple[float, float]]
     used = np.cumsum([0, *(entry.steps for entry in spent)])
     seconds = [0.0, *(entry.time - spent[0].time for entry in spent)]
     knots = np.unique(np.linspace(1, max(1, *used), _CURVE_POINTS).astype(int))
-    cost = [
-        min(study.epsilon, calibration.epsilon(study.mechanism, int(n), study.delta)) for n in knots
-    ]
-    return list(zip(seconds, map(float, np.interp(used, [0, *knots], [0.0, *cost]))))
+    cost = [0.0, *(study.epsilon_of(int(n)) for n in knots)]
+    return list(zip(seconds, map(float, np.interp(used, [0, *knots], cost))))
 
 
 def _table(sweep: Mapping[str, Any], rows: list[TrialRow]) -> bytes:

@@ -23,8 +23,9 @@ from grape_ray.ledger.location import absolute, home, ledger_place
 from grape_ray.privacy import keys
 from grape_ray.storage import Storage
 from grape_ray.tasks.task import Data, label, loaded
+from grape_ray.training.checks import check_run_name, fresh_name
 from grape_ray.training.dry_run import dry_run
-from grape_ray.training.plan import check_run_name, fresh_name, sampling_prob_of
+from grape_ray.training.pricing import sampling_prob_of
 from grape_ray.training.splits import check_splits
 from grape_ray.tuning import price
 from grape_ray.tuning.folder import SWEEP_FILE

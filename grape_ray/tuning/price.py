@@ -10,7 +10,7 @@ from grape_ray.accounting.mechanism import GAUSSIAN, MAX_EPSILON, Mechanism
 from grape_ray.accounting.selection import Law, Selection
 from grape_ray.errors import BudgetExceeded, ConfigError
 from grape_ray.ledger.entries import Study
-from grape_ray.training.plan import mechanism_kind
+from grape_ray.training.pricing import mechanism_kind
 from grape_ray.tuning.spaces import SweepStudy
 
 # trials that arrive early are promoted against few rivals, so more go on than one in

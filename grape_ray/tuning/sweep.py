@@ -12,7 +12,7 @@ from grape_ray.accounting.selection import Selection
 from grape_ray.config.pipelines import describe
 from grape_ray.config.trust import remember_sweep
 from grape_ray.ledger import registry
-from grape_ray.ledger.budget import foresee
+from grape_ray.ledger.budget import check_share
 from grape_ray.ledger.entries import Study, entry_name
 from grape_ray.ledger.ledger import Ledger
 from grape_ray.storage import Storage
@@ -47,7 +47,7 @@ class BudgetShare:
         StorageError, BudgetExceeded, LedgerError.
         """
         registry.check_only(self.ledger, self.identity, second)
-        foresee(
+        check_share(
             Storage(self.ledger).first_contact(),
             self.dataset_id,
             self.budget,

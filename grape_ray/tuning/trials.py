@@ -12,7 +12,7 @@ from grape_ray.ledger.charges import Attempt
 from grape_ray.ledger.ledger import Ledger
 from grape_ray.ledger.location import RUN_FILE
 from grape_ray.storage import Storage
-from grape_ray.training.trace import lines
+from grape_ray.training.append_log import lines
 from grape_ray.tuning.folder import EXECUTED, REPORTS, RUNS
 
 

@@ -18,11 +18,11 @@ from grape_ray.optim import make_optimizer, round_stochastically
 from grape_ray.privacy.noise import NoiseStream
 from grape_ray.privacy.random_streams import public_bits, public_normals
 from grape_ray.tasks.text_generation import TextGeneration
+from grape_ray.training.attempt import Attempt, begin_attempt
 from grape_ray.training.export import export
-from grape_ray.training.loop import Notice
-from grape_ray.training.plan import prepare
+from grape_ray.training.planning import plan_run
+from grape_ray.training.progress import Signal
 from grape_ray.training.run import execute
-from grape_ray.training.session import Attempt, begin_attempt
 from grape_ray.training.step import Step
 
 STEPS, CPU = 3, torch.device("cpu")
@@ -179,13 +179,13 @@ def begin(plan, comms):
 def run_rank(rank, world, path, plan, stop_after):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
-    notices = iter([Notice.NONE] * (stop_after - 1) + [Notice.STOP]) if stop_after else None
+    notices = iter([Signal.NONE] * (stop_after - 1) + [Signal.STOP]) if stop_after else None
     try:
         execute(
             plan,
             Comms.distributed(),
             begin=begin,
-            on_notice=lambda own: next(notices) if notices else Notice.NONE,
+            on_notice=lambda own: next(notices) if notices else Signal.NONE,
         )
     except Interrupted:
         assert stop_after
@@ -202,7 +202,7 @@ def test_a_sharded_run_is_resumed_on_another_number_of_ranks(tmp_path, task):
             micro_batch_size=3, num_workers=2, sharded=True, recompute=True, charge_chunk=2
         ),
     )
-    plan = prepare(config, run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+    plan = plan_run(config, run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
     mp.spawn(run_rank, args=(2, tmp_path / "first", plan, 2), nprocs=2)
     half = checkpoint.latest(plan.folder())
     assert half is not None
@@ -210,7 +210,7 @@ def test_a_sharded_run_is_resumed_on_another_number_of_ranks(tmp_path, task):
     mp.spawn(run_rank, args=(3, tmp_path / "second", plan, 0), nprocs=3)
     found = checkpoint.latest(plan.folder())
     alone = config.override(["performance.sharded=false", "performance.num_workers=0"])
-    whole = prepare(alone, run="b", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+    whole = plan_run(alone, run="b", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
     result = execute(whole, Comms.local(), begin=begin)
     wanted = checkpoint.latest(whole.folder())
     assert found is not None
@@ -233,7 +233,7 @@ def test_a_sharded_run_is_resumed_on_another_number_of_ranks(tmp_path, task):
 def test_what_cannot_be_sharded_is_refused(tmp_path, task, words, reason):
     config = Config(task=task, performance=Performance(num_workers=2, sharded=True)).override(words)
     with pytest.raises(ConfigError, match=reason):
-        prepare(config, storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+        plan_run(config, storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -14,10 +14,10 @@ from grape_ray.distributed.comms import Comms
 from grape_ray.errors import LedgerError
 from grape_ray.ledger import Ledger, Study
 from grape_ray.tasks.task import Data
-from grape_ray.training.plan import prepare
+from grape_ray.training.callbacks import RunCallbacks
+from grape_ray.training.planning import plan_run
 from grape_ray.training.private_scores import PrivateScore, Terms
 from grape_ray.training.run import execute
-from grape_ray.training.session import Around
 from tests.tiny import Tiny, tiny
 
 
@@ -69,10 +69,10 @@ def shared(tmp_path):
 def test_a_trial_on_other_records_is_refused_before_it_draws_a_key(shared):
     ledger, options = shared
     # as a sweep gives its trials the book to be charged
-    given = Around(open_ledger=lambda plan: ledger)
-    execute(prepare(config(0), run="same", **options), Comms.local(), around=given)
+    given = RunCallbacks(open_ledger=lambda plan: ledger)
+    execute(plan_run(config(0), run="same", **options), Comms.local(), around=given)
     with pytest.raises(LedgerError, match="of another dataset"):
-        execute(prepare(config(1), run="other", **options), Comms.local(), around=given)
+        execute(plan_run(config(1), run="other", **options), Comms.local(), around=given)
     assert set(ledger.state.study("s").runs) == {"same"}
 
 
@@ -102,7 +102,7 @@ def test_private_scores_of_other_validation_records_are_refused(shared, tmp_path
     flipped.ensure_study(options["study"])
     with pytest.raises(LedgerError, match="of another dataset"):
         execute(
-            prepare(
+            plan_run(
                 config(1), run="r", scores=terms, **{**options, "ledger": str(tmp_path / "flipped")}
             ),
             Comms.local(),

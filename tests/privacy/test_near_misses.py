@@ -19,10 +19,10 @@ from grape_ray.ledger import Ledger, Study
 from grape_ray.privacy import keys
 from grape_ray.privacy.random_streams import normals
 from grape_ray.storage import Storage
-from grape_ray.training.plan import prepare
+from grape_ray.training.attempt import begin_attempt
+from grape_ray.training.planning import plan_run
 from grape_ray.training.private_scores import PrivateScore
 from grape_ray.training.run import execute
-from grape_ray.training.session import begin_attempt
 from grape_ray.tuning import prepare as sweeps_prepare
 from grape_ray.tuning import price, spaces
 from grape_ray.tuning.options import Options
@@ -35,7 +35,7 @@ def test_two_copies_of_a_ledger_lead_to_two_noises(tmp_path):
     shutil.copytree(*paths)
     options = {"run": "same", "key_path": str(tmp_path / "key")}
     plans = [
-        prepare(tiny(), storage=str(tmp_path / p.name / "runs"), ledger=str(p), **options)
+        plan_run(tiny(), storage=str(tmp_path / p.name / "runs"), ledger=str(p), **options)
         for p in paths
     ]
     attempts = [begin_attempt(plan, Comms.local()) for plan in plans]
@@ -66,13 +66,13 @@ def test_an_attempts_key_is_fresh_and_every_rank_has_it(tmp_path):
         def broadcast_object(self, value):
             return value or told
 
-    plan = prepare(tiny(), run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+    plan = plan_run(tiny(), run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
     told = begin_attempt(plan, Comms.local())
     assert begin_attempt(plan, Second(1, 2)) is told
 
 
 def test_ledgers_are_their_owners_alone(tmp_path):
-    plan = prepare(
+    plan = plan_run(
         tiny(public=False), run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key")
     )
     execute(plan, Comms.local())

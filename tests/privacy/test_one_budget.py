@@ -21,7 +21,7 @@ from grape_ray.errors import BudgetExceeded, DataError, GrapeRayError, LedgerErr
 from grape_ray.ledger import registry
 from grape_ray.ledger.location import home, really
 from grape_ray.tasks.task import Data
-from grape_ray.training.plan import prepare
+from grape_ray.training.planning import plan_run
 from tests.tiny import Tiny, tiny
 
 
@@ -29,7 +29,7 @@ from tests.tiny import Tiny, tiny
 def plan(tmp_path):
     """`prepare` on private records."""
     config = tiny(public=False)
-    return lambda config=config, run="r", **options: prepare(
+    return lambda config=config, run="r", **options: plan_run(
         config, run=run, key_path=str(tmp_path / "key"), **options
     )
 

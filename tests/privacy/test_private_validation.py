@@ -15,11 +15,11 @@ from grape_ray.distributed.comms import Comms
 from grape_ray.errors import ConfigError, DataError, LedgerError
 from grape_ray.ledger import Ledger, Study
 from grape_ray.ledger.registry import register
-from grape_ray.training.plan import prepare
+from grape_ray.training.callbacks import RunCallbacks
+from grape_ray.training.planning import plan_run
 from grape_ray.training.private_scores import Terms
 from grape_ray.training.resume import plan_resume
 from grape_ray.training.run import execute
-from grape_ray.training.session import Around
 from tests.tiny import Tiny, tiny
 
 NOISE, RECORDS = 200.0, 50
@@ -39,9 +39,9 @@ def begun(tmp_path, terms):
     config = tiny().override(["performance.eval_every=4"])
     options = {"run": "r", "storage": str(tmp_path / "runs"), "key_path": str(tmp_path / "key")}
     execute(
-        prepare(config, scores=terms, **options),
+        plan_run(config, scores=terms, **options),
         Comms.local(),
-        around=Around(go_on=lambda progress: False),
+        around=RunCallbacks(should_continue=lambda progress: False),
     )
     return config, options
 
@@ -84,7 +84,7 @@ def test_without_a_token_left_nothing_is_released(tmp_path, scored):
 def test_no_other_caller_may_say_more(tmp_path, scored):
     config, options = begun(tmp_path, scored[0])
     with pytest.raises(ConfigError, match="exists with another validation"):
-        prepare(config, **options)
+        plan_run(config, **options)
     shown = CliRunner().invoke(
         main, ["resume", str(tmp_path / "runs/r"), "--key-file", str(tmp_path / "key")]
     )
@@ -116,7 +116,7 @@ def test_a_description_that_does_not_say_it_is_refused(tmp_path, scored, change)
 
 def test_a_metric_that_is_not_bounded_is_refused(tmp_path, scored):
     with pytest.raises(ConfigError, match="metric of private scores"):
-        prepare(
+        plan_run(
             tiny(),
             run="r",
             storage=str(tmp_path / "runs"),

@@ -16,9 +16,9 @@ from grape_ray.engines.algebra.rounding import squared
 from grape_ray.engines.norm_routes import norm_route
 from grape_ray.errors import UnsupportedLayer
 from grape_ray.tasks.task import classification_metrics, evaluating
-from grape_ray.training.dry_run import try_out
-from grape_ray.training.plan import prepare
-from grape_ray.training.session import begin_attempt
+from grape_ray.training.attempt import begin_attempt
+from grape_ray.training.dry_run import preflight_extremes
+from grape_ray.training.planning import plan_run
 from tests.tiny import tiny
 
 EXACT = [name for name, info in METHODS.items() if info.private and info.exact]
@@ -201,11 +201,11 @@ def test_a_model_that_looks_at_padding_is_found():
     config = tiny()
     task = LooksAtPadding(config.task)
     with pytest.raises(UnsupportedLayer, match="another value in a batch than alone"):
-        try_out(dataclasses.replace(config, task=task), task.load())
+        preflight_extremes(dataclasses.replace(config, task=task), task.load())
 
 
 def test_dropout_masks_come_from_a_secret_of_the_attempt(tmp_path):
-    plan = prepare(
+    plan = plan_run(
         tiny(dropout=0.1), run="r", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key")
     )
     first, second = (begin_attempt(plan, Comms.local()) for _ in range(2))

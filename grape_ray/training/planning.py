@@ -1,0 +1,187 @@
+"""How a run is planned: everything is checked and priced before the first step, so that bad input
+costs nothing and leaves nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+from grape_ray.config import cautions
+from grape_ray.config.cautions import Consent
+from grape_ray.config.description import read_run
+from grape_ray.config.methods import METHODS
+from grape_ray.config.pipelines import describe
+from grape_ray.config.schema import Config
+from grape_ray.errors import ConfigError
+from grape_ray.ledger import registry
+from grape_ray.ledger.entries import Study
+from grape_ray.ledger.location import RUN_FILE, absolute, ledger_place
+from grape_ray.privacy import keys
+from grape_ray.privacy.redaction import told
+from grape_ray.storage import Storage
+from grape_ray.tasks.task import Task, loaded
+from grape_ray.training import private_scores as validation
+from grape_ray.training.checks import check_machine, check_run_name, fresh_name
+from grape_ray.training.dry_run import dry_run, preflight_extremes
+from grape_ray.training.plan import Plan
+from grape_ray.training.pricing import check_mechanism, price, sampling_prob_of
+from grape_ray.training.private_scores import Terms
+from grape_ray.training.run_budget import check_budget, open_budget
+from grape_ray.training.splits import check_splits
+
+
+def plan_run(
+    config: Config,
+    *,
+    run: str | None = None,
+    storage: str = "runs",
+    ledger: str | None = None,
+    key_path: str | None = None,
+    study: Study | None = None,
+    origin: tuple[str, str] | None = None,
+    scores: Terms | None = None,
+    second_ledger: bool = False,
+    with_dry_run: bool = True,
+    check_workers: Callable[[], None] = lambda: None,
+    ledger_budget: tuple[float | None, float | None] = (None, None),
+    consent: Consent = Consent(),  # noqa: B008  (frozen)
+) -> Plan:
+    """Checks a run whole: data, price, ledger, storage, cluster, and by a dry run all that it will
+    do; then registers it.
+
+    Args:
+        run: name of the run; an existing one with the same config is resumed. None makes a new
+            name.
+        storage: path or URL of the folder of runs.
+        ledger: path or URL of the dataset's ledger; None is the user's own ledger of this dataset
+            (`ledger.location.ledger_place`).
+        key_path: file of the master key; None is `privacy.keys.default_path()`.
+        study: one that the ledger holds already, whose tokens the run shares with others; None
+            registers a study of the run's own.
+        origin, scores: see Plan.
+        second_ledger: whether a dataset that is known to have a ledger may get another one, with a
+            budget of its own.
+        with_dry_run: whether the dry run is made; without it the preflight alone.
+        check_workers: raises where the workers cannot be had.
+        ledger_budget: (epsilon, delta) of the dataset over all runs, where its ledger is made by
+            this one; None is the run's own (of delta, in proportion to epsilon). A ledger that
+            exists must have it.
+        consent: what is done only where the user has said so.
+
+    Raises:
+        GrapeRayError: one of its kinds for whatever is wrong; nothing was written then.
+    """
+    task: Task = config.task
+    run, root = run or fresh_name(f"{task.name}-{config.method.name}"), absolute(storage)
+    check_run_name(run)
+    check_machine(config)
+    if scores is not None:
+        validation.check_metric(task, scores.metric)
+    data = loaded(task)
+    private, sampling_prob = METHODS[config.method.name].private, sampling_prob_of(config, data)
+    # Who shares a study was checked when that began, here and below.
+    if study is None:
+        public = data.public and not registry.known(data.identity)
+        cautions.check(config, len(data.train), public, consent)
+    check_splits(data, scores is None, private and study is None and not data.public)
+    place = Storage(root, config.performance.storage_timeout_s)
+    place.check_writable()
+    plan = Plan(
+        config,
+        run,
+        root,
+        ledger=None,
+        key_path=key_path,
+        study=study.name if study else run,
+        dataset_id=data.dataset_id,
+        target=None,
+        sampling_prob=sampling_prob,
+        noise_multiplier=0.0,
+        tokens=0,
+        origin=origin,
+        scores=scores,
+        public=data.public and scores is None,
+        records=len(data.train),
+    )
+    ledger_at = partial(ledger_place, ledger, data.dataset_id, data.public, root, run)
+    budget = None
+    if private:
+        plan = _priced(plan, study, ledger_at())
+        assert plan.ledger is not None
+        if study is None:  # who shares one charges the ledger that holds it
+            registry.check_only(plan.ledger, data.identity, second_ledger)
+        keys.check_outside(key_path or keys.default_path(), root, plan.ledger)
+        if study is None:
+            budget = check_budget(plan, data, ledger_budget, consent)
+        else:
+            check_mechanism(plan.mechanism(), study)
+    elif study is not None:
+        fix = "what a study releases is paid for, without exception"
+        raise ConfigError("method.name", config.method.name, "a private method", fix)
+    _check_same_run(plan, place)
+    check_workers()
+    if study is not None or not with_dry_run:  # a study's runs had theirs when that began
+        told(partial(preflight_extremes, config, data), plan.public)
+    else:
+        metric = scores.metric if scores else None
+        done = dry_run(config, data, place, plan.noise_multiplier, plan.public, metric)
+        plan = replace(plan, dry_run=done)
+    if budget is not None:
+        plan = open_budget(plan, budget, partial(ledger_at, make=True))
+    _register(plan, place)
+    return plan
+
+
+def _priced(plan: Plan, study: Study | None, ledger: str) -> Plan:
+    """The plan of a private run with its ledger, target, noise and number of steps: those of the
+    study that it shares, or by its own config.
+    """
+    if study is not None:
+        noise, tokens = study.mechanism.noise_multiplier, study.tokens
+        target = (study.epsilon, study.delta)
+    else:
+        noise, tokens = price(plan.config, plan.sampling_prob)
+        target = (plan.config.privacy.epsilon, plan.config.privacy.delta)
+    return replace(plan, ledger=ledger, target=target, noise_multiplier=noise, tokens=tokens)
+
+
+def _check_same_run(plan: Plan, root: Storage) -> bool:
+    """Whether the run exists already. Raises ConfigError where it was begun with another config."""
+    if not root.exists(f"{plan.run}/{RUN_FILE}"):
+        return False
+    known = read_run(root.child(plan.run))
+    mine = json.loads(_description(plan))
+    differing = sorted(k for k in mine if k != "performance" and mine[k] != known.get(k))
+    if differing:
+        fix = "give the new run a name of its own"
+        raise ConfigError(
+            f"run {plan.run} exists with another {', '.join(differing)}",
+            None,
+            "the config that it was begun with",
+            fix,
+        )
+    return True
+
+
+def _register(plan: Plan, root: Storage) -> None:
+    """Keeps the description of the run, from which it is resumed and exported."""
+    if not _check_same_run(plan, root):
+        root.create(f"{plan.run}/{RUN_FILE}", _description(plan))
+
+
+def _description(plan: Plan) -> bytes:
+    facts: dict[str, Any] = {
+        "run": plan.run,
+        "ledger": plan.ledger,
+        "study": plan.study,
+        "validation": validation.described(plan.scores),
+    }
+    if plan.origin is not None:
+        facts["origin"] = list(plan.origin)
+    # not compared: a run may be resumed with another
+    facts["performance"] = asdict(plan.config.performance)
+    return json.dumps({**describe(plan.config), **facts}, indent=1, sort_keys=True).encode()

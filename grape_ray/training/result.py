@@ -1,0 +1,76 @@
+"""How a run ended, as its folder keeps it and every rank returns it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from grape_ray.storage import Storage
+
+RESULT_FILE = "result.json"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended.
+
+    Attributes:
+        private: whether the method carries a guarantee.
+        epsilon, delta: the target, of the whole study, because its tokens can still be spent.
+        epsilon_spent: by the study's steps so far, for display.
+        steps: that the model has taken.
+        metrics: on the validation records, at metrics_step.
+        problems: what failed without ending the run, in lines for a person.
+        peak_bytes: largest over processes. checkpoint, ledger: URLs.
+        exhausted: whether the budget ended it. stopped: whether a sweep did, or `diverged` metrics,
+            which were not finite twice.
+        executed_steps: known to have been executed, repeats included. charged_steps, attempts: of
+            this run, in the ledger.
+        workers: Ray Train workers; 0 in one process.
+
+    epsilon, delta, epsilon_spent, noise_multiplier and ledger are None for method `none`.
+    """
+
+    run: str
+    method: str
+    private: bool
+    epsilon: float | None
+    epsilon_spent: float | None
+    delta: float | None
+    steps: int
+    noise_multiplier: float | None
+    metrics: dict[str, float]
+    metrics_step: int | None
+    problems: list[str]
+    seconds: float
+    peak_bytes: int
+    checkpoint: str
+    ledger: str | None
+    exhausted: bool
+    stopped: bool
+    diverged: list[str]
+    executed_steps: int
+    charged_steps: int
+    attempts: int
+    steps_per_s: float
+    workers: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values by name."""
+        return asdict(self)
+
+    def save(self, folder: Storage) -> None:
+        """Makes it durable in the run's folder."""
+        folder.write(RESULT_FILE, json.dumps(self.as_dict(), indent=1, sort_keys=True).encode())
+
+
+def read_result(folder: Storage) -> RunResult:
+    """The result of a run that has ended. Raises FileNotFoundError where it has not."""
+    return from_dict(json.loads(folder.read(RESULT_FILE)))
+
+
+def from_dict(values: Mapping[str, Any]) -> RunResult:
+    """What `as_dict` gave; a value that an earlier version did not keep is None."""
+    return RunResult(**{name: values.get(name) for name in RunResult.__dataclass_fields__})  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,65 @@
+"""How a run is paid for: the dataset's ledger, made if need be, and the run's own study in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from grape_ray.config import cautions
+from grape_ray.config.cautions import Consent
+from grape_ray.ledger import registry
+from grape_ray.ledger.budget import check_share, made_for
+from grape_ray.ledger.entries import Study
+from grape_ray.ledger.ledger import Ledger
+from grape_ray.privacy import keys
+from grape_ray.tasks.task import Data, label
+from grape_ray.training.plan import Plan
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The dataset's: as its ledger is made with (nothing, where there is one), and the fingerprints
+    of private records (none of public ones)."""
+
+    made: tuple[float | None, float | None]
+    identity: tuple[str, ...]
+
+
+def _study(plan: Plan) -> Study:
+    """The run's own study."""
+    assert plan.target is not None
+    return Study(plan.study, plan.mechanism(), *plan.target, plan.tokens)
+
+
+def check_budget(
+    plan: Plan, data: Data, asked: tuple[float | None, float | None], consent: Consent
+) -> Budget:
+    """The budget that pays for the run's own study. Raises what its ledger, there or to be made,
+    would refuse.
+    """
+    assert plan.target is not None
+    made = made_for(plan.target, *asked)
+    cautions.check_delta("the delta of the dataset's ledger", made[1], len(data.train), consent)
+    existing = check_share(
+        plan.ledger_storage().first_contact(), plan.dataset_id, made, _study(plan), asked
+    )
+    if not existing:
+        cautions.warn_of_rest(made, plan.target)
+    return Budget((None, None) if existing else made, () if data.public else data.identity)
+
+
+def open_budget(plan: Plan, budget: Budget, ledger_at: Callable[[], str]) -> Plan:
+    """Registers the run's own study in the dataset's ledger, which is made if need be at the place
+    that `ledger_at` gives.
+
+    Once a study is registered its budget is gone, so all that can be refused is refused before.
+    """
+    keys.master_key(plan.key_path)
+    plan = replace(plan, ledger=ledger_at())
+    book = Ledger.open(plan.ledger_storage(), plan.dataset_id, *budget.made)
+    if budget.identity:
+        registry.register(
+            budget.identity, plan.ledger_storage().url, book.ledger_id, label(plan.config.task)
+        )
+    book.ensure_study(_study(plan))
+    return plan
