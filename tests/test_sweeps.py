@@ -27,7 +27,7 @@ from grape_ray.ray_backend.trainable import comparable
 from grape_ray.ray_backend.tuner import outcome
 from grape_ray.storage import Storage
 from grape_ray.training.append_log import lines, process_log
-from grape_ray.training.private_scores import PrivateScore
+from grape_ray.training.private_scores import PrivateScore, Terms
 from grape_ray.tuning import SweepStudy, page, price, results, spaces
 from grape_ray.tuning.options import Options
 from grape_ray.tuning.prepare import prepare, resume
@@ -449,10 +449,9 @@ def scored(tmp_path):
     """
     ledger = Ledger.open(tmp_path / "scores", "validation", 9.0, 1e-4)
     ledger.ensure_study(Study("s", Mechanism("poisson_gaussian", 1.0, 30.0), 9.0, 1e-5, 40))
+    terms = Terms("accuracy", 30.0, "", "s")
     return (
-        lambda run: PrivateScore(
-            lambda: ledger, "s", run, str(tmp_path / "key"), "accuracy", 30.0, "validation"
-        ),
+        lambda run: PrivateScore(lambda: ledger, terms, run, str(tmp_path / "key"), "validation"),
         ledger,
     )
 
