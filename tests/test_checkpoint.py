@@ -44,7 +44,7 @@ def state_of(model, step=0, base=None):
 def saved(storage, step, model=None, attempt=1, keep=100, base=None):
     name, writer = checkpoint.folder_of(step, attempt), Writer(storage, Comms.local(), keep, 30)
     writer.begin(name, step, state_of(model or nn.Linear(4, 2), step, base))
-    writer.settle()
+    writer.flush()
     return name
 
 
@@ -109,7 +109,7 @@ def test_what_is_saved_comes_back(storage):
     assert all(
         torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values())
     )
-    assert (found.step, found.optimizer["updates"], found.facts["ledger_head"]) == (7, 7, "h")
+    assert (found.step, found.optimizer["updates"], found.metadata["ledger_head"]) == (7, 7, "h")
     assert torch.equal(found.optimizer["first/a"], torch.full((3,), 7.0))
 
 
@@ -141,7 +141,7 @@ def test_every_kind_of_tensor_comes_back_and_anybody_can_open_the_file(tmp_path,
         1,
         State({"model": share(tensors, 0, 1)}, {"optimizer": {}}),
     )
-    writer.settle()
+    writer.flush()
     reader = Reader(place, writer.committed)
     opened = load_file(tmp_path / writer.committed / "model-00001-of-00001.safetensors")
     for name, tensor in tensors.items():
@@ -159,7 +159,7 @@ def test_a_tensor_that_no_file_holds_is_refused_by_name(tmp_path):
         CheckpointError,
         match=r"tensor 'wave' has a type that no checkpoint holds, got 'torch.complex128'",
     ):
-        writer.settle()
+        writer.flush()
 
 
 def test_a_tied_tensor_is_saved_once_and_stays_tied(storage):
@@ -199,7 +199,7 @@ def test_a_checkpoint_is_restored_on_another_number_of_ranks(storage, writers, r
             1,
             State({"model": share(tensors, comms.rank, writers)}, {"optimizer": {}}),
         )
-        writer.settle()
+        writer.flush()
         return writer.committed
 
     assert Several(writers).run(write) == [checkpoint.folder_of(1)] * writers
@@ -218,7 +218,7 @@ def test_only_the_files_that_hold_the_wanted_rows_are_read(storage, monkeypatch)
         writer = Writer(storage, comms, 2, 30)
         mine = Shard(tensor[comms.rank * 10 : comms.rank * 10 + 10], (40, 2), comms.rank * 10)
         writer.begin(checkpoint.folder_of(1), 1, State({"model": {"w": mine}}, {"optimizer": {}}))
-        writer.settle()
+        writer.flush()
 
     Several(4).run(write)
     reader, opened, plain = Reader(storage, checkpoint.folder_of(1)), [], storage.read
@@ -238,7 +238,7 @@ def test_rows_that_no_rank_saved_are_missed(storage):
         1,
         State({"model": {"w": Shard(torch.ones(5, 2), (10, 2), 0)}}, {"optimizer": {}}),
     )
-    writer.settle()
+    writer.flush()
     with pytest.raises(CheckpointError, match="lacks rows of 'w'"):
         Reader(storage, checkpoint.folder_of(1)).read("model", "w")
     with pytest.raises(CheckpointError, match="holds no model tensor"):
@@ -350,7 +350,7 @@ def test_the_state_of_the_moment_is_written_while_training_goes_on(tmp_path):
     with torch.no_grad():
         model.weight.add_(1)
     place.gate.set()
-    writer.settle()
+    writer.flush()
     assert all(torch.equal(checkpoint.latest(place).model[n], t) for n, t in before.items())
     assert writer.lag_s > 0
 
@@ -367,7 +367,7 @@ def test_a_failure_of_any_rank_is_raised_on_every_rank_and_commits_nothing(tmp_p
             1,
             State({"model": share({"w": torch.ones(8, 2)}, comms.rank, 2)}, {"optimizer": {}}),
         )
-        writer.settle()
+        writer.flush()
 
     raised = Several(2).run(write)
     assert [str(e) for e in raised] == ["the store is down"] * 2
@@ -380,5 +380,5 @@ def test_an_upload_that_never_ends_is_an_error_at_the_deadline(tmp_path):
     writer = Writer(place, Comms.local(), 2, 0.3)
     writer.begin(checkpoint.folder_of(1), 1, state_of(nn.Linear(4, 2)))
     with pytest.raises(CheckpointError, match="not written in time"):
-        writer.settle()
+        writer.flush()
     place.gate.set()

@@ -10,7 +10,7 @@ from torch import nn
 
 from grape_ray import checkpoint
 from grape_ray.checkpoint.coordinates import MAX_PERIODS, MAX_STEPS
-from grape_ray.checkpoint.manager import CheckpointManager, Occasion, resume
+from grape_ray.checkpoint.manager import CheckpointManager, Occasion
 from grape_ray.config.schema import Config, Method, Performance
 from grape_ray.distributed.comms import Comms
 from grape_ray.engines import from_config
@@ -18,9 +18,11 @@ from grape_ray.errors import CheckpointError
 from grape_ray.optim import make_optimizer
 from grape_ray.privacy.noise import NoiseStream, privatize
 from grape_ray.storage import Storage
+from grape_ray.training.callbacks import RunCallbacks
 from grape_ray.training.export import export
 from grape_ray.training.planning import plan_run
 from grape_ray.training.run import execute
+from tests.support.grants import granted
 from tests.tiny import tiny
 
 METHOD = Method(rank=4, refresh=20, weight_decay=0.01, learning_rate=0.01, project_min_numel=1024)
@@ -44,7 +46,8 @@ class Trained:
         self.engine = from_config(self.model, config.privacy, method, b"public")
         self.optimizer = make_optimizer(self.model, self.engine, method, 1000)
         self.noise, self.step = NoiseStream(bytes(32)), 0
-        self.saver = CheckpointManager(config, Comms.local(), folder, self.model, self.optimizer, 1)
+        self.saver = CheckpointManager(config, Comms.local(), folder, self.model, self.optimizer)
+        self.saver.begin_attempt(1)
 
     def take(self, steps):
         for _ in range(steps):
@@ -52,7 +55,7 @@ class Trained:
                 self.engine.empty_sum(),
                 self.noise,
                 step=self.step,
-                noise_multiplier=1.0,
+                grant=granted(),
                 expected_batch_size=10,
             )
             self.optimizer.step(released, self.step)
@@ -60,7 +63,7 @@ class Trained:
 
     def save(self, occasion=Occasion.URGENT):
         assert self.saver.save(self.step, {}, occasion)
-        self.saver.settle()
+        self.saver.flush()
         return checkpoint.read_manifest(self.saver._writer._storage, self.saver.newest)
 
 
@@ -82,9 +85,7 @@ def test_weights_of_a_delta_are_those_saved_within_rounding(tmp_path, optimizer)
     for steps in (1, 5, 20, 30):  # within the period, across one refresh, across several
         run.take(steps)
         assert run.save().base == base.name
-        found = resume(place, Comms.local(), other.model, other.optimizer, other.engine.subspace)
-        assert found is not None
-        assert found[0].step == run.step
+        assert other.saver.restore().step == run.step
         assert relative_error(run.model, other.model) <= 1e-6
         assert all(
             torch.equal(torch.as_tensor(t), torch.as_tensor(other.optimizer.state_dict()[n]))
@@ -99,7 +100,7 @@ def test_a_hundred_steps_of_one_period_stay_within_rounding(tmp_path):
     before = {n: t.clone() for n, t in run.model.state_dict().items()}
     run.take(100)
     assert run.save().base
-    resume(place, Comms.local(), other.model, other.optimizer, other.engine.subspace)
+    other.saver.restore()
     moved = float(
         (run.model[1].weight.detach() - before["1.weight"]).norm() / before["1.weight"].norm()
     )
@@ -128,15 +129,12 @@ def test_a_resumed_run_counts_on_from_the_same_full_checkpoint(tmp_path):
     base = run.save()
     run.take(9)
     run.save()
-    _, coordinates = resume(
-        place, Comms.local(), other.model, other.optimizer, other.engine.subspace
-    )
-    other.saver.resumed(coordinates)
+    other.saver.restore()
     other.step, other.noise._last = run.step, run.step - 1
     run.take(12)
     other.take(12)
     assert other.save().base == base.name
-    resume(place, Comms.local(), other.model, other.optimizer, other.engine.subspace)
+    other.saver.restore()
     assert relative_error(run.model, other.model) <= 1e-6
 
 
@@ -196,7 +194,7 @@ def test_a_run_resumes_from_a_delta_and_exports_one(tmp_path):
             raise Stop
 
     with pytest.raises(Stop):
-        execute(plan, Comms.local(), on_progress=stop)
+        execute(plan, Comms.local(), RunCallbacks(on_progress=stop))
     found = checkpoint.latest(plan.folder())
     assert found is not None
     assert (found.step, found.base) == (6, checkpoint.folder_of(2, 1))
@@ -206,5 +204,5 @@ def test_a_run_resumes_from_a_delta_and_exports_one(tmp_path):
     with pytest.raises(CheckpointError, match="is a delta"):
         checkpoint.restore(model, found)
     result = execute(plan, Comms.local())
-    assert (result["steps"], result["executed_steps"]) == (12, 12)
+    assert (result.steps, result.executed_steps) == (12, 12)
     assert checkpoint.latest(plan.folder()).base is None

@@ -209,9 +209,9 @@ def test_what_would_fail_late_fails_before_anything_is_written(place, task, erro
 )
 def test_what_only_looks_odd_trains_and_is_resumed(place, task):
     result = train(config(task), run="a", **place.options())
-    assert (result["steps"], result["problems"]) == (12, [])
+    assert (result.steps, result.problems) == (12, [])
     again = train(config(task), run="a", **place.options())
-    assert again["attempts"] == 2
+    assert again.attempts == 2
 
 
 def test_a_tuple_comes_back_as_a_tuple(place):
@@ -242,14 +242,14 @@ def test_a_disk_without_room_for_the_checkpoints_of_a_run_is_refused(place, monk
 def test_a_failed_start_can_be_repaired_under_its_name(place):
     with pytest.raises(GrapeRayError):
         plan_run(config(Odd(odd="raises")), run="a", **place.options())
-    assert train(config(Odd()), run="a", **place.options())["steps"] == 12
+    assert train(config(Odd()), run="a", **place.options()).steps == 12
 
 
 def test_the_dry_run_can_be_left_out_but_for_the_preflight(place):
     with pytest.raises(Exception, match="index out of range"):
-        plan_run(config(Texts(long_in="train")), run="a", rehearse=False, **place.options())
+        plan_run(config(Texts(long_in="train")), run="a", with_dry_run=False, **place.options())
     assert (
-        plan_run(config(Odd(odd="raises")), run="a", rehearse=False, **place.options()).rehearsal
+        plan_run(config(Odd(odd="raises")), run="a", with_dry_run=False, **place.options()).dry_run
         is None
     )
 

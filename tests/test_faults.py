@@ -178,13 +178,13 @@ def test_a_checkpoint_is_never_torn_by_storage_that_fails_under_it(server, url):
     writer.begin(
         checkpoint.folder_of(1), 1, State({"model": share(tensors, 0, 1)}, {"optimizer": {}})
     )
-    writer.settle()
+    writer.flush()
     server.plan("torn", times=500, method="PUT", path="step-00000002")
     writer.begin(
         checkpoint.folder_of(2), 2, State({"model": share(tensors, 0, 1)}, {"optimizer": {}})
     )
     with pytest.raises(StorageError, match="step-00000002"):
-        writer.settle()
+        writer.flush()
     server.forget()
     found = checkpoint.latest(place)
     assert found.step == 1
@@ -213,8 +213,8 @@ def test_a_run_on_storage_that_fails_all_the_time_ends_with_everything_paid(serv
     thread.join()
     server.forget()
     assert sum(server.injected.values()) - before >= 10
-    assert (result["steps"], result["charged_steps"]) == (8, 8)
-    assert verify(result["ledger"]).ok
+    assert (result.steps, result.charged_steps) == (8, 8)
+    assert verify(result.ledger).ok
     assert checkpoint.latest(Storage(f"{url}/r")).step == 8
 
 

@@ -28,6 +28,7 @@ from grape_ray.training.callbacks import RunCallbacks
 from grape_ray.training.evaluate import evaluate
 from grape_ray.training.export import export
 from grape_ray.training.planning import plan_run
+from grape_ray.training.result import read_result
 from grape_ray.training.run import execute
 from tests.tiny import Tiny, tiny
 
@@ -69,8 +70,8 @@ def moody(**task):
 
 def whole(result, folder, tmp_path):
     """All steps are trained, checkpointed, charged once and exportable."""
-    assert (result["steps"], result["charged_steps"], result["executed_steps"]) == (12, 12, 12)
-    assert verify(result["ledger"]).ok
+    assert (result.steps, result.charged_steps, result.executed_steps) == (12, 12, 12)
+    assert verify(result.ledger).ok
     assert checkpoint.latest(Storage(folder)).step == 12
     assert (
         export(str(folder), tmp_path / "out", trust=("tests.test_late_failures", "tests.tiny"))
@@ -82,16 +83,16 @@ def test_an_evaluation_that_raises_is_told_and_costs_nothing(tmp_path):
     options = {"storage": str(tmp_path / "runs"), "key_path": str(tmp_path / "key")}
     result = train(moody(public=False), run="a", ledger=str(tmp_path / "ledger"), **options)
     whole(result, tmp_path / "runs" / "a", tmp_path)
-    (problem,) = result["problems"]
+    (problem,) = result.problems
     assert problem.startswith("an evaluation failed: KeyError at tests/test_late_failures.py:")
     assert "secret" not in problem
-    assert result["metrics"] == {}
-    assert json.loads((tmp_path / "runs" / "a" / "result.json").read_text()) == result
+    assert result.metrics == {}
+    assert read_result(Storage(tmp_path / "runs" / "a")) == result
     MOODS.clear()
     shown = train(moody(good=3, public=True, records=190), run="b", **options)
-    assert shown["problems"] == ["an evaluation failed: KeyError: 'row 17: a secret'"]
-    assert shown["metrics"] == {"accuracy": 0.5, "loss": 1.5, "n": 50.0}  # of the second evaluation
-    assert shown["metrics_step"] < 12
+    assert shown.problems == ["an evaluation failed: KeyError: 'row 17: a secret'"]
+    assert shown.metrics == {"accuracy": 0.5, "loss": 1.5, "n": 50.0}  # of the second evaluation
+    assert shown.metrics_step < 12
 
 
 @contextlib.contextmanager
@@ -135,12 +136,10 @@ def test_chaos_of_evaluations_trackers_and_a_full_disk_leaves_a_whole_run(tmp_pa
     config = moody(fails=0.5, seed=seed, good=1)
     plan = plan_run(config, run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
     with full:
-        result = execute(
-            plan, Comms.local(), on_progress=tracker, around=RunCallbacks(on_step=fill)
-        )
+        result = execute(plan, Comms.local(), RunCallbacks(on_progress=tracker, on_step=fill))
         emptied.join()
     whole(result, tmp_path / "runs" / "a", tmp_path)
-    assert any("progress could not be shown: ConnectionError" in p for p in result["problems"])
+    assert any("progress could not be shown: ConnectionError" in p for p in result.problems)
 
 
 def test_a_disk_that_stays_full_is_told_after_the_deadline_and_the_first_look_at_once(tmp_path):
@@ -198,8 +197,8 @@ def test_what_is_no_metric_is_told_by_name_without_its_value(found, part):
 def test_a_failed_evaluation_is_made_up_for_later_free_of_privacy_cost(tmp_path):
     folder = tmp_path / "runs" / "a"
     result = train(moody(), run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
-    assert (result["metrics"], len(result["problems"])) == ({}, 1)
-    head = verify(result["ledger"]).head
+    assert (result.metrics, len(result.problems)) == ({}, 1)
+    head = verify(result.ledger).head
     call = CliRunner().invoke(
         main, ["evaluate", str(folder), "--trust-module", "tests.test_late_failures"]
     )
@@ -210,7 +209,7 @@ def test_a_failed_evaluation_is_made_up_for_later_free_of_privacy_cost(tmp_path)
     assert found == {"run": "a", "step": 12, "metrics": {"accuracy": 0.5, "loss": 1.5, "n": 50.0}}
     kept = json.loads((folder / "result.json").read_text())
     assert (kept["metrics"], kept["metrics_step"]) == (found["metrics"], 12)
-    assert verify(result["ledger"]).head == head
+    assert verify(result.ledger).head == head
     description = json.loads((folder / "run.json").read_text())
     description["validation"] = {
         "metric": "accuracy",

@@ -3,7 +3,6 @@ what nothing may depend on.
 """
 
 import dataclasses
-import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -20,11 +19,13 @@ from grape_ray.ledger.location import ledger_place
 from grape_ray.privacy import keys
 from grape_ray.ray_backend.train import train
 from grape_ray.storage import Storage
+from grape_ray.training.active_run import ActiveRun
 from grape_ray.training.attempt import Attempt, begin_attempt
 from grape_ray.training.callbacks import RunCallbacks
 from grape_ray.training.loop import run_loop
 from grape_ray.training.planning import plan_run
 from grape_ray.training.progress import Progress, Signal
+from grape_ray.training.result import read_result
 from grape_ray.training.run import execute
 from tests.tiny import Tiny, tiny
 
@@ -35,9 +36,9 @@ NAN, INF = float("nan"), float("inf")
 FIXED = Attempt(1, b"s" * 32, b"d" * 32, b"n" * 32, b"p" * 32)
 
 
-def fixed_keys(plan, comms):
+def fixed_keys(plan, comms, ledger=None):
     """A real attempt in the ledger, with the streams of another: what only a test may do."""
-    return dataclasses.replace(FIXED, number=begin_attempt(plan, comms).number)
+    return dataclasses.replace(FIXED, number=begin_attempt(plan, comms, ledger).number)
 
 
 @pytest.fixture
@@ -58,17 +59,13 @@ def weights(tmp_path, name):
     return found
 
 
-class Recorder:
-    """Hooks that write down what the loop asks for."""
+class Recorder(ActiveRun):
+    """A run that writes down what the loop asks of it."""
 
-    def __init__(self, budget=10**9, stop_at=None, busy_at=(), notices=None):
-        self.budget, self.stop_at, self.busy_at, self.notices, self.calls = (
-            budget,
-            stop_at,
-            busy_at,
-            notices or {},
-            [],
-        )
+    def __init__(self, budget=10**9, stop_at=None, busy_at=(), signals=None):
+        self.budget, self.stop_at, self.busy_at = budget, stop_at, busy_at
+        self.signals, self.calls, self.step = signals or {}, [], 0
+        self.comms: Comms = Comms.local()
 
     def reserve(self, step, count):
         self.calls.append(("reserve", step, count))
@@ -95,31 +92,24 @@ class Recorder:
         )
         return True
 
-    def settle(self):
-        pass
-
-    def notice(self, progress):
-        return self.notices.get(progress.step, Signal.NONE)
+    def signal(self):
+        return self.signals.get(self.step, Signal.NONE)
 
     def progressed(self, progress):
         pass
 
-    def go_on(self, progress):
+    def should_continue(self, progress):
         return progress.step != self.stop_at
 
     def take(self, step):
         self.calls.append(("step", step))
+        self.step = step + 1
 
 
 def test_every_step_is_reserved_before_it_is_taken():
     hooks = Recorder()
     outcome = run_loop(
-        hooks.take,
-        hooks,
-        Performance(charge_chunk=3, checkpoint_every=4, eval_every=5),
-        2,
-        9,
-        Comms.local(),
+        hooks.take, hooks, Performance(charge_chunk=3, checkpoint_every=4, eval_every=5), 2, 9
     )
     assert hooks.calls == [
         ("reserve", 2, 3), ("step", 2), ("step", 3), ("checkpoint", 4), ("step", 4), "evaluate",
@@ -131,13 +121,13 @@ def test_every_step_is_reserved_before_it_is_taken():
 
 def test_the_end_of_the_budget_is_a_clean_end():
     hooks = Recorder(budget=4)
-    outcome = run_loop(hooks.take, hooks, Performance(charge_chunk=3), 0, 9, Comms.local())
+    outcome = run_loop(hooks.take, hooks, Performance(charge_chunk=3), 0, 9)
     assert outcome.exhausted
     assert outcome.progress.step == 4
     # no evaluation can lose what was trained
     assert hooks.calls[-2:] == [("checkpoint", 4), "evaluate"]
     again = Recorder(budget=0)
-    run_loop(again.take, again, Performance(), 4, 9, Comms.local())
+    run_loop(again.take, again, Performance(), 4, 9)
     # the checkpoint it began from is not written again
     assert again.calls == [("reserve", 4, 5), "evaluate"]
 
@@ -156,19 +146,21 @@ class Second(Comms):
 def test_ranks_that_evaluate_together_have_one_score():
     hooks = Recorder()
     hooks.evaluates_together = True
-    outcome = run_loop(hooks.take, hooks, Performance(), 0, 0, Comms.local())
+    outcome = run_loop(hooks.take, hooks, Performance(), 0, 0)
     assert outcome.progress.metrics == {"accuracy": 0.25}
     hooks.score = lambda metrics: pytest.fail("rank 1 asks for a score of its own")
-    outcome = run_loop(hooks.take, hooks, Performance(), 0, 0, Second(({"accuracy": 0.75}, None)))
+    hooks.comms = Second(({"accuracy": 0.75}, None))
+    outcome = run_loop(hooks.take, hooks, Performance(), 0, 0)
     assert outcome.progress.metrics == {"accuracy": 0.75}
     assert hooks.calls.count("evaluate") == 2
+    hooks.comms = Second((None, LedgerError("away")))
     with pytest.raises(LedgerError, match="away"):
-        run_loop(hooks.take, hooks, Performance(), 0, 0, Second((None, LedgerError("away"))))
+        run_loop(hooks.take, hooks, Performance(), 0, 0)
 
 
 def test_a_checkpoint_left_out_is_made_at_the_end():
     hooks = Recorder(busy_at=(4, 6), budget=6)
-    run_loop(hooks.take, hooks, Performance(checkpoint_every=2), 0, 9, Comms.local())
+    run_loop(hooks.take, hooks, Performance(checkpoint_every=2), 0, 9)
     assert [c for c in hooks.calls if c[0] == "checkpoint"] == [
         ("checkpoint", 2),
         ("checkpoint", 6),
@@ -176,8 +168,8 @@ def test_a_checkpoint_left_out_is_made_at_the_end():
 
 
 def test_a_notice_brings_a_checkpoint_at_once_and_a_stop_ends_the_run_unevaluated():
-    hooks = Recorder(notices={3: Signal.CHECKPOINT_NOW, 5: Signal.STOP})
-    outcome = run_loop(hooks.take, hooks, Performance(charge_chunk=9), 0, 9, Comms.local())
+    hooks = Recorder(signals={3: Signal.CHECKPOINT_NOW, 5: Signal.STOP})
+    outcome = run_loop(hooks.take, hooks, Performance(charge_chunk=9), 0, 9)
     assert [c for c in hooks.calls if c[0] in ("urgent", "checkpoint")] == [
         ("urgent", 3),
         ("urgent", 5),
@@ -189,12 +181,7 @@ def test_a_notice_brings_a_checkpoint_at_once_and_a_stop_ends_the_run_unevaluate
 def test_a_run_that_is_told_to_stop_takes_no_further_step():
     hooks = Recorder(stop_at=4)
     outcome = run_loop(
-        hooks.take,
-        hooks,
-        Performance(charge_chunk=3, checkpoint_every=4, eval_every=2),
-        0,
-        9,
-        Comms.local(),
+        hooks.take, hooks, Performance(charge_chunk=3, checkpoint_every=4, eval_every=2), 0, 9
     )
     assert (outcome.stopped, outcome.exhausted, outcome.progress.step, outcome.paid_until) == (
         True,
@@ -210,7 +197,7 @@ def test_a_run_that_is_told_to_stop_takes_no_further_step():
 def test_an_evaluation_that_fails_ends_nothing_and_asks_nobody():
     hooks = Recorder(stop_at=2)
     hooks.evaluate = lambda: None
-    outcome = run_loop(hooks.take, hooks, Performance(eval_every=2), 0, 6, Comms.local())
+    outcome = run_loop(hooks.take, hooks, Performance(eval_every=2), 0, 6)
     assert (outcome.progress.step, outcome.stopped, outcome.progress.metrics_step) == (
         6,
         False,
@@ -225,9 +212,7 @@ def test_an_evaluation_that_fails_ends_nothing_and_asks_nobody():
 def test_a_metric_that_is_twice_not_finite_ends_the_run_before_more_is_paid(values, end):
     hooks, found = Recorder(), iter(values)
     hooks.score = lambda metrics: {"loss": float(next(found, 0)), "other": 1.0}
-    outcome = run_loop(
-        hooks.take, hooks, Performance(eval_every=2, charge_chunk=1), 0, 12, Comms.local()
-    )
+    outcome = run_loop(hooks.take, hooks, Performance(eval_every=2, charge_chunk=1), 0, 12)
     assert outcome.progress.step == end
     assert outcome.stopped == (end < 12)
     assert outcome.progress.diverged == (("loss",) if end < 12 else ())
@@ -236,15 +221,15 @@ def test_a_metric_that_is_twice_not_finite_ends_the_run_before_more_is_paid(valu
     hooks.score = lambda metrics: {"loss": float("nan")}
     assert (
         run_loop(
-            hooks.take, hooks, Performance(eval_every=2, stop_on_nan=False), 0, 12, Comms.local()
+            hooks.take, hooks, Performance(eval_every=2, stop_on_nan=False), 0, 12
         ).progress.step
         == 12
     )
 
 
 def test_a_checkpoint_that_time_asks_for_is_made_in_the_background():
-    hooks = Recorder(notices={3: Signal.CHECKPOINT_DUE, 5: Signal.CHECKPOINT_NOW}, busy_at=(3,))
-    run_loop(hooks.take, hooks, Performance(), 0, 9, Comms.local())
+    hooks = Recorder(signals={3: Signal.CHECKPOINT_DUE, 5: Signal.CHECKPOINT_NOW}, busy_at=(3,))
+    run_loop(hooks.take, hooks, Performance(), 0, 9)
     assert [c for c in hooks.calls if c[0] in ("urgent", "checkpoint")] == [
         ("urgent", 5),
         ("checkpoint", 9),
@@ -256,20 +241,15 @@ def test_a_stopped_run_gets_back_what_never_started(tmp_path):
     taken = []
     around = RunCallbacks(on_step=taken.append, should_continue=lambda progress: progress.step != 8)
     plan = plan_run(config, run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
-    result = execute(plan, Comms.local(), around=around)
-    assert (result["stopped"], result["steps"], result["charged_steps"]) == (True, 8, 8)
+    result = execute(plan, Comms.local(), around)
+    assert (result.stopped, result.steps, result.charged_steps) == (True, 8, 8)
     assert taken == list(range(8))
     assert plan.ledger is not None
     (attempt,) = Ledger.open(plan.ledger).attempts("a", "a")
     assert attempt.refunds == {1: 4}
     assert attempt.closed
     again = execute(plan, Comms.local())
-    assert (again["stopped"], again["steps"], again["charged_steps"], again["attempts"]) == (
-        False,
-        12,
-        12,
-        2,
-    )
+    assert (again.stopped, again.steps, again.charged_steps, again.attempts) == (False, 12, 12, 2)
 
 
 def test_a_run_begins_from_the_checkpoint_of_another_with_a_key_of_its_own(tmp_path):
@@ -279,7 +259,7 @@ def test_a_run_begins_from_the_checkpoint_of_another_with_a_key_of_its_own(tmp_p
         "key_path": str(tmp_path / "key"),
     }
     first = plan_run(tiny(), run="a", **options)
-    execute(first, Comms.local(), around=RunCallbacks(should_continue=lambda progress: False))
+    execute(first, Comms.local(), RunCallbacks(should_continue=lambda progress: False))
     assert first.ledger is not None
     study = Ledger.open(first.ledger).state.study("a").study
     config = tiny().override(["method.learning_rate=0.02"])
@@ -291,11 +271,11 @@ def test_a_run_begins_from_the_checkpoint_of_another_with_a_key_of_its_own(tmp_p
         **options,
     )
     taken = []
-    result = execute(second, Comms.local(), around=RunCallbacks(on_step=taken.append))
+    result = execute(second, Comms.local(), RunCallbacks(on_step=taken.append))
     assert taken == [8, 9, 10, 11]
-    assert (result["steps"], result["charged_steps"], second.study) == (12, 4, "a")
+    assert (result.steps, result.charged_steps, second.study) == (12, 4, "a")
     # of all runs of the study
-    assert 0 < result["epsilon_spent"] < result["epsilon"] == study.epsilon
+    assert 0 < result.epsilon_spent < result.epsilon == study.epsilon
     before, after = (
         weights(tmp_path, "a").model,
         checkpoint.load(second.folder(), checkpoint.folder_of(8)).model,
@@ -317,13 +297,13 @@ def test_a_run_is_charged_for_its_steps_and_verifies(run, tmp_path):
     result = run(
         tiny(), run="a", on_progress=lambda progress, epsilon: seen.append((progress.step, epsilon))
     )
-    assert set(WANTED) <= set(result)
-    assert (result["steps"], result["charged_steps"], result["executed_steps"]) == (12, 12, 12)
+    assert set(WANTED) <= set(result.as_dict())
+    assert (result.steps, result.charged_steps, result.executed_steps) == (12, 12, 12)
     # spare steps are unspent, and can still be
-    assert 0 < result["epsilon_spent"] < result["epsilon"] == 8
-    assert verify(result["ledger"], weights(tmp_path, "a").facts["ledger_head"]).ok
+    assert 0 < result.epsilon_spent < result.epsilon == 8
+    assert verify(result.ledger, weights(tmp_path, "a").metadata["ledger_head"]).ok
     assert [step for step, _ in seen] == list(range(1, 13))
-    assert json.loads((tmp_path / "runs" / "a" / "result.json").read_text()) == result
+    assert read_result(Storage(tmp_path / "runs" / "a")) == result
     assert not any(b"losses" in f.read_bytes() for f in (tmp_path / "runs").rglob("*.json"))
 
 
@@ -366,11 +346,11 @@ def test_resumed_weights_are_bitwise_those_of_an_uninterrupted_run(tmp_path, met
     options = {"storage": str(tmp_path / "runs"), "key_path": str(tmp_path / "key")}
     begin = begin_attempt if method == "none" else fixed_keys
     whole = plan_run(config, run="whole", **options)
-    execute(whole, Comms.local(), begin=begin)
+    execute(whole, Comms.local(), RunCallbacks(begin_attempt=begin))
     cut = plan_run(config, run="cut", **options)
     with pytest.raises(Stop):
-        execute(cut, Comms.local(), begin=begin, on_progress=interrupt)
-    result = execute(cut, Comms.local(), begin=begin)
+        execute(cut, Comms.local(), RunCallbacks(begin_attempt=begin, on_progress=interrupt))
+    result = execute(cut, Comms.local(), RunCallbacks(begin_attempt=begin))
     one, two = weights(tmp_path, "whole"), weights(tmp_path, "cut")
     assert all(torch.equal(one.model[name], two.model[name]) for name in one.model)
     assert all(
@@ -378,12 +358,8 @@ def test_resumed_weights_are_bitwise_those_of_an_uninterrupted_run(tmp_path, met
         for n in one.optimizer
     )
     if method != "none":  # 12 charged before the crash at step 10, then 8..12 again
-        assert (result["attempts"], result["charged_steps"], result["executed_steps"]) == (
-            2,
-            16,
-            12,
-        )
-        assert verify(result["ledger"]).ok
+        assert (result.attempts, result.charged_steps, result.executed_steps) == (2, 16, 12)
+        assert verify(result.ledger).ok
 
 
 def test_an_attempt_with_its_own_key_draws_other_noise(run, tmp_path):
@@ -407,7 +383,7 @@ def test_performance_moves_no_more_than_rounding(tmp_path):
                 config, run=name, storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key")
             ),
             Comms.local(),
-            begin=fixed_keys,
+            RunCallbacks(begin_attempt=fixed_keys),
         )
         models.append(weights(tmp_path, name).model)
     for name in models[0]:
@@ -421,19 +397,19 @@ def test_exhausted_budget_keeps_what_was_trained(run, tmp_path):
     )
     result = run(config, run="a")
     plan = plan_run(config, run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
-    assert result["exhausted"]
-    assert result["steps"] == result["charged_steps"] == plan.tokens < 500
-    assert result["epsilon_spent"] <= result["epsilon"] == 4.0
+    assert result.exhausted
+    assert result.steps == result.charged_steps == plan.tokens < 500
+    assert result.epsilon_spent <= result.epsilon == 4.0
     assert weights(tmp_path, "a").step == plan.tokens
     again = run(config, run="a")  # nothing left: it ends at once, and spends nothing
-    assert (again["steps"], again["charged_steps"]) == (plan.tokens, plan.tokens)
+    assert (again.steps, again.charged_steps) == (plan.tokens, plan.tokens)
 
 
 def test_empty_batches_are_steps_like_any_other(run):
     config = dataclasses.replace(
         tiny(), privacy=dataclasses.replace(tiny().privacy, expected_batch_size=1)
     )
-    assert run(config)["executed_steps"] == 12  # each is empty with probability 0.37
+    assert run(config).executed_steps == 12  # each is empty with probability 0.37
 
 
 def test_a_run_name_with_another_config_is_refused(run):
@@ -454,19 +430,19 @@ def test_a_ledger_that_was_rolled_back_is_refused_at_resume(run, tmp_path):
         entry.unlink()
     with pytest.raises(LedgerError, match="not the one that this run was charged to"):
         run(tiny(), run="a")
-    assert verify(result["ledger"]).ok  # cut off cleanly: the checkpoint alone knows
+    assert verify(result.ledger).ok  # cut off cleanly: the checkpoint alone knows
 
 
 def test_private_data_share_one_budget(run, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
     first = run(tiny(public=False), run="a")
-    assert first["ledger"].startswith(str(tmp_path / "share"))
+    assert first.ledger.startswith(str(tmp_path / "share"))
     salt = tmp_path / "share" / "grape-ray" / "ledgers" / "salt"
     assert (salt.stat().st_mode & 0o777, salt.stat().st_size) == (0o600, 32)
     with pytest.raises(GrapeRayError, match=r"epsilon|budget"):
         run(tiny(public=False), run="b")
     assert not (tmp_path / "runs" / "b").exists()
-    assert Ledger.open(first["ledger"], create=False).state.epsilon == 8.0
+    assert Ledger.open(first.ledger, create=False).state.epsilon == 8.0
 
 
 def test_no_hash_of_the_data_stands_beside_the_results(run, tmp_path, monkeypatch):
@@ -549,8 +525,8 @@ def test_the_yardstick_needs_no_ledger_and_is_reproducible(run, tmp_path):
     config = dataclasses.replace(tiny(), method=dataclasses.replace(tiny().method, name="none"))
     result = run(config, run="a")
     run(config, run="b")
-    assert result["ledger"] is None
-    assert result["epsilon"] is None
+    assert result.ledger is None
+    assert result.epsilon is None
     one, two = weights(tmp_path, "a").model, weights(tmp_path, "b").model
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert not (tmp_path / "key").exists()

@@ -148,9 +148,9 @@ def test_a_ledger_that_was_moved_is_found_and_an_old_copy_is_refused(tmp_path):
     with pytest.raises(LedgerError, match="gone"):
         plan_resume(run, key_path=key)
     result = run_plan(plan_resume(run, ledger=str(tmp_path / "moved"), key_path=key))
-    assert result["ledger"] == str(tmp_path / "moved")
-    assert result["charged_steps"] == 12  # it was done already
-    assert run_plan(plan_resume(run, key_path=key))["ledger"] == str(tmp_path / "moved")
+    assert result.ledger == str(tmp_path / "moved")
+    assert result.charged_steps == 12  # it was done already
+    assert run_plan(plan_resume(run, key_path=key)).ledger == str(tmp_path / "moved")
 
 
 @pytest.mark.slow

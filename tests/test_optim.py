@@ -12,6 +12,7 @@ from grape_ray.errors import CheckpointError, ConfigError, GrapeRayError, NoiseR
 from grape_ray.optim import learning_rate, make_optimizer
 from grape_ray.privacy.noise import NoiseStream, privatize
 from tests.contracts import zoo
+from tests.support.grants import granted
 
 KEY = b"o" * 32
 
@@ -37,7 +38,7 @@ def trained(method, steps=6, resume_at=None, **options):
                                                           steps)  # fmt: skip
             optimizer.load_state_dict(state)
         summed = engine.clipped_sum(zoo.layer_loss, zoo.layer_batch(seed=step), step=step)
-        optimizer.step(privatize(summed, stream, noise_multiplier=0.3, expected_batch_size=6))
+        optimizer.step(privatize(summed, stream, grant=granted(0.3), expected_batch_size=6))
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
@@ -64,7 +65,7 @@ def test_noise_and_update_are_those_of_the_step_that_was_summed():
     engine = make_engine(model, "grape", 1.0, rank=3, project_min_numel=100, refresh=2)
     optimizer, noise = (
         make_optimizer(model, engine, method, 9),
-        {"noise_multiplier": 1.0, "expected_batch_size": 6},
+        {"grant": granted(), "expected_batch_size": 6},
     )
     before = [p.detach().clone() for p in model.parameters()]
     summed = engine.clipped_sum(zoo.layer_loss, zoo.layer_batch(), step=5)
@@ -94,14 +95,14 @@ def test_a_loop_that_forgets_to_count_its_steps_ends_at_the_second():
     privatize(
         engine.clipped_sum(zoo.layer_loss, zoo.layer_batch()),
         stream,
-        noise_multiplier=1.0,
+        grant=granted(),
         expected_batch_size=6,
     )
     with pytest.raises(NoiseReuse, match="give clipped_sum each step once"):
         privatize(
             engine.clipped_sum(zoo.layer_loss, zoo.layer_batch()),
             stream,
-            noise_multiplier=1.0,
+            grant=granted(),
             expected_batch_size=6,
         )
 

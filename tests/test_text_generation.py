@@ -117,8 +117,8 @@ def test_a_long_text_decoder_trains_and_is_exported(folder, tmp_path, method):
     result = train(
         config, run="long", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key")
     )
-    assert result["steps"] == result["charged_steps"] == 2
-    assert 0 < result["metrics"]["loss"] < 20
+    assert result.steps == result.charged_steps == 2
+    assert 0 < result.metrics["loss"] < 20
     export(str(tmp_path / "runs" / "long"), tmp_path / "out")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert again.generate(

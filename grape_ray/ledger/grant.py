@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass
 
 from grape_ray.accounting.mechanism import Mechanism
 from grape_ray.errors import LedgerError
@@ -28,10 +28,10 @@ class Grant:
     first_step: int
     steps: int
     mechanism: Mechanism
-    _made_by: object = field(default=None, repr=False, compare=False)
+    made_by: InitVar[object] = None
 
-    def __post_init__(self) -> None:
-        if self._made_by is not _LEDGER:
+    def __post_init__(self, made_by: object) -> None:
+        if made_by is not _LEDGER:
             raise LedgerError(
                 "a Grant is made by Ledger.charge alone",
                 "a direct construction",

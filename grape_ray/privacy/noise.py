@@ -149,7 +149,9 @@ def privatize(
         return mine
 
     tensors = _by_slices(summed.tensors, comms or Comms.local(), release)
-    return PrivateGradient(tensors, step, std / expected_batch_size, summed.period, types._DOOR)
+    return PrivateGradient(
+        tensors, step, std / expected_batch_size, summed.period, types._PRIVATIZE
+    )
 
 
 def grid_and_std(sensitivity: float, noise_multiplier: float, count: int) -> tuple[float, float]:

@@ -5,7 +5,7 @@ PrivateGradient.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from grape_ray.errors import GrapeRayError
@@ -85,7 +85,7 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-_DOOR = object()
+_PRIVATIZE = object()  # what `privatize` alone passes on
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,10 @@ class PrivateGradient:
     step: int
     noise_std: float
     period: int | None = None
-    _door: object = field(default=None, repr=False, compare=False)
+    made_by: InitVar[object] = None
 
-    def __post_init__(self) -> None:
-        if self._door is not _DOOR:
+    def __post_init__(self, made_by: object) -> None:
+        if made_by is not _PRIVATIZE:
             raise GrapeRayError(
                 "a PrivateGradient is made by noise.privatize alone",
                 "a direct construction",

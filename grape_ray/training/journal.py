@@ -74,4 +74,5 @@ class Journal:
             if progress != self._shown:
                 self._folder.write(PROGRESS_FILE, progress)
                 self._shown = progress
+        with contextlib.suppress(GrapeRayError):
             self._log.flush()

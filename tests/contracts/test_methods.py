@@ -14,6 +14,7 @@ from grape_ray.optim import make_optimizer
 from grape_ray.privacy.noise import NoiseStream, nonprivate_mean, privatize
 from tests.contracts import zoo
 from tests.contracts.oracle import expected, median_norm, norm_of, worst
+from tests.support.grants import granted
 
 PRIVATE = [name for name, info in METHODS.items() if info.private]
 CLIP_NOTHING = 100.0
@@ -102,7 +103,7 @@ def test_an_empty_batch_is_zeros_and_is_noised(method):
     empty = engine.clipped_sum(loss, {k: v[:0] for k, v in make_batch().items()})
     assert all((t == 0).all() for t in empty.tensors.values())
     released = privatize(
-        empty, NoiseStream(b"e" * 32), step=0, noise_multiplier=2.0, expected_batch_size=8
+        empty, NoiseStream(b"e" * 32), step=0, grant=granted(2.0), expected_batch_size=8
     )
     assert released.tensors.keys() == engine.params.keys()
     assert all((t != 0).all() for t in released.tensors.values())
@@ -115,7 +116,7 @@ def test_unused_parameters_are_noised_too(method):
     summed = engine.clipped_sum(zoo.layer_loss, zoo.layer_batch())
     assert (summed.tensors["layer.1.weight"] == 0).all()
     released = privatize(
-        summed, NoiseStream(b"e" * 32), step=0, noise_multiplier=1.0, expected_batch_size=8
+        summed, NoiseStream(b"e" * 32), step=0, grant=granted(), expected_batch_size=8
     )
     assert (released.tensors["layer.1.weight"] != 0).all()
 
@@ -134,7 +135,7 @@ def test_without_clip_and_noise_every_full_rank_method_is_plain_adamw(method):
     for step, batch in enumerate(batches):
         summed = engine.clipped_sum(zoo.layer_loss, batch, step=step)
         assert (summed.unprotected["norms"] < CLIP_NOTHING).all()
-        first.step(privatize(summed, stream, noise_multiplier=1e-22, expected_batch_size=6))
+        first.step(privatize(summed, stream, grant=granted(1e-22), expected_batch_size=6))
         third.step(
             nonprivate_mean(plain.clipped_sum(zoo.layer_loss, batch, step=step), batch_size=6)
         )

@@ -17,6 +17,7 @@ from grape_ray.errors import ConfigError
 from grape_ray.privacy.noise import NoiseStream, privatize
 from tests.contracts import zoo
 from tests.contracts.oracle import example_gradients, norm_of, projected, worst
+from tests.support.grants import granted
 
 PROBES, FALSE_ALARM = 6, 1e-6
 
@@ -202,7 +203,7 @@ def test_randomized_goes_through_the_noise_line():
     engine = engine_for(wide_model())
     summed = engine.clipped_sum(zoo.layer_loss, zoo.layer_batch())
     assert privatize(
-        summed, NoiseStream(b"n" * 32), step=0, noise_multiplier=1.0, expected_batch_size=6
+        summed, NoiseStream(b"n" * 32), step=0, grant=granted(), expected_batch_size=6
     ).noise_std == pytest.approx(0.5 / 6)
     assert projected(
         example_gradients(engine.model, zoo.layer_loss, zoo.layer_batch(), 1)[0], engine.subspace

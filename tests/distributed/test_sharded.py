@@ -19,11 +19,13 @@ from grape_ray.privacy.noise import NoiseStream
 from grape_ray.privacy.random_streams import public_bits, public_normals
 from grape_ray.tasks.text_generation import TextGeneration
 from grape_ray.training.attempt import Attempt, begin_attempt
+from grape_ray.training.callbacks import RunCallbacks
 from grape_ray.training.export import export
 from grape_ray.training.planning import plan_run
 from grape_ray.training.progress import Signal
 from grape_ray.training.run import execute
 from grape_ray.training.step import Step
+from tests.support.grants import granted
 
 STEPS, CPU = 3, torch.device("cpu")
 
@@ -81,12 +83,12 @@ def run(task, comms, method, sharded=False, recompute=False, dtype=torch.float64
         task=task, loss=task.per_example_loss, model=model, engine=engine, records=records,
         comms=comms, device=CPU,
         optimizer=make_optimizer(model, engine, config, STEPS, b"rounding"),
-        noise=NoiseStream(b"n" * 32), noise_multiplier=0.5, sampling_prob=0.3,
+        noise=NoiseStream(b"n" * 32), sampling_prob=0.3,
         expected_batch_size=5, sampling_key=b"s" * 32, dropout_key=b"d" * 32,
         micro_batch_size=micro,
     )  # fmt: skip
     for number in range(STEPS):
-        step(number)
+        step(number, granted(0.5))
     whole = {
         n: (p.full_tensor() if sharded else p).detach().clone() for n, p in model.named_parameters()
     }
@@ -171,9 +173,11 @@ def test_bfloat16_weights_are_the_same_on_any_number_of_ranks(found, task):
         torch.testing.assert_close(theirs[name].float(), mine.float(), rtol=0.02, atol=2e-3)
 
 
-def begin(plan, comms):
+def begin(plan, comms, ledger=None):
     """A real attempt with the streams of another, the same each time: what only a test may do."""
-    return Attempt(begin_attempt(plan, comms).number, b"s" * 32, b"d" * 32, b"n" * 32, b"p" * 32)
+    return Attempt(
+        begin_attempt(plan, comms, ledger).number, b"s" * 32, b"d" * 32, b"n" * 32, b"p" * 32
+    )
 
 
 def run_rank(rank, world, path, plan, stop_after):
@@ -184,8 +188,10 @@ def run_rank(rank, world, path, plan, stop_after):
         execute(
             plan,
             Comms.distributed(),
-            begin=begin,
-            on_notice=lambda own: next(notices) if notices else Signal.NONE,
+            RunCallbacks(
+                begin_attempt=begin,
+                agree_on_signal=lambda own: next(notices) if notices else Signal.NONE,
+            ),
         )
     except Interrupted:
         assert stop_after
@@ -211,11 +217,11 @@ def test_a_sharded_run_is_resumed_on_another_number_of_ranks(tmp_path, task):
     found = checkpoint.latest(plan.folder())
     alone = config.override(["performance.sharded=false", "performance.num_workers=0"])
     whole = plan_run(alone, run="b", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
-    result = execute(whole, Comms.local(), begin=begin)
+    result = execute(whole, Comms.local(), RunCallbacks(begin_attempt=begin))
     wanted = checkpoint.latest(whole.folder())
     assert found is not None
     assert wanted is not None
-    assert found.step == wanted.step == result["steps"] == 4
+    assert found.step == wanted.step == result.steps == 4
     for name, tensor in wanted.model.items():
         torch.testing.assert_close(found.model[name], tensor, rtol=0, atol=2e-5, msg=name)
     for name in (n for n, t in wanted.optimizer.items() if isinstance(t, torch.Tensor)):

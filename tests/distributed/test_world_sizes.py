@@ -15,6 +15,7 @@ from grape_ray.privacy.noise import NoiseStream, nonprivate_mean, privatize
 from grape_ray.privacy.random_streams import poisson_batch
 from tests.contracts import zoo
 from tests.contracts.oracle import worst
+from tests.support.grants import granted
 
 SAMPLING, NOISE = b"s" * 32, b"n" * 32
 
@@ -36,7 +37,7 @@ def train(comms, method, steps=3):
         )
         if engine.private:
             gradient = privatize(
-                summed, stream, step=step, noise_multiplier=0.7, expected_batch_size=4, comms=comms
+                summed, stream, step=step, grant=granted(0.7), expected_batch_size=4, comms=comms
             )
         else:
             gradient = nonprivate_mean(summed, step=step, batch_size=4, comms=comms)
@@ -57,7 +58,7 @@ def noise_alone(comms, method):
             engine.empty_sum(),
             NoiseStream(NOISE),
             step=5,
-            noise_multiplier=1,
+            grant=granted(1),
             expected_batch_size=3,
             comms=comms,
         ).tensors
@@ -121,7 +122,7 @@ def test_each_rank_draws_only_the_slice_it_owns():
         engine.empty_sum(),
         Watching(NOISE),
         step=0,
-        noise_multiplier=1,
+        grant=granted(1),
         expected_batch_size=1,
         comms=Second(1, 3),
     )

@@ -87,7 +87,9 @@ def main(mode: str, folder: Path) -> None:
     def run() -> None:
         try:
             found.update(
-                train(config, run="r", storage=str(folder / "runs"), key_path=str(folder / "key"))
+                train(
+                    config, run="r", storage=str(folder / "runs"), key_path=str(folder / "key")
+                ).as_dict()
             )
         finally:
             over.set()

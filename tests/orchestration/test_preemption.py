@@ -65,10 +65,10 @@ def test_a_worker_that_is_told_to_end_leaves_a_checkpoint_of_its_last_step(tmp_p
         == urgent[0]["step"]
         >= 5
     )
-    assert (result["steps"], result["attempts"]) == (14, 2)
-    assert result["executed_steps"] == 14  # none was lost
-    assert result["charged_steps"] == 14  # and what was paid for and never started was given back
-    assert verify(result["ledger"]).ok
+    assert (result.steps, result.attempts) == (14, 2)
+    assert result.executed_steps == 14  # none was lost
+    assert result.charged_steps == 14  # and what was paid for and never started was given back
+    assert verify(result.ledger).ok
     assert checkpoint.latest(Storage(tmp_path / "runs" / "a")).step == 14
 
 

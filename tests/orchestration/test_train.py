@@ -88,13 +88,13 @@ def test_a_killed_worker_costs_a_new_attempt_and_its_steps(run, tmp_path):
     counts = list(executed(trace).values())
     taken = [max(counts[i : i + 2]) for i in range(0, len(counts), 2)]  # two processes an attempt
     assert len(killed) == 1
-    assert len(taken) == result["attempts"] == 2
-    assert result["steps"] == 20
+    assert len(taken) == result.attempts == 2
+    assert result.steps == 20
     assert taken[0] < 20
     assert taken[1] < 20  # it went on from a checkpoint
-    assert result["charged_steps"] >= sum(taken) >= 20
-    assert result["charged_steps"] >= result["executed_steps"] == 20
-    report = verify(result["ledger"])
+    assert result.charged_steps >= sum(taken) >= 20
+    assert result.charged_steps >= result.executed_steps == 20
+    report = verify(result.ledger)
     assert report.ok, report.problems
 
 
@@ -111,19 +111,15 @@ def test_the_end_of_the_budget_is_a_clean_end_and_a_resume_keeps_what_is_there(r
         run="a",
         on_progress=lambda progress, epsilon: seen.append((progress.step, epsilon)),
     )
-    assert result["exhausted"]
-    assert 0 < result["steps"] == result["charged_steps"] < 500
-    assert result["attempts"] == 1
-    assert result["epsilon_spent"] <= result["epsilon"] == 4.0
-    assert seen[-1] == (result["steps"], result["epsilon_spent"])
+    assert result.exhausted
+    assert 0 < result.steps == result.charged_steps < 500
+    assert result.attempts == 1
+    assert result.epsilon_spent <= result.epsilon == 4.0
+    assert seen[-1] == (result.steps, result.epsilon_spent)
     before = weights(tmp_path, "a")
     again = run(tiny(500), *words, run="a")
-    assert (again["steps"], again["charged_steps"], again["attempts"]) == (
-        result["steps"],
-        result["steps"],
-        2,
-    )
-    assert again["checkpoint"] == result["checkpoint"]
+    assert (again.steps, again.charged_steps, again.attempts) == (result.steps, result.steps, 2)
+    assert again.checkpoint == result.checkpoint
     assert all(torch.equal(before[name], tensor) for name, tensor in weights(tmp_path, "a").items())
     assert len(list((tmp_path / "runs" / "a" / "checkpoints").iterdir())) == 1
 

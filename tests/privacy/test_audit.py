@@ -16,6 +16,7 @@ from torch import nn
 
 from grape_ray import make_engine
 from grape_ray.privacy.noise import NoiseStream, privatize
+from tests.support.grants import granted
 
 SIGMA, CLIP, EXPECTED = 2.0, 1.0, 8.0
 # the spread is known to 0.9 % and 2.5 %: 0.02 is 4.3, and 0.1 at least 6, standard errors; false
@@ -76,7 +77,7 @@ def release_of(summed, trial, noise_multiplier=SIGMA, label=b"audit"):
         summed,
         NoiseStream(key),
         step=0,
-        noise_multiplier=noise_multiplier,
+        grant=granted(noise_multiplier),
         expected_batch_size=EXPECTED,
     )
     return flat(released.tensors)

@@ -70,9 +70,9 @@ def test_a_trial_on_other_records_is_refused_before_it_draws_a_key(shared):
     ledger, options = shared
     # as a sweep gives its trials the book to be charged
     given = RunCallbacks(open_ledger=lambda plan: ledger)
-    execute(plan_run(config(0), run="same", **options), Comms.local(), around=given)
+    execute(plan_run(config(0), run="same", **options), Comms.local(), given)
     with pytest.raises(LedgerError, match="of another dataset"):
-        execute(plan_run(config(1), run="other", **options), Comms.local(), around=given)
+        execute(plan_run(config(1), run="other", **options), Comms.local(), given)
     assert set(ledger.state.study("s").runs) == {"same"}
 
 
@@ -93,11 +93,11 @@ def test_private_scores_of_other_validation_records_are_refused(shared, tmp_path
         tmp_path / "scores", fingerprint_records(Turned().load().validation), 8.0, 1e-4
     )
     scores.ensure_study(Study("s", Mechanism("poisson_gaussian", 1.0, 30.0), 8.0, 1e-5, 5))
+    terms = Terms("accuracy", 30.0, str(tmp_path / "scores"), "s")
     with pytest.raises(LedgerError, match="of another dataset"):
-        PrivateScore(lambda: scores, "s", "r", options["key_path"], "accuracy", 30.0, "another")(
+        PrivateScore(lambda: scores, terms, "r", options["key_path"], "another")(
             {"accuracy": 0.5}, 50
         )
-    terms = Terms("accuracy", 30.0, str(tmp_path / "scores"), "s")
     flipped = Ledger.open(tmp_path / "flipped", Turned(turn=1).load().dataset_id, 8.0, 1e-5)
     flipped.ensure_study(options["study"])
     with pytest.raises(LedgerError, match="of another dataset"):

@@ -21,12 +21,14 @@ from grape_ray.privacy.random_streams import normals
 from grape_ray.storage import Storage
 from grape_ray.training.attempt import begin_attempt
 from grape_ray.training.planning import plan_run
-from grape_ray.training.private_scores import PrivateScore
+from grape_ray.training.private_scores import PrivateScore, Terms
 from grape_ray.training.run import execute
 from grape_ray.tuning import prepare as sweeps_prepare
 from grape_ray.tuning import price, spaces
 from grape_ray.tuning.options import Options
 from tests.tiny import tiny
+
+TERMS = Terms("accuracy", 30.0, "", "s")
 
 
 def test_two_copies_of_a_ledger_lead_to_two_noises(tmp_path):
@@ -52,8 +54,7 @@ def test_two_copies_of_a_score_ledger_lead_to_two_noises(tmp_path):
     shutil.copytree(tmp_path / "ledger", tmp_path / "copy")
     books = [Ledger.open(tmp_path / name) for name in ("ledger", "copy")]
     given = [
-        PrivateScore(lambda b=b: b, "s", "r", str(tmp_path / "key"), "accuracy", 30.0, "validation")
-        for b in books
+        PrivateScore(lambda b=b: b, TERMS, "r", str(tmp_path / "key"), "validation") for b in books
     ]
     assert given[0]({"accuracy": 0.5}, 100) != given[1]({"accuracy": 0.5}, 100)
 

@@ -1,6 +1,8 @@
 """The noise has the law, the independence and the reach that the accountant assumes."""
 
+import dataclasses
 import math
+import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,12 +11,15 @@ import pytest
 import torch
 from scipy import stats
 
+from grape_ray.accounting.mechanism import GAUSSIAN, Mechanism
 from grape_ray.distributed.comms import Comms
-from grape_ray.errors import ConfigError, GrapeRayError, NoiseReuse
+from grape_ray.errors import ConfigError, GrapeRayError, LedgerError, NoiseReuse
+from grape_ray.ledger import Ledger, Study
 from grape_ray.optim import make_optimizer
 from grape_ray.privacy.noise import NoiseStream, _pieces, grid_and_std, on_grid, privatize
 from grape_ray.privacy.random_streams import _refine, normals, poisson_batch, public_normals
 from grape_ray.privacy.types import ClippedSum, PrivateGradient
+from tests.support.grants import granted
 
 KEY = b"n" * 32
 FALSE_ALARM = 1e-6  # of each statistical test below; seeds are pinned, so a pass is for ever
@@ -37,7 +42,7 @@ def test_variance_is_the_declared_one_and_not_a_tenth_more_or_less():
         zeros(a=(300, 40), b=(777,)),
         NoiseStream(KEY),
         step=3,
-        noise_multiplier=1.5,
+        grant=granted(1.5),
         expected_batch_size=10,
     )
     std = 1.5 * 2.0 / 10
@@ -94,28 +99,48 @@ def test_a_step_is_drawn_once():
     stream = NoiseStream(KEY)
     with pytest.raises(NoiseReuse):
         stream.claim(-1)  # steps are counted from 0
-    privatize(zeros(a=(3,)), stream, step=4, noise_multiplier=1.0, expected_batch_size=1)
+    privatize(zeros(a=(3,)), stream, step=4, grant=granted(), expected_batch_size=1)
     for step in (4, 3):
         with pytest.raises(NoiseReuse):
-            privatize(zeros(a=(3,)), stream, step=step, noise_multiplier=1.0, expected_batch_size=1)
+            privatize(zeros(a=(3,)), stream, step=step, grant=granted(), expected_batch_size=1)
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
-@pytest.mark.parametrize("field", ["noise_multiplier", "expected_batch_size"])
-def test_numbers_without_meaning_are_refused_before_any_noise_is_drawn(field, value):
+def test_numbers_without_meaning_are_refused_before_any_noise_is_drawn(value):
     stream = NoiseStream(KEY)
-    numbers = {"noise_multiplier": 1.0, "expected_batch_size": 1.0, field: value}
-    with pytest.raises(ConfigError, match=field):
-        privatize(zeros(a=(3,)), stream, step=0, **numbers)
-    privatize(zeros(a=(3,)), stream, step=0, noise_multiplier=1.0, expected_batch_size=1.0)
+    with pytest.raises(ConfigError, match="expected_batch_size"):
+        privatize(zeros(a=(3,)), stream, step=0, grant=granted(), expected_batch_size=value)
+    privatize(zeros(a=(3,)), stream, step=0, grant=granted(), expected_batch_size=1.0)
     with pytest.raises(ConfigError):
         privatize(
             ClippedSum({"a": torch.zeros(3)}, float("inf")),
             stream,
             step=1,
-            noise_multiplier=1.0,
+            grant=granted(),
             expected_batch_size=1.0,
         )
+
+
+def test_no_noise_is_drawn_for_a_step_that_is_not_paid_for(tmp_path):
+    stream, size = NoiseStream(KEY), {"expected_batch_size": 1.0}
+    ledger = Ledger.open(tmp_path, "data", 8.0, 1e-5)
+    ledger.ensure_study(Study("s", Mechanism(GAUSSIAN, 0.01, 1.5), 8.0, 1e-5, 4))
+    attempt = ledger.begin_attempt("s", "r", "id")
+    grant = pickle.loads(pickle.dumps(ledger.charge("s", "r", attempt, 0, 3, first_step=2)))
+    for step in (1, 5):
+        with pytest.raises(LedgerError, match=r"not paid for.*steps 2 to 4 of attempt 1 of run r"):
+            privatize(zeros(a=(3,)), stream, step=step, grant=grant, **size)
+    for nothing in (None, 3, True):
+        with pytest.raises(LedgerError, match="noise without a grant"):
+            privatize(zeros(a=(3,)), stream, step=2, grant=nothing, **size)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(LedgerError, match=r"made by Ledger\.charge alone"):
+        dataclasses.replace(grant, steps=9)
+    ledger.charge("s", "r", attempt, 1, 3)
+    exhausted = ledger.charge("s", "r", attempt, 2, 3)
+    with pytest.raises(LedgerError, match="no step of attempt"):
+        privatize(zeros(a=(3,)), stream, step=6, grant=exhausted, **size)
+    released = privatize(zeros(a=(300_000,)), stream, step=2, grant=grant, **size)
+    assert float(released.tensors["a"].std()) == pytest.approx(3.0, rel=0.02)  # 11 standard errors
 
 
 def test_the_noise_line_is_a_type():
@@ -172,11 +197,9 @@ def test_noise_drawn_ahead_is_the_same_noise_and_a_step_is_still_drawn_once():
         with pytest.MonkeyPatch.context() as patch:
             if ahead == [(0, 300777)]:
                 patch.setattr("grape_ray.privacy.noise.normals", None)  # all of it lies ready
-            gradient = privatize(
-                summed, stream, step=2, noise_multiplier=1.0, expected_batch_size=1
-            )
+            gradient = privatize(summed, stream, step=2, grant=granted(), expected_batch_size=1)
         with pytest.raises(NoiseReuse):
-            privatize(zeros(a=(1,)), stream, step=2, noise_multiplier=1.0, expected_batch_size=1)
+            privatize(zeros(a=(1,)), stream, step=2, grant=granted(), expected_batch_size=1)
         return gradient.tensors
 
     plain = released([])
@@ -259,7 +282,7 @@ def test_what_is_released_is_a_multiple_of_the_grid_and_odd_as_often_as_even_wha
             ClippedSum({"a": summed}, sensitivity),
             NoiseStream(KEY),
             step=8,
-            noise_multiplier=multiplier,
+            grant=granted(multiplier),
             expected_batch_size=3,
         )
         assert torch.equal(released.tensors["a"], (steps * grid / 3).to(dtype))
@@ -316,11 +339,11 @@ def test_a_sum_beyond_the_grid_stays_at_its_end_and_pieces_of_a_large_tensor_joi
         zeros(a=(5,), b=(300_000,)),
         NoiseStream(KEY),
         step=0,
-        noise_multiplier=1.0,
+        grant=granted(),
         expected_batch_size=2,
     )
     joined = privatize(
-        zeros(a=(300_005,)), NoiseStream(KEY), step=0, noise_multiplier=1.0, expected_batch_size=2
+        zeros(a=(300_005,)), NoiseStream(KEY), step=0, grant=granted(), expected_batch_size=2
     )
     assert torch.equal(torch.cat(list(alone.tensors.values())), joined.tensors["a"])
     with pytest.raises(ConfigError, match="sensitivity"):
@@ -328,7 +351,7 @@ def test_a_sum_beyond_the_grid_stays_at_its_end_and_pieces_of_a_large_tensor_joi
             ClippedSum({"a": torch.zeros(3)}, 0.0),
             NoiseStream(KEY),
             step=0,
-            noise_multiplier=1.0,
+            grant=granted(),
             expected_batch_size=1.0,
         )
 
@@ -365,12 +388,7 @@ def released_by(world, shapes):
     def on(comms):
         summed = ClippedSum({n: torch.full(s, 6.0 / world) for n, s in shapes.items()}, 2.0)
         made = privatize(
-            summed,
-            NoiseStream(KEY),
-            step=5,
-            noise_multiplier=1.5,
-            expected_batch_size=4,
-            comms=comms,
+            summed, NoiseStream(KEY), step=5, grant=granted(1.5), expected_batch_size=4, comms=comms
         )
         assert {n: t.shape for n, t in made.tensors.items()} == shapes
         assert (made.step, made.noise_std) == (5, pytest.approx(0.75))

@@ -41,7 +41,7 @@ def begun(tmp_path, terms):
     execute(
         plan_run(config, scores=terms, **options),
         Comms.local(),
-        around=RunCallbacks(should_continue=lambda progress: False),
+        RunCallbacks(should_continue=lambda progress: False),
     )
     return config, options
 
@@ -63,7 +63,7 @@ def test_a_resumed_run_releases_noised_and_charged_scores_alone(tmp_path, scored
     result = execute(
         plan_resume(str(tmp_path / "runs/r"), key_path=str(tmp_path / "key")), Comms.local()
     )
-    assert result["steps"] == 12
+    assert result.steps == 12
     assert ledger.state.study("s").used == 3  # at steps 8 and 12
     assert len(ledger.attempts("s", "r")) == 2  # with a key of its own
     for accuracy in told(tmp_path / "runs/r"):
@@ -78,7 +78,7 @@ def test_without_a_token_left_nothing_is_released(tmp_path, scored):
     result = execute(
         plan_resume(str(tmp_path / "runs/r"), key_path=str(tmp_path / "key")), Comms.local()
     )
-    assert result["metrics"] == {}
+    assert result.metrics == {}
 
 
 def test_no_other_caller_may_say_more(tmp_path, scored):

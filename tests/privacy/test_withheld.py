@@ -103,8 +103,9 @@ def test_other_ranks_hear_of_rank_zeros_error_without_its_text():
         raise ValueError(RECORD)
 
     hooks.evaluate = fail
+    hooks.comms = First(0, 2)
     with pytest.raises(ValueError, match=RECORD):  # rank 0's own, which `execute` withholds
-        run_loop(hooks.take, hooks, Performance(), 0, 0, First(0, 2))
+        run_loop(hooks.take, hooks, Performance(), 0, 0)
     assert isinstance(heard[-1][1], TaskFailed)
     assert RECORD not in str(heard[-1][1])
 
