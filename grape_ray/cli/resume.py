@@ -41,7 +41,7 @@ def command(
     """
     from grape_ray.cli.train import run_and_report, worker_assignments
     from grape_ray.errors import ConfigError
-    from grape_ray.ray_backend.reachability import reach
+    from grape_ray.ray_backend.availability import check_workers
     from grape_ray.training.resume import plan_resume
 
     for text in assignments:
@@ -55,6 +55,6 @@ def command(
     changes = [*assignments, *worker_assignments(workers)]
     plan = plan_resume(
         run, ledger=ledger, key_path=key_file, second_ledger=second_ledger, assignments=changes,
-        trust=trust, with_dry_run=not no_dry_run, check_workers=reach,
+        trust=trust, with_dry_run=not no_dry_run, check_workers=check_workers,
     )  # fmt: skip
     run_and_report(plan, as_json)

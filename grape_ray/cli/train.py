@@ -85,7 +85,7 @@ def command(
     # From here on torch is needed, and its import takes seconds; what could be wrong with the words
     # above was told before.
     from grape_ray.config.cautions import Consent
-    from grape_ray.ray_backend.reachability import reach
+    from grape_ray.ray_backend.availability import check_workers
     from grape_ray.training.planning import plan_run
 
     budget = ledger_budget(ledger_epsilon, ledger_delta)
@@ -93,7 +93,7 @@ def command(
         config, run=name, storage=storage, ledger=ledger, key_path=key_file,
         second_ledger=second_ledger, ledger_budget=budget,
         consent=Consent(allow_large_delta, not_private), with_dry_run=not no_dry_run,
-        check_workers=partial(reach, config),
+        check_workers=partial(check_workers, config),
     )  # fmt: skip
     run_and_report(plan, as_json)
 

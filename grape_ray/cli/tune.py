@@ -11,7 +11,7 @@ from click.core import ParameterSource
 
 from grape_ray.config.modules import located
 from grape_ray.errors import ConfigError
-from grape_ray.tuning.options import COMPOSE, LAWS, SCHEDULERS, SEARCHES, SELECT, Options
+from grape_ray.tuning.options import COMPOSE, DISTRIBUTIONS, SCHEDULERS, SEARCHES, SELECT, Options
 
 if TYPE_CHECKING:  # importing it takes seconds that --help does not have
     from grape_ray.tuning.results import SweepResult
@@ -55,7 +55,7 @@ if TYPE_CHECKING:  # importing it takes seconds that --help does not have
 )
 @click.option(
     "--law",
-    type=click.Choice(list(LAWS)),
+    type=click.Choice(list(DISTRIBUTIONS)),
     default="logarithmic",
     show_default=True,
     help="Of the secret number of trials.",

@@ -1,4 +1,4 @@
-"""A deadline for a cluster that cannot hold even the fewest workers of a run: Ray itself waits for
+"""A deadline for a cluster that is too small for the fewest workers of a run: Ray itself waits for
 ever.
 """
 
@@ -12,27 +12,30 @@ import ray
 
 from grape_ray.ray_backend.background import Background
 
-_LOOK_EVERY_S = 1.0
+_POLL_S = 1.0
 
 
 def workers_that_fit(use_gpu: bool) -> int:
-    """How many workers the nodes that are there now could hold, were they idle."""
+    """How many workers the living nodes could hold, were they idle."""
     unit = "GPU" if use_gpu else "CPU"
     return sum(int(node["Resources"].get(unit, 0)) for node in ray.nodes() if node["Alive"])
 
 
-def while_there_is_room(
+def call_within_capacity(
     call: Callable[[], Any], fewest: int, use_gpu: bool, timeout_s: float
 ) -> bool:
-    """Runs `call` in a thread of its own, and returns whether it ended before the cluster was too
-    small for `timeout_s` on end.
+    """Runs `call` in another thread; gives up when the cluster was too small for `fewest` workers
+    for `timeout_s` without a break.
+
+    Returns:
+        Whether it ended by itself.
 
     Raises:
         What `call` raises.
     """
     running, enough_s = Background(call), time.monotonic()
     while running.runs():
-        running.wait(_LOOK_EVERY_S)
+        running.wait(_POLL_S)
         if workers_that_fit(use_gpu) >= fewest:
             enough_s = time.monotonic()
         elif time.monotonic() - enough_s > timeout_s and running.runs():

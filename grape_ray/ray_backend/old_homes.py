@@ -7,21 +7,21 @@ import sys
 from collections.abc import Iterator
 from types import ModuleType
 
+_PACKAGE, _MODULE = "grape_ray.orchestrate", "grape_ray.orchestrate.tune"
+
 
 @contextlib.contextmanager
 def old_homes(**classes: type) -> Iterator[None]:
-    """For the time of a block, classes are found in the module that earlier versions kept them in,
-    too.
+    """For the time of a block, classes are also found by the names that earlier versions gave them.
 
     Args:
-        classes: what `grape_ray.orchestrate.tune` held, by its name there.
+        classes: what the module `grape_ray.orchestrate.tune` held, by its name there.
     """
-    package, module = ModuleType("grape_ray.orchestrate"), ModuleType("grape_ray.orchestrate.tune")
-    vars(module).update(classes)
-    mine = {found.__name__: found for found in (package, module)}
-    sys.modules.update(mine)
+    homes = {name: ModuleType(name) for name in (_PACKAGE, _MODULE)}
+    vars(homes[_MODULE]).update(classes)
+    sys.modules.update(homes)
     try:
         yield
     finally:
-        for name in mine:
+        for name in homes:
             sys.modules.pop(name, None)

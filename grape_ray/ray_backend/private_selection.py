@@ -23,7 +23,7 @@ from grape_ray.errors import ConfigError, GrapeRayError
 from grape_ray.ledger.entries import Study
 from grape_ray.ledger.ledger import Ledger
 from grape_ray.ledger.location import RUN_FILE
-from grape_ray.ray_backend.ledger_actor import accountants
+from grape_ray.ray_backend.ledger_client import open_ledgers
 from grape_ray.storage import Storage
 from grape_ray.training.callbacks import RunCallbacks
 from grape_ray.training.planning import plan_run
@@ -95,7 +95,7 @@ def select(sweep: Sweep, at_once: int, say: Callable[[str], None]) -> SweepResul
     assert sweep.sealed is not None
     secret = Storage(sweep.sealed)
     trials = _drawn(sweep, secret)
-    with accountants(sweep):  # the whole cost is durable before the first trial begins
+    with open_ledgers(sweep):  # the whole cost is durable before the first trial begins
         say(
             f"sweep {sweep.name} in {sweep.storage}: the selection is paid for; its trials are"
             " sealed until the winner is known"
@@ -135,7 +135,7 @@ def _drawn(sweep: Sweep, secret: Storage) -> list[Sealed]:
     if not secret.exists(_DRAW):
         if secret.local:
             Path(secret.url).mkdir(parents=True, exist_ok=True, mode=0o700)
-        law = sweep.options.the_law()
+        law = sweep.options.distribution()
         generator: Any = np.random.default_rng(secrets.randbits(256))
         values = [
             {name: _plain(d.sample(random_state=generator)) for name, d in sweep.space.items()}
@@ -162,10 +162,10 @@ def _open_sealed(sweep: Sweep, secret: Storage, trials: Sequence[Sealed]) -> Non
         assert isinstance(paid, Selection)
         cost = price.trial_epsilon(paid)
         for trial in trials:
-            book = Ledger.open(
+            ledger = Ledger.open(
                 secret.child(part).child(trial.name), share.dataset_id, cost, paid.delta
             )
-            book.ensure_study(
+            ledger.ensure_study(
                 Study(trial.name, paid.mechanism, cost, paid.delta, paid.trial_tokens)
             )
 

@@ -1,5 +1,5 @@
-"""How a run on workers is told to end by whoever launched it: a bell that rank 0 listens to, and a
-launcher that rings it.
+"""How whoever launched a run on workers asks it to end: the launcher sets a stop signal, and rank 0
+asks whether it is set.
 """
 
 from __future__ import annotations
@@ -16,65 +16,70 @@ from grape_ray.ray_backend.background import Background
 from grape_ray.training import signals
 from grape_ray.training.progress import Signal
 
-_LOOK_EVERY_S = 0.2
+_POLL_S = 0.2
 _ANSWER_S = 5.0
-_DEAF_S = 10.0  # after which a bell that nobody listens to ends the launch: no worker has begun
+# A stop signal that no worker has read for so long ends the launch: no worker has begun.
+_UNREAD_S = 10.0
 
 
-class Bell:
-    """Rung at most once."""
+class StopSignal:
+    """Set once, by the launcher; runs as an actor."""
 
     def __init__(self) -> None:
-        self._rung = self._heard = False
+        self._set = self._read = False
 
-    def ring(self) -> None:
+    def set(self) -> None:
         """The run is to end."""
-        self._rung = True
+        self._set = True
 
-    def rung(self) -> bool:
-        """Whether it is to end; asked by a worker that trains."""
-        self._heard = self._heard or self._rung
-        return self._rung
+    def is_set(self) -> bool:
+        """Whether the run is to end; asked by a worker that trains."""
+        self._read = self._read or self._set
+        return self._set
 
-    def heard(self) -> bool:
-        """Whether a worker knows it."""
-        return self._heard
+    def was_read(self) -> bool:
+        """Whether a worker knows that the run is to end."""
+        return self._read
 
 
-def hang() -> Any:
-    """A bell, as an actor that takes no CPU; it lives as long as this process or whoever holds
+def make_stop_signal() -> Any:
+    """A StopSignal as an actor that takes no CPU; it lives as long as this process or whoever holds
     it.
     """
-    return cast(Any, ray.remote(Bell)).options(num_cpus=0).remote()
+    return cast(Any, ray.remote(StopSignal)).options(num_cpus=0).remote()
 
 
-def is_rung(bell: Any) -> bool:
-    """Whether the launcher has rung; no, where it cannot be asked."""
+def is_set(stop: Any) -> bool:
+    """Whether the launcher has set the signal; no, where it cannot be asked."""
     with contextlib.suppress(RayError):
-        return bool(ray.get(bell.rung.remote(), timeout=_ANSWER_S))
+        return bool(ray.get(stop.is_set.remote(), timeout=_ANSWER_S))
     return False
 
 
-def until_told(launch: Callable[[], Any], bell: Any) -> bool:
-    """Calls `launch` in another thread and rings the bell when this process is told to end; whether
-    it was.
+def call_until_stopped(launch: Callable[[], Any], stop: Any) -> bool:
+    """Calls `launch` in another thread, and sets the stop signal when this process receives SIGTERM
+    or SIGINT.
+
+    Returns:
+        Whether it was set.
 
     Raises:
         What `launch` raises. KeyboardInterrupt: a second signal.
     """
-    running, rung_s = Background(launch), 0.0
+    running, set_at_s = Background(launch), 0.0
     with signals.installed():
         while running.runs():
-            running.wait(_LOOK_EVERY_S)
-            if not rung_s and signals.received() is Signal.STOP:
-                rung_s = time.monotonic()
-                ray.get(bell.ring.remote(), timeout=_ANSWER_S)
+            running.wait(_POLL_S)
+            if not set_at_s and signals.received() is Signal.STOP:
+                set_at_s = time.monotonic()
+                ray.get(stop.set.remote(), timeout=_ANSWER_S)
             if (
-                rung_s
-                and time.monotonic() - rung_s > _DEAF_S
-                and not ray.get(bell.heard.remote(), timeout=_ANSWER_S)
+                set_at_s
+                and time.monotonic() - set_at_s > _UNREAD_S
+                and not ray.get(stop.was_read.remote(), timeout=_ANSWER_S)
             ):
                 return True
-    if running.error is not None and not rung_s:
+    # Once stopped, how the workers ended is no news: the caller says that the run was interrupted.
+    if running.error is not None and not set_at_s:
         raise running.error
-    return bool(rung_s)
+    return bool(set_at_s)

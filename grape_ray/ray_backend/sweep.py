@@ -12,8 +12,8 @@ from typing import Any
 from grape_ray.config.trust import check_module, check_sweep
 from grape_ray.errors import ConfigError
 from grape_ray.ledger.location import absolute
+from grape_ray.ray_backend.availability import find_cluster
 from grape_ray.ray_backend.cluster import cluster, set_defaults
-from grape_ray.ray_backend.reachability import find_cluster
 from grape_ray.storage import Storage
 from grape_ray.tuning.folder import read
 from grape_ray.tuning.options import SELECT, Options

@@ -8,7 +8,7 @@ from functools import partial
 from grape_ray.config.cautions import Consent
 from grape_ray.config.schema import Config
 from grape_ray.distributed.comms import Comms
-from grape_ray.ray_backend.reachability import reach
+from grape_ray.ray_backend.availability import check_workers
 from grape_ray.training import signals
 from grape_ray.training.callbacks import RunCallbacks
 from grape_ray.training.plan import Plan
@@ -43,7 +43,7 @@ def train(
     plan = plan_run(
         config, run=run, storage=storage, ledger=ledger, key_path=key_path,
         second_ledger=second_ledger, ledger_budget=ledger_budget, consent=consent,
-        with_dry_run=with_dry_run, check_workers=partial(reach, config),
+        with_dry_run=with_dry_run, check_workers=partial(check_workers, config),
     )  # fmt: skip
     return run_plan(plan, on_progress)
 

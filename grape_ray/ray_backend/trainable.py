@@ -20,9 +20,9 @@ from grape_ray import checkpoint
 from grape_ray.distributed.comms import Comms
 from grape_ray.ledger.entries import Study
 from grape_ray.privacy.redaction import withheld
-from grape_ray.ray_backend.ledger_actor import Accountant
+from grape_ray.ray_backend.ledger_client import LedgerActorClient
 from grape_ray.ray_backend.trainer import fit
-from grape_ray.ray_backend.trial_channel import RemoteTalk, Talk
+from grape_ray.ray_backend.trial_channel import RemoteChannel, TrialChannel
 from grape_ray.training.append_log import process_log
 from grape_ray.training.callbacks import RunCallbacks
 from grape_ray.training.plan import Plan
@@ -37,20 +37,20 @@ from grape_ray.tuning.spaces import SweepStudy
 _POINTER = "pointer.json"
 _POLL_S = 0.2
 WORST = -1e30  # finite, so that percentiles over it are, too
-_END_S = 600.0  # how long a run may take to end in good order
+_END_S = 600.0  # how long a run may take to end gracefully
 
 
 @dataclass(frozen=True)
-class Setting:
+class TrialSettings:
     """What all trials of a sweep share; can be sent to any worker.
 
     Attributes:
         sweep: the space's study, its config as every trial begins from it. paid: the study that
             pays for the steps.
         storage: URL of the folder of runs. ledger, key_path: see Plan.
-        book: the accountant of the training records' ledger.
-        score_book: that of private validation records', and scores: what may be said of them; None
-            if they are public.
+        ledger_client: of the training records' ledger.
+        score_client: of the ledger of private validation records, and scores: what may be released
+            about them; None where they are public.
     """
 
     sweep: SweepStudy
@@ -58,8 +58,8 @@ class Setting:
     storage: str
     ledger: str
     key_path: str | None
-    book: Accountant
-    score_book: Accountant | None = None
+    ledger_client: LedgerActorClient
+    score_client: LedgerActorClient | None = None
     scores: Terms | None = None
 
     def plan(self, values: Mapping[str, Any], run: str, origin: tuple[str, str] | None) -> Plan:
@@ -69,36 +69,38 @@ class Setting:
             "key_path": self.key_path,
             "study": self.paid,
             "origin": origin,
+            "scores": self.scores,
         }
-        options["scores"] = self.scores
         return plan_run(self.sweep.with_values(values), run=run, storage=self.storage, **options)
 
 
 @dataclass(frozen=True)
-class Surround:
-    """Makes what stands around a trial's run, in the process of its rank 0."""
+class TrialCallbacks:
+    """Makes the callbacks of a trial's run, on each of its ranks."""
 
-    setting: Setting
-    talk: Talk | RemoteTalk
+    settings: TrialSettings
+    channel: TrialChannel | RemoteChannel
 
     def __call__(self, plan: Plan) -> RunCallbacks:
-        setting, steps = self.setting, process_log(plan.folder(), EXECUTED)
+        settings, steps = self.settings, process_log(plan.folder(), EXECUTED)
 
-        def go_on(progress: Progress) -> bool:
+        def should_continue(progress: Progress) -> bool:
             steps.close()  # durable by now, also on an object store
-            return self.talk.ask({"step": progress.step, "metrics": dict(progress.metrics)})
+            return self.channel.ask({"step": progress.step, "metrics": dict(progress.metrics)})
 
         def on_step(step: int) -> None:
             steps.line(str(step))
 
-        around = RunCallbacks(
-            open_ledger=lambda plan: setting.book,
+        callbacks = RunCallbacks(
+            open_ledger=lambda plan: settings.ledger_client,
             on_step=on_step,
-            should_continue=go_on,
+            should_continue=should_continue,
             on_end=steps.close,
         )
-        book = setting.score_book
-        return around if book is None else replace(around, open_score_ledger=lambda plan: book)
+        scores = settings.score_client
+        if scores is None:
+            return callbacks
+        return replace(callbacks, open_score_ledger=lambda plan: scores)
 
 
 class Trial(tune.Trainable):
@@ -106,28 +108,30 @@ class Trial(tune.Trainable):
     has launched.
     """
 
-    def setup(self, config: dict[str, Any], setting: Setting) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        self._setting = setting
-        self._begin_anew(config)
+    def setup(self, config: dict[str, Any], settings: TrialSettings) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self._settings = settings
+        self._begin(config)
 
     def step(self) -> dict[str, Any]:
         """Lets the run go on to its next evaluation, or to its end."""
         if self._thread is None:
             self._start()
         else:
-            self._talk.answer(True)
+            self._channel.answer(True)
         assert self._thread is not None
         while True:
             alive = self._thread.is_alive()
-            report = self._talk.next(_POLL_S)
+            report = self._channel.next(_POLL_S)
             if report is not None:
-                return self._told(report, done=False)
+                return self._tune_result(report, done=False)
             if not alive:
                 break
         if self._error is not None:
             raise self._error
         assert self._result is not None
-        return self._told({"step": self._result.steps, "metrics": self._result.metrics}, done=True)
+        return self._tune_result(
+            {"step": self._result.steps, "metrics": self._result.metrics}, done=True
+        )
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """A pointer to the run's newest checkpoint, which itself stays where it is; JSON, because
@@ -148,58 +152,59 @@ class Trial(tune.Trainable):
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self._finish()
-        self._begin_anew(new_config)
+        self._begin(new_config)
         return True
 
     def cleanup(self) -> None:
         self._finish()
 
-    def _begin_anew(self, values: Mapping[str, Any]) -> None:
+    def _begin(self, values: Mapping[str, Any]) -> None:
         self._values, self._pointer, self._last_step = dict(values), None, 0
         self._thread: threading.Thread | None = None
-        self._talk: Talk | RemoteTalk = Talk()
+        self._channel: TrialChannel | RemoteChannel = TrialChannel()
         self._result: RunResult | None = None
         self._metrics: dict[str, float] = {}
         self._error: BaseException | None = None
 
     def _start(self) -> None:
         run, origin = _run_of(self.trial_id, self._values, self._pointer)
-        self._plan = self._setting.plan(self._values, run, origin)
+        self._plan = self._settings.plan(self._values, run, origin)
         self._reports = process_log(self._plan.folder(), REPORTS)
         if self._plan.config.performance.num_workers:
-            self._talk = RemoteTalk()
+            self._channel = RemoteChannel()
+        make_callbacks = TrialCallbacks(self._settings, self._channel)
         self._thread = threading.Thread(
-            target=self._run, args=(self._plan, Surround(self._setting, self._talk)), daemon=True
+            target=self._run, args=(self._plan, make_callbacks), daemon=True
         )
         self._thread.start()
 
-    def _run(self, plan: Plan, surround: Surround) -> None:
+    def _run(self, plan: Plan, make_callbacks: TrialCallbacks) -> None:
         """The run, in its thread."""
         try:
             if plan.config.performance.num_workers:
-                self._result = fit(plan, make_callbacks=surround)
+                self._result = fit(plan, make_callbacks=make_callbacks)
             else:
-                self._result = execute(plan, Comms.local(), surround(plan))
+                self._result = execute(plan, Comms.local(), make_callbacks(plan))
         except BaseException as error:  # Ray Tune keeps it in error.txt and error.pkl
             self._error = error if plan.public else withheld(error)
 
-    def _told(self, report: dict[str, Any], done: bool) -> dict[str, Any]:
+    def _tune_result(self, report: dict[str, Any], done: bool) -> dict[str, Any]:
         """Ray Tune's result, which is kept beside the run, too. Where no score could be paid for,
         the last one stands.
         """
         self._last_step, self._metrics = report["step"], report["metrics"] or self._metrics
         facts = {"step": report["step"], **self._metrics, "run": self._plan.run}
         self._reports.line(json.dumps({**facts, "time": time.time(), "done": done}))
-        metric = self._setting.sweep.metric
+        metric = self._settings.sweep.metric
         return {**facts, metric: comparable(self._metrics.get(metric, 0.0)), "done": done}
 
     def _finish(self) -> None:
-        """Ends the run in good order, so that what never started is given back."""
+        """Ends the run gracefully, so that what never started is given back."""
         if self._thread is None:
             return
         if self._thread.is_alive():
-            self._talk.answer(False)
-            self._talk.close()
+            self._channel.answer(False)
+            self._channel.close()
         self._thread.join(_END_S)
         self._reports.close()
 

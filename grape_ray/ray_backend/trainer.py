@@ -53,17 +53,17 @@ def fit(
     from ray.exceptions import RayError
     from ray.train.torch import TorchTrainer
 
-    from grape_ray.ray_backend.preemption import Listening
-    from grape_ray.ray_backend.stop_signal import hang, until_told
+    from grape_ray.ray_backend.preemption import SignalTorchConfig
+    from grape_ray.ray_backend.stop_signal import call_until_stopped, make_stop_signal
 
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     plan.folder().remove(RESULT_FILE)
     fewest, most = performance.workers
     with cluster(most), _watching(plan, on_progress):
-        bell = hang()
+        stop = make_stop_signal()
         trainer = TorchTrainer(
-            lambda: worker(plan, bell, make_callbacks),
-            torch_config=Listening(backend="nccl" if performance.use_gpu else "gloo"),
+            lambda: worker(plan, stop, make_callbacks),
+            torch_config=SignalTorchConfig(backend="nccl" if performance.use_gpu else "gloo"),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=most if fewest == most else (fewest, most),
                 use_gpu=performance.use_gpu,
@@ -86,7 +86,7 @@ def fit(
         )
         try:
             launch = partial(_launch, plan, trainer.fit)
-            if until_told(launch, bell) and not plan.folder().exists(RESULT_FILE):
+            if call_until_stopped(launch, stop) and not plan.folder().exists(RESULT_FILE):
                 raise interrupted(
                     plan,
                     max(
@@ -105,32 +105,32 @@ def fit(
 
 
 def _launch(plan: Plan, fit: Callable[[], Any]) -> None:
-    """Runs the workers to their end; a range of them for as long as there is room for the
-    fewest.
+    """Runs the workers to their end; a range of them for as long as the cluster has capacity for
+    the fewest.
     """
-    from grape_ray.ray_backend.capacity import while_there_is_room
+    from grape_ray.ray_backend.capacity import call_within_capacity
 
     performance = plan.config.performance
     fewest, most = performance.workers
     if fewest == most:
         fit()
-    elif not while_there_is_room(fit, fewest, performance.use_gpu, performance.start_timeout_s):
-        raise _too_small(plan, "fewer for too long")
+    elif not call_within_capacity(fit, fewest, performance.use_gpu, performance.start_timeout_s):
+        raise _too_small(plan, "too few for too long")
 
 
 def worker(
-    plan: Plan, bell: Any, make_callbacks: Callable[[Plan], RunCallbacks] | None = None
+    plan: Plan, stop: Any, make_callbacks: Callable[[Plan], RunCallbacks] | None = None
 ) -> None:
     """One rank, inside a Ray Train worker. What it raises, Ray writes into logs."""
-    told(lambda: _work(plan, bell, make_callbacks), plan.public)
+    told(lambda: _work(plan, stop, make_callbacks), plan.public)
 
 
-def _work(plan: Plan, bell: Any, make_callbacks: Callable[[Plan], RunCallbacks] | None) -> None:
+def _work(plan: Plan, stop: Any, make_callbacks: Callable[[Plan], RunCallbacks] | None) -> None:
     import ray.train
     from ray.train.torch import get_device
 
     from grape_ray.ray_backend.metrics import Gauges
-    from grape_ray.ray_backend.preemption import Notices
+    from grape_ray.ray_backend.preemption import PreemptionWatcher
 
     def report(name: str, metadata: Mapping[str, Any]) -> None:
         """Tells Ray's callbacks of a checkpoint, which stays where it is: a report for each step
@@ -145,19 +145,20 @@ def _work(plan: Plan, bell: Any, make_callbacks: Callable[[Plan], RunCallbacks] 
         )
 
     comms = Comms.distributed()
-    listening = Notices(comms, bell)
+    watcher = PreemptionWatcher(comms, stop)
     callbacks = replace(
         make_callbacks(plan) if make_callbacks else RunCallbacks(),
         on_checkpoint=report,
-        agree_on_signal=listening,
+        agree_on_signal=watcher,
         on_gauges=Gauges(plan.run),
     )
     device = get_device() if plan.config.performance.use_gpu else None
     try:
         execute(plan, comms, callbacks, device)
     except Interrupted:
-        # by a machine's end: another attempt goes on elsewhere
-        if not comms.broadcast_object(listening.stopped):
+        # Only the launcher's stop ends the run. After SIGTERM to one worker the attempt must fail,
+        # so that Ray begins another one elsewhere.
+        if not comms.broadcast_object(watcher.stopped):
             raise
 
 

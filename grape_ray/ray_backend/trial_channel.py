@@ -1,6 +1,4 @@
-"""Question and answer between a run and the trial that watches it: the run reports a score and
-waits to hear whether it goes on.
-"""
+"""A channel between a trial and its run, which reports a score and waits for whether it goes on."""
 
 from __future__ import annotations
 
@@ -13,19 +11,19 @@ import ray
 Report = dict[str, Any]
 
 
-class Talk:
-    """Between a run in a thread and the trial of the same process; safe to call from any thread."""
+class TrialChannel:
+    """Between a trial and a run in a thread of the same process; safe to call from any thread."""
 
     def __init__(self) -> None:
         self._reports: queue.Queue[tuple[Report, queue.Queue[bool]]] = queue.Queue()
-        self._asker: queue.Queue[bool] | None = None
-        self._over = threading.Event()
+        self._answers_to: queue.Queue[bool] | None = None
+        self._closed = threading.Event()
 
     def ask(self, report: Report) -> bool:
-        """Hands a report over, and waits for whether more steps are wanted."""
+        """Sends a report, and waits for whether more steps are wanted."""
         answer: queue.Queue[bool] = queue.Queue(1)
         self._reports.put((report, answer))
-        while not self._over.is_set():
+        while not self._closed.is_set():
             try:
                 return answer.get(timeout=0.2)
             except queue.Empty:
@@ -35,62 +33,63 @@ class Talk:
     def next(self, timeout_s: float) -> Report | None:
         """The next report, or None where there is none in time."""
         try:
-            report, self._asker = self._reports.get(timeout=timeout_s)
+            report, self._answers_to = self._reports.get(timeout=timeout_s)
         except queue.Empty:
             return None
         return report
 
-    def answer(self, go_on: bool) -> None:
-        """Answers the last report; without one nothing happens. An asker that died meanwhile hears
-        nothing, and takes no other's answer.
+    def answer(self, more: bool) -> None:
+        """Answers the last report; without one nothing happens.
+
+        Each report has a queue of its own for the answer, so the answer to a worker that died
+        meanwhile reaches nobody else.
         """
-        if self._asker is not None:
-            self._asker.put(go_on)
-            self._asker = None
+        if self._answers_to is not None:
+            self._answers_to.put(more)
+            self._answers_to = None
 
     def close(self) -> None:
         """Answers no to whoever asks, now and later."""
-        self._over.set()
+        self._closed.set()
 
 
-class RemoteTalk:
-    """The same, between a run on Ray Train workers and the trial that launched them."""
+class RemoteChannel:
+    """The same between a trial and the Ray Train workers that it launched, through an actor."""
 
     def __init__(self) -> None:
-        # Asking blocks a thread of the actor for as long as the trial thinks; askers that died are
-        # few.
-        actor: Any = ray.remote(Talk)
-        self._desk: Any = actor.options(num_cpus=0, max_concurrency=16).remote()
+        # Each waiting call holds a thread of the actor; calls of workers that died do, too.
+        actor: Any = ray.remote(TrialChannel)
+        self._actor: Any = actor.options(num_cpus=0, max_concurrency=16).remote()
         self._pending: Any = None
 
     def ask(self, report: Report) -> bool:
-        """See Talk.ask; called on the worker of rank 0."""
-        return ray.get(self._desk.ask.remote(report))
+        """See TrialChannel.ask; called on the worker of rank 0."""
+        return ray.get(self._actor.ask.remote(report))
 
     def next(self, timeout_s: float) -> Report | None:
-        """See Talk.next."""
-        self._pending = self._pending or self._desk.next.remote(timeout_s)
+        """See TrialChannel.next."""
+        self._pending = self._pending or self._actor.next.remote(timeout_s)
         ready, _ = ray.wait([self._pending], timeout=timeout_s + 1)
-        if not ready:
+        if not ready:  # the same call is waited for next time: it may hold a report
             return None
         found: Any = ray.get(self._pending)
         self._pending = None
         return found
 
-    def answer(self, go_on: bool) -> None:
-        """See Talk.answer."""
-        ray.get(self._desk.answer.remote(go_on))
+    def answer(self, more: bool) -> None:
+        """See TrialChannel.answer."""
+        ray.get(self._actor.answer.remote(more))
 
     def close(self) -> None:
-        """See Talk.close."""
-        ray.get(self._desk.close.remote())
+        """See TrialChannel.close."""
+        ray.get(self._actor.close.remote())
 
     def __reduce__(self) -> Any:
-        return _remote, (self._desk,)
+        return _remote, (self._actor,)
 
 
-def _remote(desk: Any) -> RemoteTalk:
-    """The same talk in another process."""
-    talk = object.__new__(RemoteTalk)
-    talk._desk, talk._pending = desk, None
-    return talk
+def _remote(actor: Any) -> RemoteChannel:
+    """The same channel in another process."""
+    channel = object.__new__(RemoteChannel)
+    channel._actor, channel._pending = actor, None
+    return channel

@@ -15,10 +15,10 @@ from ray import tune
 from grape_ray.errors import ConfigError, GrapeRayError
 from grape_ray.ledger.entries import Study
 from grape_ray.privacy.redaction import text_of
-from grape_ray.ray_backend.ledger_actor import accountants
+from grape_ray.ray_backend.ledger_client import open_ledgers
 from grape_ray.ray_backend.old_homes import old_homes
 from grape_ray.ray_backend.searcher import scheduler, search
-from grape_ray.ray_backend.trainable import WORST, Setting, Trial
+from grape_ray.ray_backend.trainable import WORST, Trial, TrialSettings
 from grape_ray.tuning import results
 from grape_ray.tuning.folder import RUNS, TUNE
 from grape_ray.tuning.options import Options
@@ -45,26 +45,26 @@ def compose(sweep: Sweep, concurrent: int, say: Callable[[str], None]) -> SweepR
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    with accountants(sweep) as (book, score_book):
+    with open_ledgers(sweep) as (ledger, score_ledger):
         paid = sweep.steps.paid
         assert isinstance(paid, Study)
         runs = f"{sweep.folder().url}/{RUNS}"
-        setting = Setting(
+        settings = TrialSettings(
             sweep.study,
             paid,
             runs,
             sweep.steps.ledger,
             sweep.options.key_path,
-            book,
-            score_book,
+            ledger,
+            score_ledger,
             sweep.terms(),
         )
         say(
             f"sweep {sweep.name} in {sweep.storage}: {paid.tokens} step tokens, noise multiplier"
             f" {paid.mechanism.noise_multiplier:.4g}"
         )
-        _Teller.say = staticmethod(say)
-        _check(_tuner(sweep, setting, concurrent).fit(), say)
+        TrialProgress.say = staticmethod(say)
+        _check(_tuner(sweep, settings, concurrent).fit(), say)
     result = results.composed(sweep)
     results.save(sweep.folder(), result)
     return result
@@ -109,7 +109,7 @@ def _check(trials: tune.ResultGrid, say: Callable[[str], None]) -> None:
         )
 
 
-def _tuner(sweep: Sweep, setting: Setting, concurrent: int) -> tune.Tuner:
+def _tuner(sweep: Sweep, settings: TrialSettings, concurrent: int) -> tune.Tuner:
     """The tuner, new or as it was when it was killed."""
     performance, options = sweep.study.config.performance, sweep.options
     # With workers the trial itself only launches and watches, on the head node; a whole CPU for it
@@ -117,10 +117,10 @@ def _tuner(sweep: Sweep, setting: Setting, concurrent: int) -> tune.Tuner:
     need: dict[str, float] = (
         {_HEAD: 0.001} if performance.num_workers else {"GPU" if performance.use_gpu else "CPU": 1}
     )
-    trainable = tune.with_resources(tune.with_parameters(Trial, setting=setting), need)
+    trainable = tune.with_resources(tune.with_parameters(Trial, settings=settings), need)
     path = f"{sweep.folder().url}/{TUNE}"
     if sweep.existing and tune.Tuner.can_restore(path):
-        with old_homes(_Teller=_Teller):
+        with old_homes(_Teller=TrialProgress):
             return tune.Tuner.restore(
                 path, trainable=trainable, resume_unfinished=True, resume_errored=True
             )
@@ -140,15 +140,17 @@ def _tuner(sweep: Sweep, setting: Setting, concurrent: int) -> tune.Tuner:
             name=TUNE,
             storage_path=sweep.folder().url,
             failure_config=tune.FailureConfig(max_failures=_MAX_FAILURES),
-            callbacks=[_Teller(sweep.study.metric)],
+            callbacks=[TrialProgress(sweep.study.metric)],
             verbose=0,
         ),
     )
 
 
-class _Teller(tune.Callback):
-    """One line a report. What it speaks through is of this process, and is not kept with the
-    sweep's state.
+class TrialProgress(tune.Callback):
+    """Says one line a report.
+
+    Ray Tune pickles its callbacks with the sweep's state, and a stream cannot be pickled: `say` is
+    therefore an attribute of the class, set by each process that runs the sweep.
     """
 
     say: Callable[[str], None] = staticmethod(lambda text: None)
@@ -160,7 +162,7 @@ class _Teller(tune.Callback):
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         score = result[self._metric]
-        _Teller.say(
+        TrialProgress.say(
             f"trial {trial.trial_id}  step {result['step']}  {self._metric}"
             f" {f'{score:.4f}' if score > WORST else 'not finite'}"
         )

@@ -16,7 +16,7 @@ from grape_ray.errors import ConfigError, nearest
 COMPOSE, SELECT = "compose", "select"
 SCHEDULERS = ("asha", "median", "pbt", "none")
 SEARCHES = ("random", "optuna")
-LAWS = {
+DISTRIBUTIONS = {
     "logarithmic": (NEGATIVE_BINOMIAL, 0.0),
     "geometric": (NEGATIVE_BINOMIAL, 1.0),
     "poisson": (POISSON, 0.0),
@@ -74,7 +74,7 @@ class Options:
             ("mode", (COMPOSE, SELECT)),
             ("scheduler", SCHEDULERS),
             ("search", SEARCHES),
-            ("law", tuple(LAWS)),
+            ("law", tuple(DISTRIBUTIONS)),
         ):
             if getattr(self, name) not in known:
                 raise ConfigError(
@@ -113,9 +113,9 @@ class Options:
         if self.mode == SELECT:
             self._check_select()
 
-    def the_law(self) -> Law:
+    def distribution(self) -> Law:
         """The law of the number of trials in mode select."""
-        name, shape = LAWS[self.law]
+        name, shape = DISTRIBUTIONS[self.law]
         return Law(name, float(self.trials), shape)
 
     def as_json(self) -> dict[str, Any]:
@@ -143,7 +143,7 @@ class Options:
             )
         if self.tokens is not None:
             self._refuse("--tokens", "the whole selection is paid for at once", "nothing")
-        self.the_law()
+        self.distribution()
 
     @staticmethod
     def _refuse(what: str, reason: str, expected: str) -> None:

@@ -218,7 +218,7 @@ def _steps(
     paid: Study | Selection
     if options.mode == SELECT:
         paid = price.select(
-            study, name, sampling_prob, privacy.epsilon, privacy.delta, options.the_law()
+            study, name, sampling_prob, privacy.epsilon, privacy.delta, options.distribution()
         )
     else:
         tokens = options.tokens or price.planned_tokens(study, options.trials, options.scheduler)
@@ -253,7 +253,7 @@ def _scores(
             study, name, price.planned_scores(study, paid.tokens, options.trials)
         )
     else:
-        price_of = price.select_scores(study, name, options.the_law())
+        price_of = price.select_scores(study, name, options.distribution())
     budget = (study.score_epsilon, study.score_delta)
     place = ledger_place(options.score_ledger, records[0], False, storage, name)
     return BudgetShare(

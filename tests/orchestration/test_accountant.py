@@ -28,9 +28,9 @@ def url(tmp_path):
 
 @pytest.fixture
 def accountant(url, ray_cluster):
-    from grape_ray.ray_backend.ledger_actor import Accountant
+    from grape_ray.ray_backend.ledger_client import LedgerActorClient
 
-    found = Accountant.start(url, beat_s=0.2)
+    found = LedgerActorClient.start(url, beat_s=0.2)
     found.ensure_study(STUDY)
     yield found
     found.release()
@@ -137,15 +137,15 @@ def test_metrics_show_what_is_left(accountant):
 
 @pytest.mark.ray
 def test_another_clusters_ledger_is_refused_while_that_cluster_lives(url, ray_cluster):
-    from grape_ray.ray_backend.ledger_actor import Accountant
+    from grape_ray.ray_backend.ledger_client import LedgerActorClient
 
     other = Claim(Storage(url), "another cluster", beat_s=0.2)
     other.take()
     with pytest.raises(LedgerError, match="another cluster holds the ledger"):
-        Accountant.start(url, beat_s=0.2)
+        LedgerActorClient.start(url, beat_s=0.2)
     other.release()
     assert not Path(url, CLAIM_FILE).exists()
-    mine = Accountant.start(url, beat_s=0.2)
+    mine = LedgerActorClient.start(url, beat_s=0.2)
     mine.ensure_study(STUDY)
     with pytest.raises(LedgerError, match=f"process {holder(url)} on"):
         Claim(Storage(url), "another cluster", beat_s=0.4).take()

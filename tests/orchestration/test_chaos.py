@@ -21,7 +21,7 @@ from grape_ray.tuning import folder
 pytestmark = pytest.mark.ray
 REPOSITORY = Path(__file__).parents[2]
 CHUNK = 3  # of tests.tiny_space
-TITLES = {"accountant": "ray::_Desk", "trial": "ray::Trial", "worker": "ray::RayTrainWorker"}
+TITLES = {"accountant": "ray::LedgerActor", "trial": "ray::Trial", "worker": "ray::RayTrainWorker"}
 
 
 class Prey:

@@ -35,19 +35,19 @@ def test_a_run_for_which_there_is_never_room_is_given_up(monkeypatch):
         threading.Event(),
         [{"Alive": True, "Resources": {"CPU": 1.0}}, {"Alive": False, "Resources": {"CPU": 8.0}}],
     )
-    monkeypatch.setattr(capacity, "_LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(capacity, "_POLL_S", 0.02)
     monkeypatch.setattr("ray.nodes", lambda: nodes)
     began = time.monotonic()
     assert capacity.workers_that_fit(False) == 1
     assert capacity.workers_that_fit(True) == 0
-    assert not capacity.while_there_is_room(over.wait, 2, False, 0.2)
+    assert not capacity.call_within_capacity(over.wait, 2, False, 0.2)
     assert 0.2 < time.monotonic() - began < 5
     over.set()
-    assert capacity.while_there_is_room(over.wait, 2, False, 0.2)  # it ended in time
+    assert capacity.call_within_capacity(over.wait, 2, False, 0.2)  # it ended in time
     nodes[1]["Alive"] = True
-    assert capacity.while_there_is_room(lambda: time.sleep(0.5), 2, False, 0.2)
+    assert capacity.call_within_capacity(lambda: time.sleep(0.5), 2, False, 0.2)
     with pytest.raises(ValueError, match="its own"):
-        capacity.while_there_is_room(lambda: int("its own"), 2, False, 0.2)
+        capacity.call_within_capacity(lambda: int("its own"), 2, False, 0.2)
 
 
 @pytest.fixture

@@ -111,12 +111,12 @@ def test_private_scores_of_other_validation_records_are_refused(shared, tmp_path
 
 
 @pytest.mark.ray
-def test_the_accountant_refuses_other_records(shared):
-    accountants = pytest.importorskip("grape_ray.ray_backend.ledger_actor")
-    desk = accountants._Desk(shared[1]["ledger"], "c", 0.1)
+def test_the_ledger_actor_refuses_other_records(shared):
+    actors = pytest.importorskip("grape_ray.ray_backend.ledger_actor")
+    actor = actors.LedgerActor(shared[1]["ledger"], "c", 0.1)
     try:
         for call in (("begin_attempt", "s", "r", "id"), ("charge", "s", "r", 1, 0, 1)):
             with pytest.raises(LedgerError, match="of another dataset"):
-                desk.call(*call, dataset_id="another")
+                actor.call(*call, dataset_id="another")
     finally:
-        desk._claim.release()
+        actor._claim.release()

@@ -1,4 +1,4 @@
-"""Whether the workers of a run can be had, asked before anything is paid for."""
+"""Whether the workers of a run are available, checked before anything is paid for."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _PROBE = (
 )
 _OF_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # with it a probe would pass for the job's own driver
 _MOST_S = 60.0
-# processes that any machine holds, and those that it holds for each of its cores
+# processes that any machine may hold, or so many a core where that is more
 _FEW, _A_CORE = 32, 4
 
 
-def reach(config: Config) -> None:
-    """Looks for the workers of a run.
+def check_workers(config: Config) -> None:
+    """Checks that a cluster, or this machine, can give a run its workers.
 
     Raises:
         ConfigError: see `find_cluster`, or this machine has too few GPUs or cores.
