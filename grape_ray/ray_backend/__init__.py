@@ -1,1 +1,1 @@
-"""Where runs meet Ray: the only folder that imports it."""
+"""Runs and sweeps on Ray: the only room that imports it."""

@@ -129,17 +129,17 @@ def select(sweep: Sweep, at_once: int, say: Callable[[str], None]) -> SweepResul
 
 
 def _drawn(sweep: Sweep, secret: Storage) -> list[Sealed]:
-    """The trials of this sweep, drawn once: their number from the law that is paid for, their
-    values from the space.
+    """The trials of this sweep, drawn once: their number from the distribution that is paid
+    for, their values from the space.
     """
     if not secret.exists(_DRAW):
         if secret.local:
             Path(secret.url).mkdir(parents=True, exist_ok=True, mode=0o700)
-        law = sweep.options.distribution()
+        count = sweep.options.distribution()
         generator: Any = np.random.default_rng(secrets.randbits(256))
         values = [
             {name: _plain(d.sample(random_state=generator)) for name, d in sweep.space.items()}
-            for _ in range(law.draw())
+            for _ in range(count.draw())
         ]
         secret.create(
             _DRAW,
@@ -205,7 +205,7 @@ def _train(study: SweepStudy, parts: _Parts, trials: Sequence[Sealed]) -> None:
 
 
 def _terms(study: SweepStudy, ledger: str, name: str) -> Terms:
-    """What a sealed trial may say of private validation records."""
+    """What a sealed trial may release about private validation records."""
     paid = Ledger.open(ledger, create=False).state.study(name).study
     return Terms(study.metric, paid.mechanism.noise_multiplier, ledger, name)
 

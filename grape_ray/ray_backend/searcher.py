@@ -1,4 +1,4 @@
-"""Who proposes the trials of a sweep and who stops them, in Ray Tune's words."""
+"""Ray Tune's search algorithm and scheduler of a sweep: who proposes trials and who stops them."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def check_domains(space: Mapping[str, Any], study: SweepStudy) -> None:
             )
     if "method.name" in space:
         check_methods(study.config.method.name, space["method.name"].categories)
-    for name in space:  # a value of a wrong type or range is told now, not by the first trial
+    for name in space:  # a value of a wrong type or range is refused now, not by the first trial
         study.with_values({name: space[name].sample()})
 
 
 def scheduler(options: Options, space: Mapping[str, Any], study: SweepStudy) -> TrialScheduler:
-    """Who stops trials, or goes on from others'. Raises ConfigError for a space in which it has
-    nothing to do.
+    """Who stops trials, or continues one from another's checkpoint. Raises ConfigError for a space
+    in which it has nothing to do.
     """
     kind = options.scheduler
     every, steps = study.config.performance.eval_every, study.config.privacy.steps

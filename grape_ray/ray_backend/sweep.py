@@ -1,6 +1,4 @@
-"""A sweep from its words to its result: checked and priced, then run on a cluster in either
-mode.
-"""
+"""A sweep from its options to its result: checked and priced, then run on a cluster in its mode."""
 
 from __future__ import annotations
 
@@ -26,8 +24,8 @@ def run(options: Options, say: Callable[[str], None], name: str | None = None) -
     """Runs a new sweep to its end.
 
     Raises:
-        GrapeRayError: one of its kinds for whatever is wrong; whatever could be told beforehand was
-            told before any work.
+        GrapeRayError: one of its kinds for whatever is wrong; what can be checked beforehand is
+            checked before any work.
     """
     return _run(options, say, name, None)
 
@@ -40,13 +38,13 @@ def resume(
     trust: Iterable[str] = (),
     trust_state: bool = False,
 ) -> SweepResult:
-    """Goes on with a sweep that was cut off; what it was charged stays charged.
+    """Continues a sweep that was cut off; what it was charged stays charged.
 
     Args:
-        asked: options that were given anew; they must be those that it was begun with.
+        asked: options that are given again; they must be those that it was begun with.
         trust: modules that the sweep's description may have imported for its tune space, beside
             this project's own and `asked`.
-        trust_state: go by the sweep's description, and load Ray Tune's state (pickles), also where
+        trust_state: trust the sweep's description, and load Ray Tune's state (pickles), also where
             this user did not begin the sweep.
     """
     described = read(Storage(absolute(storage)).child(name))
@@ -89,7 +87,7 @@ def _run(
     if options.mode == SELECT:
         private_selection.check_draw(sweep)
     with cluster(1, dashboard=study.config.performance.workers[1] > 0):
-        # a cluster that is too small is told before anything is registered
+        # a cluster that is too small is refused before anything is registered
         at_once = tuner.concurrency(study, options)
         sweep.register()
         run_mode = private_selection.select if options.mode == SELECT else tuner.compose

@@ -35,7 +35,7 @@ def train(
     `grape_ray.training.plan.prepare`.
 
     Args:
-        on_progress: told (progress, epsilon spent) as the run goes on.
+        on_progress: see RunCallbacks.
 
     Raises:
         GrapeRayError: one of its kinds for whatever is wrong.

@@ -1,5 +1,5 @@
 """A trial of a sweep as Ray Tune sees it: a run that advances from one evaluation to the next, and
-ends cleanly when told to.
+ends gracefully when it is stopped.
 """
 
 from __future__ import annotations

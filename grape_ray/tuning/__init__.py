@@ -1,4 +1,4 @@
-"""What a sweep is, what it costs and what it leaves behind; knows no Ray."""
+"""Sweeps without Ray: tune spaces, prices, results and the page."""
 
 from grape_ray.tuning.spaces import SweepStudy
 

@@ -1,10 +1,8 @@
-"""What a sweep was asked for, and the combinations that are refused by name before anything is
-done.
-"""
+"""The options of a sweep, and the combinations of them that are refused."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from grape_ray.accounting.mechanism import check_delta, check_epsilon
@@ -25,13 +23,14 @@ DISTRIBUTIONS = {
 
 @dataclass(frozen=True)
 class Options:
-    """The words of `grape-ray tune`.
+    """The options of `grape-ray tune`.
 
     Attributes:
         space: module of the tune space. assignments: overrides of its default run.
         mode: `compose` (every step of every trial is paid for) or `select` (private selection: the
             winner alone is released).
-        trials: how many; in mode select the mean of their secret number, drawn from `law`.
+        trials: how many; in mode select the mean of their secret number. law: the distribution
+            that this number is drawn from (one of DISTRIBUTIONS).
         scheduler, search: who stops trials, who proposes them. seed: of the proposals; None draws
             one.
         epsilon, delta: the sweep's share of the dataset's budget; None takes the space's.
@@ -41,10 +40,10 @@ class Options:
         ledger_epsilon, ledger_delta: the dataset's whole budget, where its ledger is made; None
             makes it the sweep's.
         key_path: file of the master key. concurrent: trials at a time; None is as many as fit.
-        second_ledger: whether records that are known to have a ledger may get another one.
-        allow_large_delta: whether delta may be one over the number of records or more.
         sealed: folder for what must stay secret in mode select; None is one of the user's own,
             where storage is local.
+        second_ledger: whether records that are known to have a ledger may get another one.
+        allow_large_delta: whether delta may be one over the number of records or more.
     """
 
     space: str
@@ -65,7 +64,7 @@ class Options:
     ledger_delta: float | None = None
     key_path: str | None = None
     concurrent: int | None = None
-    sealed: str | None = field(default=None)
+    sealed: str | None = None
     second_ledger: bool = False
     allow_large_delta: bool = False
 
@@ -114,7 +113,7 @@ class Options:
             self._check_select()
 
     def distribution(self) -> Law:
-        """The law of the number of trials in mode select."""
+        """The distribution of the number of trials in mode select."""
         name, shape = DISTRIBUTIONS[self.law]
         return Law(name, float(self.trials), shape)
 

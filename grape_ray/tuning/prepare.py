@@ -1,4 +1,4 @@
-"""A sweep that is checked and priced whole before any work: bad input costs nothing and leaves
+"""A sweep is checked and priced before any work, so that bad input costs nothing and leaves
 nothing.
 """
 
@@ -98,7 +98,7 @@ def prepare(
 def resume(
     described: dict[str, Any], options: Options, space: dict[str, Any], study: SweepStudy
 ) -> Sweep:
-    """A sweep as it was begun, to be gone on with; its price is what was registered."""
+    """A sweep to continue as it was begun; its price is what was registered."""
     name, task = described["sweep"], study.config.task
     steps = _known(described, options.mode, task, lambda data: data.identity)
     scores = described["scores"] and _known(

@@ -20,7 +20,7 @@ _ASYNCHRONOUS = 1.5
 
 def planned_tokens(study: SweepStudy, trials: int, scheduler: str) -> int:
     """Steps that a sweep is expected to take at most, spare steps included; trials that find no
-    token left end in good order.
+    token left end gracefully.
 
     With `asha` that is successive halving's number, half as many again for its asynchrony;
     otherwise every trial in full.

@@ -19,7 +19,7 @@ PUBLIC, PRIVATE = "public", "private"
 _RETURNS = "space() -> a dict of domains, not empty, and study() -> SweepStudy"
 _LIKE = "see tune_spaces/digits.py for one"
 
-# Fields that no trial may vary, each with the reason that is told.
+# Fields that no trial may vary, each with the reason that the error gives.
 FROZEN = {
     "privacy.epsilon": "it is the study's share of the budget",
     "privacy.delta": "it is the study's share of the budget",
@@ -45,9 +45,9 @@ class SweepStudy:
     """What the trials of a sweep have in common.
 
     Attributes:
-        config: the default run; its privacy.epsilon and delta are the sweep's unless told
-            otherwise, privacy.steps those of a full trial, performance.eval_every the distance of
-            the points at which trials are compared.
+        config: the default run; its privacy.epsilon and delta are the sweep's unless it is
+            given others, privacy.steps those of a full trial; trials are compared every
+            performance.eval_every steps.
         tunable: names of the fields that the space may vary, such as `method.rank`.
         score_source: `public`: the task's validation records are public, and metrics on them are
             free; `private`: they are not, so the score alone is released, noised and charged to the
@@ -88,7 +88,7 @@ class SweepStudy:
                 "method.name of a tune space",
                 self.config.method.name,
                 "a private method",
-                "the yardstick is not for sweeps",
+                "the non-private baseline is not for sweeps",
             )
         check_names(self.tunable, self.tunable)
 

@@ -58,11 +58,11 @@ class BudgetShare:
     def open(self) -> None:
         """Makes the ledger where there is none."""
         existing = Storage(self.ledger).exists(entry_name(0))
-        book = Ledger.open(
+        ledger = Ledger.open(
             self.ledger, self.dataset_id, *((None, None) if existing else self.budget)
         )
         if not self.public and self.identity:
-            registry.register(self.identity, self.ledger, book.ledger_id, self.dataset)
+            registry.register(self.identity, self.ledger, ledger.ledger_id, self.dataset)
 
     def described(self) -> dict[str, Any]:
         """The share as the sweep's description keeps it: without the fingerprint of the records,
@@ -99,7 +99,7 @@ class Sweep:
         return Storage(self.storage).child(self.name)
 
     def terms(self) -> Terms | None:
-        """What may be said of private validation records; None where they are public."""
+        """What may be released about private validation records; None where they are public."""
         if self.scores is None:
             return None
         return Terms(

@@ -67,24 +67,24 @@ def _row(
             node = node["fields"][part] if part not in node and "fields" in node else node[part]
         values[name] = node
     metric = sweep["metric"]
-    told = sorted(
+    reported = sorted(
         (json.loads(line) for line in lines(run_folder, REPORTS)), key=lambda report: report["time"]
     )
     scores = [
-        (report["time"], report["step"], report[metric]) for report in told if metric in report
+        (report["time"], report["step"], report[metric]) for report in reported if metric in report
     ]
     reports = tuple(score for score in scores if math.isfinite(score[2]))
     return TrialRow(
         run=run,
         trial=run.partition(".")[0],
         values=values,
-        steps=told[-1]["step"] if told else 0,
+        steps=reported[-1]["step"] if reported else 0,
         score=scores[-1][2] if scores and math.isfinite(scores[-1][2]) else None,
         charged=sum(attempt.used for attempt in attempts),
         executed=len(lines(run_folder, EXECUTED)),
         attempts=len(attempts),
         reports=reports,
-        done=bool(told) and told[-1]["done"],
+        done=bool(reported) and reported[-1]["done"],
     )
 
 
