@@ -107,7 +107,7 @@ class Storage:
         self.local = "file" in (
             self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,)
         )
-        self.url = self._root if self.local else self._fs.unstrip_protocol(self._root)
+        self.url: str = self._root if self.local else self._fs.unstrip_protocol(self._root)
         self.deadline_s, self._impatient = deadline_s, False
         self._fix = "when the storage works again, run `grape-ray resume`"
 

@@ -2,6 +2,8 @@
 loss distributions.
 """
 
+# pyright: reportMissingTypeStubs=false
+
 from __future__ import annotations
 
 import functools

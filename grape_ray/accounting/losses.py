@@ -6,6 +6,10 @@ under one dataset and m under the other is replaced by two outcomes at x and x +
 together (m = sum of probability * e^-loss): no test loses by it.
 """
 
+# scipy's functions have no types.
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false
+
 from __future__ import annotations
 
 import math

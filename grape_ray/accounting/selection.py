@@ -2,6 +2,8 @@
 and Steinke 2022).
 """
 
+# pyright: reportMissingTypeStubs=false
+
 from __future__ import annotations
 
 import contextlib
@@ -9,7 +11,7 @@ import functools
 import logging
 import math
 import secrets
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -136,7 +138,7 @@ class Law:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """Without dp_accounting's warnings of Renyi orders that it leaves out: with fewer orders the
     bound is larger, never wrong.
     """

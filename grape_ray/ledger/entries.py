@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 from grape_ray.accounting import calibration
 from grape_ray.accounting.mechanism import (
@@ -22,6 +22,7 @@ from grape_ray.accounting.mechanism import (
 from grape_ray.accounting.selection import Law, Selection
 from grape_ray.errors import ConfigError, GrapeRayError, LedgerError
 
+Payload = Mapping[str, Any]  # of an entry: JSON values of the fields of its kind
 FORMAT = 1
 GENESIS = "0" * 64
 MAX_ENTRY_BYTES = 65536
@@ -122,8 +123,8 @@ class Study:
     @classmethod
     def from_payload(cls, payload: Mapping[str, Any]) -> Study:
         """The study that a payload holds."""
-        fields = dict(payload)
-        return cls(**{**fields, "mechanism": mechanism_from(fields["mechanism"])})
+        fields = {**payload, "mechanism": mechanism_from(payload["mechanism"])}
+        return cls(**cast(dict[str, Any], fields))
 
 
 def mechanism_from(payload: object) -> Mechanism:
@@ -135,7 +136,8 @@ def selection_from(payload: Mapping[str, Any]) -> Selection:
     """The selection that a payload holds."""
     fields = dict(payload)
     law = Law(fields.pop("law"), fields.pop("mean"), fields.pop("shape"))
-    return Selection(**{**fields, "mechanism": mechanism_from(fields["mechanism"])}, law=law)
+    fields["mechanism"] = mechanism_from(fields["mechanism"])
+    return Selection(**fields, law=law)
 
 
 @dataclass(frozen=True)
@@ -224,11 +226,13 @@ _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 def _shaped(what: str, value: object, schema: Mapping[str, type]) -> dict[str, Any]:
     """The dict, if it has exactly the schema's fields, of their types, with numbers in range."""
-    if not isinstance(value, dict) or set(value) != set(schema):
-        got = sorted(value) if isinstance(value, dict) else type(value).__name__
-        raise LedgerError(f"{what} has wrong fields", got, str(sorted(schema)))
+    if not isinstance(value, dict):
+        raise LedgerError(f"{what} is no object", type(value).__name__, str(sorted(schema)))
+    found = cast(dict[str, Any], value)
+    if set(found) != set(schema):
+        raise LedgerError(f"{what} has wrong fields", str(sorted(found)), str(sorted(schema)))
     for field, kind in schema.items():
-        item = value[field]
+        item = found[field]
         accepted = (int, float) if kind is float else (kind,)
         if not isinstance(item, accepted) or (isinstance(item, bool) and kind is not bool):
             raise LedgerError(
@@ -236,4 +240,4 @@ def _shaped(what: str, value: object, schema: Mapping[str, type]) -> dict[str, A
             )
         if kind in (int, float) and not 0 <= item <= 1e12:  # false for NaN, too
             raise LedgerError(f"{what}.{field} is out of range", item, "a number from 0 to 1e12")
-    return value
+    return found

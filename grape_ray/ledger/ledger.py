@@ -15,7 +15,7 @@ from grape_ray.errors import BudgetExceeded, LedgerError
 from grape_ray.ledger.chain import Chain, Wanted
 from grape_ray.ledger.charges import Attempt, StudyState
 from grape_ray.ledger.entries import FORMAT, Study, check_reason
-from grape_ray.ledger.grant import _LEDGER, Grant
+from grape_ray.ledger.grant import _LEDGER, Grant  # pyright: ignore[reportPrivateUsage]
 from grape_ray.ledger.state import State
 from grape_ray.storage import Storage
 

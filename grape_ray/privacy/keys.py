@@ -109,7 +109,7 @@ def derive(key: bytes, *labels: str | int) -> bytes:
     Raises:
         ConfigError: the key has another length, or a label another type.
     """
-    if not isinstance(key, bytes) or len(key) != KEY_BYTES:
+    if not isinstance(key, bytes) or len(key) != KEY_BYTES:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConfigError(
             "the key has a wrong length",
             len(key),
@@ -140,7 +140,7 @@ def of_attempt(key: bytes, *labels: str | int) -> bytes:
 
 def _encode(label: str | int) -> bytes:
     """Type, length and value of one label."""
-    if isinstance(label, bool) or not isinstance(label, (str, int)):
+    if isinstance(label, bool) or not isinstance(label, (str, int)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConfigError(
             "a label of a key has a wrong type",
             type(label).__name__,

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from grape_ray.errors import GrapeRayError
 
@@ -35,7 +35,7 @@ class ClippedSum:
 
     tensors: Mapping[str, Tensor]
     sensitivity: float
-    unprotected: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    unprotected: Mapping[str, Any] = field(default_factory=dict[str, Any], repr=False)
     step: int | None = None
     period: int | None = None
 
@@ -82,7 +82,7 @@ def step_of(carrier: ClippedSum | PrivateGradient | NonPrivateGradient, step: in
 
 
 def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+    return cast(list[Any], value) if isinstance(value, list) else [value]
 
 
 _PRIVATIZE = object()  # what `privatize` alone passes on
