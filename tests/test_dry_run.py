@@ -291,7 +291,7 @@ def test_the_program_says_what_it_is_about_to_do(tmp_path):
     assert facts["signal_to_noise"] == pytest.approx(50 / noise / numbers**0.5)
     again = CliRunner(env={"XDG_DATA_HOME": str(tmp_path)}).invoke(main, [*words, "--no-dry-run"])
     assert (
-        "goes on from step 12: 0 steps that were paid for are taken and paid for again; 12 steps"
+        "resumes at step 12: 0 steps that were paid for are taken and paid for again; 12 steps"
         " are charged so far and 12 more" in again.stderr
     )
     assert json.loads(again.stdout.splitlines()[-1])["plan"]["dry_run_seconds"] is None

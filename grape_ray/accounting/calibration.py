@@ -1,5 +1,5 @@
-"""Epsilon, noise and number of steps, each from the other two and always from above, with privacy
-loss distributions.
+"""Epsilon, noise and number of steps, each from the other two and always an upper bound, with
+privacy loss distributions.
 """
 
 # pyright: reportMissingTypeStubs=false
@@ -44,7 +44,7 @@ def epsilon(mechanism: Mechanism, steps: int, delta: float) -> float:
 
     Add/remove adjacency only. Pessimistic connect-the-dots discretisation (Doroshenko et al. 2022),
     composed by FFT with every rounding error added (`accounting.composition`); each spacing bounds
-    from above, so refining stops when it no longer pays. Without subsampling the closed form is
+    an upper bound, so refining stops when it no longer pays. Without subsampling the closed form is
     used.
 
     Returns:
@@ -88,8 +88,8 @@ def noise_multiplier(
     probes: int = 0,
     probes_shared: bool = False,
 ) -> float:
-    """The least noise multiplier, to 0.01 % from above, with which ``steps`` steps cost at most
-    (epsilon, delta).
+    """The least noise multiplier, to 0.01 % and never below it, with which ``steps`` steps cost at
+    most (epsilon, delta).
 
     Answers are remembered on disk (``accounting.cache``). One that is recalled is proved again by
     ``affords``, and searched anew where 0.1 % less would do, as where an older version found it.
@@ -275,7 +275,7 @@ def _gaussian_delta(mu: float, epsilon: float) -> float:
 
 
 def _gaussian_epsilon(mu: float, delta: float) -> float:
-    """The least epsilon, from above, of a Gaussian mechanism of sensitivity over noise mu."""
+    """An upper bound on the epsilon of a Gaussian mechanism of sensitivity over noise mu."""
     if _gaussian_delta(mu, 0.0) <= delta:
         return 0.0
     low, high = 0.0, 1.0

@@ -114,8 +114,8 @@ def _upper(
     x: np.ndarray,
     h: float,
 ) -> np.ndarray:
-    """The part of p + p_off that goes to the upper end of each interval, from above: (p - weight m)
-    / (1 - e^-h).
+    """The part of p + p_off that goes to the upper end of each interval, an upper bound: (p -
+    weight m) / (1 - e^-h).
     """
     off = p_off + weight * m_off + (4 + np.abs(x)) * _UNIT * (p + weight * m)
     return np.clip((p - weight * m + p_off + off) / -math.expm1(-h), 0.0, p + p_off)

@@ -34,7 +34,7 @@ def finite(name: str, value: object) -> float:
         ConfigError: it is not a real number, or is NaN or infinite.
     """
     try:
-        real = isinstance(value, Real) and type(value) is not bool
+        real = isinstance(value, Real) and not isinstance(value, bool)  # pyright: ignore[reportUnnecessaryIsInstance]
         number = float(cast(float, value)) if real else math.nan
     except OverflowError:  # an integer beyond every float
         number = math.inf

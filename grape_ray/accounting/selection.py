@@ -256,8 +256,8 @@ def epsilon(mechanism: Mechanism, trial_steps: int, law: Law, delta: float) -> f
 def noise_multiplier(
     wanted: float, delta: float, sampling_prob: float, trial_steps: int, law: Law
 ) -> float:
-    """The least noise multiplier, to 0.01 % from above, with which the selection costs at most
-    (wanted, delta).
+    """The least noise multiplier, to 0.01 % and never below it, with which the selection costs at
+    most (wanted, delta).
 
     Raises:
         ConfigError: a number is out of range. BudgetExceeded: not even the largest noise multiplier

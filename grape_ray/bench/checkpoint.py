@@ -58,7 +58,7 @@ def measure(
     """Takes `rounds` blocks of `block` steps without and as many with checkpoints, in turns.
 
     A checkpoint is begun before every `every` steps of its block, so that each is written while
-    steps of that block are taken, as in a long run; what is still on its way at the block's end is
+    steps of that block are taken, as in a long run; an upload in flight at the block's end is
     waited for before the next block begins, and is not timed.
     """
     model, loss, batch = build(where)
@@ -155,7 +155,7 @@ def _await_port(port: int, server: Any) -> None:
         "the object store of the benchmark does not start",
         None,
         "moto[server]",
-        "pip install 'grape-ray[s3]', or pass --storage",
+        "pip install 'moto[server]', or pass --storage",
     )
 
 

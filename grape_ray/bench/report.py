@@ -23,7 +23,7 @@ _HEADER = (
 _PACKAGES = ("torch", "transformers", "opacus", "numpy", "cryptography")
 
 
-def surroundings() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     """Hardware, versions and commit of this process."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
@@ -87,7 +87,7 @@ METHOD_COLUMNS = ("method", "rank", "s/step", "time ratio", "peak MiB", "memory 
 
 def save(title: str, body: str, command: str, path: Path = RESULTS) -> None:
     """Puts a section into the results file in the place of an earlier one of the same title."""
-    where = surroundings()
+    where = environment()
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     date = datetime.datetime.now(datetime.UTC).date()
     section = (

@@ -38,7 +38,7 @@ class Occasion(enum.Enum):
 
 @dataclass(frozen=True)
 class Restored:
-    """The checkpoint that a run goes on from; by default there is none.
+    """The checkpoint that a run resumes from; by default there is none.
 
     Attributes:
         name: its folder. step: steps that the model has taken. metadata: what `save` was given.
@@ -122,7 +122,7 @@ class CheckpointManager:
             found: Checkpoint = _unless_error(mine)
             if not sharding.is_sharded(self._model):
                 coordinates = self._load(found)
-                # Deltas go on from the full checkpoint of the one that was restored.
+                # Deltas continue from the full checkpoint of the one that was restored.
                 if self._coordinates is not None and coordinates is not None:
                     self._optimizer.recorder = self._coordinates = coordinates
             self.newest = found.name

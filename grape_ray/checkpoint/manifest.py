@@ -46,7 +46,7 @@ class Manifest:
 
     @property
     def bytes(self) -> int:
-        """Bytes of its files, the manifest left out."""
+        """Bytes of its files, without the manifest."""
         return sum(self.files.values())
 
     def commit(self, storage: Storage) -> None:

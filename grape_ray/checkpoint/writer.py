@@ -41,7 +41,7 @@ class State:
 
 @dataclass
 class _Upload:
-    """One checkpoint on its way."""
+    """One upload in flight."""
 
     name: str
     step: int
@@ -86,7 +86,7 @@ class Writer:
         ).start()
 
     def ready(self) -> bool:
-        """Whether no checkpoint is on its way on any rank. Raises CheckpointError or StorageError
+        """Whether no upload is in flight on any rank. Raises CheckpointError or StorageError
         where one has failed on any rank.
         """
         states = self._comms.gather_objects(self._look())
@@ -103,7 +103,7 @@ class Writer:
         return True
 
     def flush(self) -> None:
-        """Waits until the checkpoint on its way, if any, is committed. Raises as `ready` does."""
+        """Waits until the upload in flight, if any, is committed. Raises as `ready` does."""
         while not self.ready():
             if self._current:
                 self._current.done.wait(_LOOK_EVERY_S)
@@ -114,14 +114,14 @@ class Writer:
         return upload.name if upload else None
 
     def drain(self) -> None:
-        """Gives the checkpoint on its way a little time, when this rank ends by an error; speaks to
+        """Gives the upload in flight a little time, when this rank ends by an error; speaks to
         no other rank.
         """
         if self._current:
             self._current.done.wait(self._deadline_s if self._comms.world_size == 1 else _DRAIN_S)
 
     def _look(self) -> tuple[bool, Exception | None]:
-        """(on its way, what failed) of this rank."""
+        """(in flight, what failed) of this rank."""
         upload = self._current
         if upload is None:
             return False, None

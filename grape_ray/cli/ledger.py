@@ -112,8 +112,8 @@ def check(place: str, head: str | None, as_json: bool) -> None:
 
 @command.command("extend")
 @click.argument("place", metavar="LEDGER_OR_RUN")
-@click.option("--epsilon", type=float, help="The dataset's new whole epsilon; left out, it stays.")
-@click.option("--delta", type=float, help="The dataset's new whole delta; left out, it stays.")
+@click.option("--epsilon", type=float, help="The dataset's new whole epsilon; by default it stays.")
+@click.option("--delta", type=float, help="The dataset's new whole delta; by default it stays.")
 @click.option("--reason", help="Who wanted it, and why; it stays in the ledger.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def extend(
@@ -122,7 +122,7 @@ def extend(
     """Raise the whole budget of a dataset, for further studies; those that are registered keep
     their shares.
 
-    Everything that was ever trained on these records, together, is then promised under the new
+    Everything that was ever trained on these records, together, is then guaranteed under the new
     epsilon and delta, not under the old.
     """
     if epsilon is None and delta is None:

@@ -82,9 +82,9 @@ def describe(progress: Any, epsilon: float | None) -> str:
 def summary(result: RunResult) -> list[str]:
     """The result in lines for a person."""
     if result.ledger is None:
-        promise = "NOT PRIVATE: no guarantee for any training record"
+        guarantee = "NOT PRIVATE: no guarantee for any training record"
     else:
-        promise = (
+        guarantee = (
             f"epsilon {result.epsilon:g} at delta {result.delta:g}, noise multiplier"
             f" {result.noise_multiplier:.4g}"
         )
@@ -94,7 +94,7 @@ def summary(result: RunResult) -> list[str]:
     if result.metrics_step not in (None, result.steps):
         metrics += f" (of step {result.metrics_step})"
     lines = [
-        f"{result.run}: {result.steps} steps of {result.method}, {promise}",
+        f"{result.run}: {result.steps} steps of {result.method}, {guarantee}",
         (
             f"validation: {metrics}; {result.seconds:.1f} s, peak"
             f" {result.peak_bytes / 2**20:.0f} MiB a process"
@@ -112,7 +112,7 @@ def summary(result: RunResult) -> list[str]:
         names = ", ".join(result.diverged)
         lines.append(
             f"ended early, before more was paid: {names} was not finite twice"
-            " (performance.stop_on_nan=false goes on)"
+            " (performance.stop_on_nan=false continues)"
         )
     if any(problem.startswith("an evaluation failed") for problem in result.problems):
         lines.append("evaluate again, free of privacy cost: grape-ray evaluate RUN")

@@ -34,7 +34,7 @@ from grape_ray.cli.options import no_dry_run
 )
 @click.option(
     "--ledger",
-    help="Folder or URL of the dataset's ledger; left out, your own ledger of this dataset.",
+    help="Folder or URL of the dataset's ledger; by default your own ledger of this dataset.",
 )
 @click.option(
     "--second-ledger",
@@ -44,12 +44,12 @@ from grape_ray.cli.options import no_dry_run
 @click.option(
     "--ledger-epsilon",
     type=float,
-    help="Whole budget of the dataset, where its ledger is made; left out, the run's.",
+    help="Whole budget of the dataset, where its ledger is made; by default the run's.",
 )
 @click.option(
     "--ledger-delta",
     type=float,
-    help="Its delta; left out, the run's, in proportion to --ledger-epsilon.",
+    help="Its delta; by default the run's, in proportion to --ledger-epsilon.",
 )
 @click.option(
     "--allow-large-delta",
@@ -65,7 +65,7 @@ from grape_ray.cli.options import no_dry_run
     "--run", "name", help="Name of the run; an existing one with the same config is resumed."
 )
 @click.option(
-    "--key-file", help="Master key, made if missing; left out, ~/.config/grape-ray/master.key."
+    "--key-file", help="Master key, made if missing; by default ~/.config/grape-ray/master.key."
 )
 @no_dry_run
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")

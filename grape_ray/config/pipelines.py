@@ -200,7 +200,7 @@ def rebuild_config(description: Mapping[str, Any], trust: Iterable[str] = ()) ->
 
 
 def describe(config: Config) -> dict[str, Any]:
-    """What decides a run's result, as JSON values; `performance` is left out, because it must
+    """What decides a run's result, as JSON values; without `performance`, because it must
     not.
     """
     parts = {name: dataclasses.asdict(getattr(config, name)) for name in ("privacy", "method")}

@@ -16,7 +16,7 @@ from grape_ray.config.methods import METHODS
 from grape_ray.errors import ConfigError, nearest
 
 # What underflows in single precision is below 1e-12 for the widest layers (docs/privacy.md, "Norms
-# are taken from above"): a millionth of the least clip norm. Gradients whose squares overflow,
+# are upper bounds"): a millionth of the least clip norm. Gradients whose squares overflow,
 # beyond 1e19, contribute nothing: far above the largest.
 MIN_CLIP_NORM, MAX_CLIP_NORM = 1e-6, 1e12
 # single precision holds up to 3e38, and Adam's first step multiplies by up to 10 or so
@@ -45,7 +45,7 @@ class Privacy:
     """Everything that changes the privacy mechanism.
 
     Attributes:
-        epsilon, delta: the promise for the whole run, adding or removing one record.
+        epsilon, delta: the target for the whole run, adding or removing one record.
         expected_batch_size: mean number of records in a Poisson batch; sampling_prob is this
             divided by the number of records.
         steps: optimizer steps planned.
@@ -133,8 +133,8 @@ class Method:
         dense: name patterns (fnmatch) of tensors that are never projected.
         project_min_numel: tensors with fewer elements are kept in full.
         estimator: of method `randomized`: `hutchinson` or `hutch++`.
-        routes: `pattern:route` texts (fnmatch on names) that overrule how a layer's norm is had:
-            gram, instantiate or sketch.
+        routes: `pattern:route` texts (fnmatch on names) that overrule how a layer's norm is
+            computed: gram, instantiate or sketch.
         optimizer: `adam` or `sgd`; learning_rate, betas, eps, momentum, weight_decay (decoupled)
             are its own.
         warmup_steps, schedule: linear warm-up, then `constant`, `linear` or `cosine` decay to zero
@@ -238,7 +238,7 @@ class Performance:
         storage_timeout_s: how long a call to remote storage is tried again.
         max_failures: worker failures that a run survives; each is a new attempt.
         start_timeout_s: how long to wait for the cluster's resources before giving up.
-        resize_every_s: how often a run with a range of workers looks for room to grow; growing
+        resize_every_s: how often a run with a range of workers looks for free capacity; growing
             costs the steps since the last checkpoint.
         threads_per_worker: torch threads in a worker; 0 leaves torch's own choice.
         sharded: spread the model's weights over the workers (FSDP2), so that none holds it whole.

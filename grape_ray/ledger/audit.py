@@ -94,8 +94,8 @@ def _load(storage: Storage) -> tuple[dict[int, Entry], list[str]]:
 
 
 def _replay(entries: dict[int, Entry]) -> list[str]:
-    """Apply the entries in order; after a break, go on from the next entry, so that each fault is
-    named.
+    """Apply the entries in order; after a break, continue with the next entry, so that each fault
+    is named.
     """
     state, problems = State(), list[str]()
     affords = functools.cache(calibration.affords)  # many studies are alike

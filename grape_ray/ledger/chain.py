@@ -112,7 +112,9 @@ class Chain:
         return self.state.next_seq > before
 
     def _check_head(self) -> None:
-        """Refuse to go on with a ledger that was removed or rolled back under a living process."""
+        """Refuse to continue with a ledger that was removed or rolled back under a living
+        process.
+        """
         name = entry_name(self.state.next_seq - 1)
         (data,) = _read(self.storage, [name])
         if data is None or decode(name, data).hash != self.state.head:

@@ -77,9 +77,8 @@ class Claim:
                     return
                 if seen is not None:  # a folder that is away is not to be made anew
                     self._write()
-            except (
-                GrapeRayError
-            ):  # storage is away: charges fail by themselves, and the beat goes on when it is back
+            # Storage is away: charges fail by themselves, and the beat continues when it is back.
+            except GrapeRayError:
                 continue
 
     def _mine(self, seen: dict[str, Any] | None) -> bool:

@@ -197,7 +197,7 @@ class State:
                 "a budget can only be raised",
                 got,
                 f"more than {now}",
-                "name a higher one: what was promised is not undone",
+                "name a higher one: a guarantee that was given is not undone",
             )
 
         def commit() -> None:

@@ -117,7 +117,7 @@ def privatize(
         grant: what `Ledger.charge` returned for the step: proof that it is paid for, and as what.
         expected_batch_size: mean of the Poisson batch's size over all ranks; never the realised
             one, which is private.
-        step: the step of `summed`; may be left out where the sum carries it, as an engine's does.
+        step: the step of `summed`; not needed where the sum carries it, as an engine's does.
 
     Raises:
         LedgerError: the grant does not cover the step.
@@ -209,8 +209,8 @@ def _pieces(start: int, count: int, size: int) -> Iterator[tuple[int, int]]:
 def nonprivate_mean(
     summed: ClippedSum, *, batch_size: float, step: int | None = None, comms: Comms | None = None
 ) -> NonPrivateGradient:
-    """The plain mean gradient of the yardstick: the sum over ranks divided by `batch_size`, no
-    noise, no guarantee.
+    """The plain mean gradient of the non-private baseline: the sum over ranks divided by
+    `batch_size`, no noise, no guarantee.
     """
     tensors = _by_slices(
         summed.tensors, comms or Comms.local(), lambda mine, _: mine.div_(max(batch_size, 1))

@@ -76,8 +76,7 @@ def _refine(uniform: np.ndarray, key: bytes, step: int, chunk: int) -> None:
 
 
 def normals(key: bytes, step: int, start: int, count: int) -> np.ndarray:
-    """Standard normals `start .. start+count` of the stream (key, step), float64; about 200 million
-    a second on one core.
+    """Standard normals `start .. start+count` of the stream (key, step), float64.
 
     Guarantees: the value at an index is bitwise the same whatever slice it is asked for in, so any
     shard makes its own.

@@ -120,7 +120,7 @@ class PrivateGradient:
 
 @dataclass(frozen=True)
 class NonPrivateGradient:
-    """The plain mean gradient of the non-private yardstick (method `none`); carries no guarantee at
+    """The plain mean gradient of the non-private baseline (method `none`); carries no guarantee at
     all.
     """
 

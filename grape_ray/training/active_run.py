@@ -108,8 +108,8 @@ class ActiveRun:
         return sharding.is_sharded(self.model)
 
     def evaluate(self) -> dict[str, float] | None:
-        """Validation metrics of the model as it is; None where they could not be had, which ends no
-        run: the reason is kept.
+        """Validation metrics of the model as it is; None where they could not be computed, which
+        ends no run: the reason is kept.
         """
         task: Task = self.plan.config.task
         try:
@@ -176,7 +176,7 @@ class ActiveRun:
         if failure is not None:
             self._survive("a checkpoint was not written, and a later one was made instead", failure)
         self._saved_s = time.monotonic()
-        event = "checkpoint begun" if begun else "checkpoint left out"
+        event = "checkpoint begun" if begun else "checkpoint skipped"
         self.journal.note(event, step=progress.step, occasion=occasion.value)
         return begun
 

@@ -20,7 +20,7 @@ _PUBLIC = bytes(32)  # the root of every key that is no secret
 
 
 def public_key(config: Config, stream: str) -> bytes:
-    """The key of a public stream (`projection`, `rounding`, the yardstick's `sampling` and
+    """The key of a public stream (`projection`, `rounding`, the baseline's `sampling` and
     `dropout`), a function of the public seed.
     """
     return keys.derive(_PUBLIC, "public", config.seed, stream)

@@ -25,7 +25,7 @@ def export(run: str, folder: str | os.PathLike[str], trust: Iterable[str] = ()) 
     """Writes the model of a run's newest whole checkpoint for `AutoModel....from_pretrained`;
     returns the checkpoint's step.
 
-    A file `privacy.json` in the folder says what is promised to the training records, or that
+    A file `privacy.json` in the folder says what is guaranteed to the training records, or that
     nothing is.
 
     Args:
@@ -56,7 +56,7 @@ def export(run: str, folder: str | os.PathLike[str], trust: Iterable[str] = ()) 
         with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as scratch:
             config.task.save(model, Path(scratch, "model"))
             Path(scratch, "model", PRIVACY_FILE).write_text(
-                json.dumps(_promise(config, known["study"], newest.step), indent=1) + "\n"
+                json.dumps(_statement(config, known["study"], newest.step), indent=1) + "\n"
             )
             if target.exists():
                 target.rmdir()
@@ -68,7 +68,7 @@ def export(run: str, folder: str | os.PathLike[str], trust: Iterable[str] = ()) 
     return newest.step
 
 
-def _promise(config: Config, study: str, step: int) -> dict[str, Any]:
+def _statement(config: Config, study: str, step: int) -> dict[str, Any]:
     """What may be said of the exported model's privacy."""
     facts = {"method": config.method.name, "steps": step}
     if not METHODS[config.method.name].private:
@@ -77,7 +77,7 @@ def _promise(config: Config, study: str, step: int) -> dict[str, Any]:
             " in its training records"
         )
         return {"private": False, "statement": statement, **facts}
-    privacy = config.privacy  # a trial's holds what its whole sweep promises
+    privacy = config.privacy  # a trial's holds the target of its whole sweep
     statement = (
         "(epsilon, delta)-differentially private with respect to adding or removing one training"
         " record"

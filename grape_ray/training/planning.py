@@ -66,7 +66,7 @@ def plan_run(
         second_ledger: whether a dataset that is known to have a ledger may get another one, with a
             budget of its own.
         with_dry_run: whether the dry run is made; without it the preflight alone.
-        check_workers: raises where the workers cannot be had.
+        check_workers: raises where the workers are not available.
         ledger_budget: (epsilon, delta) of the dataset over all runs, where its ledger is made by
             this one; None is the run's own (of delta, in proportion to epsilon). A ledger that
             exists must have it.

@@ -22,7 +22,7 @@ PUBLIC = "public"
 @dataclass(frozen=True)
 class Terms:
     """What a run may say of validation records that are private; a part of the run's description,
-    so whoever goes on with it keeps them.
+    so whoever resumes it keeps them.
 
     Attributes:
         metric: the one that is released, noised. noise_multiplier: noise standard deviation on the
