@@ -67,6 +67,11 @@ class Storage:
     Raises:
         StorageError: no driver for the URL, or the location cannot be reached (from every method; a
             missing name is FileNotFoundError).
+
+    >>> folder = Storage("memory://runs").child("first")
+    >>> folder.create("run.json", b"{}")
+    >>> folder.list(), folder.read("run.json")
+    (['run.json'], b'{}')
     """
 
     def __init__(self, url: str | os.PathLike[str], deadline_s: float = DEADLINE_S):

@@ -352,6 +352,12 @@ class Config:
         Raises:
             ConfigError: an unknown key (with the nearest names), a value of the wrong type, or a
                 value out of range.
+
+        >>> Config(task=None).override(["method.rank=8", "privacy.epsilon=3"]).method.rank
+        8
+        >>> Config(task=None).override(["method.rnk=8"])
+        Traceback (most recent call last):
+        grape_ray.errors.ConfigError: --set: unknown key, got 'method.rnk', expected ...rank...
         """
         config = self
         for text in assignments:

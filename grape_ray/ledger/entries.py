@@ -118,7 +118,7 @@ class Study:
         """
         if steps == 0:
             return 0.0
-        return min(self.epsilon, float(calibration.epsilon(self.mechanism, steps, self.delta)))
+        return min(self.epsilon, calibration.epsilon(self.mechanism, steps, self.delta))
 
     @classmethod
     def from_payload(cls, payload: Mapping[str, Any]) -> Study:

@@ -93,6 +93,9 @@ def derive(key: bytes, *labels: str | int) -> bytes:
 
     Raises:
         ConfigError: the key has another length, or a label another type.
+
+    >>> derive(bytes(32), "run", 1) == derive(bytes(32), "run", "1")
+    False
     """
     if not isinstance(key, bytes) or len(key) != KEY_BYTES:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConfigError(

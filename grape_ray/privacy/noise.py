@@ -124,6 +124,11 @@ def privatize(
         NoiseReuse: the step's noise was drawn before: each step is used once, ascending.
         GrapeRayError: `step` is not that of the sum.
         ConfigError: a batch size that is not finite and > 0.
+
+    >>> stream, summed = NoiseStream(bytes(32)), ClippedSum({"w": torch.zeros(3)}, 1.0, step=0)
+    >>> privatize(summed, stream, grant=None, expected_batch_size=8)
+    Traceback (most recent call last):
+    grape_ray.errors.LedgerError: noise without a grant, got 'NoneType', expected what ...
     """
     if not (math.isfinite(expected_batch_size) and expected_batch_size > 0):
         raise ConfigError(
