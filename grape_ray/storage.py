@@ -30,6 +30,7 @@ _ROOM_EVERY_S = 0.5  # between two looks at a full disk
 _AT_ONCE = 16  # small files of remote storage
 # times that a folder may be removed, by another process's check, before a file is in it
 _RACES = 100
+Json = dict[str, Any]  # an object of the JSON files that are kept here
 _Result = TypeVar("_Result")
 
 # One request ends within s3fs's own 15 s: what is worth another try is decided here, at one place,

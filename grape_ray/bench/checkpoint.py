@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from grape_ray import checkpoint
 from grape_ray.bench.models import Setting, build
@@ -145,7 +144,7 @@ def object_store() -> Iterator[str]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def _await_port(port: int, server: Any) -> None:
+def _await_port(port: int, server: subprocess.Popen[bytes]) -> None:
     deadline_s = time.monotonic() + 60
     while time.monotonic() < deadline_s and server.poll() is None:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):

@@ -11,13 +11,12 @@ import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from grape_ray.checkpoint.manifest import Manifest, retain
 from grape_ray.checkpoint.shards import Piece, Shard, snapshot, write
 from grape_ray.distributed.comms import Comms
 from grape_ray.errors import CheckpointError, GrapeRayError, StorageError
-from grape_ray.storage import Storage
+from grape_ray.storage import Json, Storage
 
 _LOOK_EVERY_S = 0.1
 _DRAIN_S = 5.0  # with other ranks: one that is gone will not finish its part
@@ -34,8 +33,8 @@ class State:
     """
 
     shards: Mapping[str, Mapping[str, Shard]]
-    counters: Mapping[str, Any] = field(default_factory=dict)
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    counters: Json = field(default_factory=dict)
+    metadata: Json = field(default_factory=dict)
     base: str | None = None
 
 
@@ -186,7 +185,7 @@ class Writer:
         except StorageError as error:  # the checkpoint is whole; what is too many goes next time
             warnings.warn(f"old checkpoints could not be removed: {error}", stacklevel=2)
 
-    def _await_receipt(self, upload: _Upload, rank: int) -> dict[str, Any]:
+    def _await_receipt(self, upload: _Upload, rank: int) -> Json:
         pause_s = _LOOK_EVERY_S
         while time.monotonic() - upload.began_s < self._deadline_s:
             try:

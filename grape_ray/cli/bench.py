@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+from grape_ray.storage import Json
+
 
 @click.group("bench")
 def command() -> None:
@@ -46,7 +48,7 @@ def _shape(function: Any) -> Any:
     return function
 
 
-def _setting(options: dict[str, Any]) -> Any:
+def _setting(options: Json) -> Any:
     from grape_ray.bench.models import setting
 
     return setting(
@@ -61,8 +63,8 @@ def _finish(
     title: str,
     columns: Sequence[str],
     rows: list[list[str]],
-    facts: dict[str, Any],
-    options: dict[str, Any],
+    facts: Json,
+    options: Json,
     note: str = "",
 ) -> None:
     """Prints the table, keeps it if asked to, and ends with the JSON line."""
@@ -179,7 +181,7 @@ def length(methods: str, lengths: str, steps: int, **options: Any) -> None:
     from grape_ray.bench.processes import Process
     from grape_ray.bench.report import environment
 
-    facts: list[dict[str, Any]] = []
+    facts: list[Json] = []
     for tokens in _counts("--lengths", lengths):
         where, base = _setting({**options, "tokens": tokens}), None
         for method, rank in chosen(methods.split(",")):

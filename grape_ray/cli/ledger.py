@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import click
 
@@ -11,8 +10,9 @@ from grape_ray.errors import ConfigError, GrapeRayError, LedgerError
 from grape_ray.ledger.audit import verify
 from grape_ray.ledger.ledger import Ledger
 from grape_ray.ledger.location import ledger_of
+from grape_ray.ledger.registry import Known
 from grape_ray.ledger.summary import summary
-from grape_ray.storage import Storage
+from grape_ray.storage import Json, Storage
 
 
 @click.group("ledger")
@@ -144,9 +144,9 @@ def extend(
     )
 
 
-def _row(known: Any) -> dict[str, Any]:
+def _row(known: Known) -> Json:
     """A line of the list; a ledger that cannot be read is listed with its problem."""
-    row: dict[str, Any] = {
+    row: Json = {
         "dataset": known.dataset,
         "ledger": known.place,
         "ledger_id": known.ledger_id,
@@ -174,7 +174,7 @@ def _row(known: Any) -> dict[str, Any]:
     }
 
 
-def _balance(row: dict[str, Any]) -> str:
+def _balance(row: Json) -> str:
     """What a dataset has and has left, in a line."""
     taken = (
         f"{row['epsilon'] - row['epsilon_left']:.4g} taken by {row['studies']} studies"
@@ -189,7 +189,7 @@ def _balance(row: dict[str, Any]) -> str:
     return f"epsilon {row['epsilon']:g}, {taken}, {left}; {len(row['runs'])} runs{raised}"
 
 
-def _run_of(found: dict[str, Any], run: str) -> dict[str, Any]:
+def _run_of(found: Json, run: str) -> Json:
     """What a run was charged, and to which study; nothing yet where no study knows it."""
     for name, study in found["studies"].items():
         if run in study["runs"]:
@@ -202,7 +202,7 @@ def _run_of(found: dict[str, Any], run: str) -> dict[str, Any]:
     }
 
 
-def _show_studies(found: dict[str, Any]) -> None:
+def _show_studies(found: Json) -> None:
     for name, study in found["studies"].items():
         steps = f"{study['used']} of {study['tokens']} steps charged, {study['left']} left"
         spent = (

@@ -5,11 +5,12 @@ result.
 from __future__ import annotations
 
 import time
-from typing import Any, TextIO
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from grape_ray.training.progress import Progress as RunProgress
 from grape_ray.training.result import RunResult
 
 _LINE_EVERY_S = 10.0
@@ -49,7 +50,7 @@ class Reporter:
         """A line of its own."""
         self._console.print(text, markup=False)
 
-    def __call__(self, progress: Any, epsilon: float | None) -> None:
+    def __call__(self, progress: RunProgress, epsilon: float | None) -> None:
         """Shows a `grape_ray.training.loop.Progress` and the epsilon spent so far (None without a
         guarantee).
         """
@@ -66,7 +67,7 @@ class Reporter:
             self.say(f"step {progress.step}/{progress.total}  {state}")
 
 
-def describe(progress: Any, epsilon: float | None) -> str:
+def describe(progress: RunProgress, epsilon: float | None) -> str:
     """Epsilon spent, speed, time left and the newest metrics, in one line."""
     parts = [] if epsilon is None else [f"epsilon {epsilon:.3f}"]
     if progress.steps_per_s:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from grape_ray.cli.options import no_dry_run
+
+if TYPE_CHECKING:  # for the command line, torch is imported only when a run begins
+    from grape_ray.training.plan import Plan
 
 
 @click.command("train")
@@ -113,7 +116,7 @@ def worker_assignments(workers: str | None) -> list[str]:
     return [] if workers is None else [f"performance.num_workers={workers}"]
 
 
-def run_and_report(plan: Any, as_json: bool) -> None:
+def run_and_report(plan: Plan, as_json: bool) -> None:
     """Runs a plan, shows its progress on stderr and its result on stdout."""
     from grape_ray.cli.progress import Reporter, summary
     from grape_ray.ray_backend.train import run_plan

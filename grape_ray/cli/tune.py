@@ -11,6 +11,7 @@ from click.core import ParameterSource
 
 from grape_ray.config.modules import located
 from grape_ray.errors import ConfigError
+from grape_ray.storage import Json
 from grape_ray.tuning.options import COMPOSE, LAWS, SCHEDULERS, SEARCHES, SELECT, Options
 
 
@@ -164,7 +165,7 @@ def command(
         click.echo(json.dumps(result))
 
 
-def _given(context: click.Context, words: dict[str, Any], workers: int | None) -> dict[str, Any]:
+def _given(context: click.Context, words: Json, workers: int | None) -> Json:
     """The options that were written on the command line, but for where the sweep lies."""
     given = {
         name: value
@@ -177,7 +178,7 @@ def _given(context: click.Context, words: dict[str, Any], workers: int | None) -
     return {name: value for name, value in given.items() if name != "storage"}
 
 
-def _summary(result: dict[str, Any]) -> list[str]:
+def _summary(result: Json) -> list[str]:
     """The result in lines for a person."""
     best = result["best"]
     lines = [

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
 
 from grape_ray.errors import CheckpointError
 from grape_ray.ledger.location import RUN_FILE
-from grape_ray.storage import Storage
+from grape_ray.storage import Json, Storage
 
 _RUN = {  # fields of a run's description, and their types
     "run": (str,), "ledger": (str, type(None)), "study": (str,), "seed": (int,), "task": (dict,),
@@ -23,7 +21,7 @@ _OLD_HOMES = {
 }
 
 
-def read_run(folder: Storage) -> dict[str, Any]:
+def read_run(folder: Storage) -> Json:
     """The description of a run. Raises CheckpointError where the folder holds none."""
     try:
         return _parsed(folder.read(RUN_FILE))
@@ -39,7 +37,7 @@ def read_run(folder: Storage) -> dict[str, Any]:
         ) from error
 
 
-def _parsed(data: bytes) -> dict[str, Any]:
+def _parsed(data: bytes) -> Json:
     """The description of a run, as its file holds it, with what every description has.
 
     Raises:
@@ -61,7 +59,7 @@ def _parsed(data: bytes) -> dict[str, Any]:
     return known
 
 
-def at_home(task: Mapping[str, Any]) -> dict[str, Any]:
+def at_home(task: Json) -> Json:
     """The description of a task, its class where that lives now."""
     module, separator, name = task["class"].partition(":")
     return {**task, "class": f"{_OLD_HOMES.get(module, module)}{separator}{name}"}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from grape_ray.config.modules import call, load_module, located
 from grape_ray.config.schema import Config, Method, Performance, Privacy
 from grape_ray.config.trust import check_module, names
 from grape_ray.errors import ConfigError, nearest
+from grape_ray.storage import Json
 
 _RETURNS = "a function that returns a grape_ray.Config"
 TASK_METHODS = ("load", "build_model", "collate", "per_example_loss", "evaluate", "save")
@@ -64,7 +65,7 @@ def _called(function: Any, reference: str) -> Config:
     return config
 
 
-def describe_task(task: Any) -> dict[str, Any]:
+def describe_task(task: Any) -> Json:
     """A task as JSON values: where its class lives, and its fields."""
     kind = type(task)
     return {"class": f"{kind.__module__}:{kind.__qualname__}", "fields": dataclasses.asdict(task)}
@@ -97,7 +98,7 @@ def check_description(config: Config) -> None:
             raise _not_kept(field.name, mine)
 
 
-def _not_kept(field: str, value: Any) -> ConfigError:
+def _not_kept(field: str, value: object) -> ConfigError:
     """The error for a field of a task that JSON does not give back as it was."""
     expected = (
         "text, a number, true or false, None, or lists and dicts (with texts as keys) of them"
@@ -110,7 +111,7 @@ def _not_kept(field: str, value: Any) -> ConfigError:
     )
 
 
-def rebuild_task(description: Mapping[str, Any], trust: Iterable[str] = ()) -> Any:
+def rebuild_task(description: Json, trust: Iterable[str] = ()) -> Any:
     """The task that `describe_task` described.
 
     The description may come from anywhere, so it can name nothing but a task: a dataclass with the
@@ -172,7 +173,7 @@ def _is_task(kind: Any, module: str, qualified: str) -> bool:
     )
 
 
-def rebuild_config(description: Mapping[str, Any], trust: Iterable[str] = ()) -> Config:
+def rebuild_config(description: Json, trust: Iterable[str] = ()) -> Config:
     """The config that `describe` described.
 
     Args:
@@ -181,9 +182,9 @@ def rebuild_config(description: Mapping[str, Any], trust: Iterable[str] = ()) ->
     Raises:
         ConfigError: this version knows other fields, or see `rebuild_task`.
     """
-    parts: dict[str, Any] = {}
+    parts: Json = {}
     for name, kind in (("privacy", Privacy), ("method", Method), ("performance", Performance)):
-        saved: dict[str, Any] = {
+        saved: Json = {
             k: tuple(v) if isinstance(v, list) else v for k, v in description.get(name, {}).items()
         }
         try:
@@ -199,7 +200,7 @@ def rebuild_config(description: Mapping[str, Any], trust: Iterable[str] = ()) ->
     return Config(task=rebuild_task(description["task"], trust), seed=description["seed"], **parts)
 
 
-def describe(config: Config) -> dict[str, Any]:
+def describe(config: Config) -> Json:
     """What decides a run's result, as JSON values; without `performance`, because it must
     not.
     """

@@ -32,11 +32,11 @@ def _require(ok: bool, what: str, got: object, expected: str, fix: str = "") -> 
         raise ConfigError(what, got, expected, fix or "set another value")
 
 
-def _number(value: Any) -> bool:
+def _number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _count(value: Any, low: int) -> bool:
+def _count(value: object, low: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= low
 
 

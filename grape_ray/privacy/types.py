@@ -9,6 +9,7 @@ from dataclasses import InitVar, dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from grape_ray.errors import GrapeRayError
+from grape_ray.storage import Json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +36,7 @@ class ClippedSum:
 
     tensors: Mapping[str, Tensor]
     sensitivity: float
-    unprotected: Mapping[str, Any] = field(default_factory=dict[str, Any], repr=False)
+    unprotected: Json = field(default_factory=Json, repr=False)
     step: int | None = None
     period: int | None = None
 
@@ -81,7 +82,7 @@ def step_of(carrier: ClippedSum | PrivateGradient | NonPrivateGradient, step: in
     return known
 
 
-def _listed(value: Any) -> list[Any]:
+def _listed(value: object) -> list[Any]:
     return cast(list[Any], value) if isinstance(value, list) else [value]
 
 

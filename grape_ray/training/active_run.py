@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -19,6 +18,7 @@ from grape_ray.ledger.grant import Grant
 from grape_ray.ledger.interface import LedgerClient
 from grape_ray.privacy.rank_zero import on_rank_zero
 from grape_ray.privacy.redaction import is_ours, where
+from grape_ray.storage import Json
 from grape_ray.tasks.metrics import plain
 from grape_ray.tasks.task import Data, Task
 from grape_ray.training.attempt import Attempt
@@ -180,7 +180,7 @@ class ActiveRun:
         self.journal.note(event, step=progress.step, occasion=occasion.value)
         return begun
 
-    def committed(self, name: str, metadata: Mapping[str, Any]) -> None:
+    def committed(self, name: str, metadata: Json) -> None:
         """A checkpoint is durable."""
         seconds = round(self.checkpoints.lag_s, 3)
         self.journal.note("checkpoint committed", step=metadata["step"], name=name, seconds=seconds)

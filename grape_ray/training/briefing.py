@@ -5,15 +5,15 @@ which budget, where everything will lie.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from grape_ray import checkpoint
 from grape_ray.errors import GrapeRayError
 from grape_ray.ledger.ledger import Ledger
+from grape_ray.storage import Json
 from grape_ray.training.plan import Plan
 
 
-def brief(plan: Plan) -> dict[str, Any]:
+def brief(plan: Plan) -> Json:
     """The plan in plain values, JSON-ready; what is not known or does not apply is None.
 
     `signal_to_noise` is the largest that a step can have: a sum of expected_batch_size
@@ -86,7 +86,7 @@ def _resumed(plan: Plan, ledger: Ledger) -> dict[str, int] | None:
     }
 
 
-def lines(facts: dict[str, Any]) -> list[str]:
+def lines(facts: Json) -> list[str]:
     """The same for a person."""
     where = f"{facts['workers']} workers" if facts["workers"] else "this process"
     said = [

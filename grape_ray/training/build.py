@@ -4,8 +4,6 @@ model of a run's checkpoint.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from grape_ray import checkpoint
@@ -26,7 +24,7 @@ def public_key(config: Config, stream: str) -> bytes:
     return keys.derive(_PUBLIC, "public", config.seed, stream)
 
 
-def build_engine(config: Config, model: Any) -> Engine:
+def build_engine(config: Config, model: nn.Module) -> Engine:
     """The engine that the config names, with its public projections."""
     return from_config(model, config.privacy, config.method, public_key(config, "projection"))
 

@@ -8,14 +8,13 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from grape_ray.config.description import read_run
 from grape_ray.config.methods import METHODS
 from grape_ray.config.pipelines import rebuild_config
 from grape_ray.config.schema import Config
 from grape_ray.errors import StorageError
-from grape_ray.storage import Storage
+from grape_ray.storage import Json, Storage
 from grape_ray.training.build import newest_checkpoint, trained_model
 
 PRIVACY_FILE = "privacy.json"
@@ -68,7 +67,7 @@ def export(run: str, folder: str | os.PathLike[str], trust: Iterable[str] = ()) 
     return newest.step
 
 
-def _statement(config: Config, study: str, step: int) -> dict[str, Any]:
+def _statement(config: Config, study: str, step: int) -> Json:
     """What may be said of the exported model's privacy."""
     facts = {"method": config.method.name, "steps": step}
     if not METHODS[config.method.name].private:

@@ -8,7 +8,6 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
 
 from grape_ray.config import cautions
 from grape_ray.config.cautions import Consent
@@ -22,7 +21,7 @@ from grape_ray.ledger.entries import Study
 from grape_ray.ledger.location import RUN_FILE, absolute, ledger_place
 from grape_ray.privacy import keys
 from grape_ray.privacy.redaction import told
-from grape_ray.storage import Storage
+from grape_ray.storage import Json, Storage
 from grape_ray.tasks.task import Task, loaded
 from grape_ray.training import private_scores as validation
 from grape_ray.training.checks import check_machine, check_run_name, fresh_name
@@ -174,7 +173,7 @@ def _register(plan: Plan, root: Storage) -> None:
 
 
 def _description(plan: Plan) -> bytes:
-    facts: dict[str, Any] = {
+    facts: Json = {
         "run": plan.run,
         "ledger": plan.ledger,
         "study": plan.study,

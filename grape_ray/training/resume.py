@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
 
 from grape_ray import checkpoint
 from grape_ray.config.cautions import Consent
@@ -16,7 +15,7 @@ from grape_ray.errors import CheckpointError, LedgerError
 from grape_ray.ledger.audit import verify
 from grape_ray.ledger.ledger import Ledger
 from grape_ray.ledger.location import RUN_FILE
-from grape_ray.storage import Storage
+from grape_ray.storage import Json, Storage
 from grape_ray.training.plan import Plan
 from grape_ray.training.planning import plan_run
 from grape_ray.training.private_scores import Terms, rebuilt
@@ -86,7 +85,7 @@ def plan_resume(
     )  # fmt: skip
 
 
-def _terms(known: Mapping[str, Any]) -> Terms | None:
+def _terms(known: Json) -> Terms | None:
     """What the run may say of its validation records, as it was begun: nothing but what their
     ledger still knows and pays for.
 
