@@ -216,7 +216,7 @@ def test_what_only_looks_odd_trains_and_is_resumed(place, task):
 
 def test_a_tuple_comes_back_as_a_tuple(place):
     plan = plan_run(config(Odd(sizes=(3, 4))), run="a", **place.options())
-    from grape_ray.config.pipelines import rebuild_config
+    from grape_ray.config.description import rebuild_config
 
     assert rebuild_config(json.loads(plan.folder().read("run.json")), (__name__,)) == plan.config
 

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from grape_ray.checkpoint.manager import CheckpointManager, Occasion
-from grape_ray.config.pipelines import describe
+from grape_ray.config.description import describe
 from grape_ray.data.fingerprints import fingerprint_records
 from grape_ray.distributed import sharding
 from grape_ray.distributed.comms import Comms

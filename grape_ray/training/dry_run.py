@@ -25,7 +25,7 @@ from torch import nn
 
 from grape_ray import checkpoint
 from grape_ray.checkpoint.manager import CheckpointManager, Occasion
-from grape_ray.config.pipelines import check_description, describe
+from grape_ray.config.description import check_description, describe
 from grape_ray.config.schema import Config
 from grape_ray.data.arrays import Records
 from grape_ray.distributed.comms import Comms

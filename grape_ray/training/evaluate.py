@@ -8,8 +8,7 @@ import json
 from collections.abc import Iterable
 from functools import partial
 
-from grape_ray.config.description import read_run
-from grape_ray.config.pipelines import rebuild_config
+from grape_ray.config.description import read_run, rebuild_config
 from grape_ray.errors import ConfigError
 from grape_ray.privacy.redaction import told
 from grape_ray.storage import Json, Storage

@@ -9,9 +9,8 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from grape_ray.config.description import read_run
+from grape_ray.config.description import read_run, rebuild_config
 from grape_ray.config.methods import METHODS
-from grape_ray.config.pipelines import rebuild_config
 from grape_ray.config.schema import Config
 from grape_ray.errors import StorageError
 from grape_ray.storage import Json, Storage

@@ -11,9 +11,8 @@ from functools import partial
 
 from grape_ray.config import cautions
 from grape_ray.config.cautions import Consent
-from grape_ray.config.description import read_run
+from grape_ray.config.description import describe, read_run
 from grape_ray.config.methods import METHODS
-from grape_ray.config.pipelines import describe
 from grape_ray.config.schema import Config
 from grape_ray.errors import ConfigError
 from grape_ray.ledger import registry

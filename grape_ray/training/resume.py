@@ -8,8 +8,7 @@ from functools import partial
 
 from grape_ray import checkpoint
 from grape_ray.config.cautions import Consent
-from grape_ray.config.description import read_run
-from grape_ray.config.pipelines import rebuild_config
+from grape_ray.config.description import read_run, rebuild_config
 from grape_ray.config.schema import Config
 from grape_ray.errors import CheckpointError, LedgerError
 from grape_ray.ledger.audit import verify
