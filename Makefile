@@ -10,7 +10,7 @@ install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(RUN) pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev,s3]'
+	$(RUN) pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev,s3,demo]'
 	@touch $@
 
 # The main job on two Ray workers, then the same model and steps without privacy.

@@ -63,7 +63,7 @@ class NoiseReuse(GrapeRayError):
 
 
 class UnsupportedLayer(GrapeRayError):
-    """A trainable tensor whose per-example gradient cannot be had."""
+    """A trainable tensor whose per-example gradient cannot be computed."""
 
 
 class CheckpointError(GrapeRayError):
@@ -77,7 +77,7 @@ class TaskFailed(GrapeRayError):
 
 
 class Interrupted(GrapeRayError):
-    """A run that was told to end, and ended in good order."""
+    """A run that was asked to end, and ended gracefully."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -26,6 +26,10 @@ from grape_ray.privacy.types import NonPrivateGradient, PrivateGradient, step_of
 def learning_rate(method: Method, step: int, total_steps: int) -> float:
     """The rate at `step` (0-based): linear warm-up, then the schedule's decay to zero at
     `total_steps`.
+
+    >>> method = Method(learning_rate=1.0, warmup_steps=2, schedule="linear")
+    >>> [learning_rate(method, step, total_steps=6) for step in range(6)]
+    [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
     """
     if step < method.warmup_steps:
         return method.learning_rate * (step + 1) / method.warmup_steps

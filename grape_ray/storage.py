@@ -30,6 +30,7 @@ _ROOM_EVERY_S = 0.5  # between two looks at a full disk
 _AT_ONCE = 16  # small files of remote storage
 # times that a folder may be removed, by another process's check, before a file is in it
 _RACES = 100
+Json = dict[str, Any]  # an object of the JSON files that are kept here
 _Result = TypeVar("_Result")
 
 # One request ends within s3fs's own 15 s: what is worth another try is decided here, at one place,
@@ -67,6 +68,11 @@ class Storage:
     Raises:
         StorageError: no driver for the URL, or the location cannot be reached (from every method; a
             missing name is FileNotFoundError).
+
+    >>> folder = Storage("memory://runs").child("first")
+    >>> folder.create("run.json", b"{}")
+    >>> folder.list(), folder.read("run.json")
+    (['run.json'], b'{}')
     """
 
     def __init__(self, url: str | os.PathLike[str], deadline_s: float = DEADLINE_S):
@@ -107,7 +113,7 @@ class Storage:
         self.local = "file" in (
             self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,)
         )
-        self.url = self._root if self.local else self._fs.unstrip_protocol(self._root)
+        self.url: str = self._root if self.local else self._fs.unstrip_protocol(self._root)
         self.deadline_s, self._impatient = deadline_s, False
         self._fix = "when the storage works again, run `grape-ray resume`"
 

@@ -14,7 +14,7 @@ def longcontext_llama() -> Config:
 
     Wide layers and long texts make exact norms dear: the Gram trick takes T^2 products and an
     instantiated gradient the size of the weight for each example. A text is one example, so the
-    promise is for a whole document. Your own model and data:
+    guarantee is for a whole document. Your own model and data:
     `--set task.model=FOLDER --set task.train=FILE --set task.validation=FILE`.
     """
     return Config(

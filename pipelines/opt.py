@@ -1,4 +1,4 @@
-"""OPT on prompts and answers, its weights spread over all workers: the multi-node run of the
+"""OPT on prompts and answers, its weights sharded over all workers: the multi-node run of the
 DP-GRAPE paper's setting.
 """
 

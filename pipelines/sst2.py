@@ -11,8 +11,8 @@ from grape_ray.tasks.text_classification import TextClassification
 def sst2() -> Config:
     """DP-GRAPE at epsilon 3 on 67,349 phrases.
 
-    Mind the unit: phrases of one sentence are separate records, so the promise is for a phrase, not
-    for a review or its author. Data and model can be others:
+    Mind the unit: phrases of one sentence are separate records, so the guarantee is for a phrase,
+    not for a review or its author. Data and model can be others:
     `--set task.train=FILE --set task.validation=FILE --set task.model=FOLDER`.
     """
     return Config(

@@ -257,7 +257,7 @@ def test_a_sweep_with_such_a_delta_is_refused_as_well(call, tmp_path):
 @pytest.mark.parametrize(
     ("assignment", "part"),
     [("privacy.epsilon=20", None),
-    ("privacy.epsilon=21", "warning: privacy.epsilon 21 promises next to nothing"),
+    ("privacy.epsilon=21", "warning: privacy.epsilon 21 guarantees next to nothing"),
      ("privacy.expected_batch_size=16", None),
      ("privacy.expected_batch_size=15", "warning: privacy.expected_batch_size 15 is small")],
 )  # fmt: skip

@@ -7,7 +7,8 @@ import json
 
 import pytest
 
-from grape_ray.config.pipelines import describe, pipeline, rebuild_task
+from grape_ray.config.description import describe, rebuild_task
+from grape_ray.config.pipelines import pipeline
 from grape_ray.config.schema import Config, Method, Performance, Privacy
 from grape_ray.errors import ConfigError
 from tests.tiny import Tiny, tiny

@@ -216,7 +216,7 @@ def test_what_only_looks_odd_trains_and_is_resumed(place, task):
 
 def test_a_tuple_comes_back_as_a_tuple(place):
     plan = plan_run(config(Odd(sizes=(3, 4))), run="a", **place.options())
-    from grape_ray.config.pipelines import rebuild_config
+    from grape_ray.config.description import rebuild_config
 
     assert rebuild_config(json.loads(plan.folder().read("run.json")), (__name__,)) == plan.config
 
@@ -291,7 +291,7 @@ def test_the_program_says_what_it_is_about_to_do(tmp_path):
     assert facts["signal_to_noise"] == pytest.approx(50 / noise / numbers**0.5)
     again = CliRunner(env={"XDG_DATA_HOME": str(tmp_path)}).invoke(main, [*words, "--no-dry-run"])
     assert (
-        "goes on from step 12: 0 steps that were paid for are taken and paid for again; 12 steps"
+        "resumes at step 12: 0 steps that were paid for are taken and paid for again; 12 steps"
         " are charged so far and 12 more" in again.stderr
     )
     assert json.loads(again.stdout.splitlines()[-1])["plan"]["dry_run_seconds"] is None

@@ -80,7 +80,7 @@ def test_a_signal_brings_a_checkpoint_and_resume_goes_on(tmp_path, number):
     output, error = resumed.communicate(timeout=120)
     assert resumed.returncode == 0, error
     assert (
-        f"goes on from step {kept.step}: 0 steps that were paid for are taken and paid for again"
+        f"resumes at step {kept.step}: 0 steps that were paid for are taken and paid for again"
         in error
     )
     result = json.loads(output.splitlines()[-1])

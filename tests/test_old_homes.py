@@ -8,8 +8,7 @@ import sys
 
 import pytest
 
-from grape_ray.config.description import read_run
-from grape_ray.config.pipelines import rebuild_task
+from grape_ray.config.description import read_run, rebuild_task
 from grape_ray.errors import ConfigError
 from grape_ray.ray_backend.old_homes import old_homes
 from grape_ray.storage import Storage

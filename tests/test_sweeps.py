@@ -21,7 +21,7 @@ from grape_ray.accounting import Mechanism, affords
 from grape_ray.accounting.selection import Selection
 from grape_ray.cli.main import main
 from grape_ray.cli.tune import _summary
-from grape_ray.config.pipelines import describe
+from grape_ray.config.description import describe
 from grape_ray.errors import ConfigError
 from grape_ray.ledger import Ledger, Study, verify
 from grape_ray.ray_backend.private_selection import Sealed, _release

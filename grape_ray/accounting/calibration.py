@@ -1,6 +1,8 @@
-"""Epsilon, noise and number of steps, each from the other two and always from above, with privacy
-loss distributions.
+"""Epsilon, noise and number of steps, each from the other two and always an upper bound, with
+privacy loss distributions.
 """
+
+# pyright: reportMissingTypeStubs=false
 
 from __future__ import annotations
 
@@ -41,8 +43,8 @@ def epsilon(mechanism: Mechanism, steps: int, delta: float) -> float:
     at this delta.
 
     Add/remove adjacency only. Pessimistic connect-the-dots discretisation (Doroshenko et al. 2022),
-    composed by FFT with every rounding error added (`accounting.composition`); each spacing bounds
-    from above, so refining stops when it no longer pays. Without subsampling the closed form is
+    composed by FFT with every rounding error added (`accounting.composition`); each spacing gives
+    an upper bound, so refining stops when it no longer pays. Without subsampling the closed form is
     used.
 
     Returns:
@@ -50,11 +52,16 @@ def epsilon(mechanism: Mechanism, steps: int, delta: float) -> float:
 
     Raises:
         ConfigError: a number is out of range.
+
+    >>> from grape_ray import Mechanism
+    >>> step = Mechanism("poisson_gaussian", sampling_prob=0.01, noise_multiplier=1.1)
+    >>> round(epsilon(step, steps=1000, delta=1e-5), 2)
+    1.52
     """
     steps, delta = check_count("steps", steps), check_delta(delta)
     if _plain(mechanism):
         return _gaussian_epsilon(math.sqrt(steps) / mechanism.noise_multiplier, delta)
-    return _refined(mechanism, steps, delta)[0]
+    return float(_refined(mechanism, steps, delta)[0])
 
 
 def affords(mechanism: Mechanism, steps: int, epsilon: float, delta: float) -> bool:
@@ -86,8 +93,8 @@ def noise_multiplier(
     probes: int = 0,
     probes_shared: bool = False,
 ) -> float:
-    """The least noise multiplier, to 0.01 % from above, with which ``steps`` steps cost at most
-    (epsilon, delta).
+    """The least noise multiplier, to 0.01 % and never below it, with which ``steps`` steps cost at
+    most (epsilon, delta).
 
     Answers are remembered on disk (``accounting.cache``). One that is recalled is proved again by
     ``affords``, and searched anew where 0.1 % less would do, as where an older version found it.
@@ -95,6 +102,9 @@ def noise_multiplier(
     Raises:
         ConfigError: a number is out of range.
         BudgetExceeded: not even the largest noise multiplier suffices.
+
+    >>> round(noise_multiplier(3.0, delta=1e-5, sampling_prob=0.01, steps=1000), 2)
+    0.81
     """
     epsilon, delta, steps = check_epsilon(epsilon), check_delta(delta), check_count("steps", steps)
     most = Mechanism(method, sampling_prob, MAX_NOISE_MULTIPLIER, probes, probes_shared)
@@ -163,6 +173,11 @@ def steps_within(mechanism: Mechanism, epsilon: float, delta: float) -> int:
 
     Raises:
         ConfigError: a number is out of range.
+
+    >>> from grape_ray import Mechanism
+    >>> step = Mechanism("poisson_gaussian", sampling_prob=0.01, noise_multiplier=1.1)
+    >>> steps_within(step, epsilon=3.0, delta=1e-5) > 3700
+    True
     """
     epsilon, delta = check_epsilon(epsilon), check_delta(delta)
 
@@ -273,7 +288,7 @@ def _gaussian_delta(mu: float, epsilon: float) -> float:
 
 
 def _gaussian_epsilon(mu: float, delta: float) -> float:
-    """The least epsilon, from above, of a Gaussian mechanism of sensitivity over noise mu."""
+    """An upper bound on the epsilon of a Gaussian mechanism of sensitivity over noise mu."""
     if _gaussian_delta(mu, 0.0) <= delta:
         return 0.0
     low, high = 0.0, 1.0

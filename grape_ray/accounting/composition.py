@@ -11,6 +11,10 @@ With theta near the saddle point the sum runs over the middle of the tilted dist
 error of the convolution counts in proportion to delta, not beside it.
 """
 
+# scipy's functions have no types.
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false
+
 from __future__ import annotations
 
 import functools
@@ -173,7 +177,7 @@ class Composition:
         """
         mean = float(tilted @ x)
         spread = math.sqrt(max(float(tilted @ (x - mean) ** 2), self._one.spacing**2))
-        ends = []
+        ends: list[float] = []
         for sign in (-1.0, 1.0):
             rate = math.sqrt(-2 * math.log(_OUTSIDE) / self._steps) / spread
             span = float(x[-1]) - mean if sign > 0 else mean - float(x[0])

@@ -6,6 +6,10 @@ under one dataset and m under the other is replaced by two outcomes at x and x +
 together (m = sum of probability * e^-loss): no test loses by it.
 """
 
+# scipy's functions have no types.
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false
+
 from __future__ import annotations
 
 import math
@@ -110,8 +114,8 @@ def _upper(
     x: np.ndarray,
     h: float,
 ) -> np.ndarray:
-    """The part of p + p_off that goes to the upper end of each interval, from above: (p - weight m)
-    / (1 - e^-h).
+    """The part of p + p_off that goes to the upper end of each interval, an upper bound: (p -
+    weight m) / (1 - e^-h).
     """
     off = p_off + weight * m_off + (4 + np.abs(x)) * _UNIT * (p + weight * m)
     return np.clip((p - weight * m + p_off + off) / -math.expm1(-h), 0.0, p + p_off)

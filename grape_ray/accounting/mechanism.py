@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import cast
 
 from grape_ray.errors import ConfigError
 
@@ -33,9 +34,8 @@ def finite(name: str, value: object) -> float:
         ConfigError: it is not a real number, or is NaN or infinite.
     """
     try:
-        number = (
-            float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
-        )
+        real = isinstance(value, Real) and not isinstance(value, bool)  # pyright: ignore[reportUnnecessaryIsInstance]
+        number = float(cast(float, value)) if real else math.nan
     except OverflowError:  # an integer beyond every float
         number = math.inf
     if not math.isfinite(number):
@@ -156,7 +156,7 @@ class Mechanism:
             )
         object.__setattr__(self, "sampling_prob", check_sampling_prob(self.sampling_prob))
         object.__setattr__(self, "noise_multiplier", check_noise_multiplier(self.noise_multiplier))
-        if not isinstance(self.probes_shared, bool):
+        if type(self.probes_shared) is not bool:
             raise ConfigError(
                 "probes_shared is not a truth value",
                 self.probes_shared,

@@ -2,6 +2,10 @@
 (docs/privacy.md, lemmas 1 to 4).
 """
 
+# scipy's functions have no types.
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false
+
 from __future__ import annotations
 
 import functools

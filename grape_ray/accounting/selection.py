@@ -2,6 +2,8 @@
 and Steinke 2022).
 """
 
+# pyright: reportMissingTypeStubs=false
+
 from __future__ import annotations
 
 import contextlib
@@ -9,7 +11,7 @@ import functools
 import logging
 import math
 import secrets
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -136,7 +138,7 @@ class Law:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """Without dp_accounting's warnings of Renyi orders that it leaves out: with fewer orders the
     bound is larger, never wrong.
     """
@@ -254,8 +256,8 @@ def epsilon(mechanism: Mechanism, trial_steps: int, law: Law, delta: float) -> f
 def noise_multiplier(
     wanted: float, delta: float, sampling_prob: float, trial_steps: int, law: Law
 ) -> float:
-    """The least noise multiplier, to 0.01 % from above, with which the selection costs at most
-    (wanted, delta).
+    """The least noise multiplier, to 0.01 % and never below it, with which the selection costs at
+    most (wanted, delta).
 
     Raises:
         ConfigError: a number is out of range. BudgetExceeded: not even the largest noise multiplier

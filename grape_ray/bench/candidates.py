@@ -200,7 +200,7 @@ CANDIDATES: dict[str, Candidate] = {
 
 def chosen(names: Iterable[str]) -> list[tuple[str, int | None]]:
     """(method, rank) of each name, `method` or `method:rank`; every candidate for no name. `none`
-    is always first: it is the yardstick.
+    is always first: it is the baseline.
 
     Raises:
         ConfigError: an unknown method, or a rank where the method has none.

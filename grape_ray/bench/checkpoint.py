@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from grape_ray import checkpoint
 from grape_ray.bench.models import Setting, build
@@ -58,7 +57,7 @@ def measure(
     """Takes `rounds` blocks of `block` steps without and as many with checkpoints, in turns.
 
     A checkpoint is begun before every `every` steps of its block, so that each is written while
-    steps of that block are taken, as in a long run; what is still on its way at the block's end is
+    steps of that block are taken, as in a long run; an upload in flight at the block's end is
     waited for before the next block begins, and is not timed.
     """
     model, loss, batch = build(where)
@@ -145,7 +144,7 @@ def object_store() -> Iterator[str]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def _await_port(port: int, server: Any) -> None:
+def _await_port(port: int, server: subprocess.Popen[bytes]) -> None:
     deadline_s = time.monotonic() + 60
     while time.monotonic() < deadline_s and server.poll() is None:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
@@ -155,7 +154,7 @@ def _await_port(port: int, server: Any) -> None:
         "the object store of the benchmark does not start",
         None,
         "moto[server]",
-        "pip install 'grape-ray[s3]', or pass --storage",
+        "pip install 'moto[server]', or pass --storage",
     )
 
 

@@ -13,11 +13,12 @@ from grape_ray.accounting.mechanism import GAUSSIAN, Mechanism
 from grape_ray.ledger.audit import verify
 from grape_ray.ledger.entries import FORMAT, GENESIS, Entry, Study
 from grape_ray.ledger.ledger import Ledger
+from grape_ray.storage import Json
 
 _STUDY = Study("study", Mechanism(GAUSSIAN, 1e-3, 2.0), 8.0, 1e-5, 10**6)  # of a million steps
 
 
-def costs(entries: int) -> dict[str, Any]:
+def costs(entries: int) -> Json:
     """CPU-seconds of opening a ledger with that many entries of one study in a local folder, of
     verifying it, and of its epsilon spent.
     """
@@ -35,7 +36,7 @@ def _write(folder: Path, count: int) -> None:
     """A run of one step an entry, written without the syncs that make real entries durable."""
     step = {"study": _STUDY.name, "run": "run", "attempt": 1}
     budget = {"epsilon": _STUDY.epsilon, "delta": _STUDY.delta}
-    facts: list[tuple[str, dict[str, Any]]] = [
+    facts: list[tuple[str, Json]] = [
         ("open", {"format": FORMAT, "ledger_id": "ledger", "dataset_id": "dataset", **budget}),
         ("study", _STUDY.payload()),
         ("attempt", {**step, "key_id": "key"}),
@@ -49,7 +50,7 @@ def _write(folder: Path, count: int) -> None:
         head = entry.hash
 
 
-def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
+def _timed(call: Callable[[], object]) -> tuple[float, Any]:
     """(CPU-seconds of this process, the result)."""
     began = time.process_time()
     result = call()

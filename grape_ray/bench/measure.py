@@ -20,7 +20,7 @@ Named = Sequence[tuple[str, int | None]]  # (method, rank)
 
 @dataclass(frozen=True)
 class Row:
-    """One candidate's figures; those that could not be had are None and `error` says why.
+    """One candidate's figures; those that could not be measured are None and `error` says why.
 
     Attributes:
         method, rank: the candidate. seconds: median over rounds of a step's CPU-seconds (GPU:

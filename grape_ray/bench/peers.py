@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from grape_ray.bench.models import Loss
 from grape_ray.bench.paid import NOISE_MULTIPLIER
+from grape_ray.storage import Json
 
 LEARNING_RATE, CLIP_NORM = 1e-4, 1.0  # as in candidates
 _BY_HOOKS = ("opacus.grad_sample", "GradSampleModule"), ("opacus.optimizers", "DPOptimizer")
@@ -56,7 +57,7 @@ def ghost(model: nn.Module, loss: Loss, batch: dict[str, Tensor]) -> Callable[[]
 
 
 def _wrap(
-    model: nn.Module, batch: dict[str, Tensor], kinds: tuple, options: dict[str, Any]
+    model: nn.Module, batch: dict[str, Tensor], kinds: tuple, options: Json
 ) -> tuple[Any, Any]:
     """Opacus's module and optimizer; its hooks record in training mode alone, and the models here
     have no dropout.

@@ -8,12 +8,12 @@ import os
 import subprocess
 import sys
 import tempfile
-from typing import Any
 
 from grape_ray.bench.candidates import CANDIDATES
 from grape_ray.bench.memory import ALLOCATOR
 from grape_ray.bench.models import Setting
 from grape_ray.bench.worker import opening
+from grape_ray.storage import Json
 
 # Idle threads sleep, so that a process's CPU-seconds are work alone.
 _QUIET = {
@@ -53,7 +53,7 @@ class Process:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def ask(self, do: str, steps: int) -> dict[str, Any]:
+    def ask(self, do: str, steps: int) -> Json:
         """The worker's answer; {"error": ...} from the first failure on."""
         if self.error or self._child is None:
             return {"error": self.error}
@@ -78,7 +78,7 @@ class Process:
         child.wait()
         self._log.close()
 
-    def _say(self, message: dict[str, Any]) -> None:
+    def _say(self, message: Json) -> None:
         assert self._child is not None
         assert self._child.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # its death is reported when it is asked

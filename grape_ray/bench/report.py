@@ -9,11 +9,12 @@ import importlib.metadata
 import platform
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
+
+from grape_ray.storage import Json
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 _HEADER = (
@@ -23,7 +24,7 @@ _HEADER = (
 _PACKAGES = ("torch", "transformers", "opacus", "numpy", "cryptography")
 
 
-def surroundings() -> dict[str, Any]:
+def environment() -> Json:
     """Hardware, versions and commit of this process."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
@@ -62,7 +63,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def method_rows(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+def method_rows(rows: Sequence[Json]) -> list[list[str]]:
     """The rows of `measure` as text."""
 
     def shown(value: float | None, form: str) -> str:
@@ -87,7 +88,7 @@ METHOD_COLUMNS = ("method", "rank", "s/step", "time ratio", "peak MiB", "memory 
 
 def save(title: str, body: str, command: str, path: Path = RESULTS) -> None:
     """Puts a section into the results file in the place of an earlier one of the same title."""
-    where = surroundings()
+    where = environment()
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     date = datetime.datetime.now(datetime.UTC).date()
     section = (

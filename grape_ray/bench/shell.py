@@ -11,7 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Any
+
+from grape_ray.storage import Json
 
 _QUIET = {
     "OMP_WAIT_POLICY": "passive",
@@ -27,7 +28,7 @@ def help_s(repeats: int = 5) -> float:
     return statistics.median(_timed("--help")[0] for _ in range(repeats))
 
 
-def runs(pipeline: str, steps: int, rounds: int) -> dict[str, Any]:
+def runs(pipeline: str, steps: int, rounds: int) -> Json:
     """The same run in this process alone and on one Ray worker, in turns.
 
     Returns:

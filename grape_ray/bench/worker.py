@@ -13,7 +13,6 @@ import dataclasses
 import json
 import os
 import sys
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from grape_ray.bench.candidates import CANDIDATES, Step
 from grape_ray.bench.clock import clock
 from grape_ray.bench.memory import peak_bytes
 from grape_ray.bench.models import Loss, Setting, build, setting
+from grape_ray.storage import Json
 
 
 class Worker:
@@ -41,7 +41,7 @@ class Worker:
             self._step = self._make(build(self.where))
         return self._step
 
-    def time(self, steps: int) -> dict[str, Any]:
+    def time(self, steps: int) -> Json:
         """Mean seconds of a step."""
         step, now = self.step(), clock(self.where.device)
         began = now()
@@ -49,7 +49,7 @@ class Worker:
             step()
         return {"seconds": (now() - began) / steps}
 
-    def memory(self, steps: int) -> dict[str, Any]:
+    def memory(self, steps: int) -> Json:
         """Peak bytes of making the candidate and taking steps, above the model and the batch."""
         small = setting("tiny", device=self.where.device, bf16=self.where.bf16)
         warm = self._make(build(small))
@@ -65,19 +65,19 @@ class Worker:
 
         return {"peak_bytes": peak_bytes(self.where.device, work)}
 
-    def phases(self, steps: int) -> dict[str, Any]:
+    def phases(self, steps: int) -> Json:
         """Seconds of a step by phase."""
         from grape_ray.bench.phases import measure_phases
 
         return {"phases": measure_phases(self.step(), self.where.device, steps)}
 
-    def bytes(self, steps: int) -> dict[str, Any]:
+    def bytes(self, steps: int) -> Json:
         """What one step holds, by kind."""
         from grape_ray.bench.step_bytes import measure_holdings
 
         return {"bytes": measure_holdings(self.step())}
 
-    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+    def answer(self, request: Json) -> Json:
         """One request's answer."""
         verbs = {
             "time": self.time,
@@ -111,7 +111,7 @@ def main() -> None:
         replies.flush()
 
 
-def opening(where: Setting, method: str, rank: int | None) -> dict[str, Any]:
+def opening(where: Setting, method: str, rank: int | None) -> Json:
     """The first line for a worker."""
     return {"setting": dataclasses.asdict(where), "method": method, "rank": rank}
 

@@ -10,12 +10,12 @@ by 1e-6.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from grape_ray.engines.subspace import Subspace
+from grape_ray.storage import Json
 
 # Beyond either the next checkpoint is a full one: a delta would no longer be small, or differ by
 # more than 1e-6, since the rounding of the steps themselves, which a delta does not repeat, adds
@@ -88,7 +88,7 @@ class Coordinates:
             for name, tensor in named.items()
         }
 
-    def counters(self) -> dict[str, Any]:
+    def counters(self) -> Json:
         """The numbers that go with `tensors`."""
         return {
             "factor": self._factor,
@@ -98,11 +98,7 @@ class Coordinates:
         }
 
     def load(
-        self,
-        base: str,
-        tensors: Mapping[str, Tensor],
-        counters: Mapping[str, Any],
-        like: Mapping[str, Tensor],
+        self, base: str, tensors: Mapping[str, Tensor], counters: Json, like: Mapping[str, Tensor]
     ) -> None:
         """Takes up a delta's sums, so that later deltas start from the same full checkpoint; `like`
         holds the weights, by name.

@@ -5,7 +5,7 @@ small, and resharded on resume.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from grape_ray.engines.capture.model_state import Start
 from grape_ray.errors import CheckpointError, GrapeRayError, StorageError
 from grape_ray.optim import Optimizer
 from grape_ray.privacy.rank_zero import on_rank_zero
-from grape_ray.storage import Storage
+from grape_ray.storage import Json, Storage
 
 
 class Occasion(enum.Enum):
@@ -38,7 +38,7 @@ class Occasion(enum.Enum):
 
 @dataclass(frozen=True)
 class Restored:
-    """The checkpoint that a run goes on from; by default there is none.
+    """The checkpoint that a run resumes from; by default there is none.
 
     Attributes:
         name: its folder. step: steps that the model has taken. metadata: what `save` was given.
@@ -46,7 +46,7 @@ class Restored:
 
     name: str = ""
     step: int = 0
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Json = field(default_factory=dict)
 
     @property
     def executed_steps(self) -> int:
@@ -85,10 +85,10 @@ class CheckpointManager:
         )
         optimizer.recorder = self._coordinates
         self._unchanged: Start | None = None
-        self._metadata: Mapping[str, Any] = {}
+        self._metadata: Json = {}
         self.attempt, self.newest, self.skipped = 0, "", 0
         self.failure: GrapeRayError | None = None
-        self.on_commit: Callable[[str, Mapping[str, Any]], None] = lambda name, metadata: None
+        self.on_commit: Callable[[str, Json], None] = lambda name, metadata: None
 
     @property
     def lag_s(self) -> float:
@@ -122,7 +122,7 @@ class CheckpointManager:
             found: Checkpoint = _unless_error(mine)
             if not sharding.is_sharded(self._model):
                 coordinates = self._load(found)
-                # Deltas go on from the full checkpoint of the one that was restored.
+                # Deltas continue from the full checkpoint of the one that was restored.
                 if self._coordinates is not None and coordinates is not None:
                     self._optimizer.recorder = self._coordinates = coordinates
             self.newest = found.name
@@ -144,7 +144,7 @@ class CheckpointManager:
         self._optimizer.load_state_dict(found.optimizer)
         return coordinates
 
-    def begin_from(self, folder: Storage, name: str, metadata: Mapping[str, Any]) -> Restored:
+    def begin_from(self, folder: Storage, name: str, metadata: Json) -> Restored:
         """Takes the state of another run's checkpoint, and keeps it as this run's own first.
 
         Args:
@@ -166,7 +166,7 @@ class CheckpointManager:
         self.attempt = number or on_rank_zero(self._comms, partial(_next_attempt, self._folder))
         self._unchanged = Start(self._model)
 
-    def save(self, step: int, metadata: Mapping[str, Any], occasion: Occasion) -> bool:
+    def save(self, step: int, metadata: Json, occasion: Occasion) -> bool:
         """Whether a checkpoint of `step` was begun. Raises what the two before failed with, or this
         one, if it is waited for.
         """
@@ -228,7 +228,7 @@ class CheckpointManager:
             self.newest = committed
             self.on_commit(committed, self._metadata)
 
-    def _state(self, metadata: Mapping[str, Any], moved: Coordinates | None) -> State:
+    def _state(self, metadata: Json, moved: Coordinates | None) -> State:
         """This rank's part: of a full checkpoint, or, given coordinates, of what a delta cannot do
         without.
 
@@ -240,7 +240,7 @@ class CheckpointManager:
         self._unchanged.check()
         model, optimizer = rank_state.held(self._model), self._optimizer.state_dict()
         places = {**rank_state.model_places(self._model), **self._optimizer.places()}
-        counters: dict[str, Any] = {
+        counters: Json = {
             "optimizer": {k: v for k, v in optimizer.items() if not isinstance(v, Tensor)}
         }
         kinds = {
@@ -279,7 +279,7 @@ def _next_attempt(folder: Storage) -> int:
     return max((int(name.rpartition("-")[2]) for name in checkpoint.names(folder)), default=0) + 1
 
 
-def _attempted(call: Callable[[], Any]) -> Any:
+def _attempted(call: Callable[[], object]) -> Any:
     """The result, or the error, which is to be shared with the other ranks before it is raised."""
     try:
         return call()
@@ -287,7 +287,7 @@ def _attempted(call: Callable[[], Any]) -> Any:
         return error
 
 
-def _unless_error(value: Any) -> Any:
+def _unless_error(value: object) -> Any:
     if isinstance(value, GrapeRayError):
         raise value
     return value

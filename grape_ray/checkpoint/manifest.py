@@ -9,11 +9,10 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from grape_ray.checkpoint.shards import Piece
 from grape_ray.errors import CheckpointError
-from grape_ray.storage import Storage
+from grape_ray.storage import Json, Storage
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -40,13 +39,13 @@ class Manifest:
     name: str
     pieces: Mapping[str, list[Piece]]
     files: Mapping[str, int]
-    counters: Mapping[str, Any] = field(default_factory=dict)
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    counters: Json = field(default_factory=dict)
+    metadata: Json = field(default_factory=dict)
     base: str | None = None
 
     @property
     def bytes(self) -> int:
-        """Bytes of its files, the manifest left out."""
+        """Bytes of its files, without the manifest."""
         return sum(self.files.values())
 
     def commit(self, storage: Storage) -> None:

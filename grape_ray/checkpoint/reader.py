@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from grape_ray.checkpoint.manifest import names, read_manifest
 from grape_ray.checkpoint.shards import read
 from grape_ray.engines.subspace import Subspace
 from grape_ray.errors import CheckpointError
-from grape_ray.storage import Storage
+from grape_ray.storage import Json, Storage
 
 _INSTEAD = "an earlier one is used instead"
 
@@ -118,12 +117,12 @@ class Checkpoint:
 
     step: int
     name: str
-    metadata: Mapping[str, Any]
+    metadata: Json
     model: Mapping[str, Tensor]
-    optimizer: Mapping[str, Any]
+    optimizer: Json
     base: str | None = None
     coordinates: Mapping[str, Tensor] = field(default_factory=dict)
-    counters: Mapping[str, Any] = field(default_factory=dict)
+    counters: Json = field(default_factory=dict)
 
 
 def load(storage: Storage, name: str) -> Checkpoint:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from grape_ray.errors import CheckpointError
-from grape_ray.storage import Storage
+from grape_ray.storage import Json, Storage
 
 _BLOCK_BYTES = 8 << 20
 _ALIGNMENT = 8
@@ -73,7 +73,7 @@ class Piece:
         return (self.rows, *self.global_shape[1:]) if self.global_shape else ()
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Piece:
+    def from_json(cls, fields: Json) -> Piece:
         """The piece of a manifest's entry."""
         return cls(**{**fields, "global_shape": tuple(fields["global_shape"])})
 
@@ -143,7 +143,7 @@ def _header(file: str, shards: Mapping[str, Shard]) -> tuple[bytes, list[Piece]]
     """The header of the file (8 bytes of length, then JSON, padded), and its pieces without their
     digests.
     """
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: Json = {"__metadata__": {"format": "pt"}}
     pieces, end = [], 0
     for name, shard in shards.items():
         if shard.tensor.dtype not in _DTYPES:

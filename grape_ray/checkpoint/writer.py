@@ -11,13 +11,12 @@ import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from grape_ray.checkpoint.manifest import Manifest, retain
 from grape_ray.checkpoint.shards import Piece, Shard, snapshot, write
 from grape_ray.distributed.comms import Comms
 from grape_ray.errors import CheckpointError, GrapeRayError, StorageError
-from grape_ray.storage import Storage
+from grape_ray.storage import Json, Storage
 
 _LOOK_EVERY_S = 0.1
 _DRAIN_S = 5.0  # with other ranks: one that is gone will not finish its part
@@ -34,14 +33,14 @@ class State:
     """
 
     shards: Mapping[str, Mapping[str, Shard]]
-    counters: Mapping[str, Any] = field(default_factory=dict)
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    counters: Json = field(default_factory=dict)
+    metadata: Json = field(default_factory=dict)
     base: str | None = None
 
 
 @dataclass
 class _Upload:
-    """One checkpoint on its way."""
+    """One upload in flight."""
 
     name: str
     step: int
@@ -86,7 +85,7 @@ class Writer:
         ).start()
 
     def ready(self) -> bool:
-        """Whether no checkpoint is on its way on any rank. Raises CheckpointError or StorageError
+        """Whether no upload is in flight on any rank. Raises CheckpointError or StorageError
         where one has failed on any rank.
         """
         states = self._comms.gather_objects(self._look())
@@ -103,7 +102,7 @@ class Writer:
         return True
 
     def flush(self) -> None:
-        """Waits until the checkpoint on its way, if any, is committed. Raises as `ready` does."""
+        """Waits until the upload in flight, if any, is committed. Raises as `ready` does."""
         while not self.ready():
             if self._current:
                 self._current.done.wait(_LOOK_EVERY_S)
@@ -114,14 +113,14 @@ class Writer:
         return upload.name if upload else None
 
     def drain(self) -> None:
-        """Gives the checkpoint on its way a little time, when this rank ends by an error; speaks to
+        """Gives the upload in flight a little time, when this rank ends by an error; speaks to
         no other rank.
         """
         if self._current:
             self._current.done.wait(self._deadline_s if self._comms.world_size == 1 else _DRAIN_S)
 
     def _look(self) -> tuple[bool, Exception | None]:
-        """(on its way, what failed) of this rank."""
+        """(in flight, what failed) of this rank."""
         upload = self._current
         if upload is None:
             return False, None
@@ -186,7 +185,7 @@ class Writer:
         except StorageError as error:  # the checkpoint is whole; what is too many goes next time
             warnings.warn(f"old checkpoints could not be removed: {error}", stacklevel=2)
 
-    def _await_receipt(self, upload: _Upload, rank: int) -> dict[str, Any]:
+    def _await_receipt(self, upload: _Upload, rank: int) -> Json:
         pause_s = _LOOK_EVERY_S
         while time.monotonic() - upload.began_s < self._deadline_s:
             try:

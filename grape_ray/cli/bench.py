@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+from grape_ray.storage import Json
+
 
 @click.group("bench")
 def command() -> None:
@@ -46,7 +48,7 @@ def _shape(function: Any) -> Any:
     return function
 
 
-def _setting(options: dict[str, Any]) -> Any:
+def _setting(options: Json) -> Any:
     from grape_ray.bench.models import setting
 
     return setting(
@@ -61,8 +63,8 @@ def _finish(
     title: str,
     columns: Sequence[str],
     rows: list[list[str]],
-    facts: dict[str, Any],
-    options: dict[str, Any],
+    facts: Json,
+    options: Json,
     note: str = "",
 ) -> None:
     """Prints the table, keeps it if asked to, and ends with the JSON line."""
@@ -85,7 +87,7 @@ def _finish(
 @command.command("methods")
 @_shape
 @click.option(
-    "--methods", default="", help="Comma list of method or method:rank; left out, all of them."
+    "--methods", default="", help="Comma list of method or method:rank; by default all of them."
 )
 @click.option("--rounds", type=int, default=7, show_default=True)
 @click.option(
@@ -95,7 +97,7 @@ def methods(methods: str, rounds: int, steps: int, **options: Any) -> None:
     """Seconds a step and peak bytes above the model, in interleaved rounds, as ratios to `none`."""
     from grape_ray.bench.candidates import chosen
     from grape_ray.bench.measure import measure
-    from grape_ray.bench.report import METHOD_COLUMNS, method_rows, surroundings
+    from grape_ray.bench.report import METHOD_COLUMNS, environment, method_rows
 
     where = _setting(options)
     found = measure(
@@ -115,7 +117,7 @@ def methods(methods: str, rounds: int, steps: int, **options: Any) -> None:
         f"Methods: {where.title}",
         METHOD_COLUMNS,
         method_rows(rows),
-        {"model": where.model, **surroundings(), "rows": rows},
+        {"model": where.model, **environment(), "rows": rows},
         options,
         note,
     )
@@ -134,7 +136,7 @@ def profile(methods: str, steps: int, **options: Any) -> None:
     """Where a step's seconds and bytes go."""
     from grape_ray.bench.candidates import chosen, label
     from grape_ray.bench.processes import Process
-    from grape_ray.bench.report import surroundings
+    from grape_ray.bench.report import environment
 
     where, facts = _setting(options), []
     for method, rank in chosen([m for m in methods.split(",") if m]):
@@ -157,7 +159,7 @@ def profile(methods: str, steps: int, **options: Any) -> None:
         f"Profile: {where.title}",
         ("method", "where", "a step"),
         rows,
-        {"model": where.model, **surroundings(), "rows": facts},
+        {"model": where.model, **environment(), "rows": facts},
         options,
     )
 
@@ -177,9 +179,9 @@ def length(methods: str, lengths: str, steps: int, **options: Any) -> None:
     """
     from grape_ray.bench.candidates import chosen, label
     from grape_ray.bench.processes import Process
-    from grape_ray.bench.report import surroundings
+    from grape_ray.bench.report import environment
 
-    facts: list[dict[str, Any]] = []
+    facts: list[Json] = []
     for tokens in _counts("--lengths", lengths):
         where, base = _setting({**options, "tokens": tokens}), None
         for method, rank in chosen(methods.split(",")):
@@ -209,7 +211,7 @@ def length(methods: str, lengths: str, steps: int, **options: Any) -> None:
         ]
         for f in facts
     ]
-    facts_out = {"model": options["model"], **surroundings(), "rows": facts}
+    facts_out = {"model": options["model"], **environment(), "rows": facts}
     _finish(
         f"Length: {options['model']}, T = {lengths}",
         ("T", "method", "peak MiB", "memory ratio", "norm s"),
@@ -244,7 +246,7 @@ def comm(rank: int, **options: Any) -> None:
 @click.option(
     "--storage",
     help=(
-        "Folder or URL to write to; left out, an S3-compatible server on loopback, in a process of"
+        "Folder or URL to write to; by default an S3-compatible server on loopback, in a process of"
         " its own."
     ),
 )
@@ -273,7 +275,7 @@ def checkpoint(
     import dataclasses
 
     from grape_ray.bench.checkpoint import measure, object_store
-    from grape_ray.bench.report import surroundings
+    from grape_ray.bench.report import environment
 
     where = _setting(options)
     with contextlib.nullcontext(storage) if storage else object_store() as url:
@@ -291,19 +293,19 @@ def checkpoint(
         "longest copy s",
         "full bytes",
         "delta bytes",
-        "written (left out)",
+        "written (skipped)",
     )
     facts = {
         "model": where.model,
         "rank": rank,
         "every": every,
         "deltas": deltas,
-        **surroundings(),
+        **environment(),
         **dataclasses.asdict(found),
     }
     note = (
-        "The rate is the median over neighbouring blocks. A checkpoint left out fell due while the"
-        " one before was on its way."
+        "The rate is the median over neighbouring blocks. A skipped checkpoint fell due while the"
+        " upload of the one before was in flight."
     )
     _finish(
         f"Checkpoints: {where.title}, grape rank {rank}, {deltas} deltas a full one",
@@ -320,7 +322,7 @@ def checkpoint(
 @click.option("--rank", type=int, default=16, show_default=True)
 def scaling(rank: int, **options: Any) -> None:
     """CPU-seconds an example on one and two real ranks, each with its own batch."""
-    from grape_ray.bench.report import surroundings
+    from grape_ray.bench.report import environment
     from grape_ray.bench.scaling import weak
 
     where, rows = _setting(options), []
@@ -345,7 +347,7 @@ def scaling(rank: int, **options: Any) -> None:
         f"Weak scaling: {where.title}",
         columns,
         rows,
-        {"model": where.model, **surroundings(), "rows": facts},
+        {"model": where.model, **environment(), "rows": facts},
         options,
     )
 
@@ -359,7 +361,7 @@ def scaling(rank: int, **options: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
 def shell(steps: int, rounds: int, **options: Any) -> None:
     """What the program, the loop and Ray add to a step and to a start, on the digits pipeline."""
-    from grape_ray.bench.report import surroundings
+    from grape_ray.bench.report import environment
     from grape_ray.bench.shell import help_s, runs
 
     found = {"help_s": help_s(), **runs("pipelines.digits_vit", steps, rounds)}
@@ -375,7 +377,7 @@ def shell(steps: int, rounds: int, **options: Any) -> None:
         "Shell",
         ("what", "figure"),
         rows,
-        {"model": "digits_vit", **surroundings(), **found},
+        {"model": "digits_vit", **environment(), **found},
         options,
     )
 
@@ -396,7 +398,7 @@ def ledger(entries: str, **options: Any) -> None:
     entries.
     """
     from grape_ray.bench.ledger import costs
-    from grape_ray.bench.report import surroundings
+    from grape_ray.bench.report import environment
 
     rows = [costs(count) for count in _counts("--entries", entries)]
     shown = [
@@ -408,7 +410,7 @@ def ledger(entries: str, **options: Any) -> None:
         "Ledger: entries of one study, in a local folder",
         columns,
         shown,
-        {**surroundings(), "rows": rows},
+        {**environment(), "rows": rows},
         options,
     )
 

@@ -21,8 +21,8 @@ def command(run, folder, trust) -> None:
     from grape_ray.training.export import PRIVACY_FILE, export
 
     step = export(run, folder, trust)
-    promise = json.loads(Path(folder, PRIVACY_FILE).read_text())
+    stated = json.loads(Path(folder, PRIVACY_FILE).read_text())
     click.echo(
         f"{folder}: the model after step {step}"
-        + ("" if promise["private"] else f"; {promise['statement']}")
+        + ("" if stated["private"] else f"; {stated['statement']}")
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import click
 
@@ -11,8 +10,9 @@ from grape_ray.errors import ConfigError, GrapeRayError, LedgerError
 from grape_ray.ledger.audit import verify
 from grape_ray.ledger.ledger import Ledger
 from grape_ray.ledger.location import ledger_of
+from grape_ray.ledger.registry import Known
 from grape_ray.ledger.summary import summary
-from grape_ray.storage import Storage
+from grape_ray.storage import Json, Storage
 
 
 @click.group("ledger")
@@ -112,8 +112,8 @@ def check(place: str, head: str | None, as_json: bool) -> None:
 
 @command.command("extend")
 @click.argument("place", metavar="LEDGER_OR_RUN")
-@click.option("--epsilon", type=float, help="The dataset's new whole epsilon; left out, it stays.")
-@click.option("--delta", type=float, help="The dataset's new whole delta; left out, it stays.")
+@click.option("--epsilon", type=float, help="The dataset's new whole epsilon; by default it stays.")
+@click.option("--delta", type=float, help="The dataset's new whole delta; by default it stays.")
 @click.option("--reason", help="Who wanted it, and why; it stays in the ledger.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def extend(
@@ -122,7 +122,7 @@ def extend(
     """Raise the whole budget of a dataset, for further studies; those that are registered keep
     their shares.
 
-    Everything that was ever trained on these records, together, is then promised under the new
+    Everything that was ever trained on these records, together, is then guaranteed under the new
     epsilon and delta, not under the old.
     """
     if epsilon is None and delta is None:
@@ -144,9 +144,9 @@ def extend(
     )
 
 
-def _row(known: Any) -> dict[str, Any]:
+def _row(known: Known) -> Json:
     """A line of the list; a ledger that cannot be read is listed with its problem."""
-    row: dict[str, Any] = {
+    row: Json = {
         "dataset": known.dataset,
         "ledger": known.place,
         "ledger_id": known.ledger_id,
@@ -174,7 +174,7 @@ def _row(known: Any) -> dict[str, Any]:
     }
 
 
-def _balance(row: dict[str, Any]) -> str:
+def _balance(row: Json) -> str:
     """What a dataset has and has left, in a line."""
     taken = (
         f"{row['epsilon'] - row['epsilon_left']:.4g} taken by {row['studies']} studies"
@@ -189,7 +189,7 @@ def _balance(row: dict[str, Any]) -> str:
     return f"epsilon {row['epsilon']:g}, {taken}, {left}; {len(row['runs'])} runs{raised}"
 
 
-def _run_of(found: dict[str, Any], run: str) -> dict[str, Any]:
+def _run_of(found: Json, run: str) -> Json:
     """What a run was charged, and to which study; nothing yet where no study knows it."""
     for name, study in found["studies"].items():
         if run in study["runs"]:
@@ -202,7 +202,7 @@ def _run_of(found: dict[str, Any], run: str) -> dict[str, Any]:
     }
 
 
-def _show_studies(found: dict[str, Any]) -> None:
+def _show_studies(found: Json) -> None:
     for name, study in found["studies"].items():
         steps = f"{study['used']} of {study['tokens']} steps charged, {study['left']} left"
         spent = (

@@ -80,7 +80,7 @@ def _cautions_told() -> Iterator[None]:
         warnings.simplefilter("always", Caution)
         before = warnings.showwarning
 
-        def show(message: Any, category: type[Warning], *where: Any) -> None:
+        def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
             if issubclass(category, Caution):
                 click.echo("warning: " + " ".join(str(message).split()), err=True)
             else:

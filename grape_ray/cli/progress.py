@@ -5,11 +5,12 @@ result.
 from __future__ import annotations
 
 import time
-from typing import Any, TextIO
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from grape_ray.training.progress import Progress as RunProgress
 from grape_ray.training.result import RunResult
 
 _LINE_EVERY_S = 10.0
@@ -49,7 +50,7 @@ class Reporter:
         """A line of its own."""
         self._console.print(text, markup=False)
 
-    def __call__(self, progress: Any, epsilon: float | None) -> None:
+    def __call__(self, progress: RunProgress, epsilon: float | None) -> None:
         """Shows a `grape_ray.training.loop.Progress` and the epsilon spent so far (None without a
         guarantee).
         """
@@ -66,7 +67,7 @@ class Reporter:
             self.say(f"step {progress.step}/{progress.total}  {state}")
 
 
-def describe(progress: Any, epsilon: float | None) -> str:
+def describe(progress: RunProgress, epsilon: float | None) -> str:
     """Epsilon spent, speed, time left and the newest metrics, in one line."""
     parts = [] if epsilon is None else [f"epsilon {epsilon:.3f}"]
     if progress.steps_per_s:
@@ -82,9 +83,9 @@ def describe(progress: Any, epsilon: float | None) -> str:
 def summary(result: RunResult) -> list[str]:
     """The result in lines for a person."""
     if result.ledger is None:
-        promise = "NOT PRIVATE: no guarantee for any training record"
+        guarantee = "NOT PRIVATE: no guarantee for any training record"
     else:
-        promise = (
+        guarantee = (
             f"epsilon {result.epsilon:g} at delta {result.delta:g}, noise multiplier"
             f" {result.noise_multiplier:.4g}"
         )
@@ -94,7 +95,7 @@ def summary(result: RunResult) -> list[str]:
     if result.metrics_step not in (None, result.steps):
         metrics += f" (of step {result.metrics_step})"
     lines = [
-        f"{result.run}: {result.steps} steps of {result.method}, {promise}",
+        f"{result.run}: {result.steps} steps of {result.method}, {guarantee}",
         (
             f"validation: {metrics}; {result.seconds:.1f} s, peak"
             f" {result.peak_bytes / 2**20:.0f} MiB a process"
@@ -112,7 +113,7 @@ def summary(result: RunResult) -> list[str]:
         names = ", ".join(result.diverged)
         lines.append(
             f"ended early, before more was paid: {names} was not finite twice"
-            " (performance.stop_on_nan=false goes on)"
+            " (performance.stop_on_nan=false continues)"
         )
     if any(problem.startswith("an evaluation failed") for problem in result.problems):
         lines.append("evaluate again, free of privacy cost: grape-ray evaluate RUN")

@@ -1,4 +1,4 @@
-"""``grape-ray resume``: go on with a run that was cut off."""
+"""``grape-ray resume``: resume a run that was cut off."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from grape_ray.cli.options import no_dry_run, trust_module
     metavar="KEY=VALUE",
     help="Override a performance.* field; repeatable.",
 )
-@click.option("--key-file", help="Master key; left out, ~/.config/grape-ray/master.key.")
+@click.option("--key-file", help="Master key; by default ~/.config/grape-ray/master.key.")
 @trust_module
 @no_dry_run
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
 def command(
     run, ledger, second_ledger, workers, assignments, key_file, trust, no_dry_run, as_json
 ) -> None:
-    """Go on with RUN (a run's folder or URL) from its newest whole checkpoint, as a new attempt
+    """Resume RUN (a run's folder or URL) from its newest whole checkpoint, as a new attempt
     with keys of its own.
 
     Steps after that checkpoint are taken again, and paid for again: plan privacy.spare_steps for

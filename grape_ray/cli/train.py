@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from grape_ray.cli.options import no_dry_run
+
+if TYPE_CHECKING:  # for the command line, torch is imported only when a run begins
+    from grape_ray.training.plan import Plan
 
 
 @click.command("train")
@@ -34,7 +37,7 @@ from grape_ray.cli.options import no_dry_run
 )
 @click.option(
     "--ledger",
-    help="Folder or URL of the dataset's ledger; left out, your own ledger of this dataset.",
+    help="Folder or URL of the dataset's ledger; by default your own ledger of this dataset.",
 )
 @click.option(
     "--second-ledger",
@@ -44,12 +47,12 @@ from grape_ray.cli.options import no_dry_run
 @click.option(
     "--ledger-epsilon",
     type=float,
-    help="Whole budget of the dataset, where its ledger is made; left out, the run's.",
+    help="Whole budget of the dataset, where its ledger is made; by default the run's.",
 )
 @click.option(
     "--ledger-delta",
     type=float,
-    help="Its delta; left out, the run's, in proportion to --ledger-epsilon.",
+    help="Its delta; by default the run's, in proportion to --ledger-epsilon.",
 )
 @click.option(
     "--allow-large-delta",
@@ -65,7 +68,7 @@ from grape_ray.cli.options import no_dry_run
     "--run", "name", help="Name of the run; an existing one with the same config is resumed."
 )
 @click.option(
-    "--key-file", help="Master key, made if missing; left out, ~/.config/grape-ray/master.key."
+    "--key-file", help="Master key, made if missing; by default ~/.config/grape-ray/master.key."
 )
 @no_dry_run
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
@@ -113,7 +116,7 @@ def worker_assignments(workers: str | None) -> list[str]:
     return [] if workers is None else [f"performance.num_workers={workers}"]
 
 
-def run_and_report(plan: Any, as_json: bool) -> None:
+def run_and_report(plan: Plan, as_json: bool) -> None:
     """Runs a plan, shows its progress on stderr and its result on stdout."""
     from grape_ray.cli.progress import Reporter, summary
     from grape_ray.ray_backend.train import run_plan

@@ -11,6 +11,7 @@ from click.core import ParameterSource
 
 from grape_ray.config.modules import located
 from grape_ray.errors import ConfigError
+from grape_ray.storage import Json
 from grape_ray.tuning.options import COMPOSE, DISTRIBUTIONS, SCHEDULERS, SEARCHES, SELECT, Options
 
 if TYPE_CHECKING:  # importing it takes seconds that --help does not have
@@ -160,7 +161,7 @@ def command(
         click.echo(json.dumps(result.as_json()))
 
 
-def _given(context: click.Context, words: dict[str, Any], workers: int | None) -> dict[str, Any]:
+def _given(context: click.Context, words: Json, workers: int | None) -> Json:
     """The options that were written on the command line, but for where the sweep lies."""
     given = {
         name: value

@@ -26,7 +26,7 @@ class Consent:
 
 
 def check(config: Config, records: int, public: bool, consent: Consent) -> None:
-    """Refuses what nobody agreed to, and warns of what promises or learns little.
+    """Refuses what nobody agreed to, and warns of a weak guarantee and of tiny batches.
 
     Args:
         records: how many train. public: whether they hold nobody's secrets, and no ledger of the
@@ -62,12 +62,12 @@ def check_delta(name: str, delta: float, records: int, consent: Consent) -> None
 
 
 def warn(privacy: Privacy) -> None:
-    """Warns of a promise that is hardly one, and of batches in which noise drowns what is
-    learned.
+    """Warns of an epsilon that guarantees hardly anything, and of batches in which noise drowns
+    what is learned.
     """
     if privacy.epsilon > _MUCH_EPSILON:
         _say(
-            f"privacy.epsilon {privacy.epsilon:g} promises next to nothing: typical values lie"
+            f"privacy.epsilon {privacy.epsilon:g} guarantees next to nothing: typical values lie"
             " between 0.5 and 10"
         )
     if privacy.expected_batch_size < _SMALL_BATCH:

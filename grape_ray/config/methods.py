@@ -5,85 +5,50 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MethodInfo:
-    """One point in the space of methods (DESIGN.md, section 2).
+    """One point in the space of methods.
 
     Attributes:
-        engine: `module:Class` below `grape_ray.engines`.
+        engine: `module:Class` below `grape_ray.engines`. title: one line for tables.
         subspace: `identity`, `gaussian` (before the clip) or `svd` (of the private gradient, after
             the noise).
-        norm: how an example's norm is had.
         private: whether it carries a guarantee.
-        exact: whether the clip bounds every example's norm surely; otherwise the accountant covers
-            the estimate's law.
-        title: one line for tables.
-        shards: whether it trains a model whose weights are spread over the workers
+        exact: whether the clip bounds every example's norm with certainty; otherwise the accountant
+            covers the distribution of the estimate.
+        shards: whether it trains a model whose weights are sharded over the workers
             (performance.sharded).
     """
 
     engine: str
-    subspace: str
-    norm: str
-    private: bool
-    exact: bool
     title: str
+    subspace: str = "identity"
+    private: bool = True
+    exact: bool = True
     shards: bool = False
 
 
 METHODS: dict[str, MethodInfo] = {
     "grape": MethodInfo(
-        "engine:Engine",
-        "gaussian",
-        "exact, of the projected gradient",
-        True,
-        True,
-        "DP-GRAPE: project, clip, noise",
-        True,
+        engine="engine:Engine",
+        title="DP-GRAPE: project, clip, noise",
+        subspace="gaussian",
+        shards=True,
     ),
     "dp_adam": MethodInfo(
-        "engine:Engine",
-        "identity",
-        "exact, materialised",
-        True,
-        True,
-        "per-example gradients in full",
-        True,
+        engine="engine:Engine", title="per-example gradients in full", shards=True
     ),
-    "ghost": MethodInfo(
-        "ghost:Ghost",
-        "identity",
-        "exact, Gram or transient",
-        True,
-        True,
-        "ghost clipping: two backward passes",
-    ),
+    "ghost": MethodInfo(engine="ghost:Ghost", title="ghost clipping: two backward passes"),
     "bookkeeping": MethodInfo(
-        "bookkeeping:BookKeeping",
-        "identity",
-        "exact, Gram or instantiated",
-        True,
-        True,
-        "Book-Keeping: one backward pass",
-        True,
+        engine="bookkeeping:BookKeeping", title="Book-Keeping: one backward pass", shards=True
     ),
-    "randomized": MethodInfo(
-        "randomized:Randomized",
-        "identity",
-        "Hutchinson or Hutch++ estimate",
-        True,
-        False,
-        "DP-SGD-RC",
-    ),
+    "randomized": MethodInfo(engine="randomized:Randomized", title="DP-SGD-RC", exact=False),
     "dp_galore": MethodInfo(
-        "bookkeeping:BookKeeping",
-        "svd",
-        "exact, Gram or instantiated",
-        True,
-        True,
-        "DP-GaLore: SVD of the private gradient",
+        engine="bookkeeping:BookKeeping",
+        title="DP-GaLore: SVD of the private gradient",
+        subspace="svd",
     ),
     "none": MethodInfo(
-        "non_private:NonPrivate", "identity", "-", False, True, "non-private yardstick"
+        engine="non_private:NonPrivate", title="non-private baseline", private=False
     ),
 }

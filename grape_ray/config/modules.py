@@ -50,7 +50,7 @@ def load_module(name: str, reference: str, kind: str = "pipeline", here: bool = 
         ) from error
 
 
-def call(function: Callable[[], Any], what: str, expected: str) -> Any:
+def call(function: Callable[[], object], what: str, expected: str) -> Any:
     """What a function of such a module returns. Raises ConfigError where it fails."""
     try:
         return function()

@@ -4,8 +4,6 @@ model, what may move speed alone.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 import re
 import typing
@@ -13,18 +11,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from grape_ray.config.methods import METHODS
+from grape_ray.config.overrides import assign
 from grape_ray.errors import ConfigError, nearest
 
 # What underflows in single precision is below 1e-12 for the widest layers (docs/privacy.md, "Norms
-# are taken from above"): a millionth of the least clip norm. Gradients whose squares overflow,
+# are upper bounds"): a millionth of the least clip norm. Gradients whose squares overflow,
 # beyond 1e19, contribute nothing: far above the largest.
 MIN_CLIP_NORM, MAX_CLIP_NORM = 1e-6, 1e12
 # single precision holds up to 3e38, and Adam's first step multiplies by up to 10 or so
 MAX_RATE = 1e36
 MAX_THREADS = 1024  # with very many, torch ends the process
-# As Python writes and as JSON reads them: what is out of range is told by the range check, which
-# knows what to do.
-_NOT_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 
 
 def _require(ok: bool, what: str, got: object, expected: str, fix: str = "") -> None:
@@ -32,11 +28,11 @@ def _require(ok: bool, what: str, got: object, expected: str, fix: str = "") -> 
         raise ConfigError(what, got, expected, fix or "set another value")
 
 
-def _number(value: Any) -> bool:
+def _number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _count(value: Any, low: int) -> bool:
+def _count(value: object, low: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= low
 
 
@@ -45,7 +41,7 @@ class Privacy:
     """Everything that changes the privacy mechanism.
 
     Attributes:
-        epsilon, delta: the promise for the whole run, adding or removing one record.
+        epsilon, delta: the target for the whole run, adding or removing one record.
         expected_batch_size: mean number of records in a Poisson batch; sampling_prob is this
             divided by the number of records.
         steps: optimizer steps planned.
@@ -133,8 +129,8 @@ class Method:
         dense: name patterns (fnmatch) of tensors that are never projected.
         project_min_numel: tensors with fewer elements are kept in full.
         estimator: of method `randomized`: `hutchinson` or `hutch++`.
-        routes: `pattern:route` texts (fnmatch on names) that overrule how a layer's norm is had:
-            gram, instantiate or sketch.
+        routes: `pattern:route` texts (fnmatch on names) that overrule how a layer's norm is
+            computed: gram, instantiate or sketch.
         optimizer: `adam` or `sgd`; learning_rate, betas, eps, momentum, weight_decay (decoupled)
             are its own.
         warmup_steps, schedule: linear warm-up, then `constant`, `linear` or `cosine` decay to zero
@@ -238,7 +234,7 @@ class Performance:
         storage_timeout_s: how long a call to remote storage is tried again.
         max_failures: worker failures that a run survives; each is a new attempt.
         start_timeout_s: how long to wait for the cluster's resources before giving up.
-        resize_every_s: how often a run with a range of workers looks for room to grow; growing
+        resize_every_s: how often a run with a range of workers looks for free capacity; growing
             costs the steps since the last checkpoint.
         threads_per_worker: torch threads in a worker; 0 leaves torch's own choice.
         sharded: spread the model's weights over the workers (FSDP2), so that none holds it whole.
@@ -352,87 +348,19 @@ class Config:
         Raises:
             ConfigError: an unknown key (with the nearest names), a value of the wrong type, or a
                 value out of range.
+
+        >>> Config(task=None).override(["method.rank=8", "privacy.epsilon=3"]).method.rank
+        8
+        >>> Config(task=None).override(["method.rnk=8"])
+        Traceback (most recent call last):
+        grape_ray.errors.ConfigError: --set: unknown key, got 'method.rnk', expected ...rank...
         """
         config = self
         for text in assignments:
             key, sign, value = text.partition("=")
             _require(bool(sign), "--set", text, "key=value, such as method.rank=8")
-            config = _assign(config, key.strip().split("."), value.strip(), key.strip())
+            config = assign(config, key.strip().split("."), value.strip(), key.strip())
         return config
-
-
-def _assign(node: Any, path: list[str], value: str, key: str) -> Any:
-    """A copy of the dataclass `node` in which the field at `path` is parsed from `value`."""
-    names = {f.name: f for f in dataclasses.fields(node)}
-    if path[0] not in names:
-        known = {".".join([*key.split(".")[: -len(path)], n]) for n in names}
-        raise ConfigError(
-            "--set: unknown key", key, "a field of the configuration", nearest(key, known)
-        )
-    current = getattr(node, path[0])
-    if len(path) > 1:
-        if not dataclasses.is_dataclass(current):
-            raise ConfigError(
-                "--set: unknown key",
-                key,
-                f"{path[0]} has no fields of its own",
-                "name the field itself",
-            )
-        return dataclasses.replace(node, **{path[0]: _assign(current, path[1:], value, key)})
-    if dataclasses.is_dataclass(current):
-        inner = ", ".join(f"{key}.{f.name}" for f in dataclasses.fields(current))
-        raise ConfigError(
-            "--set: a group is not a value", key, f"one of {inner}", "set its fields one by one"
-        )
-    hint = typing.get_type_hints(type(node))[path[0]]
-    return dataclasses.replace(node, **{path[0]: _parse(value, hint, key)})
-
-
-def _parse(text: str, hint: Any, key: str) -> Any:
-    """`text` as the annotated type: str as it is, everything else as JSON (`none` and comma lists
-    allowed).
-    """
-    options = typing.get_args(hint) if typing.get_origin(hint) not in (None, tuple) else (hint,)
-    if type(None) in options and text.lower() in ("none", "null"):
-        return None
-    for kind in options:
-        origin = typing.get_origin(kind) or kind
-        if origin is str:
-            return text
-        if origin is tuple:
-            return tuple(_parse(part, typing.get_args(kind)[0], key) for part in _parts(text))
-        try:
-            value = json.loads(
-                text.lower()
-                if origin is bool
-                else _NOT_FINITE.get(text.lower(), text)
-                if origin is float
-                else text
-            )
-        except ValueError:
-            continue
-        if origin is float and _number(value):
-            return float(value)
-        if isinstance(value, origin) and isinstance(value, bool) == (origin is bool):
-            return value
-    names = " or ".join(getattr(o, "__name__", str(o)) for o in options)
-    raise ConfigError(
-        f"--set {key}", text, f"a value of type {names}", "write it as in Python or JSON"
-    )
-
-
-def _parts(text: str) -> list[str]:
-    """The members of a list as texts: of one in JSON, or of one with commas, where `[!a]` is part
-    of a pattern, not the list's own.
-    """
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if isinstance(found, list):
-        return [member if isinstance(member, str) else json.dumps(member) for member in found]
-    inner = text[1:-1] if text.startswith("(") and text.endswith(")") else text
-    return [part.strip() for part in re.split(r",(?![^\[]*\])", inner) if part.strip()]
 
 
 def _choice(what: str, got: str, known: typing.Iterable[str]) -> None:

@@ -171,7 +171,7 @@ def fingerprint_columns(table: pa.Table) -> tuple[str, ...]:
     """A fingerprint of each column, whatever it is called, by which another table with some of them
     is recognised.
 
-    Columns that say too little (`tells`), as a constant one does, are left out: unrelated tables
+    Columns that say too little (`tells`), as a constant one does, are skipped: unrelated tables
     may share them.
 
     Raises:

@@ -69,7 +69,7 @@ class Comms:
         self.bytes_sent += share * (self.world_size - 1) * mine.element_size()
         return whole[:length]
 
-    def broadcast_object(self, value: Any) -> Any:
+    def broadcast_object(self, value: object) -> Any:
         """Rank 0's `value`, on every rank."""
         if self.world_size == 1:
             return value
@@ -77,7 +77,7 @@ class Comms:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def gather_objects(self, value: Any) -> list[Any]:
+    def gather_objects(self, value: object) -> list[Any]:
         """Every rank's `value`, in rank order, on every rank."""
         if self.world_size == 1:
             return [value]

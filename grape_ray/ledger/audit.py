@@ -79,7 +79,8 @@ def _load(storage: Storage) -> tuple[dict[int, Entry], list[str]]:
             "storage that can be read",
             "try again",
         ) from error
-    entries, problems = {}, []
+    entries: dict[int, Entry] = {}
+    problems: list[str] = []
     for name in (entry_name(seq) for seq in range(int(names[-1][:8]) + 1)):
         data = content.get(name)
         if data is None:
@@ -93,11 +94,11 @@ def _load(storage: Storage) -> tuple[dict[int, Entry], list[str]]:
 
 
 def _replay(entries: dict[int, Entry]) -> list[str]:
-    """Apply the entries in order; after a break, go on from the next entry, so that each fault is
-    named.
+    """Apply the entries in order; after a break, continue with the next entry, so that each fault
+    is named.
     """
-    # many studies are alike
-    state, problems, affords = State(), [], functools.cache(calibration.affords)
+    state, problems = State(), list[str]()
+    affords = functools.cache(calibration.affords)  # many studies are alike
     for seq, entry in sorted(entries.items()):
         # the missing entry was named before; its successor's link cannot be checked
         if state.next_seq != seq:

@@ -8,18 +8,18 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from grape_ray.errors import GrapeRayError, LedgerError, StorageError
 from grape_ray.ledger.entries import Entry, decode, entry_name
 from grape_ray.ledger.state import State
-from grape_ray.storage import Storage
+from grape_ray.storage import Json, Storage
 
 _MAX_RACES = 1000
 _MOST_AHEAD = 256  # entries asked for at once
 _Result = TypeVar("_Result")
 # the kind and payload of an entry to be written, or nothing
-Wanted = tuple[str, dict[str, Any]] | None
+Wanted = tuple[str, Json] | None
 
 
 class Chain:
@@ -68,7 +68,7 @@ class Chain:
             "let fewer processes charge this ledger",
         )
 
-    def _write(self, kind: str, payload: dict[str, Any]) -> bool:
+    def _write(self, kind: str, payload: Json) -> bool:
         """Make the next entry durable, and only then believe it; False when its place was taken."""
         entry = Entry(
             self.state.next_seq, self.state.head, kind, payload, time.time(), os.urandom(8).hex()
@@ -112,7 +112,9 @@ class Chain:
         return self.state.next_seq > before
 
     def _check_head(self) -> None:
-        """Refuse to go on with a ledger that was removed or rolled back under a living process."""
+        """Refuse to continue with a ledger that was removed or rolled back under a living
+        process.
+        """
         name = entry_name(self.state.next_seq - 1)
         (data,) = _read(self.storage, [name])
         if data is None or decode(name, data).hash != self.state.head:

@@ -32,8 +32,8 @@ class Attempt:
 
     number: int
     key_id: str
-    charges: dict[int, Charge] = field(default_factory=dict)
-    refunds: dict[int, int] = field(default_factory=dict)
+    charges: dict[int, Charge] = field(default_factory=dict[int, Charge])
+    refunds: dict[int, int] = field(default_factory=dict[int, int])
     closed: bool = False
     used: int = 0
     next_step: int = 0
@@ -51,7 +51,7 @@ class StudyState:
     """
 
     study: Study
-    runs: dict[str, list[Attempt]] = field(default_factory=dict)
+    runs: dict[str, list[Attempt]] = field(default_factory=dict[str, list[Attempt]])
     used: int = 0
 
     @property

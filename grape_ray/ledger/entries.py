@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import cast
 
 from grape_ray.accounting import calibration
 from grape_ray.accounting.mechanism import (
@@ -21,7 +21,9 @@ from grape_ray.accounting.mechanism import (
 )
 from grape_ray.accounting.selection import Law, Selection
 from grape_ray.errors import ConfigError, GrapeRayError, LedgerError
+from grape_ray.storage import Json
 
+Payload = Json  # of an entry: JSON values of the fields of its kind
 FORMAT = 1
 GENESIS = "0" * 64
 MAX_ENTRY_BYTES = 65536
@@ -106,7 +108,7 @@ class Study:
         object.__setattr__(self, "delta", check_delta(self.delta))
         object.__setattr__(self, "tokens", check_count("tokens", self.tokens))
 
-    def payload(self) -> dict[str, Any]:
+    def payload(self) -> Json:
         """The study as an entry's payload."""
         return asdict(self)
 
@@ -117,13 +119,13 @@ class Study:
         """
         if steps == 0:
             return 0.0
-        return min(self.epsilon, float(calibration.epsilon(self.mechanism, steps, self.delta)))
+        return min(self.epsilon, calibration.epsilon(self.mechanism, steps, self.delta))
 
     @classmethod
-    def from_payload(cls, payload: Mapping[str, Any]) -> Study:
+    def from_payload(cls, payload: Json) -> Study:
         """The study that a payload holds."""
-        fields = dict(payload)
-        return cls(**{**fields, "mechanism": mechanism_from(fields["mechanism"])})
+        fields = {**payload, "mechanism": mechanism_from(payload["mechanism"])}
+        return cls(**cast(Json, fields))
 
 
 def mechanism_from(payload: object) -> Mechanism:
@@ -131,11 +133,12 @@ def mechanism_from(payload: object) -> Mechanism:
     return Mechanism(**_shaped("mechanism", payload, _MECHANISM))
 
 
-def selection_from(payload: Mapping[str, Any]) -> Selection:
+def selection_from(payload: Json) -> Selection:
     """The selection that a payload holds."""
     fields = dict(payload)
     law = Law(fields.pop("law"), fields.pop("mean"), fields.pop("shape"))
-    return Selection(**{**fields, "mechanism": mechanism_from(fields["mechanism"])}, law=law)
+    fields["mechanism"] = mechanism_from(fields["mechanism"])
+    return Selection(**fields, law=law)
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,7 @@ class Entry:
     seq: int
     prev: str
     kind: str
-    payload: Mapping[str, Any]
+    payload: Json
     time: float
     nonce: str
 
@@ -168,7 +171,7 @@ class Entry:
         """The file's content."""
         return _canonical({**self._fields(), "hash": self.hash})
 
-    def _fields(self) -> dict[str, Any]:
+    def _fields(self) -> Json:
         return {name: getattr(self, name) for name in _ENTRY if name != "hash"}
 
 
@@ -208,7 +211,7 @@ def decode(name: str, data: bytes) -> Entry:
         ) from error
 
 
-def _canonical(value: Mapping[str, Any]) -> bytes:
+def _canonical(value: Json) -> bytes:
     """The one JSON text of a value."""
     return _ENCODER.encode(value).encode()
 
@@ -222,13 +225,15 @@ _ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=Fal
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
-def _shaped(what: str, value: object, schema: Mapping[str, type]) -> dict[str, Any]:
+def _shaped(what: str, value: object, schema: Mapping[str, type]) -> Json:
     """The dict, if it has exactly the schema's fields, of their types, with numbers in range."""
-    if not isinstance(value, dict) or set(value) != set(schema):
-        got = sorted(value) if isinstance(value, dict) else type(value).__name__
-        raise LedgerError(f"{what} has wrong fields", got, str(sorted(schema)))
+    if not isinstance(value, dict):
+        raise LedgerError(f"{what} is no object", type(value).__name__, str(sorted(schema)))
+    found = cast(Json, value)
+    if set(found) != set(schema):
+        raise LedgerError(f"{what} has wrong fields", str(sorted(found)), str(sorted(schema)))
     for field, kind in schema.items():
-        item = value[field]
+        item = found[field]
         accepted = (int, float) if kind is float else (kind,)
         if not isinstance(item, accepted) or (isinstance(item, bool) and kind is not bool):
             raise LedgerError(
@@ -236,4 +241,4 @@ def _shaped(what: str, value: object, schema: Mapping[str, type]) -> dict[str, A
             )
         if kind in (int, float) and not 0 <= item <= 1e12:  # false for NaN, too
             raise LedgerError(f"{what}.{field} is out of range", item, "a number from 0 to 1e12")
-    return value
+    return found

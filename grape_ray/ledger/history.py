@@ -22,7 +22,7 @@ def history(url: str, study: str) -> list[Spending]:
     """The charges and refunds of a study, in the ledger's order. Raises LedgerError for a damaged
     entry, or storage out of reach.
     """
-    found = []
+    found: list[Spending] = []
     for entry in entries(Storage(url)):
         if entry.kind in ("charge", "refund") and entry.payload["study"] == study:
             steps = entry.payload["steps"] * (1 if entry.kind == "charge" else -1)

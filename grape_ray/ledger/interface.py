@@ -12,7 +12,7 @@ from grape_ray.ledger.grant import Grant
 
 
 class LedgerClient(Protocol):
-    """The calls of `accounting.ledger.Ledger` that a run makes; their promises, arguments and
+    """The calls of `ledger.ledger.Ledger` that a run makes; their guarantees, arguments and
     errors are described there.
 
     Whoever begins an attempt or charges steps says which records are really used, so that no run

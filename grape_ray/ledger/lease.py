@@ -7,10 +7,9 @@ import os
 import platform
 import threading
 import time
-from typing import Any
 
 from grape_ray.errors import GrapeRayError, LedgerError
-from grape_ray.storage import Storage
+from grape_ray.storage import Json, Storage
 
 CLAIM_FILE = "claim.json"
 BEAT_S = 2.0
@@ -77,15 +76,14 @@ class Claim:
                     return
                 if seen is not None:  # a folder that is away is not to be made anew
                     self._write()
-            except (
-                GrapeRayError
-            ):  # storage is away: charges fail by themselves, and the beat goes on when it is back
+            # Storage is away: charges fail by themselves, and the beat continues when it is back.
+            except GrapeRayError:
                 continue
 
-    def _mine(self, seen: dict[str, Any] | None) -> bool:
+    def _mine(self, seen: Json | None) -> bool:
         return seen is not None and (seen["cluster"], seen["pid"]) == (self._cluster, os.getpid())
 
-    def _read(self) -> dict[str, Any] | None:
+    def _read(self) -> Json | None:
         try:
             return json.loads(self._storage.read(CLAIM_FILE))
         except FileNotFoundError:

@@ -15,7 +15,7 @@ from grape_ray.errors import BudgetExceeded, LedgerError
 from grape_ray.ledger.chain import Chain, Wanted
 from grape_ray.ledger.charges import Attempt, StudyState
 from grape_ray.ledger.entries import FORMAT, Study, check_reason
-from grape_ray.ledger.grant import _LEDGER, Grant
+from grape_ray.ledger.grant import _LEDGER, Grant  # pyright: ignore[reportPrivateUsage]
 from grape_ray.ledger.state import State
 from grape_ray.storage import Storage
 
@@ -30,6 +30,16 @@ class Ledger:
     (run, attempt) number, and a step within an attempt, is granted once; when storage cannot be
     reached nothing is granted. Every call may be repeated after a failure. A charge whose answer
     was lost is found again by (study, run, attempt, chunk).
+
+    >>> from grape_ray import Ledger, Mechanism, Study
+    >>> ledger = Ledger.open("memory://example", "tickets-2026", epsilon=8.0, delta=1e-6)
+    >>> step = Mechanism("poisson_gaussian", sampling_prob=0.01, noise_multiplier=1.1)
+    >>> _ = ledger.ensure_study(Study("first", step, epsilon=3.0, delta=1e-6, tokens=100))
+    >>> attempt = ledger.begin_attempt("first", "run", key_id="my-key")
+    >>> ledger.charge("first", "run", attempt, chunk=0, steps=60).steps
+    60
+    >>> ledger.charge("first", "run", attempt, chunk=1, steps=60).steps  # the budget's end
+    40
     """
 
     def __init__(self, storage: Storage):

@@ -4,7 +4,7 @@ breaks a rule.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -12,7 +12,15 @@ from grape_ray.accounting.mechanism import check_count, check_delta, check_epsil
 from grape_ray.accounting.selection import Selection
 from grape_ray.errors import BudgetExceeded, ConfigError, LedgerError, NoiseReuse
 from grape_ray.ledger.charges import Attempt, Charge, StudyState
-from grape_ray.ledger.entries import FORMAT, GENESIS, Entry, Study, check_reason, selection_from
+from grape_ray.ledger.entries import (
+    FORMAT,
+    GENESIS,
+    Entry,
+    Payload,
+    Study,
+    check_reason,
+    selection_from,
+)
 
 _RESTORE = "restore the ledger from a copy"
 # a sum of decimal shares, 0.1 + 0.2 of 0.3, may exceed the whole by a rounding
@@ -45,12 +53,12 @@ class State:
     dataset_id: str = ""
     epsilon: float = 0.0
     delta: float = 0.0
-    studies: dict[str, StudyState] = field(default_factory=dict)
-    selections: dict[str, Selection] = field(default_factory=dict)
+    studies: dict[str, StudyState] = field(default_factory=dict[str, StudyState])
+    selections: dict[str, Selection] = field(default_factory=dict[str, Selection])
     taken: dict[str, Fraction] = field(
         default_factory=lambda: {"epsilon": Fraction(), "delta": Fraction()}
     )
-    extensions: list[Extension] = field(default_factory=list)
+    extensions: list[Extension] = field(default_factory=list[Extension])
     epoch: int = 0
     holder: str = ""
     next_seq: int = 0
@@ -151,7 +159,7 @@ class State:
             )
         return attempt
 
-    def _open(self, payload: Mapping) -> Callable[[], None]:
+    def _open(self, payload: Payload) -> Callable[[], None]:
         if payload["format"] != FORMAT:
             raise LedgerError(
                 "the ledger has another format",
@@ -168,7 +176,7 @@ class State:
 
         return commit
 
-    def _extend(self, payload: Mapping) -> Callable[[], None]:
+    def _extend(self, payload: Payload) -> Callable[[], None]:
         """Holds from here on: what was registered before had to fit into the budget of its time."""
         raised = Extension(
             self.next_seq,
@@ -189,7 +197,7 @@ class State:
                 "a budget can only be raised",
                 got,
                 f"more than {now}",
-                "name a higher one: what was promised is not undone",
+                "name a higher one: a guarantee that was given is not undone",
             )
 
         def commit() -> None:
@@ -198,7 +206,7 @@ class State:
 
         return commit
 
-    def _study(self, payload: Mapping) -> Callable[[], None]:
+    def _study(self, payload: Payload) -> Callable[[], None]:
         study = Study.from_payload(payload)
         self.check_share(study)
 
@@ -208,7 +216,7 @@ class State:
 
         return commit
 
-    def _selection(self, payload: Mapping) -> Callable[[], None]:
+    def _selection(self, payload: Payload) -> Callable[[], None]:
         selection = selection_from(payload)
         self.check_share(selection)
 
@@ -244,7 +252,7 @@ class State:
                     what, f"{unit} {getattr(share, unit):g}", expected, "lower its share"
                 )
 
-    def _epoch(self, payload: Mapping) -> Callable[[], None]:
+    def _epoch(self, payload: Payload) -> Callable[[], None]:
         check_name("holder", payload["holder"])
         if payload["epoch"] != self.epoch + 1:
             raise LedgerError(
@@ -256,7 +264,7 @@ class State:
 
         return commit
 
-    def _attempt(self, payload: Mapping) -> Callable[[], None]:
+    def _attempt(self, payload: Payload) -> Callable[[], None]:
         state = self.study(payload["study"])
         check_name("run", payload["run"])
         attempts = state.runs.get(payload["run"], [])
@@ -272,7 +280,7 @@ class State:
             Attempt(payload["attempt"], payload["key_id"])
         )
 
-    def _charge(self, payload: Mapping) -> Callable[[], None]:
+    def _charge(self, payload: Payload) -> Callable[[], None]:
         charge = Charge(payload["chunk"], payload["first_step"], payload["asked"], payload["steps"])
         attempt = self.live_attempt(payload["study"], payload["run"], payload["attempt"])
         check_count("steps", charge.steps)
@@ -308,7 +316,7 @@ class State:
             )
         return lambda: study.charge(attempt, charge)
 
-    def _refund(self, payload: Mapping) -> Callable[[], None]:
+    def _refund(self, payload: Payload) -> Callable[[], None]:
         attempt = self.live_attempt(payload["study"], payload["run"], payload["attempt"])
         last, steps = attempt.last, payload["steps"]
         if last is None or payload["chunk"] != last.chunk or last.chunk in attempt.refunds:
@@ -326,6 +334,6 @@ class State:
             )
         return lambda: self.study(payload["study"]).refund(attempt, last.chunk, steps)
 
-    def _close(self, payload: Mapping) -> Callable[[], None]:
+    def _close(self, payload: Payload) -> Callable[[], None]:
         attempt = self.live_attempt(payload["study"], payload["run"], payload["attempt"])
         return lambda: setattr(attempt, "closed", True)

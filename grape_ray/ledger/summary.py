@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from typing import Any
 
 from grape_ray.ledger.ledger import Ledger
+from grape_ray.storage import Json
 
 
-def summary(ledger: Ledger) -> dict[str, Any]:
+def summary(ledger: Ledger) -> Json:
     """Everything that a person or a program would ask of it.
 
     ``epsilon_spent`` is what the steps charged so far cost, ``epsilon_left`` what no study has
@@ -21,7 +21,7 @@ def summary(ledger: Ledger) -> dict[str, Any]:
         LedgerError: out of reach or damaged.
     """
     state = ledger.state
-    studies: dict[str, dict[str, Any]] = {}
+    studies: dict[str, Json] = {}
     for name, known in state.studies.items():
         runs = {
             run: {"attempts": len(tries), "used": sum(t.used for t in tries)}

@@ -15,6 +15,7 @@ import transformers
 from torch import nn
 
 from grape_ray.errors import ConfigError
+from grape_ray.storage import Json
 
 _T = TypeVar("_T")
 # parts below the base model that a checkpoint of it may lack, because a classifier's own head holds
@@ -214,7 +215,7 @@ def save_pretrained(model: nn.Module, folder: Path) -> None:
     model.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
 
 
-def _weights(kind: Any, place: str, seed: int, **options: Any) -> tuple[Any, dict[str, Any]]:
+def _weights(kind: Any, place: str, seed: int, **options: Any) -> tuple[Any, Json]:
     """A model in fp32, and what of its weights was not there or had another shape."""
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
@@ -227,7 +228,7 @@ def _weights(kind: Any, place: str, seed: int, **options: Any) -> tuple[Any, dic
         return kind.from_pretrained(place, dtype=torch.float32, **options)
 
 
-def _whole(name: str, model: nn.Module, found: dict[str, Any]) -> nn.Module:
+def _whole(name: str, model: nn.Module, found: Json) -> nn.Module:
     """The model, if all its weights came from its files. Raises ConfigError: one drawn in its place
     would pass for pretrained.
     """

@@ -62,7 +62,7 @@ def factors(
     if mask is not None:
         alive = alive & mask.to(alive.device)
     made: dict[int, Tensor] = {}
-    out = {}
+    out: dict[str, Tensor] = {}
     for name, factor in POLICIES[policy](squared, clip_norm).items():
         if id(factor) not in made:
             made[id(factor)] = torch.where(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import stat
@@ -11,6 +12,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from grape_ray.errors import ConfigError, StorageError
+from grape_ray.storage import Storage
 
 KEY_BYTES = 32
 _SALT = b"grape-ray/v1"
@@ -35,7 +37,8 @@ def master_key(path: Path | str | None = None) -> bytes:
     path = default_path() if path is None else Path(path).expanduser()
     try:
         if not path.exists():
-            _create(path)
+            with contextlib.suppress(FileExistsError):  # of two creators one wins
+                Storage(path.parent).create(path.name, os.urandom(KEY_BYTES), private=True)
         return _read(path)
     except OSError as error:
         raise StorageError(
@@ -44,24 +47,6 @@ def master_key(path: Path | str | None = None) -> bytes:
             "a readable file",
             "choose another path",
         ) from error
-
-
-def _create(path: Path) -> None:
-    """Write a fresh key beside its place, then link it there: a half-written key is never seen."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(os.urandom(KEY_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            return
-    finally:
-        os.unlink(temporary)
 
 
 def _read(path: Path) -> bytes:
@@ -108,8 +93,11 @@ def derive(key: bytes, *labels: str | int) -> bytes:
 
     Raises:
         ConfigError: the key has another length, or a label another type.
+
+    >>> derive(bytes(32), "run", 1) == derive(bytes(32), "run", "1")
+    False
     """
-    if not isinstance(key, bytes) or len(key) != KEY_BYTES:
+    if not isinstance(key, bytes) or len(key) != KEY_BYTES:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConfigError(
             "the key has a wrong length",
             len(key),
@@ -140,7 +128,7 @@ def of_attempt(key: bytes, *labels: str | int) -> bytes:
 
 def _encode(label: str | int) -> bytes:
     """Type, length and value of one label."""
-    if isinstance(label, bool) or not isinstance(label, (str, int)):
+    if isinstance(label, bool) or not isinstance(label, (str, int)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConfigError(
             "a label of a key has a wrong type",
             type(label).__name__,

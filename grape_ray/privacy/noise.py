@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -19,9 +19,14 @@ from torch import Tensor
 from grape_ray.distributed.comms import Comms
 from grape_ray.errors import ConfigError, LedgerError, NoiseReuse
 from grape_ray.ledger.grant import Grant
-from grape_ray.privacy import types
 from grape_ray.privacy.random_streams import normals
-from grape_ray.privacy.types import ClippedSum, NonPrivateGradient, PrivateGradient, step_of
+from grape_ray.privacy.types import (
+    _PRIVATIZE,  # pyright: ignore[reportPrivateUsage]
+    ClippedSum,
+    NonPrivateGradient,
+    PrivateGradient,
+    step_of,
+)
 
 _BACKGROUND = ThreadPoolExecutor(1, "noise")
 _BELOW_SENSITIVITY = 31  # bits from the sensitivity down to the grid
@@ -83,8 +88,8 @@ class NoiseStream:
         if self._ahead is not None and self._ahead[0] == step:
             drawn, first = self._ahead[2].result(), self._ahead[1]
             if first <= start and start + count <= first + len(drawn):
-                return torch.from_numpy(drawn[start - first : start - first + count])
-        return torch.from_numpy(normals(self._key, step, start, count))
+                return torch.as_tensor(drawn[start - first : start - first + count])
+        return torch.as_tensor(normals(self._key, step, start, count))
 
 
 def privatize(
@@ -112,13 +117,18 @@ def privatize(
         grant: what `Ledger.charge` returned for the step: proof that it is paid for, and as what.
         expected_batch_size: mean of the Poisson batch's size over all ranks; never the realised
             one, which is private.
-        step: the step of `summed`; may be left out where the sum carries it, as an engine's does.
+        step: the step of `summed`; not needed where the sum carries it, as an engine's does.
 
     Raises:
         LedgerError: the grant does not cover the step.
         NoiseReuse: the step's noise was drawn before: each step is used once, ascending.
         GrapeRayError: `step` is not that of the sum.
         ConfigError: a batch size that is not finite and > 0.
+
+    >>> stream, summed = NoiseStream(bytes(32)), ClippedSum({"w": torch.zeros(3)}, 1.0, step=0)
+    >>> privatize(summed, stream, grant=None, expected_batch_size=8)
+    Traceback (most recent call last):
+    grape_ray.errors.LedgerError: noise without a grant, got 'NoneType', expected what ...
     """
     if not (math.isfinite(expected_batch_size) and expected_batch_size > 0):
         raise ConfigError(
@@ -127,7 +137,7 @@ def privatize(
             "a finite number > 0",
             "pass the one that the step is paid for with",
         )
-    if not isinstance(grant, Grant):
+    if not isinstance(grant, Grant):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise LedgerError(
             "noise without a grant",
             type(grant).__name__,
@@ -149,9 +159,7 @@ def privatize(
         return mine
 
     tensors = _by_slices(summed.tensors, comms or Comms.local(), release)
-    return PrivateGradient(
-        tensors, step, std / expected_batch_size, summed.period, types._PRIVATIZE
-    )
+    return PrivateGradient(tensors, step, std / expected_batch_size, summed.period, _PRIVATIZE)
 
 
 def grid_and_std(sensitivity: float, noise_multiplier: float, count: int) -> tuple[float, float]:
@@ -206,8 +214,8 @@ def _pieces(start: int, count: int, size: int) -> Iterator[tuple[int, int]]:
 def nonprivate_mean(
     summed: ClippedSum, *, batch_size: float, step: int | None = None, comms: Comms | None = None
 ) -> NonPrivateGradient:
-    """The plain mean gradient of the yardstick: the sum over ranks divided by `batch_size`, no
-    noise, no guarantee.
+    """The plain mean gradient of the non-private baseline: the sum over ranks divided by
+    `batch_size`, no noise, no guarantee.
     """
     tensors = _by_slices(
         summed.tensors, comms or Comms.local(), lambda mine, _: mine.div_(max(batch_size, 1))
@@ -215,12 +223,15 @@ def nonprivate_mean(
     return NonPrivateGradient(tensors, step_of(summed, step), period=summed.period)
 
 
-def _by_slices(tensors: Mapping[str, Tensor], comms: Comms, release) -> dict[str, Tensor]:
+def _by_slices(
+    tensors: Mapping[str, Tensor], comms: Comms, release: Callable[[Tensor, int], Tensor]
+) -> dict[str, Tensor]:
     """Reduces `tensors` over ranks, passes each owned slice with its global offset through
     `release`, and gathers.
     """
     if comms.world_size == 1:
-        out, offset = {}, 0
+        out: dict[str, Tensor] = {}
+        offset = 0
         for group in _groups(tensors):
             flat = (
                 torch.cat([t.reshape(-1) for t in group.values()])
@@ -239,7 +250,7 @@ def _by_slices(tensors: Mapping[str, Tensor], comms: Comms, release) -> dict[str
 
 
 def _split(flat: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    parts = flat.split([t.numel() for t in tensors.values()])
+    parts: Sequence[Tensor] = torch.split(flat, [t.numel() for t in tensors.values()])
     return {name: part.view(t.shape) for (name, t), part in zip(tensors.items(), parts)}
 
 

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from grape_ray.errors import GrapeRayError
+from grape_ray.storage import Json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +36,7 @@ class ClippedSum:
 
     tensors: Mapping[str, Tensor]
     sensitivity: float
-    unprotected: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    unprotected: Json = field(default_factory=Json, repr=False)
     step: int | None = None
     period: int | None = None
 
@@ -81,8 +82,8 @@ def step_of(carrier: ClippedSum | PrivateGradient | NonPrivateGradient, step: in
     return known
 
 
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+def _listed(value: object) -> list[Any]:
+    return cast(list[Any], value) if isinstance(value, list) else [value]
 
 
 _PRIVATIZE = object()  # what `privatize` alone passes on
@@ -120,7 +121,7 @@ class PrivateGradient:
 
 @dataclass(frozen=True)
 class NonPrivateGradient:
-    """The plain mean gradient of the non-private yardstick (method `none`); carries no guarantee at
+    """The plain mean gradient of the non-private baseline (method `none`); carries no guarantee at
     all.
     """
 

@@ -10,7 +10,7 @@ from typing import Any
 from grape_ray.errors import ConfigError
 
 
-def plain(found: Any) -> dict[str, float]:
+def plain(found: object) -> dict[str, float]:
     """The metrics as floats; NaN and infinities are values like others.
 
     Args:
@@ -18,7 +18,11 @@ def plain(found: Any) -> dict[str, float]:
             element.
 
     Raises:
-        ConfigError: anything else; the name and the type are told, and no value.
+        ConfigError: anything else; the error says the name and the type, and no value.
+
+    >>> import numpy
+    >>> plain({"accuracy": numpy.float32(0.5), "right": 7})
+    {'accuracy': 0.5, 'right': 7.0}
     """
     if not isinstance(found, Mapping):
         raise ConfigError(
@@ -30,7 +34,7 @@ def plain(found: Any) -> dict[str, float]:
     return {_name(name): _number(name, value) for name, value in found.items()}
 
 
-def _name(name: Any) -> str:
+def _name(name: object) -> str:
     if not isinstance(name, str) or not name:
         raise ConfigError(
             "a metric's name", type(name).__name__, "a text that is not empty", "name each metric"

@@ -67,9 +67,9 @@ class Task(Protocol):
     nothing is sent between processes.
 
     A class may have an attribute `bounded_metrics`, a tuple of the names of those metrics that are
-    means over the records of a value that surely lies in [0, 1], as whether the answer is right
-    does and a loss does not; without it there are none. Only these can be the score of a sweep
-    whose validation records are private.
+    means over the records of a value that lies in [0, 1] with certainty, as whether the answer is
+    right does and a loss does not; without it there are none. Only these can be the score of a
+    sweep whose validation records are private.
     """
 
     @property

@@ -6,12 +6,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 
 from grape_ray.checkpoint.manager import CheckpointManager, Occasion
-from grape_ray.config.pipelines import describe
+from grape_ray.config.description import describe
 from grape_ray.data.fingerprints import fingerprint_records
 from grape_ray.distributed import sharding
 from grape_ray.distributed.comms import Comms
@@ -19,6 +18,7 @@ from grape_ray.ledger.grant import Grant
 from grape_ray.ledger.interface import LedgerClient
 from grape_ray.privacy.rank_zero import on_rank_zero
 from grape_ray.privacy.redaction import is_ours, where
+from grape_ray.storage import Json
 from grape_ray.tasks.metrics import plain
 from grape_ray.tasks.task import Data, Task
 from grape_ray.training.attempt import Attempt
@@ -108,8 +108,8 @@ class ActiveRun:
         return sharding.is_sharded(self.model)
 
     def evaluate(self) -> dict[str, float] | None:
-        """Validation metrics of the model as it is; None where they could not be had, which ends no
-        run: the reason is kept.
+        """Validation metrics of the model as it is; None where they could not be computed, which
+        ends no run: the reason is kept.
         """
         task: Task = self.plan.config.task
         try:
@@ -176,11 +176,11 @@ class ActiveRun:
         if failure is not None:
             self._survive("a checkpoint was not written, and a later one was made instead", failure)
         self._saved_s = time.monotonic()
-        event = "checkpoint begun" if begun else "checkpoint left out"
+        event = "checkpoint begun" if begun else "checkpoint skipped"
         self.journal.note(event, step=progress.step, occasion=occasion.value)
         return begun
 
-    def committed(self, name: str, metadata: Mapping[str, Any]) -> None:
+    def committed(self, name: str, metadata: Json) -> None:
         """A checkpoint is durable."""
         seconds = round(self.checkpoints.lag_s, 3)
         self.journal.note("checkpoint committed", step=metadata["step"], name=name, seconds=seconds)

@@ -95,7 +95,7 @@ def process_log(folder: Storage, kind: str) -> AppendLog:
 
 def lines(folder: Storage, kind: str) -> list[str]:
     """The lines of all processes' logs, those of one process in order; a last line that was cut off
-    is left out.
+    is dropped.
     """
     found: list[str] = []
     for name in folder.list(f"{kind}/"):

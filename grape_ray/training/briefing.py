@@ -5,15 +5,15 @@ which budget, where everything will lie.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from grape_ray import checkpoint
 from grape_ray.errors import GrapeRayError
 from grape_ray.ledger.ledger import Ledger
+from grape_ray.storage import Json
 from grape_ray.training.plan import Plan
 
 
-def brief(plan: Plan) -> dict[str, Any]:
+def brief(plan: Plan) -> Json:
     """The plan in plain values, JSON-ready; what is not known or does not apply is None.
 
     `signal_to_noise` is the largest that a step can have: a sum of expected_batch_size
@@ -22,7 +22,7 @@ def brief(plan: Plan) -> dict[str, Any]:
     """
     config, performance, seen = plan.config, plan.config.performance, plan.dry_run
     noise = plan.noise_multiplier if plan.private else None
-    book = (
+    ledger = (
         Ledger.open(plan.ledger_storage(), plan.dataset_id, create=False) if plan.ledger else None
     )
     signal = (
@@ -48,28 +48,28 @@ def brief(plan: Plan) -> dict[str, Any]:
         "device": "cuda" if performance.use_gpu else "cpu",
         "folder": f"{plan.storage}/{plan.run}",
         "ledger": plan.ledger,
-        "budget": _budget(plan, book) if book else None,
-        "resumes": _resumed(plan, book) if book else None,
+        "budget": _budget(plan, ledger) if ledger else None,
+        "resumes": _resumed(plan, ledger) if ledger else None,
         "dry_run_seconds": round(seen.seconds, 3) if seen else None,
         "checkpoint_bytes": seen.checkpoint_bytes if seen else None,
     }
 
 
-def _budget(plan: Plan, book: Ledger) -> dict[str, float]:
+def _budget(plan: Plan, ledger: Ledger) -> dict[str, float]:
     """Epsilon of the dataset's ledger: whole, and what is left of it before and after this run's
     study has its share.
     """
-    state = book.state
+    state = ledger.state
     mine = state.studies[plan.study].study.epsilon if plan.study in state.studies else 0.0
     left = state.left("epsilon")
     return {"epsilon": state.epsilon, "left_before": left + mine, "left_after": left}
 
 
-def _resumed(plan: Plan, book: Ledger) -> dict[str, int] | None:
-    """Of a run that was begun before: the step it goes on from, what was charged, and what is
+def _resumed(plan: Plan, ledger: Ledger) -> dict[str, int] | None:
+    """Of a run that was begun before: the step it resumes from, what was charged, and what is
     charged again; None for a new one.
     """
-    charged = sum(t.used for t in book.attempts(plan.study, plan.run))
+    charged = sum(t.used for t in ledger.attempts(plan.study, plan.run))
     if not charged:
         return None
     try:
@@ -86,7 +86,7 @@ def _resumed(plan: Plan, book: Ledger) -> dict[str, int] | None:
     }
 
 
-def lines(facts: dict[str, Any]) -> list[str]:
+def lines(facts: Json) -> list[str]:
     """The same for a person."""
     where = f"{facts['workers']} workers" if facts["workers"] else "this process"
     said = [
@@ -117,7 +117,7 @@ def lines(facts: dict[str, Any]) -> list[str]:
     if facts["resumes"]:
         known = facts["resumes"]
         said.append(
-            f"goes on from step {known['step']}: {known['again']} steps that were paid for are"
+            f"resumes at step {known['step']}: {known['again']} steps that were paid for are"
             f" taken and paid for again; {known['charged']} steps are charged so far and"
             f" {known['left']} more can be"
         )

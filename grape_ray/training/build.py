@@ -4,8 +4,6 @@ model of a run's checkpoint.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from grape_ray import checkpoint
@@ -20,13 +18,13 @@ _PUBLIC = bytes(32)  # the root of every key that is no secret
 
 
 def public_key(config: Config, stream: str) -> bytes:
-    """The key of a public stream (`projection`, `rounding`, the yardstick's `sampling` and
+    """The key of a public stream (`projection`, `rounding`, the baseline's `sampling` and
     `dropout`), a function of the public seed.
     """
     return keys.derive(_PUBLIC, "public", config.seed, stream)
 
 
-def build_engine(config: Config, model: Any) -> Engine:
+def build_engine(config: Config, model: nn.Module) -> Engine:
     """The engine that the config names, with its public projections."""
     return from_config(model, config.privacy, config.method, public_key(config, "projection"))
 

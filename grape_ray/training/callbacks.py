@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from grape_ray.distributed.comms import Comms
 from grape_ray.ledger.interface import LedgerClient
+from grape_ray.storage import Json
 from grape_ray.training import attempt
 from grape_ray.training.attempt import Attempt
 from grape_ray.training.plan import Plan
@@ -42,7 +42,7 @@ class RunCallbacks:
     on_step: Callable[[int], None] = lambda step: None
     on_progress: Callable[[Progress, float | None], None] | None = None
     on_gauges: Callable[[Mapping[str, float]], None] = lambda gauges: None
-    on_checkpoint: Callable[[str, Mapping[str, Any]], None] = lambda name, metadata: None
+    on_checkpoint: Callable[[str, Json], None] = lambda name, metadata: None
     agree_on_signal: Callable[[Signal], Signal] = lambda own: own
     should_continue: Callable[[Progress], bool] | None = None
     on_end: Callable[[], None] = lambda: None

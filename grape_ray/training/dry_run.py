@@ -25,10 +25,11 @@ from torch import nn
 
 from grape_ray import checkpoint
 from grape_ray.checkpoint.manager import CheckpointManager, Occasion
-from grape_ray.config.pipelines import check_description, describe
+from grape_ray.config.description import check_description, describe
 from grape_ray.config.schema import Config
 from grape_ray.data.arrays import Records
 from grape_ray.distributed.comms import Comms
+from grape_ray.engines import Engine
 from grape_ray.engines.capture.model_state import awake
 from grape_ray.errors import (
     CheckpointError,
@@ -175,7 +176,7 @@ def _step(
     config: Config,
     batch: Any,
     model: nn.Module,
-    engine: Any,
+    engine: Engine,
     optimizer: Optimizer,
     noise_multiplier: float,
 ) -> None:

@@ -7,13 +7,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
 
-from grape_ray.config.description import read_run
-from grape_ray.config.pipelines import rebuild_config
+from grape_ray.config.description import read_run, rebuild_config
 from grape_ray.errors import ConfigError
 from grape_ray.privacy.redaction import told
-from grape_ray.storage import Storage
+from grape_ray.storage import Json, Storage
 from grape_ray.tasks.metrics import plain
 from grape_ray.tasks.task import loaded
 from grape_ray.training.build import newest_checkpoint, trained_model
@@ -21,7 +19,7 @@ from grape_ray.training.private_scores import rebuilt
 from grape_ray.training.result import RESULT_FILE
 
 
-def evaluate(run: str, trust: Iterable[str] = ()) -> dict[str, Any]:
+def evaluate(run: str, trust: Iterable[str] = ()) -> Json:
     """The run's step and metrics; where the run has ended at that step, its result is brought up to
     date.
 

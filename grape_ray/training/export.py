@@ -8,14 +8,12 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from grape_ray.config.description import read_run
+from grape_ray.config.description import read_run, rebuild_config
 from grape_ray.config.methods import METHODS
-from grape_ray.config.pipelines import rebuild_config
 from grape_ray.config.schema import Config
 from grape_ray.errors import StorageError
-from grape_ray.storage import Storage
+from grape_ray.storage import Json, Storage
 from grape_ray.training.build import newest_checkpoint, trained_model
 
 PRIVACY_FILE = "privacy.json"
@@ -25,7 +23,7 @@ def export(run: str, folder: str | os.PathLike[str], trust: Iterable[str] = ()) 
     """Writes the model of a run's newest whole checkpoint for `AutoModel....from_pretrained`;
     returns the checkpoint's step.
 
-    A file `privacy.json` in the folder says what is promised to the training records, or that
+    A file `privacy.json` in the folder says what is guaranteed to the training records, or that
     nothing is.
 
     Args:
@@ -56,7 +54,7 @@ def export(run: str, folder: str | os.PathLike[str], trust: Iterable[str] = ()) 
         with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as scratch:
             config.task.save(model, Path(scratch, "model"))
             Path(scratch, "model", PRIVACY_FILE).write_text(
-                json.dumps(_promise(config, known["study"], newest.step), indent=1) + "\n"
+                json.dumps(_statement(config, known["study"], newest.step), indent=1) + "\n"
             )
             if target.exists():
                 target.rmdir()
@@ -68,7 +66,7 @@ def export(run: str, folder: str | os.PathLike[str], trust: Iterable[str] = ()) 
     return newest.step
 
 
-def _promise(config: Config, study: str, step: int) -> dict[str, Any]:
+def _statement(config: Config, study: str, step: int) -> Json:
     """What may be said of the exported model's privacy."""
     facts = {"method": config.method.name, "steps": step}
     if not METHODS[config.method.name].private:
@@ -77,7 +75,7 @@ def _promise(config: Config, study: str, step: int) -> dict[str, Any]:
             " in its training records"
         )
         return {"private": False, "statement": statement, **facts}
-    privacy = config.privacy  # a trial's holds what its whole sweep promises
+    privacy = config.privacy  # a trial's holds the target of its whole sweep
     statement = (
         "(epsilon, delta)-differentially private with respect to adding or removing one training"
         " record"

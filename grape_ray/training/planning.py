@@ -8,13 +8,11 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
 
 from grape_ray.config import cautions
 from grape_ray.config.cautions import Consent
-from grape_ray.config.description import read_run
+from grape_ray.config.description import describe, read_run
 from grape_ray.config.methods import METHODS
-from grape_ray.config.pipelines import describe
 from grape_ray.config.schema import Config
 from grape_ray.errors import ConfigError
 from grape_ray.ledger import registry
@@ -22,7 +20,7 @@ from grape_ray.ledger.entries import Study
 from grape_ray.ledger.location import RUN_FILE, absolute, ledger_place
 from grape_ray.privacy import keys
 from grape_ray.privacy.redaction import told
-from grape_ray.storage import Storage
+from grape_ray.storage import Json, Storage
 from grape_ray.tasks.task import Task, loaded
 from grape_ray.training import private_scores as validation
 from grape_ray.training.checks import check_machine, check_run_name, fresh_name
@@ -66,7 +64,7 @@ def plan_run(
         second_ledger: whether a dataset that is known to have a ledger may get another one, with a
             budget of its own.
         with_dry_run: whether the dry run is made; without it the preflight alone.
-        check_workers: raises where the workers cannot be had.
+        check_workers: raises where the workers are not available.
         ledger_budget: (epsilon, delta) of the dataset over all runs, where its ledger is made by
             this one; None is the run's own (of delta, in proportion to epsilon). A ledger that
             exists must have it.
@@ -174,7 +172,7 @@ def _register(plan: Plan, root: Storage) -> None:
 
 
 def _description(plan: Plan) -> bytes:
-    facts: dict[str, Any] = {
+    facts: Json = {
         "run": plan.run,
         "ledger": plan.ledger,
         "study": plan.study,

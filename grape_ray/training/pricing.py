@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
 
 from grape_ray.accounting import calibration
 from grape_ray.accounting.mechanism import GAUSSIAN, RANDOMIZED, Mechanism
@@ -11,6 +10,7 @@ from grape_ray.config.methods import METHODS
 from grape_ray.config.schema import Config
 from grape_ray.errors import BudgetExceeded, ConfigError, DataError
 from grape_ray.ledger.entries import Study
+from grape_ray.storage import Json
 from grape_ray.tasks.task import Data
 
 
@@ -33,7 +33,7 @@ def sampling_prob_of(config: Config, data: Data) -> float:
     return size / records
 
 
-def mechanism_kind(config: Config) -> dict[str, Any]:
+def mechanism_kind(config: Config) -> Json:
     """The name and the probes of a step's mechanism."""
     if METHODS[config.method.name].exact:
         return {"name": GAUSSIAN}

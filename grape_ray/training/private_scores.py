@@ -15,6 +15,7 @@ from grape_ray.ledger.interface import LedgerClient
 from grape_ray.privacy import keys
 from grape_ray.privacy.noise import grid_and_std, on_grid
 from grape_ray.privacy.random_streams import normals
+from grape_ray.storage import Json
 
 PUBLIC = "public"
 
@@ -22,7 +23,7 @@ PUBLIC = "public"
 @dataclass(frozen=True)
 class Terms:
     """What a run may say of validation records that are private; a part of the run's description,
-    so whoever goes on with it keeps them.
+    so whoever resumes it keeps them.
 
     Attributes:
         metric: the one that is released, noised. noise_multiplier: noise standard deviation on the
@@ -36,7 +37,7 @@ class Terms:
     study: str
 
 
-def check_metric(task: Any, metric: str) -> None:
+def check_metric(task: object, metric: str) -> None:
     """Refuses a private metric that the task does not call bounded: the noise would not cover it.
     Raises ConfigError.
     """
@@ -51,7 +52,7 @@ def check_metric(task: Any, metric: str) -> None:
         )
 
 
-def described(terms: Terms | None) -> Any:
+def described(terms: Terms | None) -> str | Json:
     """The terms as a run's description keeps them."""
     return PUBLIC if terms is None else asdict(terms)
 

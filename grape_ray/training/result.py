@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
-from grape_ray.storage import Storage
+from grape_ray.storage import Json, Storage
 
 RESULT_FILE = "result.json"
 
@@ -57,7 +55,7 @@ class RunResult:
     steps_per_s: float
     workers: int
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Json:
         """JSON values by name."""
         return asdict(self)
 
@@ -71,6 +69,6 @@ def read_result(folder: Storage) -> RunResult:
     return from_dict(json.loads(folder.read(RESULT_FILE)))
 
 
-def from_dict(values: Mapping[str, Any]) -> RunResult:
+def from_dict(values: Json) -> RunResult:
     """What `as_dict` gave; a value that an earlier version did not keep is None."""
     return RunResult(**{name: values.get(name) for name in RunResult.__dataclass_fields__})  # pyright: ignore[reportArgumentType]

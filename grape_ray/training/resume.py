@@ -1,22 +1,20 @@
-"""From the folder of a run to the plan that goes on with it."""
+"""From the folder of a run to the plan that resumes it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
 
 from grape_ray import checkpoint
 from grape_ray.config.cautions import Consent
-from grape_ray.config.description import read_run
-from grape_ray.config.pipelines import rebuild_config
+from grape_ray.config.description import read_run, rebuild_config
 from grape_ray.config.schema import Config
 from grape_ray.errors import CheckpointError, LedgerError
 from grape_ray.ledger.audit import verify
 from grape_ray.ledger.ledger import Ledger
 from grape_ray.ledger.location import RUN_FILE
-from grape_ray.storage import Storage
+from grape_ray.storage import Json, Storage
 from grape_ray.training.plan import Plan
 from grape_ray.training.planning import plan_run
 from grape_ray.training.private_scores import Terms, rebuilt
@@ -33,7 +31,7 @@ def plan_resume(
     with_dry_run: bool = True,
     check_workers: Callable[[Config], None] = lambda config: None,
 ) -> Plan:
-    """The plan of a run that was begun before, checked like a new one; it goes on from the newest
+    """The plan of a run that was begun before, checked like a new one; it resumes from the newest
     whole checkpoint.
 
     Args:
@@ -70,14 +68,14 @@ def plan_resume(
                 "the folder with its entries",
                 "name its new place with --ledger",
             )
-        book = Ledger.open(where, create=False)
+        opened = Ledger.open(where, create=False)
         if where != known["ledger"]:
-            _check_moved(folder, book, where, known["study"], name)
+            _check_moved(folder, opened, where, known["study"], name)
             folder.write(
                 RUN_FILE, json.dumps({**known, "ledger": where}, indent=1, sort_keys=True).encode()
             )
         if known["study"] != name:
-            study = book.state.study(known["study"]).study
+            study = opened.state.study(known["study"]).study
     return plan_run(
         config, run=name, storage=root, ledger=where, key_path=key_path, study=study,
         origin=(origin[0], origin[1]) if origin else None, scores=scores,
@@ -86,7 +84,7 @@ def plan_resume(
     )  # fmt: skip
 
 
-def _terms(known: Mapping[str, Any]) -> Terms | None:
+def _terms(known: Json) -> Terms | None:
     """What the run may say of its validation records, as it was begun: nothing but what their
     ledger still knows and pays for.
 
@@ -110,7 +108,7 @@ def _terms(known: Mapping[str, Any]) -> Terms | None:
     return terms
 
 
-def _check_moved(folder: Storage, book: Ledger, where: str, study: str, run: str) -> None:
+def _check_moved(folder: Storage, opened: Ledger, where: str, study: str, run: str) -> None:
     """Refuses a ledger that is not the run's own, or an old copy of it."""
     heads = []
     for name in checkpoint.names(folder):
@@ -119,7 +117,7 @@ def _check_moved(folder: Storage, book: Ledger, where: str, study: str, run: str
             break
         except CheckpointError:
             continue
-    problem = "" if run in book.state.study(study).runs else "it knows no attempt of the run"
+    problem = "" if run in opened.state.study(study).runs else "it knows no attempt of the run"
     for head in heads:
         report = verify(where, head)
         problem = problem or ("" if report.ok else report.problems[0])

@@ -206,7 +206,7 @@ def _model_and_engine(
 
 
 def _restored(plan: Plan, comms: Comms, checkpoints: CheckpointManager) -> Restored:
-    """What the run goes on from: its newest whole checkpoint, that of the run it begins from, or
+    """What the run resumes from: its newest whole checkpoint, that of the run it begins from, or
     nothing.
 
     Raises:

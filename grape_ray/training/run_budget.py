@@ -56,10 +56,10 @@ def open_budget(plan: Plan, budget: Budget, ledger_at: Callable[[], str]) -> Pla
     """
     keys.master_key(plan.key_path)
     plan = replace(plan, ledger=ledger_at())
-    book = Ledger.open(plan.ledger_storage(), plan.dataset_id, *budget.made)
+    ledger = Ledger.open(plan.ledger_storage(), plan.dataset_id, *budget.made)
     if budget.identity:
         registry.register(
-            budget.identity, plan.ledger_storage().url, book.ledger_id, label(plan.config.task)
+            budget.identity, plan.ledger_storage().url, ledger.ledger_id, label(plan.config.task)
         )
-    book.ensure_study(_study(plan))
+    ledger.ensure_study(_study(plan))
     return plan

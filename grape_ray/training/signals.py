@@ -14,9 +14,10 @@ from grape_ray.training.loop import Signal
 # What ends a machine, and ^C: a run does the same for both.
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _received = threading.Event()
+Handlers = dict[signal.Signals, Any]  # what `signal.getsignal` gives
 
 
-def install() -> dict[signal.Signals, Any]:
+def install() -> Handlers:
     """From now on the first SIGTERM or SIGINT asks the run to end gracefully; a second does what it
     did before. Main thread only.
 
@@ -35,7 +36,7 @@ def install() -> dict[signal.Signals, Any]:
     return before
 
 
-def _restore(handlers: dict[signal.Signals, Any]) -> None:
+def _restore(handlers: Handlers) -> None:
     for number, handler in handlers.items():
         signal.signal(number, handler)
 

@@ -12,8 +12,7 @@ from typing import Any
 from grape_ray.accounting.selection import Selection
 from grape_ray.config import cautions
 from grape_ray.config.cautions import Consent
-from grape_ray.config.description import at_home
-from grape_ray.config.pipelines import describe
+from grape_ray.config.description import at_home, describe
 from grape_ray.data.fingerprints import column_fingerprints, fingerprint_records
 from grape_ray.errors import ConfigError
 from grape_ray.ledger.budget import made_for

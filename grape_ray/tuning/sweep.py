@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from grape_ray.accounting.selection import Selection
-from grape_ray.config.pipelines import describe
+from grape_ray.config.description import describe
 from grape_ray.config.trust import remember_sweep
 from grape_ray.ledger import registry
 from grape_ray.ledger.budget import check_share

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from grape_ray.cli.main import main
-from grape_ray.config.pipelines import rebuild_task
+from grape_ray.config.description import rebuild_task
 from grape_ray.distributed.comms import Comms
 from grape_ray.errors import ConfigError, StorageError
 from grape_ray.ray_backend.sweep import resume as resume_sweep
