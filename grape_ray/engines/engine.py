@@ -5,6 +5,7 @@ object.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import sys
 from collections.abc import Callable
@@ -16,13 +17,14 @@ from torch import Tensor, nn
 from grape_ray.config.schema import Method, Privacy
 from grape_ray.engines.capture import row_layout
 from grape_ray.engines.capture.batches import batch_rows, is_ragged, mapped
-from grape_ray.engines.capture.capture_pass import Phase, Reroute, Session, Unsettled
+from grape_ray.engines.capture.capture_pass import CapturePass, Phase, Reroute, Unsettled
+from grape_ray.engines.capture.dispatch import dispatch
 from grape_ray.engines.capture.model_state import Watch, awake, check_kinds
 from grape_ray.engines.capture.random_state import random_states, set_states
 from grape_ray.engines.capture.stand_ins import tracking
 from grape_ray.engines.norm_routes import parse_overrides
 from grape_ray.engines.precision import pinned
-from grape_ray.engines.rules import find
+from grape_ray.engines.rules.table import HANDLERS
 from grape_ray.engines.sink import Materialised, Sink, sum_dtype
 from grape_ray.engines.subspace import Subspace, owned_parameters
 from grape_ray.engines.verification.ownership import ownership
@@ -242,19 +244,19 @@ class Engine:
     ) -> ClippedSum:
         """One pass; `state`: random states from before it."""
         watch = Watch(self.model)
-        session = self._session(rows, step, watch)
-        with tracking(self.model, self.params, session, watch), torch.enable_grad():
-            losses = self._forward(session, per_example_loss, batch, step, watch, state)
-            with pinned(session.device.type):
+        capture = self._new_pass(rows, step, watch)
+        with tracking(self.model, self.params, capture, watch), torch.enable_grad():
+            losses = self._forward(capture, per_example_loss, batch, step, watch, state)
+            with pinned(capture.device.type):
                 if losses.requires_grad:
                     losses.sum().backward()
-                session.flush()
-        with pinned(session.device.type):
-            return self._clip(session.sink, losses, mask, step)
+                capture.flush()
+        with pinned(capture.device.type):
+            return self._clip(capture.sink, losses, mask, step)
 
     def _forward(
         self,
-        session: Session,
+        capture: CapturePass,
         per_example_loss: PerExampleLoss,
         batch: Any,
         step: int,
@@ -269,12 +271,12 @@ class Engine:
             with _uncompiled():
                 return check_losses(per_example_loss(self.model, other), rows)
 
-        losses = self._once(session, forward, batch)
-        signature = self.layouts.signature(session, self.model.training, is_ragged(batch))
-        for tap in session.taps if session.rows == 1 else ():  # all of it is the one example's
+        losses = self._once(capture, forward, batch)
+        signature = self.layouts.signature(capture, self.model.training, is_ragged(batch))
+        for tap in capture.taps if capture.rows == 1 else ():  # all of it is the one example's
             tap.layout = next(row_layout.candidates(tap.lead, 1))
-        fitted = self.layouts.fitted(signature, session)
-        if not fitted and not self._may_verify and session.rows > 1:
+        fitted = self.layouts.fitted(signature, capture)
+        if not fitted and not self._may_verify and capture.rows > 1:
             fix = "train without performance.sharded, or make the model's path a function of shapes"
             raise UnsupportedLayer(
                 "a pass that uses parameters as no verified one has",
@@ -285,24 +287,24 @@ class Engine:
         passed = self.layouts.passes.get(signature, 0)
         if self._may_verify and (not fitted or self._unsettled or passed % VERIFY_EVERY == 0):
             thorough = not fitted or self._unsettled
-            for tap in session.taps if thorough and session.rows > 1 else ():
+            for tap in capture.taps if thorough and capture.rows > 1 else ():
                 tap.layout = None
             held = [losses]
             del losses  # what holds them holds the graph, and the pass is made again
-            losses = self._verified(session, forward, batch, held, state, watch, thorough, step)
-            self.layouts.remember(signature, session)
-        elif self._may_verify and session.dependence.exported and session.rows > 1:
+            losses = self._verified(capture, forward, batch, held, state, watch, thorough, step)
+            self.layouts.remember(signature, capture)
+        elif self._may_verify and capture.dependence.exported and capture.rows > 1:
             # what it did next may follow what they said
-            ownership(session, losses, self._tolerance(session), thorough=True)
+            ownership(capture, losses, self._tolerance(capture), thorough=True)
         self.layouts.passes[signature] = passed + 1
-        session.phase = Phase.BACKWARD
+        capture.phase = Phase.BACKWARD
         return losses
 
     @staticmethod
-    def _once(session: Session, forward: Callable[[Any, int], Tensor], batch: Any) -> Tensor:
-        """One forward pass under the session's watch, on containers of its own."""
+    def _once(capture: CapturePass, forward: Callable[[Any, int], Tensor], batch: Any) -> Tensor:
+        """One forward pass under the capture's watch, on containers of its own."""
         try:
-            return session.dependence.over(forward, batch)
+            return capture.dependence.over(forward, batch)
         except RuntimeError as error:
             if "functorch" not in str(error) and "NestedTensor" not in str(error):
                 raise
@@ -315,7 +317,7 @@ class Engine:
 
     def _verified(
         self,
-        session: Session,
+        capture: CapturePass,
         forward: Callable[[Any, int], Tensor],
         batch: Any,
         held: list[Tensor],
@@ -333,34 +335,34 @@ class Engine:
         Raises:
             UnsupportedLayer: it mixes examples, remembers, or shares luck.
         """
-        tolerance, seen, taps = self._tolerance(session), session.dependence, session.taps
+        tolerance, seen, taps = self._tolerance(capture), capture.dependence, capture.taps
         losses = held.pop()
-        look = losses.detach(), taps, ownership(session, losses, tolerance, thorough)
+        look = losses.detach(), taps, ownership(capture, losses, tolerance, thorough)
         del losses
-        Repetition(session, forward, batch, state, tolerance).check(look, watch, seen, thorough)
-        after = random_states(session.device)
+        Repetition(capture, forward, batch, state, tolerance).check(look, watch, seen, thorough)
+        after = random_states(capture.device)
         set_states(state)
-        session.restart(self._make_sink(session.rows, step))
-        losses = self._once(session, forward, batch)
+        capture.restart(self._make_sink(capture.rows, step))
+        losses = self._once(capture, forward, batch)
         set_states(after)
-        if [tap.key for tap in session.taps] != [tap.key for tap in taps]:
+        if [tap.key for tap in capture.taps] != [tap.key for tap in taps]:
             raise UnsupportedLayer(
                 "the uses of parameters in a pass",
                 "others when the same examples come again",
                 "a forward pass that repeats",
                 "seed it",
             )
-        for tap, known in zip(session.taps, taps):
+        for tap, known in zip(capture.taps, taps):
             tap.layout, tap.settled = known.layout, known.settled
         return losses
 
-    def _tolerance(self, session: Session) -> float:
+    def _tolerance(self, capture: CapturePass) -> float:
         """What rounding explains where two computations of one number differ in their shapes,
         relative to the largest.
         """
         return (
             _HALF_TOLERANCE
-            if session.half
+            if capture.half
             else max(_TOLERANCE.get(p.dtype, _HALF_TOLERANCE) for p in self.params.values())
         )
 
@@ -399,14 +401,14 @@ class Engine:
         period = self.subspace.period(step) if self.subspace.plan and step is not None else None
         return ClippedSum(tensors, self.clip_norm, unprotected, step, period)
 
-    def _session(self, rows: int, step: int, watch: Watch) -> Session:
-        return Session(
+    def _new_pass(self, rows: int, step: int, watch: Watch) -> CapturePass:
+        return CapturePass(
             rows,
             self._make_sink(rows, step),
             next(iter(self.params.values())).device,
             watch.constants(),
             self.layouts.inside,
-            find,
+            functools.partial(dispatch, HANDLERS),
         )
 
     def _make_sink(self, rows: int, step: int) -> Sink:

@@ -102,20 +102,20 @@ class Ghost(Engine):
         state: list,
     ) -> ClippedSum:
         watch = Watch(self.model)
-        session = self._session(rows, step, watch)
-        with tracking(self.model, self.params, session, watch), torch.enable_grad():
-            losses = self._forward(session, per_example_loss, batch, step, watch, state)
-            sink = session.sink
-            with pinned(session.device.type):
-                forth = random_states(session.device)
+        capture = self._new_pass(rows, step, watch)
+        with tracking(self.model, self.params, capture, watch), torch.enable_grad():
+            losses = self._forward(capture, per_example_loss, batch, step, watch, state)
+            sink = capture.sink
+            with pinned(capture.device.type):
+                forth = random_states(capture.device)
                 if losses.requires_grad:
                     losses.sum().backward(retain_graph=True)
-                session.flush()
+                capture.flush()
                 # where the way back draws, as a recomputed dropout may, both draw the same
                 set_states(forth)
                 weights, norms = self._factors(sink, losses, mask)
                 sink.begin_sum(weights, (~torch.isfinite(norms)).nonzero().squeeze(1))
                 if losses.requires_grad:
                     losses.sum().backward()
-                session.flush()
+                capture.flush()
         return self._complete(sink.sums, {"norms": norms, "losses": losses.detach()}, step)

@@ -39,12 +39,6 @@ class Sink:
         """The projection (side, R) of weight `name` in this period, in the dtype of `like`."""
         return self.subspace.matrix(name, self.period, self.params[name]).to(like.dtype)
 
-    def keep(self, name: str, axis: int, factor: Tensor) -> Tensor:
-        """What forward keeps of a factor (B,T,side) on `axis` of weight `name`: of a compressed
-        side its projection (B,T,R).
-        """
-        return factor @ self.matrix(name, factor) if self.compresses(name, axis) else factor
-
     def announce(self, name: str) -> None:
         """Says in the forward pass that backward will bring gradients of `name` once more."""
 
@@ -134,7 +128,7 @@ class Materialised(Sink):
         self._add(name, grads)
 
     def _project(self, name: str, factor: Left) -> Tensor:
-        """(B,T,R) of a factor on the compressed side, which `keep` may have projected already."""
+        """(B,T,R) of a factor on the compressed side, which forward may have projected already."""
         plan = self.subspace.plan[name]
         if isinstance(factor, Index):
             return factor.project(self.subspace.matrix(name, self.period, self.params[name]))

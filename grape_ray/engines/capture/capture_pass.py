@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from grape_ray.engines.capture.dependence import Dependence, is_in_place, stripped, tensors_in
+from grape_ray.engines.capture.dependence import Dependence, tensors_in
 from grape_ray.engines.capture.row_layout import Layout
+from grape_ray.engines.capture.torch_functions import Call, is_in_place, operation
 from grape_ray.engines.capture.tracked import (
     Node,
     Tracked,
@@ -28,7 +29,7 @@ from grape_ray.errors import UnsupportedLayer
 
 
 class Phase(enum.Enum):
-    """What a session is doing: the loss's forward pass, a verification of it, or the backward pass
+    """What a capture is doing: the loss's forward pass, a verification of it, or the backward pass
     whose gradients count.
     """
 
@@ -42,8 +43,8 @@ class Phase(enum.Enum):
 Way = tuple[int, tuple, tuple]
 
 
-# (function, its name) -> what is done with it (capture.dispatch)
-Find = Callable[[Callable, str], Callable[..., Any]]
+# the result of a call with tracked arguments (capture.dispatch)
+Dispatch = Callable[["CapturePass", Call], Any]
 
 
 class Reroute(Exception):
@@ -74,7 +75,7 @@ class Tap:
         readings: all layouts that the evidence allows, where it was gathered. settled: whether they
             are one.
         recorded: whether the forward pass has met this use.
-        way: where a shared value meets the batch: its place in `Session.inside`; None for all other
+        way: where a shared value meets the batch: its place in `CapturePass.inside`; None for all other
             uses.
     """
 
@@ -89,13 +90,13 @@ class Tap:
         self.way: Way | None = None
 
 
-class Session:
+class CapturePass:
     """One pass over one micro-batch: routes every operation on a tracked value, and hands what
     backward finds to the sink.
 
     Attributes:
-        rows: examples in the micro-batch. anchor: a scalar that ties every tap into the autograd
-            graph.
+        rows: examples in the micro-batch. dummy: a scalar that needs a gradient, an
+            input of every tap (capture.taps).
         sink: the method's collector (engines.sink.Sink). dependence: knows what comes from the
             batch.
         taps: all uses in the order of the forward pass. half: whether any was computed in half
@@ -112,11 +113,11 @@ class Session:
         device: torch.device,
         constants: set[int],
         inside: set[Way],
-        find: Find,
+        dispatch: Dispatch,
     ):
-        self._find = find
+        self._dispatch = dispatch
         self.rows, self.sink, self.device = rows, sink, device
-        self.anchor = torch.zeros((), requires_grad=True, device=device)
+        self.dummy = torch.zeros((), requires_grad=True, device=device)
         self.constants, self.inside = constants, inside
         self.dependence = Dependence(rows, constants, Tracked)
         self.phase, self.taps, self.half = Phase.FORWARD, list[Tap](), False
@@ -161,46 +162,43 @@ class Session:
                 stand_in.register_post_accumulate_grad_hook(
                     functools.partial(_leaked, self._leaks, node.label)
                 )
-        stand_in.node, stand_in.session = node, self
+        stand_in.node, stand_in.capture = node, self
         return stand_in
 
     def call(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         """The result of an operation in which at least one argument is tracked."""
-        name = stripped(func)
+        call = Call(func, operation(func), args, kwargs)
         if is_in_place(func) and isinstance(args[0], Tracked):
-            self._write(name, args, kwargs)
+            self._write(call)
         if not torch.is_grad_enabled():  # of no gradient in torch either
             with no_subclass():
                 return func(*values_of(args), **values_of(kwargs))
-        return self._find(func, name)(self, func, name, args, kwargs)
+        return self._dispatch(self, call)
 
-    def _write(self, name: str, args: tuple, kwargs: dict) -> None:
+    def _write(self, call: Call) -> None:
         """Before an operation writes into a shared value: from then on it is no parameter any more,
         and what is written must be shared.
         """
-        if (
-            self.phase is Phase.FORWARD
-            and torch.is_grad_enabled()
-            and self.depends(name, args, kwargs)
-        ):
+        if self.phase is Phase.FORWARD and torch.is_grad_enabled() and self.depends(call):
             raise UnsupportedLayer(
-                f"a copy of parameter {args[0].node.label}, by `{name}`",
+                f"a copy of parameter {call.args[0].node.label}, by `{call.name}`",
                 "values of the batch written into it",
                 "values that are computed, not written",
                 "use torch.cat or torch.where",
             )
-        args[0].node.root = None
+        call.args[0].node.root = None
 
-    def depends(self, name: str, args: tuple, kwargs: dict) -> bool:
-        """Whether the batch has a part in an operation's arguments.
+    def depends(self, call: Call) -> bool:
+        """Whether the batch has a part in the arguments of a call.
 
         Raises:
             UnsupportedLayer: it has, and its rows were picked across examples by their values.
         """
-        plain = [t for t in tensors_in(args, kwargs) if not isinstance(t, Tracked)]
+        name, tensors = call.name, list(tensors_in(call.args, call.kwargs))
+        plain = [t for t in tensors if not isinstance(t, Tracked)]
         key = (
             name,
-            tuple(t.node.label for t in tensors_in(args, kwargs) if isinstance(t, Tracked)),
+            tuple(t.node.label for t in tensors if isinstance(t, Tracked)),
             tuple(t.shape for t in plain),
         )
         # a recomputed block, on any thread: as it was the first time

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from grape_ray.engines.capture.batches import mapped, tensors_of
+from grape_ray.engines.capture.torch_functions import is_in_place, operation
 
 # Results that follow from shapes and types, not from values.
 VALUELESS = {
@@ -32,7 +33,7 @@ VALUELESS = {
     "randn_like",
 }
 # Ways of leaving torch; what comes back from there may hold anything.
-_EXPORTS = {"numpy", "__array__", "tolist", "item", "__int__", "__index__", "__float__"}
+_EXPORTS = {"numpy", "array", "tolist", "item", "int", "index", "float"}
 _IMPORTS = {"from_numpy", "as_tensor", "tensor", "asarray", "frombuffer"}
 # Operations that put values at places of their first argument, whose shape they keep.
 WRITES_INTO = {
@@ -62,26 +63,6 @@ DRAWS: dict[str, tuple[float, float] | None] = {
     "exponential": (2**-10, 8.0), "geometric": None, "cauchy": None, "log_normal": None,
     "poisson": None, "multinomial": None,
 }  # fmt: skip
-
-
-def stripped(func: Callable) -> str:
-    """The name of a torch function without the underscores of in-place and special methods; of an
-    attribute its own name.
-    """
-    name = getattr(func, "__name__", None) or str(func)
-    if name == "__get__":
-        return getattr(getattr(func, "__self__", None), "__name__", name)
-    return name.strip("_")
-
-
-def is_in_place(func: Callable) -> bool:
-    """Whether a function writes into its first argument."""
-    name = getattr(func, "__name__", "")
-    return (
-        name == "__setitem__"
-        or (name[-1:] == "_" and name[:2] != "__")
-        or (name[:3] == "__i" and name not in ("__invert__", "__int__", "__index__"))
-    )
 
 
 def is_draw(name: str) -> bool:
@@ -169,7 +150,7 @@ class Dependence(TorchFunctionMode):
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        name = getattr(func, "__name__", "")
+        name = operation(func)
         if name in _MASKING and (
             name != "scaled_dot_product_attention" or (kwargs and kwargs.get("dropout_p"))
         ):
@@ -178,7 +159,7 @@ class Dependence(TorchFunctionMode):
             if not out.requires_grad or self._picks:
                 self._note(func, args, kwargs, (out,))
             else:  # a gradient comes from tracked parameters, and with them from the batch
-                if name in _ACROSS or name[-1:] == "_":
+                if name in _ACROSS or is_in_place(func):
                     self._note(func, args, kwargs, (out,))
         elif name in _EXPORTS:
             if isinstance(args[0], Tensor) and not self.constant(args[0]):
@@ -192,7 +173,7 @@ class Dependence(TorchFunctionMode):
         return all(self.constant(t) for t in tensors_in(args, kwargs))
 
     def _note(self, func: Callable, args: tuple, kwargs: dict | None, out: Any) -> None:
-        name = stripped(func)
+        name = operation(func)
         into = args[0] if args and isinstance(args[0], Tensor) else None
         in_place = into is not None and is_in_place(func)
         if in_place and not self._all_constant(args[1:], kwargs):
@@ -373,8 +354,6 @@ _DIM_IF_UNSAID: dict[str, int | None] = {
     "topk": -1, "msort": 0, "kthvalue": -1,
 }  # fmt: skip
 _ACROSS = {
-    "getitem", "__getitem__", "nonzero", "argwhere", "masked_select", "unique",
-    "unique_consecutive", "_pack_padded_sequence", "pack_padded_sequence", "take",
-    "repeat_interleave", "where", *_DIM_AT, "__setitem__", *WRITES_INTO,
-    *(f"{name}_" for name in WRITES_INTO),
+    "getitem", "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive",
+    "pack_padded_sequence", "take", "repeat_interleave", "where", *_DIM_AT, *WRITES_INTO,
 }  # fmt: skip

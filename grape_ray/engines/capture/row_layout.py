@@ -80,6 +80,15 @@ class Layout:
         kept = split.sum(rest, keepdim=True) if rest else split
         return kept.reshape(rows, *tensor.shape[dims:])
 
+    def own_rows(self, tensor: Tensor, rows: int) -> Tensor:
+        """(*lead) -> (B, *lead): of each example its own rows, and zeros in those of others."""
+        owner = self.owners(tuple(tensor.shape), rows).to(tensor.device)
+        mine = owner == torch.arange(rows, device=tensor.device).unsqueeze(1)
+        sizes = [1] * tensor.ndim
+        if self.only is None:
+            sizes[self.axis] = -1
+        return tensor * mine.view(rows, *sizes)
+
 
 def candidates(lead: Lead, rows: int) -> Iterator[Layout]:
     """All regular layouts that a tensor's sizes allow, the usual ones first."""

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from grape_ray.distributed import sharding
-from grape_ray.engines.capture.capture_pass import Session, past_the_engine
+from grape_ray.engines.capture.capture_pass import CapturePass, past_the_engine
 from grape_ray.engines.capture.model_state import Watch
 from grape_ray.engines.capture.tracked import Node, Tracked
 
@@ -27,7 +27,7 @@ class Slot(NamedTuple):
     param: nn.Parameter
 
 
-def _stand_in(session: Session, slots: list[Slot]) -> None:
+def _stand_in(capture: CapturePass, slots: list[Slot]) -> None:
     """Puts a stand-in into every slot that holds a whole tensor; a tied one is the same
     everywhere.
     """
@@ -38,13 +38,13 @@ def _stand_in(session: Session, slots: list[Slot]) -> None:
             continue
         if id(value) not in made:
             leaf = value.detach().requires_grad_()
-            made[id(value)] = session.track(Node(leaf, {slot.name: leaf}, slot.name))
+            made[id(value)] = capture.track(Node(leaf, {slot.name: leaf}, slot.name))
         slot.module._parameters[slot.key] = made[id(value)]  # pyright: ignore[reportArgumentType]
 
 
 @contextlib.contextmanager
 def tracking(
-    model: nn.Module, params: dict[str, nn.Parameter], session: Session, watch: Watch
+    model: nn.Module, params: dict[str, nn.Parameter], capture: CapturePass, watch: Watch
 ) -> Iterator[None]:
     """Swaps tracked stand-ins for `params` into the model's modules, and the parameters back
     afterwards, whatever happens.
@@ -72,10 +72,10 @@ def tracking(
         owners = {part: gate for module, gate in gated.items() for part in module.modules()}
         for gate in gated.values():
             gate.watcher = functools.partial(
-                _stand_in, session, [s for s in slots if owners[s.module] is gate]
+                _stand_in, capture, [s for s in slots if owners[s.module] is gate]
             )
         if not gated:
-            _stand_in(session, slots)
+            _stand_in(capture, slots)
             _flat_weights(model)
         yield
         leaked = [name for name, p in params.items() if p.grad is not None]
@@ -89,7 +89,7 @@ def tracking(
             param.grad = grads[name]
         if not gated:  # FSDP keeps state of its own in attributes
             watch.restore_attributes()
-    session.check_leaks()
+    capture.check_leaks()
     if leaked:
         raise past_the_engine(f"'{leaked[0]}'")
     watch.check()

@@ -2,8 +2,8 @@
 during one pass.
 
 Whatever the model does with a parameter (a Linear, a bare `weight * x`, a tied head,
-`cls_token.expand(B, ...)`) reaches `Session.call`, on any thread and inside recomputed checkpoints.
-A value is either *shared* (computed from parameters and constants alone: it stays tracked, as a
+`cls_token.expand(B, ...)`) reaches `CapturePass.call`, on any thread and inside recomputed
+checkpoints. A value is either *shared* (computed from parameters and constants alone: it stays tracked, as a
 Node) or the batch has a part in it (from there on it is a plain tensor whose gradient is taken
 apart by example).
 """
@@ -28,11 +28,11 @@ class Node:
         root: the parameter that it is, up to a cast, or None. transposed: whether it is that
             parameter's 2-D transpose.
         spread: where this value is copies of another, as of a prefix token.
-        lookup: (node, ids, padding_idx), where this value is rows of a table at constant places, as
-            of positions.
+        look_up: where this value is rows of a table at constant ids, as of positions: looks them up
+            again in a pass, now as rows that belong to examples.
     """
 
-    __slots__ = ("graph", "leaves", "lookup", "root", "spread", "transposed")
+    __slots__ = ("graph", "leaves", "look_up", "root", "spread", "transposed")
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Node:
     ):
         self.graph, self.leaves, self.root, self.transposed = graph, leaves, root, transposed
         self.spread: Spread | None = None
-        self.lookup: tuple[Node, Tensor, int | None] | None = None
+        self.look_up: Callable[[Any], Tensor] | None = None
 
     @property
     def value(self) -> Tensor:
@@ -69,7 +69,7 @@ class Spread(NamedTuple):
 
 
 class Router(Protocol):
-    """What a tracked value asks for the result of an operation on it: `capture_pass.Session`."""
+    """What a tracked value asks for the result of an operation on it: a `CapturePass`."""
 
     def call(self, func: Callable, args: tuple, kwargs: dict) -> Any: ...
 
@@ -78,13 +78,13 @@ class Tracked(torch.Tensor):
     """The stand-in of a Node; lives for one pass."""
 
     node: Node
-    session: Router
+    capture: Router
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         first = next(t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tracked))
-        return first.session.call(func, args, kwargs)
+        return first.capture.call(func, args, kwargs)
 
 
 def tracked_in(args: tuple, kwargs: dict) -> list[Tracked]:

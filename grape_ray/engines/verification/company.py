@@ -9,14 +9,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from grape_ray.engines.capture.dependence import (
-    DRAWS,
-    DROPOUT_AT,
-    DROPOUTS,
-    Dependence,
-    is_dropout,
-    stripped,
-)
+from grape_ray.engines.capture.dependence import DRAWS, DROPOUT_AT, DROPOUTS, Dependence, is_dropout
+from grape_ray.engines.capture.torch_functions import operation
 
 
 class Undropped(TorchFunctionMode):
@@ -25,7 +19,7 @@ class Undropped(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        kwargs, name = kwargs or {}, stripped(func)
+        kwargs, name = kwargs or {}, operation(func)
         if name in DROPOUTS and is_dropout(name, args, kwargs):
             return args[0] if args else kwargs["input"]
         if name == "scaled_dot_product_attention" and kwargs.get("dropout_p"):

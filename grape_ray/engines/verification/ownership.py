@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from grape_ray.engines.capture import row_layout
-from grape_ray.engines.capture.capture_pass import Phase, Reroute, Session, Tap
+from grape_ray.engines.capture.capture_pass import CapturePass, Phase, Reroute, Tap
 from grape_ray.engines.capture.row_layout import Layout
 from grape_ray.errors import UnsupportedLayer
 
@@ -26,7 +26,7 @@ _MOST = 1000  # examples that weights tell apart where rounding is below a thous
 Marks = list[Tensor]
 
 
-def ownership(session: Session, losses: Tensor, tolerance: float, thorough: bool) -> Marks:
+def ownership(capture: CapturePass, losses: Tensor, tolerance: float, thorough: bool) -> Marks:
     """Finds the layout of every tap that has none, and checks those that have one, by exact zeros.
 
     Args:
@@ -44,21 +44,21 @@ def ownership(session: Session, losses: Tensor, tolerance: float, thorough: bool
     """
     if not losses.requires_grad:
         return []
-    whole = marks_of(session, session.taps, losses, torch.ones(session.rows))
-    if session.rows == 1:
+    whole = marks_of(capture, capture.taps, losses, torch.ones(capture.rows))
+    if capture.rows == 1:
         return whole
-    by_weight = thorough and _FEW < session.rows <= _MOST and tolerance < 1 / _MOST
+    by_weight = thorough and _FEW < capture.rows <= _MOST and tolerance < 1 / _MOST
     groups = (
-        row_layout.every_pair(session.rows)
+        row_layout.every_pair(capture.rows)
         if thorough and not by_weight
-        else row_layout.random_halves(session.rows)
+        else row_layout.random_halves(capture.rows)
     )
-    kept = [marks_of(session, session.taps, losses, group) for group in groups]
-    weights = 1 + torch.arange(session.rows) / session.rows
-    weighted = marks_of(session, session.taps, losses, weights) if by_weight else whole
-    weights = weights if by_weight else torch.ones(session.rows)
+    kept = [marks_of(capture, capture.taps, losses, group) for group in groups]
+    weights = 1 + torch.arange(capture.rows) / capture.rows
+    weighted = marks_of(capture, capture.taps, losses, weights) if by_weight else whole
+    weights = weights if by_weight else torch.ones(capture.rows)
     wrong: list[Tap] = []
-    for number, tap in enumerate(session.taps):
+    for number, tap in enumerate(capture.taps):
         evidence = torch.stack([marks[number][1] > 0 for marks in kept]).cpu()
         if tap.layout is None:
             found = row_layout.readings(evidence, groups) if bool(evidence.any()) else []
@@ -67,7 +67,7 @@ def ownership(session: Session, losses: Tensor, tolerance: float, thorough: bool
             ]
             tap.layout, tap.readings = found[0] if found else None, found
             tap.settled = (
-                len({(c.axis, *c.owners(tap.lead, session.rows).tolist()) for c in found}) <= 1
+                len({(c.axis, *c.owners(tap.lead, capture.rows).tolist()) for c in found}) <= 1
             )
             fits = tap.layout is not None or not bool(evidence.any())
         else:
@@ -75,14 +75,14 @@ def ownership(session: Session, losses: Tensor, tolerance: float, thorough: bool
             fits = fits and _weighs(tap, tap.layout, whole[number][1], weighted[number][1], weights)
         if not fits:
             wrong.append(tap)
-    ways = {tap.way for tap in wrong if tap.way is not None and tap.way not in session.inside}
+    ways = {tap.way for tap in wrong if tap.way is not None and tap.way not in capture.inside}
     if ways:
         raise Reroute(ways)
     if wrong:
-        raise _not_owned(wrong[0], session.rows)
+        raise _not_owned(wrong[0], capture.rows)
     for group, marks in zip(groups, kept):
         same_gradients(
-            session.taps,
+            capture.taps,
             whole,
             marks,
             group,
@@ -102,11 +102,11 @@ def _weighs(tap: Tap, layout: Layout, whole: Tensor, weighted: Tensor, weights: 
     return not bool(((weighted - own * whole).abs() > whole / (4 * len(weights))).any())
 
 
-def marks_of(session: Session, taps: Sequence[Tap], losses: Tensor, group: Tensor) -> Marks:
+def marks_of(capture: CapturePass, taps: Sequence[Tap], losses: Tensor, group: Tensor) -> Marks:
     """What the losses of one group bring to every tap; the graph is kept."""
     for tap in taps:
         tap.evidence.clear()
-    phase, session.phase = session.phase, Phase.VERIFY
+    phase, capture.phase = capture.phase, Phase.VERIFY
     try:
         torch.autograd.backward(losses, group.to(losses.device, losses.dtype), retain_graph=True)
     except RuntimeError as error:
@@ -117,8 +117,8 @@ def marks_of(session: Session, taps: Sequence[Tap], losses: Tensor, group: Tenso
             "do not write in place",
         ) from error
     finally:
-        session.phase = phase
-    session.check_leaks()
+        capture.phase = phase
+    capture.check_leaks()
     found = []
     for tap in taps:
         nothing = torch.zeros(2, *tap.lead, dtype=torch.float64, device=losses.device)

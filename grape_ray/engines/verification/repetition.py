@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from grape_ray.engines.capture import row_layout
 from grape_ray.engines.capture.batches import is_mask, mapped
-from grape_ray.engines.capture.capture_pass import Session, Tap
+from grape_ray.engines.capture.capture_pass import CapturePass, Tap
 from grape_ray.engines.capture.dependence import Dependence
 from grape_ray.engines.capture.model_state import Watch, written
 from grape_ray.engines.capture.random_state import random_states, same_generators, set_states
@@ -49,14 +49,14 @@ class Repetition:
 
     def __init__(
         self,
-        session: Session,
+        capture: CapturePass,
         forward: Callable[[Any, int], Tensor],
         batch: Any,
         state: list,
         tolerance: float,
     ):
-        self._session, self._forward, self._batch = session, forward, batch
-        self._rows, self._state, self._tolerance = session.rows, state, tolerance
+        self._capture, self._forward, self._batch = capture, forward, batch
+        self._rows, self._state, self._tolerance = capture.rows, state, tolerance
 
     def check(self, look: Look, watch: Watch, seen: Dependence, thorough: bool) -> None:
         """Raises UnsupportedLayer where an example's loss depends on company, on luck that is
@@ -67,7 +67,7 @@ class Repetition:
                 numbers.
             thorough: exchange one random half of the examples and the other; otherwise one.
         """
-        before = random_states(self._session.device)
+        before = random_states(self._capture.device)
         try:
             contents = watch.contents()
             self._compare(look, seen, thorough)
@@ -87,7 +87,7 @@ class Repetition:
         for number, others in used:
             self._in_company(look, others, number, seen)
         plain = self._losses(self._batch)
-        if not same_generators(self._state, random_states(self._session.device)):
+        if not same_generators(self._state, random_states(self._capture.device)):
             raise UnsupportedLayer(
                 "a random number in the forward pass",
                 "one of NumPy's or Python's global generator",
@@ -145,7 +145,7 @@ class Repetition:
             return
         _, taps, marks = look
         alone, met, brought = self._look(
-            few, Dependence(len(picked), self._session.constants, Tracked)
+            few, Dependence(len(picked), self._capture.constants, Tracked)
         )
         self._close("the loss of an example", "in a smaller batch", plain[picked], alone)
         if [t.key for t in taps] == [t.key for t in met]:
@@ -155,7 +155,7 @@ class Repetition:
         """The pass with `others` exchanged, and their luck; where a model fails on what that gives,
         with less exchanged.
         """
-        constants, high = self._session.constants, bool(number)
+        constants, high = self._capture.constants, bool(number)
         for scale in (_EXTREMES[number], 1.0):
             watching = (
                 Company(self._rows, constants, Tracked, others, high)
@@ -174,7 +174,7 @@ class Repetition:
 
     def _again(self, known: list[Tap]) -> Look:
         """The pass once more, as it is, with the layouts of `known` uses."""
-        watching = Dependence(self._rows, self._session.constants, Tracked)
+        watching = Dependence(self._rows, self._capture.constants, Tracked)
         losses, taps, marks = self._look(mapped(self._batch, torch.clone), watching)
         for tap, old in zip(taps, known):
             tap.layout, tap.readings = old.layout, old.readings
@@ -182,13 +182,13 @@ class Repetition:
 
     def _look(self, batch: Any, watching: Dependence) -> Look:
         set_states(self._state)
-        with self._session.apart(watching) as taps, torch.enable_grad():
+        with self._capture.apart(watching) as taps, torch.enable_grad():
             losses = watching.over(self._forward, batch)
             everyone = torch.ones(watching.rows, dtype=torch.bool)
             return (
                 losses.detach(),
                 taps,
-                marks_of(self._session, taps, losses, everyone) if losses.requires_grad else [],
+                marks_of(self._capture, taps, losses, everyone) if losses.requires_grad else [],
             )
 
     def _exchanged(self, others: Tensor, scale: float, masks: bool = False) -> Any:

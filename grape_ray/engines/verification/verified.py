@@ -4,7 +4,7 @@ lie in each.
 
 from __future__ import annotations
 
-from grape_ray.engines.capture.capture_pass import Session, Way
+from grape_ray.engines.capture.capture_pass import CapturePass, Way
 from grape_ray.engines.capture.row_layout import Layout
 
 Signature = tuple
@@ -14,7 +14,7 @@ class Layouts:
     """The kinds of passes that were verified, by the uses of parameters in their order.
 
     Attributes:
-        passes: how often each kind was met. inside: see `Session.inside`.
+        passes: how often each kind was met. inside: see `CapturePass.inside`.
     """
 
     def __init__(self) -> None:
@@ -22,34 +22,34 @@ class Layouts:
         self.passes: dict[Signature, int] = {}
         self.inside: set[Way] = set()
 
-    def signature(self, session: Session, training: bool, ragged: bool) -> Signature:
+    def signature(self, capture: CapturePass, training: bool, ragged: bool) -> Signature:
         """The kind of a pass: the mode, whether examples are masked differently, and the uses of
         parameters in their order.
         """
-        return training, ragged, session.rows == 1, *(tap.key for tap in session.taps)
+        return training, ragged, capture.rows == 1, *(tap.key for tap in capture.taps)
 
-    def fitted(self, signature: Signature, session: Session) -> bool:
-        """Gives the session's taps the layouts that an earlier pass had; whether there was one, and
+    def fitted(self, signature: Signature, capture: CapturePass) -> bool:
+        """Gives the capture's taps the layouts that an earlier pass had; whether there was one, and
         all follow from it.
         """
-        known = self._known.get(signature, self._known.get((session.rows, signature)))
+        known = self._known.get(signature, self._known.get((capture.rows, signature)))
         if known is None:
             return False
-        for tap, layout in zip(session.taps, known):
-            tap.layout = layout and layout.fitted(tap.lead, session.rows)
+        for tap, layout in zip(capture.taps, known):
+            tap.layout = layout and layout.fitted(tap.lead, capture.rows)
             if layout is not None and tap.layout is None:
                 return False
         return True
 
-    def remember(self, signature: Signature, session: Session) -> None:
+    def remember(self, signature: Signature, capture: CapturePass) -> None:
         """Keeps the layouts of a verified pass, unless its gradients have left two readings of
         one.
         """
-        if not all(tap.settled for tap in session.taps):
+        if not all(tap.settled for tap in capture.taps):
             return
-        single = session.rows > 1 and any(
-            tap.layout is not None and tap.layout.only is not None for tap in session.taps
+        single = capture.rows > 1 and any(
+            tap.layout is not None and tap.layout.only is not None for tap in capture.taps
         )
-        self._known[(session.rows, signature) if single else signature] = [
-            tap.layout for tap in session.taps
+        self._known[(capture.rows, signature) if single else signature] = [
+            tap.layout for tap in capture.taps
         ]
