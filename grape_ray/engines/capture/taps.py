@@ -139,35 +139,30 @@ def _deliver_factors(ctx: Any, grad: Tensor, kept: Tensor | None) -> None:
     if not capture.arriving(ctx.tap, grad):
         return
     outputs, inputs = rule.factors(grad, None if ctx.projected else kept, ctx.settings)
+    # read once for weight and bias; of a rearranged gradient the sum alone is cheaper
+    together = outputs is grad
     outputs = _by_example(ctx, outputs)
-    inputs = kept if ctx.projected else inputs
-    if isinstance(inputs, Index):
-        inputs = Index(capture.by_example(ctx.tap, inputs.ids), inputs.size)
-    elif inputs is not None:
-        inputs = _by_example(ctx, inputs)
+    inputs = _by_example(ctx, kept if ctx.projected else inputs)
     weight, bias = (*ctx.nodes[1:], None)[:2]
     weight_name, bias_name = (node.root if node is not None else None for node in (weight, bias))
-    if weight_name and bias_name and ctx.axis:
+    if weight_name and bias_name and ctx.axis and together:
         capture.sink.affine(weight_name, bias_name, outputs, inputs)
         return
     if bias is not None:
         capture.dense(bias, outputs.sum(1))
-    if weight is None:
-        return
-    assert inputs is not None
-    if weight_name and ctx.axis and isinstance(inputs, Tensor):
-        capture.sink.pair(weight_name, outputs, inputs)
-    elif weight_name and not ctx.axis:
-        capture.sink.pair(weight_name, inputs, outputs)
-    elif isinstance(inputs, Tensor) and rule.outputs_first:  # a computed weight, as it was used
-        capture.dense(weight, outer(outputs, inputs))
-    else:
-        capture.dense(weight, outer(inputs, outputs))
+    if weight_name and not (ctx.axis and isinstance(inputs, Index)):
+        pair: Any = (outputs, inputs) if ctx.axis else (inputs, outputs)
+        capture.sink.pair(weight_name, *pair)
+    elif weight is not None:  # a computed weight, as it was used
+        pair: Any = (outputs, inputs) if rule.outputs_first else (inputs, outputs)
+        capture.dense(weight, outer(*pair))
 
 
-def _by_example(ctx: Any, factor: Tensor) -> Tensor:
-    """(*lead, *positions, D) -> (B, T, D)."""
-    return ctx.capture.by_example(ctx.tap, factor).flatten(1, -2)
+def _by_example(ctx: Any, factor: Any) -> Any:
+    """(*lead, *positions, D) -> (B, T, D), of one-hot factors their ids; None stays None."""
+    if isinstance(factor, Index):
+        return Index(ctx.capture.by_example(ctx.tap, factor.ids), factor.size)
+    return factor if factor is None else ctx.capture.by_example(ctx.tap, factor).flatten(1, -2)
 
 
 def _deliver_gradients(ctx: Any, grad: Tensor, saved: tuple) -> None:
