@@ -17,7 +17,7 @@ from grape_ray.config.methods import METHODS
 from grape_ray.config.schema import Config
 from grape_ray.distributed import sharding
 from grape_ray.distributed.comms import Comms
-from grape_ray.engines.capture.model_state import Start
+from grape_ray.engines.capture.model_state import UntrainedState as Start
 from grape_ray.engines.subspace import Subspace
 from grape_ray.errors import CheckpointError, GrapeRayError, StorageError
 from grape_ray.optim import Optimizer

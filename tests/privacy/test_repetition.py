@@ -16,7 +16,7 @@ from grape_ray.engines.capture.batches import is_mask
 from grape_ray.engines.capture.capture_pass import CapturePass
 from grape_ray.engines.capture.dependence import Dependence
 from grape_ray.engines.capture.dispatch import dispatch
-from grape_ray.engines.capture.model_state import Watch
+from grape_ray.engines.capture.model_state import ModelSnapshot
 from grape_ray.engines.capture.random_state import random_states
 from grape_ray.engines.capture.tracked import Tracked
 from grape_ray.engines.rules.table import HANDLERS
@@ -66,7 +66,7 @@ def check(
     seen.drew, seen.masked = drew, masked
     capture = CapturePass(rows, None, CPU, set(), set(), functools.partial(dispatch, HANDLERS))
     Repetition(capture, forward, batch, state, tolerance).check(
-        (found, [], []), Watch(model or nn.Module()), seen, thorough
+        (found, [], []), ModelSnapshot(model or nn.Module()), seen, thorough
     )
 
 

@@ -109,7 +109,9 @@ def gram_squared_norms(uses: list[Pair]) -> Tensor:
     gamma_n |left_s| |left_t|, and the most that this can do to the sum, by the Cauchy-Schwarz
     inequality, is added.
     """
-    return torch.cat([_gram(some) for some in _by_rows(uses, positions(uses) ** 2, _GRAM_ENTRIES)])
+    return torch.cat(
+        [_gram(some) for some in _by_examples(uses, positions(uses) ** 2, _GRAM_ENTRIES)]
+    )
 
 
 def _gram(uses: list[Pair]) -> Tensor:
@@ -175,7 +177,7 @@ def outer_squared_norms(uses: list[Pair], small: Tensor | None = None) -> Tensor
     uses = [wide(*use) for use in uses]
     (left, right), dtype = uses[0], uses[0][1].dtype
     entries, found, first = width(left) * right.shape[-1], [], 0
-    for some in _by_rows(uses, entries, _GRADIENT_ENTRIES):
+    for some in _by_examples(uses, entries, _GRADIENT_ENTRIES):
         whole = _whole(some)
         last = first + whole.shape[0]
         found.append(
@@ -189,7 +191,7 @@ def outer_squared_norms(uses: list[Pair], small: Tensor | None = None) -> Tensor
     return raised(torch.cat(found), gamma(terms + 2, dtype) * magnitudes(uses) + underflow)
 
 
-def _by_rows(uses: list[Pair], entries: int, most: int) -> Iterator[list[Pair]]:
+def _by_examples(uses: list[Pair], entries: int, most: int) -> Iterator[list[Pair]]:
     """The pairs of some examples after the other, as many as have `most` entries together, or one;
     all of them on an accelerator.
     """

@@ -38,17 +38,17 @@ def by_vmap(capture: CapturePass, call: Call) -> Any:
     def place(leaf: Any) -> Any:
         if isinstance(leaf, Tracked):
             shape = tuple(leaf.node.graph.shape)
-            batched.append(expanded(capture, leaf.node, (capture.rows, *shape)))
+            batched.append(expanded(capture, leaf.node, (capture.examples, *shape)))
         elif isinstance(leaf, Tensor) and not capture.shared_argument(leaf):
-            if leaf.ndim == 0 or leaf.shape[0] % capture.rows:
+            if leaf.ndim == 0 or leaf.shape[0] % capture.examples:
                 raise UnsupportedLayer(
                     f"operation '{call.name}' on parameter {label}",
-                    f"an argument of shape {tuple(leaf.shape)} for {capture.rows} examples",
+                    f"an argument of shape {tuple(leaf.shape)} for {capture.examples} examples",
                     "a first dimension divisible by them",
                     "make it batch-first, freeze the parameter (requires_grad=False) or teach it"
                     " with grape_ray.register_rule",
                 )
-            batched.append(leaf.unflatten(0, (capture.rows, -1)))
+            batched.append(leaf.unflatten(0, (capture.examples, -1)))
         else:
             return leaf
         return _Slot(len(batched) - 1)

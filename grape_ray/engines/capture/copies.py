@@ -13,7 +13,7 @@ from torch import Tensor
 from grape_ray.engines.capture.by_vmap import by_vmap
 from grape_ray.engines.capture.capture_pass import CapturePass
 from grape_ray.engines.capture.torch_functions import Call
-from grape_ray.engines.capture.tracked import Spread, Tracked
+from grape_ray.engines.capture.tracked import Copies, Tracked
 
 _EXPANDS = {"expand", "expand_as", "broadcast_to"}
 COPIES = {*_EXPANDS, "repeat", "tile", "repeat_interleave"}
@@ -36,7 +36,7 @@ def copied(capture: CapturePass, call: Call) -> Any:
         if call.name not in _EXPANDS:
             source = capture.derive(torch.reshape, (value, viewed), {}).node
         back = (torch.reshape, (tuple(out.node.graph.shape),), {})
-        out.node.spread = Spread(source, tuple(expanded), (back,))
+        out.node.copies = Copies(source, tuple(expanded), (back,))
     return out
 
 

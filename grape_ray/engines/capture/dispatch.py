@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_map
 from grape_ray.engines.capture.by_vmap import by_vmap
 from grape_ray.engines.capture.capture_pass import CapturePass
 from grape_ray.engines.capture.copies import COPIES, copied
-from grape_ray.engines.capture.dependence import is_draw, is_dropout
-from grape_ray.engines.capture.shared_values import own, own_as_it_is
+from grape_ray.engines.capture.draws import is_draw, is_dropout
+from grape_ray.engines.capture.shared_values import per_example, per_example_as_is
 from grape_ray.engines.capture.torch_functions import Call
 from grape_ray.engines.capture.tracked import Tracked, no_subclass, tracked_in, values_of
 from grape_ray.errors import UnsupportedLayer
@@ -95,16 +95,16 @@ def general(capture: CapturePass, call: Call) -> Any:
     if name in BROADCASTS:
         return _broadcast(capture, call)
     if name in PLACEMENTS:
-        return func(*tree_map(lambda a: own_as_it_is(capture, a), args), **kwargs)
+        return func(*tree_map(lambda a: per_example_as_is(capture, a), args), **kwargs)
     if name in WRITES and node is None:
         return _write(capture, call)
     if name == "matmul" and node is not None and _of_many_matrices(args):
-        return func(own(capture, args[0], (*args[1].shape[:-2], *args[0].shape)), args[1])
-    if any(t.node.spread is not None for t in tracked_in(args, kwargs)):
+        return func(per_example(capture, args[0], (*args[1].shape[:-2], *args[0].shape)), args[1])
+    if any(t.node.copies is not None for t in tracked_in(args, kwargs)):
         args, kwargs = tree_map(
             lambda a: (
-                own_as_it_is(capture, a)
-                if isinstance(a, Tracked) and a.node.spread is not None
+                per_example_as_is(capture, a)
+                if isinstance(a, Tracked) and a.node.copies is not None
                 else a
             ),
             (args, kwargs),
@@ -122,8 +122,8 @@ def _cast(capture: CapturePass, call: Call) -> Any:
         return _read(call)
     node = args[0].node
     out = capture.derive(func, args, kwargs, transposed=node.transposed if node.root else None)
-    if node.spread is not None and not any(isinstance(t, Tensor) for t in args[1:]):
-        out.node.spread = node.spread.followed_by(func, args[1:], kwargs)
+    if node.copies is not None and not any(isinstance(t, Tensor) for t in args[1:]):
+        out.node.copies = node.copies.followed_by(func, args[1:], kwargs)
     return out
 
 
@@ -149,10 +149,10 @@ def shared(capture: CapturePass, call: Call) -> Any:
     if (
         name in RESHAPES
         and isinstance(first, Tracked)
-        and first.node.spread is not None
+        and first.node.copies is not None
         and isinstance(out, Tracked)
     ):
-        out.node.spread = first.node.spread.followed_by(func, args[1:], kwargs)
+        out.node.copies = first.node.copies.followed_by(func, args[1:], kwargs)
     return out
 
 
@@ -163,7 +163,7 @@ def _broadcast(capture: CapturePass, call: Call) -> Any:
         shape = torch.broadcast_shapes(*(t.shape for t in tensors))
 
     def each(value: Any) -> Any:
-        return own(capture, value, shape) if isinstance(value, Tracked) else value
+        return per_example(capture, value, shape) if isinstance(value, Tracked) else value
 
     return call.func(*map(each, call.args), **{k: each(v) for k, v in call.kwargs.items()})
 
@@ -175,5 +175,5 @@ def _write(capture: CapturePass, call: Call) -> Any:
     if not isinstance(args[position], Tracked):
         return by_vmap(capture, call)
     region = args[0] if name == "copy" else args[0].detach()[args[1]]
-    values = own(capture, args[position], region.shape)
+    values = per_example(capture, args[position], region.shape)
     return func(*args[:position], values, *args[position + 1 :], **kwargs)

@@ -138,7 +138,7 @@ def _contents(value: Any) -> Any:
     return None
 
 
-class Watch:
+class ModelSnapshot:
     """The state of a model before a pass, and what has to hold after it.
 
     Guarantees: what a pass rebinds among the attributes of modules (`self.mean = ...`) is put back
@@ -218,7 +218,7 @@ class Watch:
                 raise written(name)
 
 
-class Start:
+class UntrainedState:
     """The untrained tensors of a model as training begins; what is saved with it later must be
     these, bit for bit.
     """

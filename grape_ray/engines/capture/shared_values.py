@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grape_ray.engines.capture.capture_pass import CapturePass, Phase
+from grape_ray.engines.capture.capture_pass import CapturePass
 from grape_ray.engines.capture.rule import Rule, Saved, Settings
+from grape_ray.engines.capture.tap import Phase
 from grape_ray.engines.capture.taps import apply_rule
 from grape_ray.engines.capture.tracked import Node, Tracked
 
@@ -58,34 +59,36 @@ def new_dims(node: Node, shape: tuple[int, ...]) -> tuple[int, ...]:
     )
 
 
-def _inside(capture: CapturePass, node: Node) -> Tensor:
+def _own_rows(capture: CapturePass, node: Node) -> Tensor:
     """The value of a node as it is, as a plain tensor whose rows are those of examples."""
     if node.look_up is not None:
         return node.look_up(capture)
     return apply_rule(capture, _OWN_ROWS, "inside", [node], node.graph.shape)
 
 
-def own(capture: CapturePass, value: Tracked, shape: tuple[int, ...] | torch.Size) -> Tensor:
+def per_example(
+    capture: CapturePass, value: Tracked, shape: tuple[int, ...] | torch.Size
+) -> Tensor:
     """A shared value where it meets a tensor of the batch of `shape`: as plain values with a
     gradient of its own for each example.
     """
     node, shape = value.node, tuple(shape)
-    if node.spread is not None and tuple(node.graph.shape) == shape:
-        out = expanded(capture, node.spread.source, node.spread.shape)
-        for func, args, kwargs in node.spread.then:
+    if node.copies is not None and tuple(node.graph.shape) == shape:
+        out = expanded(capture, node.copies.source, node.copies.shape)
+        for func, args, kwargs in node.copies.then:
             out = func(out, *args, **kwargs)
         return out
-    way = len(capture.taps), tuple(node.graph.shape), shape
-    along = any(shape[d] % capture.rows == 0 for d in new_dims(node, shape))
-    if node.graph.ndim and along == (way in capture.inside):
-        out = _inside(capture, node)
+    site = len(capture.taps), tuple(node.graph.shape), shape
+    along = any(shape[d] % capture.examples == 0 for d in new_dims(node, shape))
+    if node.graph.ndim and along == (site in capture.inner_sites):
+        out = _own_rows(capture, node)
     else:
         out = expanded(capture, node, shape)
     if capture.taps and capture.phase is Phase.FORWARD:
-        capture.taps[-1].way = way
+        capture.taps[-1].site = site
     return out
 
 
-def own_as_it_is(capture: CapturePass, leaf: Any) -> Any:
+def per_example_as_is(capture: CapturePass, leaf: Any) -> Any:
     """A shared value where it meets the batch in its own shape; all else unchanged."""
-    return own(capture, leaf, leaf.node.graph.shape) if isinstance(leaf, Tracked) else leaf
+    return per_example(capture, leaf, leaf.node.graph.shape) if isinstance(leaf, Tracked) else leaf

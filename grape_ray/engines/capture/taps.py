@@ -18,6 +18,7 @@ from torch import Tensor
 from grape_ray.engines.algebra.factor_pairs import Index, outer
 from grape_ray.engines.capture.capture_pass import CapturePass
 from grape_ray.engines.capture.rule import Rule, Settings
+from grape_ray.engines.capture.tap import Tap
 from grape_ray.engines.capture.tracked import Node, Tracked
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -59,7 +60,7 @@ class _TapFunction(torch.autograd.Function):
         ctx: Any,
         dummy: Tensor,
         capture: CapturePass,
-        tap: Any,
+        tap: Tap,
         rule: Rule,
         nodes: tuple[Node | None, ...],
         settings: Settings,
@@ -119,18 +120,18 @@ def _keep(ctx: Any, x: Tensor) -> Tensor | None:
     """What forward keeps of the input for the weight's gradient: on a compressed side its
     projection (*lead, R), so that x itself is freed.
     """
-    rule, node, sink = ctx.rule, ctx.nodes[1], ctx.capture.sink
+    rule, node, collector = ctx.rule, ctx.nodes[1], ctx.capture.collector
     ctx.projected = False
     if node is None:
         return None
     # the side of the parameter on which x lies; 1 is the last
     ctx.axis = int(rule.outputs_first != node.transposed)
-    if not (rule.project and node.root and sink.compresses(node.root, ctx.axis)):
+    if not (rule.project and node.root and collector.compresses(node.root, ctx.axis)):
         return x
     ctx.projected = True
     # never in the lower precision of an autocast around the engine
     with torch.autocast(x.device.type, enabled=False):
-        return rule.project(x, sink.matrix(node.root, x), ctx.settings)
+        return rule.project(x, collector.matrix(node.root, x), ctx.settings)
 
 
 def _deliver_factors(ctx: Any, grad: Tensor, kept: Tensor | None) -> None:
@@ -146,13 +147,13 @@ def _deliver_factors(ctx: Any, grad: Tensor, kept: Tensor | None) -> None:
     weight, bias = (*ctx.nodes[1:], None)[:2]
     weight_name, bias_name = (node.root if node is not None else None for node in (weight, bias))
     if weight_name and bias_name and ctx.axis and together:
-        capture.sink.affine(weight_name, bias_name, outputs, inputs)
+        capture.collector.affine(weight_name, bias_name, outputs, inputs)
         return
     if bias is not None:
         capture.dense(bias, outputs.sum(1))
     if weight_name and not (ctx.axis and isinstance(inputs, Index)):
         pair: Any = (outputs, inputs) if ctx.axis else (inputs, outputs)
-        capture.sink.pair(weight_name, *pair)
+        capture.collector.pair(weight_name, *pair)
     elif weight is not None:  # a computed weight, as it was used
         pair: Any = (outputs, inputs) if rule.outputs_first else (inputs, outputs)
         capture.dense(weight, outer(*pair))
@@ -185,11 +186,11 @@ def _deliver_gradients(ctx: Any, grad: Tensor, saved: tuple) -> None:
         return
     for position, gradient in (found() if gradients is None else gradients).items():
         if rule.per_row:
-            own = tap.layout.own_rows(gradient, capture.rows)
+            own = tap.layout.own_rows(gradient, capture.examples)
         else:
             own = capture.summed(tap, gradient)
         node = ctx.nodes[position]
-        capture.dense(node, own.reshape(capture.rows, *node.graph.shape))
+        capture.dense(node, own.reshape(capture.examples, *node.graph.shape))
 
 
 def _input_gradients_by_torch(

@@ -27,12 +27,12 @@ class Node:
         graph: the value, with autograd history. leaves: parameter name -> leaf.
         root: the parameter that it is, up to a cast, or None. transposed: whether it is that
             parameter's 2-D transpose.
-        spread: where this value is copies of another, as of a prefix token.
+        copies: where this value is copies of another, as of a prefix token.
         look_up: where this value is rows of a table at constant ids, as of positions: looks them up
             again in a pass, now as rows that belong to examples.
     """
 
-    __slots__ = ("graph", "leaves", "look_up", "root", "spread", "transposed")
+    __slots__ = ("copies", "graph", "leaves", "look_up", "root", "transposed")
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class Node:
         transposed: bool = False,
     ):
         self.graph, self.leaves, self.root, self.transposed = graph, leaves, root, transposed
-        self.spread: Spread | None = None
+        self.copies: Copies | None = None
         self.look_up: Callable[[Any], Tensor] | None = None
 
     @property
@@ -54,7 +54,7 @@ class Node:
         return "'" + "', '".join(self.leaves) + "'"
 
 
-class Spread(NamedTuple):
+class Copies(NamedTuple):
     """Copies of a shared value: `source` expanded to `shape`, and then reshaped by the operations
     `then`, (function, arguments) each.
     """
@@ -63,7 +63,7 @@ class Spread(NamedTuple):
     shape: tuple[int, ...]
     then: tuple[tuple[Callable, tuple, dict], ...]
 
-    def followed_by(self, func: Callable, args: tuple, kwargs: dict) -> Spread:
+    def followed_by(self, func: Callable, args: tuple, kwargs: dict) -> Copies:
         """The same copies, reshaped once more."""
         return self._replace(then=(*self.then, (func, args, kwargs)))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from grape_ray.engines.capture.capture_pass import CapturePass
 from grape_ray.engines.capture.dispatch import general, shared
-from grape_ray.engines.capture.shared_values import own
+from grape_ray.engines.capture.shared_values import per_example
 from grape_ray.engines.capture.torch_functions import Call
 from grape_ray.engines.capture.tracked import Tracked, tracked_in
 from grape_ray.errors import UnsupportedLayer
@@ -47,7 +47,7 @@ def scaled_dot_product_attention(capture: CapturePass, call: Call) -> Any:
     if not capture.depends(call):
         return shared(capture, call)
     shape = (*given["query"].shape[:-1], given["key"].shape[-2])
-    return call.func(**(given | {"attn_mask": own(capture, mask, shape)}))
+    return call.func(**(given | {"attn_mask": per_example(capture, mask, shape)}))
 
 
 def _lstm_step(gates_x: Tensor, gates_h: Tensor, state: State) -> State:
@@ -108,15 +108,15 @@ def recurrent(capture: CapturePass, call: Call) -> Any:
         )
     if not capture.depends(call):
         return shared(capture, call)
-    x, states, weights, biased, layers, dropout, training, both_ways, batch_first = args
+    x, states, weights, biased, layers, dropout, training, bidirectional, batch_first = args
     states = states if isinstance(states, (tuple, list)) else (states,)
-    ways = 2 if both_ways else 1
-    each = len(weights) // (layers * ways)
+    directions = 2 if bidirectional else 1
+    each = len(weights) // (layers * directions)
     x, final = x if batch_first else x.transpose(0, 1), list[State]()
     for layer in range(layers):
         outs = []
-        for way in range(ways):
-            number = layer * ways + way
+        for direction in range(directions):
+            number = layer * directions + direction
             own = weights[number * each : (number + 1) * each]
             out, last = _one_layer(
                 call.name,
@@ -124,11 +124,11 @@ def recurrent(capture: CapturePass, call: Call) -> Any:
                 tuple(_of_the_batch(s[number]) for s in states),
                 own,
                 biased,
-                reverse=bool(way),
+                reverse=bool(direction),
             )
             outs.append(out)
             final.append(last)
-        x = torch.cat(outs, 2) if ways > 1 else outs[0]
+        x = torch.cat(outs, 2) if directions > 1 else outs[0]
         if layer < layers - 1:
             # drawn in the order of torch's own
             x = F.dropout(x.transpose(0, 1).contiguous(), dropout, training).transpose(0, 1)

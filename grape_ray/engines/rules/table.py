@@ -78,6 +78,6 @@ def register_rule(function: Callable, per_example_grad: Callable) -> None:
                 "parameters given by position, as a registered rule counts them",
             )
         settings = values_of(call.kwargs)
-        return apply_rule(capture, rule, call.name, call.args, (capture.rows,), settings)
+        return apply_rule(capture, rule, call.name, call.args, (capture.examples,), settings)
 
     HANDLERS[function] = handle

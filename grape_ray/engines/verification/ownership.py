@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from grape_ray.engines.capture import row_layout
-from grape_ray.engines.capture.capture_pass import CapturePass, Phase, Reroute, Tap
+from grape_ray.engines.capture.capture_pass import CapturePass
 from grape_ray.engines.capture.row_layout import Layout
+from grape_ray.engines.capture.tap import Phase, RetryPass, Tap
 from grape_ray.errors import UnsupportedLayer
 
 # examples that are told apart by exact zeros, in 2 log2 B backward passes; more by weights, in one
@@ -23,10 +24,12 @@ from grape_ray.errors import UnsupportedLayer
 _FEW = 8
 _MOST = 1000  # examples that weights tell apart where rounding is below a thousandth
 # for every tap (2, *lead): sums of its gradient and of its magnitudes over the features
-Marks = list[Tensor]
+GradientSums = list[Tensor]
 
 
-def ownership(capture: CapturePass, losses: Tensor, tolerance: float, thorough: bool) -> Marks:
+def ownership(
+    capture: CapturePass, losses: Tensor, tolerance: float, thorough: bool
+) -> GradientSums:
     """Finds the layout of every tap that has none, and checks those that have one, by exact zeros.
 
     Args:
@@ -44,47 +47,53 @@ def ownership(capture: CapturePass, losses: Tensor, tolerance: float, thorough: 
     """
     if not losses.requires_grad:
         return []
-    whole = marks_of(capture, capture.taps, losses, torch.ones(capture.rows))
-    if capture.rows == 1:
+    whole = gradient_sums(capture, capture.taps, losses, torch.ones(capture.examples))
+    if capture.examples == 1:
         return whole
-    by_weight = thorough and _FEW < capture.rows <= _MOST and tolerance < 1 / _MOST
+    by_weight = thorough and _FEW < capture.examples <= _MOST and tolerance < 1 / _MOST
     groups = (
-        row_layout.every_pair(capture.rows)
+        row_layout.every_pair(capture.examples)
         if thorough and not by_weight
-        else row_layout.random_halves(capture.rows)
+        else row_layout.random_halves(capture.examples)
     )
-    kept = [marks_of(capture, capture.taps, losses, group) for group in groups]
-    weights = 1 + torch.arange(capture.rows) / capture.rows
-    weighted = marks_of(capture, capture.taps, losses, weights) if by_weight else whole
-    weights = weights if by_weight else torch.ones(capture.rows)
+    kept = [gradient_sums(capture, capture.taps, losses, group) for group in groups]
+    weights = 1 + torch.arange(capture.examples) / capture.examples
+    weighted = gradient_sums(capture, capture.taps, losses, weights) if by_weight else whole
+    weights = weights if by_weight else torch.ones(capture.examples)
     wrong: list[Tap] = []
     for number, tap in enumerate(capture.taps):
-        evidence = torch.stack([marks[number][1] > 0 for marks in kept]).cpu()
+        evidence = torch.stack([sums[number][1] > 0 for sums in kept]).cpu()
         if tap.layout is None:
-            found = row_layout.readings(evidence, groups) if bool(evidence.any()) else []
+            found = row_layout.consistent(evidence, groups) if bool(evidence.any()) else []
             found = [
-                c for c in found if _weighs(tap, c, whole[number][1], weighted[number][1], weights)
+                c
+                for c in found
+                if _weights_reached(tap, c, whole[number][1], weighted[number][1], weights)
             ]
-            tap.layout, tap.readings = found[0] if found else None, found
-            tap.settled = (
-                len({(c.axis, *c.owners(tap.lead, capture.rows).tolist()) for c in found}) <= 1
+            tap.layout, tap.consistent = found[0] if found else None, found
+            tap.unambiguous = (
+                len({(c.axis, *c.owners(tap.lead, capture.examples).tolist()) for c in found}) <= 1
             )
             fits = tap.layout is not None or not bool(evidence.any())
         else:
             fits = row_layout.agrees(tap.layout, evidence, groups)
-            fits = fits and _weighs(tap, tap.layout, whole[number][1], weighted[number][1], weights)
+            fits = fits and _weights_reached(
+                tap, tap.layout, whole[number][1], weighted[number][1], weights
+            )
         if not fits:
             wrong.append(tap)
-    ways = {tap.way for tap in wrong if tap.way is not None and tap.way not in capture.inside}
-    if ways:
-        raise Reroute(ways)
+    sites = {
+        tap.site for tap in wrong if tap.site is not None and tap.site not in capture.inner_sites
+    }
+    if sites:
+        raise RetryPass(sites)
     if wrong:
-        raise _not_owned(wrong[0], capture.rows)
-    for group, marks in zip(groups, kept):
+        raise _not_owned(wrong[0], capture.examples)
+    for group, sums in zip(groups, kept):
         same_gradients(
             capture.taps,
             whole,
-            marks,
+            sums,
             group,
             tolerance,
             "another gradient where the losses of others go backward with it",
@@ -92,7 +101,9 @@ def ownership(capture: CapturePass, losses: Tensor, tolerance: float, thorough: 
     return whole
 
 
-def _weighs(tap: Tap, layout: Layout, whole: Tensor, weighted: Tensor, weights: Tensor) -> bool:
+def _weights_reached(
+    tap: Tap, layout: Layout, whole: Tensor, weighted: Tensor, weights: Tensor
+) -> bool:
     """Whether weights (B,) of the losses have reached the rows of those whose they are, told by the
     magnitudes of gradients (*lead,).
     """
@@ -102,7 +113,9 @@ def _weighs(tap: Tap, layout: Layout, whole: Tensor, weighted: Tensor, weights: 
     return not bool(((weighted - own * whole).abs() > whole / (4 * len(weights))).any())
 
 
-def marks_of(capture: CapturePass, taps: Sequence[Tap], losses: Tensor, group: Tensor) -> Marks:
+def gradient_sums(
+    capture: CapturePass, taps: Sequence[Tap], losses: Tensor, group: Tensor
+) -> GradientSums:
     """What the losses of one group bring to every tap; the graph is kept."""
     for tap in taps:
         tap.evidence.clear()
@@ -128,7 +141,12 @@ def marks_of(capture: CapturePass, taps: Sequence[Tap], losses: Tensor, group: T
 
 
 def same_gradients(
-    taps: Sequence[Tap], one: Marks, other: Marks, group: Tensor, tolerance: float, got: str
+    taps: Sequence[Tap],
+    one: GradientSums,
+    other: GradientSums,
+    group: Tensor,
+    tolerance: float,
+    got: str,
 ) -> None:
     """Raises UnsupportedLayer where the rows of a group's examples have received two different
     gradients.
@@ -138,7 +156,7 @@ def same_gradients(
             continue
         own = torch.ones((), dtype=torch.bool)
         # what only one reading gives to the group may be another's
-        for layout in tap.readings or [tap.layout]:
+        for layout in tap.consistent or [tap.layout]:
             mine = group[layout.owners(tap.lead, len(group))]
             own = own & (
                 mine
@@ -146,8 +164,8 @@ def same_gradients(
                 else mine.view(*[-1 if d == layout.axis else 1 for d in range(len(tap.lead))])
             )
         own = own.to(a.device)
-        apart = (a[0] - b[0]).abs() - tolerance * torch.maximum(a[1], b[1])
-        if bool(((apart > 0) & own).any()):
+        excess = (a[0] - b[0]).abs() - tolerance * torch.maximum(a[1], b[1])
+        if bool(((excess > 0) & own).any()):
             raise UnsupportedLayer(
                 f"the gradient of an example at operation '{tap.key[1]}' on parameter {tap.key[0]}",
                 got,
@@ -157,18 +175,18 @@ def same_gradients(
             )
 
 
-def by_example(tap: Tap, marks: Tensor, layout: Layout, rows: int) -> Tensor:
+def by_example(tap: Tap, sums: Tensor, layout: Layout, examples: int) -> Tensor:
     """Marks (2, *lead) summed over the rows of each example -> (2, B)."""
-    return torch.stack([layout.summed(part, len(tap.lead), rows) for part in marks])
+    return torch.stack([layout.summed(part, len(tap.lead), examples) for part in sums])
 
 
 def same_in_part(
     taps: Sequence[Tap],
-    whole: Marks,
+    whole: GradientSums,
     some: Sequence[Tap],
-    part: Marks,
+    part: GradientSums,
     picked: Tensor,
-    rows: int,
+    examples: int,
     tolerance: float,
 ) -> None:
     """Raises UnsupportedLayer where examples `picked` (indices) have another gradient in a batch of
@@ -182,7 +200,7 @@ def same_in_part(
         )
         if tap.layout is None or layout is None:
             continue
-        a = by_example(tap, all_of_it, tap.layout, rows)[:, picked.to(all_of_it.device)]
+        a = by_example(tap, all_of_it, tap.layout, examples)[:, picked.to(all_of_it.device)]
         b = by_example(other, its, layout, len(picked))
         if bool(((a[0] - b[0]).abs() > tolerance * torch.maximum(a[1], b[1])).any()):
             raise UnsupportedLayer(
@@ -193,10 +211,10 @@ def same_in_part(
             )
 
 
-def _not_owned(tap: Tap, rows: int) -> UnsupportedLayer:
+def _not_owned(tap: Tap, examples: int) -> UnsupportedLayer:
     return UnsupportedLayer(
         f"operation '{tap.key[1]}' on parameter {tap.key[0]}",
-        f"rows {tap.lead} in which gradients of several of {rows} examples meet",
+        f"rows {tap.lead} in which gradients of several of {examples} examples meet",
         "rows that each belong to one example, in a regular order (batch-first, view after view, or"
         " time-major)",
         "freeze the parameter (requires_grad=False), or keep examples in order and apart",

@@ -4,8 +4,9 @@ lie in each.
 
 from __future__ import annotations
 
-from grape_ray.engines.capture.capture_pass import CapturePass, Way
+from grape_ray.engines.capture.capture_pass import CapturePass
 from grape_ray.engines.capture.row_layout import Layout
+from grape_ray.engines.capture.tap import Site
 
 Signature = tuple
 
@@ -14,29 +15,29 @@ class Layouts:
     """The kinds of passes that were verified, by the uses of parameters in their order.
 
     Attributes:
-        passes: how often each kind was met. inside: see `CapturePass.inside`.
+        passes: how often each kind was met. inside: see `CapturePass.inner_sites`.
     """
 
     def __init__(self) -> None:
         self._known: dict[Signature, list[Layout | None]] = {}
         self.passes: dict[Signature, int] = {}
-        self.inside: set[Way] = set()
+        self.inner_sites: set[Site] = set()
 
     def signature(self, capture: CapturePass, training: bool, ragged: bool) -> Signature:
         """The kind of a pass: the mode, whether examples are masked differently, and the uses of
         parameters in their order.
         """
-        return training, ragged, capture.rows == 1, *(tap.key for tap in capture.taps)
+        return training, ragged, capture.examples == 1, *(tap.key for tap in capture.taps)
 
     def fitted(self, signature: Signature, capture: CapturePass) -> bool:
         """Gives the capture's taps the layouts that an earlier pass had; whether there was one, and
         all follow from it.
         """
-        known = self._known.get(signature, self._known.get((capture.rows, signature)))
+        known = self._known.get(signature, self._known.get((capture.examples, signature)))
         if known is None:
             return False
         for tap, layout in zip(capture.taps, known):
-            tap.layout = layout and layout.fitted(tap.lead, capture.rows)
+            tap.layout = layout and layout.fitted(tap.lead, capture.examples)
             if layout is not None and tap.layout is None:
                 return False
         return True
@@ -45,11 +46,11 @@ class Layouts:
         """Keeps the layouts of a verified pass, unless its gradients have left two readings of
         one.
         """
-        if not all(tap.settled for tap in capture.taps):
+        if not all(tap.unambiguous for tap in capture.taps):
             return
-        single = capture.rows > 1 and any(
+        single = capture.examples > 1 and any(
             tap.layout is not None and tap.layout.only is not None for tap in capture.taps
         )
-        self._known[(capture.rows, signature) if single else signature] = [
+        self._known[(capture.examples, signature) if single else signature] = [
             tap.layout for tap in capture.taps
         ]

@@ -1,4 +1,6 @@
-"""Passes made in other company, or without dropout: what a repetition of a pass changes in it."""
+"""What a repetition of a pass changes in the random numbers: those of other examples are exchanged,
+or dropout is left out.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +11,19 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from grape_ray.engines.capture.dependence import DRAWS, DROPOUT_AT, DROPOUTS, Dependence, is_dropout
+from grape_ray.engines.capture.dependence import Dependence
+from grape_ray.engines.capture.draws import DRAWS, DROPOUT_AT, DROPOUTS, is_dropout
 from grape_ray.engines.capture.torch_functions import operation
 
 
-class Undropped(TorchFunctionMode):
+class WithoutDropout(TorchFunctionMode):
     """A pass without dropout, in a model that is otherwise in training mode."""
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs, name = kwargs or {}, operation(func)
-        if name in DROPOUTS and is_dropout(name, args, kwargs):
+        if is_dropout(name, args, kwargs):
             return args[0] if args else kwargs["input"]
         if name == "scaled_dot_product_attention" and kwargs.get("dropout_p"):
             kwargs = {**kwargs, "dropout_p": 0.0}
@@ -29,20 +32,22 @@ class Undropped(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class Company(Dependence):
-    """The same watch over a pass whose other examples were exchanged: what they draw at random is
+class ExchangedDraws(Dependence):
+    """The dependence of a pass whose other examples were exchanged: what they draw at random is
     exchanged as well.
 
     Each draw takes as many random numbers as ever; then the rows of `others` are set to extreme
-    values, and so is a draw that has no row for each example. Examples with luck of their own
-    notice nothing.
+    values, and so is a draw that has no row for each example. An example whose draws are its own
+    keeps its loss.
 
     Args:
         others: (B,) bool. high: whether extremes are high ones.
     """
 
-    def __init__(self, rows: int, constants: set[int], stand_in: type, others: Tensor, high: bool):
-        super().__init__(rows, constants, stand_in)
+    def __init__(
+        self, examples: int, constants: set[int], tracked_class: type, others: Tensor, high: bool
+    ):
+        super().__init__(examples, constants, tracked_class)
         self._others, self._high = others, high
 
     def _draw(self, name: str, args: tuple, kwargs: dict | None, out: Any) -> None:
@@ -54,8 +59,8 @@ class Company(Dependence):
     def _exchange(self, name: str, drawn: Tensor) -> None:
         if drawn.numel() == 0:
             return
-        axis = next((d for d in range(drawn.ndim) if drawn.shape[d] == self.rows), 0)
-        per_example = drawn.ndim > 0 and drawn.shape[axis] % self.rows == 0
+        axis = next((d for d in range(drawn.ndim) if drawn.shape[d] == self.examples), 0)
+        per_example = drawn.ndim > 0 and drawn.shape[axis] % self.examples == 0
         low_high = DRAWS.get(name)
         if name in DROPOUTS:
             extreme = drawn * 2 if self._high else torch.zeros_like(drawn)
@@ -68,7 +73,9 @@ class Company(Dependence):
         else:
             extreme = drawn.reshape(-1).roll(1 if self._high else -1).view_as(drawn)
         if per_example:
-            others = self._others.to(drawn.device).repeat_interleave(drawn.shape[axis] // self.rows)
+            others = self._others.to(drawn.device).repeat_interleave(
+                drawn.shape[axis] // self.examples
+            )
             extreme = torch.where(
                 others.view([-1 if d == axis else 1 for d in range(drawn.ndim)]), extreme, drawn
             )

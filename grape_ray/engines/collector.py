@@ -15,7 +15,7 @@ from grape_ray.engines.algebra.rounding import squared
 from grape_ray.engines.subspace import Subspace
 
 
-class Sink:
+class Collector:
     """Collects the per-example gradients of one micro-batch.
 
     Args:
@@ -26,9 +26,9 @@ class Sink:
     overrides: tuple[tuple[str, str], ...] = ()
 
     def __init__(
-        self, params: Mapping[str, nn.Parameter], rows: int, subspace: Subspace, period: int
+        self, params: Mapping[str, nn.Parameter], examples: int, subspace: Subspace, period: int
     ):
-        self.params, self.rows, self.subspace, self.period = params, rows, subspace, period
+        self.params, self.examples, self.subspace, self.period = params, examples, subspace, period
 
     def compresses(self, name: str, axis: int) -> bool:
         """Whether weight `name` is compressed on `axis`."""
@@ -78,7 +78,7 @@ def sum_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
-class Materialised(Sink):
+class Materialised(Collector):
     """Keeps every example's gradient, projected where the subspace says so: DP-GRAPE, or DP-SGD
     where it says nothing.
 
@@ -90,9 +90,9 @@ class Materialised(Sink):
     """
 
     def __init__(
-        self, params: Mapping[str, nn.Parameter], rows: int, subspace: Subspace, period: int
+        self, params: Mapping[str, nn.Parameter], examples: int, subspace: Subspace, period: int
     ):
-        super().__init__(params, rows, subspace, period)
+        super().__init__(params, examples, subspace, period)
         self.stored: dict[str, Tensor] = {}
         self.lookups: dict[str, tuple[Index, Tensor]] = {}
 
@@ -102,7 +102,7 @@ class Materialised(Sink):
             if isinstance(left, Index) and name not in self.stored and name not in self.lookups:
                 self.lookups[name] = (left, factor_pairs.wide(left, right)[1])
             else:
-                self._add(name, outer(left, right).view(self.rows, *self.params[name].shape))
+                self._add(name, outer(left, right).view(self.examples, *self.params[name].shape))
         elif plan.axis == 0:
             projected = self._project(name, left)
             self._add(name, outer(projected, right.to(projected.dtype)))
@@ -123,7 +123,7 @@ class Materialised(Sink):
     def dense(self, name: str, grads: Tensor) -> None:
         plan = self.subspace.plan.get(name)
         if plan is not None:
-            flat = grads.reshape(self.rows, plan.rows, -1)
+            flat = grads.reshape(self.examples, plan.rows, -1)
             grads = self.matrix(name, grads).T @ (flat if plan.axis == 0 else flat.transpose(1, 2))
         self._add(name, grads)
 
@@ -153,7 +153,7 @@ class Materialised(Sink):
             stored = self.stored.pop(name)  # freed as soon as summed
             stored.index_fill_(0, bad, 0.0)
             total, plan = (
-                factors[name].to(stored.dtype) @ stored.reshape(self.rows, -1),
+                factors[name].to(stored.dtype) @ stored.reshape(self.examples, -1),
                 self.subspace.plan.get(name),
             )
             if plan is not None and plan.axis == 1:

@@ -13,8 +13,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from grape_ray.distributed import sharding
-from grape_ray.engines.capture.capture_pass import CapturePass, past_the_engine
-from grape_ray.engines.capture.model_state import Watch
+from grape_ray.engines.capture.capture_pass import CapturePass
+from grape_ray.engines.capture.model_state import ModelSnapshot
+from grape_ray.engines.capture.tap import bypassed
 from grape_ray.engines.capture.tracked import Node, Tracked
 
 
@@ -27,7 +28,7 @@ class Slot(NamedTuple):
     param: nn.Parameter
 
 
-def _stand_in(capture: CapturePass, slots: list[Slot]) -> None:
+def _swap_in(capture: CapturePass, slots: list[Slot]) -> None:
     """Puts a stand-in into every slot that holds a whole tensor; a tied one is the same
     everywhere.
     """
@@ -44,7 +45,7 @@ def _stand_in(capture: CapturePass, slots: list[Slot]) -> None:
 
 @contextlib.contextmanager
 def tracking(
-    model: nn.Module, params: dict[str, nn.Parameter], capture: CapturePass, watch: Watch
+    model: nn.Module, params: dict[str, nn.Parameter], capture: CapturePass, snapshot: ModelSnapshot
 ) -> Iterator[None]:
     """Swaps tracked stand-ins for `params` into the model's modules, and the parameters back
     afterwards, whatever happens.
@@ -72,10 +73,10 @@ def tracking(
         owners = {part: gate for module, gate in gated.items() for part in module.modules()}
         for gate in gated.values():
             gate.watcher = functools.partial(
-                _stand_in, capture, [s for s in slots if owners[s.module] is gate]
+                _swap_in, capture, [s for s in slots if owners[s.module] is gate]
             )
         if not gated:
-            _stand_in(capture, slots)
+            _swap_in(capture, slots)
             _flat_weights(model)
         yield
         leaked = [name for name, p in params.items() if p.grad is not None]
@@ -88,11 +89,11 @@ def tracking(
         for name, param in params.items():
             param.grad = grads[name]
         if not gated:  # FSDP keeps state of its own in attributes
-            watch.restore_attributes()
+            snapshot.restore_attributes()
     capture.check_leaks()
     if leaked:
-        raise past_the_engine(f"'{leaked[0]}'")
-    watch.check()
+        raise bypassed(f"'{leaked[0]}'")
+    snapshot.check()
 
 
 def _flat_weights(model: nn.Module) -> None:
