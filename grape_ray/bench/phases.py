@@ -1,9 +1,9 @@
 """Where a step's seconds go: each part of a step is wrapped, and counts the time that no part
 inside it counts.
 
-Nothing in the engines knows of it: what is wrapped are the step's own fields, the sink's verbs
-(engines.collector) and torch's backward. Projections are found by their matrix: the profile marks it,
-and times every product that it takes part in.
+Nothing in the engines knows of it: what is wrapped are the step's own fields, the methods of
+its collector (engines.collector) and torch's backward. Projections are found by their matrix: the
+profile marks it, and times every product that it takes part in.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What an engine does with the gradients that backward finds, told by three verbs: pair, dense, and
-then norms and a weighted sum.
+"""What an engine does with the per-example gradients that backward finds: it collects them, gives
+their norms, and then a weighted sum.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class Collector:
     """Collects the per-example gradients of one micro-batch.
 
     Args:
-        params: the trainable tensors by name. rows: examples B. subspace, period: where projected
-            weights live.
+        params: the trainable tensors by name. examples: their number B. subspace, period: where
+            projected weights live.
     """
 
     overrides: tuple[tuple[str, str], ...] = ()
@@ -43,7 +43,7 @@ class Collector:
         """Says in the forward pass that backward will bring gradients of `name` once more."""
 
     def pair(self, name: str, left: Left, right: Tensor) -> None:
-        """One use of weight `name`: its per-example gradient is left^T right (rules.pairs)."""
+        """One use of weight `name`: its per-example gradient is left^T right (`factor_pairs`)."""
         raise NotImplementedError
 
     def dense(self, name: str, grads: Tensor) -> None:

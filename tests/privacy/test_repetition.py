@@ -20,7 +20,7 @@ from grape_ray.engines.capture.model_state import ModelSnapshot
 from grape_ray.engines.capture.random_state import random_states
 from grape_ray.engines.capture.tracked import Tracked
 from grape_ray.engines.rules.table import HANDLERS
-from grape_ray.engines.verification.repetition import Repetition, _distance, _same
+from grape_ray.engines.verification.repetition import Observation, Repetition, _distance, _same
 from grape_ray.errors import UnsupportedLayer
 
 CPU = torch.device("cpu")
@@ -66,7 +66,7 @@ def check(
     seen.drew, seen.masked = drew, masked
     capture = CapturePass(rows, None, CPU, set(), set(), functools.partial(dispatch, HANDLERS))
     Repetition(capture, forward, batch, state, tolerance).check(
-        (found, [], []), ModelSnapshot(model or nn.Module()), seen, thorough
+        Observation(found, [], []), ModelSnapshot(model or nn.Module()), seen, thorough
     )
 
 

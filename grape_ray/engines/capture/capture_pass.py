@@ -92,8 +92,8 @@ class CapturePass:
             self._announcing = True
 
     def track(self, node: Node) -> Tracked:
-        """The stand-in of a node; a gradient that reaches it past the taps is noticed by
-        `check_leaks`.
+        """A tracked tensor with the value of a node; a gradient that reaches it past the taps is
+        noticed by `check_leaks`.
         """
         with no_subclass():
             differentiable = node.graph.is_floating_point() or node.graph.is_complex()

@@ -1,5 +1,5 @@
-"""The stand-ins of parameters in the modules' own slots, for the time of a pass; the model object
-stays the user's.
+"""Puts tracked tensors in the place of the parameters for one pass; the model object stays the
+user's.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Slot(NamedTuple):
 
 
 def _swap_in(capture: CapturePass, slots: list[Slot]) -> None:
-    """Puts a stand-in into every slot that holds a whole tensor; a tied one is the same
+    """Puts a tracked tensor into every slot that holds a whole tensor; a tied one is the same
     everywhere.
     """
     made: dict[int, Tracked] = {}
@@ -47,11 +47,11 @@ def _swap_in(capture: CapturePass, slots: list[Slot]) -> None:
 def tracking(
     model: nn.Module, params: dict[str, nn.Parameter], capture: CapturePass, snapshot: ModelSnapshot
 ) -> Iterator[None]:
-    """Swaps tracked stand-ins for `params` into the model's modules, and the parameters back
+    """Swaps tracked tensors for `params` into the model's modules, and the parameters back
     afterwards, whatever happens.
 
-    A sharded model's weights are there only while their block runs, so their stand-ins are made
-    anew each time it is entered.
+    A sharded model's weights are there only while their block runs, so their tracked tensors
+    are made anew each time it is entered.
 
     Raises:
         UnsupportedLayer: a parameter received an ordinary gradient, so the model reached it past

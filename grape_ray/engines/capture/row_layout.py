@@ -1,8 +1,8 @@
 """Which example owns which rows of a tensor: regular layouts, and how they are told from where
 gradients are exactly zero.
 
-Shapes: B examples (`examples`), K groups of examples, *lead the leading dimensions of a tensor, those
-that are not features.
+Shapes: B examples, K groups of examples, *lead the leading dimensions of a tensor, those that are
+not features.
 """
 
 from __future__ import annotations

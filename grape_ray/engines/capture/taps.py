@@ -2,7 +2,7 @@
 
 A rule (`capture.rule`) knows its operation and nothing else. The tap saves for backward, casts as
 autocast would, keeps the projection of an input instead of the input, asks whose rows are whose,
-and hands what belongs to each example to the sink. No dense gradient of a weight is formed.
+and hands what belongs to each example to the collector. No dense gradient of a weight is formed.
 
 Shapes: B examples, T positions, I in, O out, *lead the dimensions along which the examples lie.
 """
@@ -49,7 +49,7 @@ def apply_rule(
 
 class _TapFunction(torch.autograd.Function):
     """An operation on parameters; backward gives the inputs' gradients to autograd, and the
-    parameters' to the sink, example by example.
+    parameters' to the collector, example by example.
 
     `dummy` is a scalar that needs a gradient, so that backward comes here even where no input needs
     one.
@@ -135,7 +135,7 @@ def _keep(ctx: Any, x: Tensor) -> Tensor | None:
 
 
 def _deliver_factors(ctx: Any, grad: Tensor, kept: Tensor | None) -> None:
-    """Gives the sink one use of a weight, of its bias, or of both."""
+    """Gives the collector one use of a weight, of its bias, or of both."""
     capture, rule = ctx.capture, ctx.rule
     if not capture.arriving(ctx.tap, grad):
         return
@@ -167,7 +167,7 @@ def _by_example(ctx: Any, factor: Any) -> Any:
 
 
 def _deliver_gradients(ctx: Any, grad: Tensor, saved: tuple) -> None:
-    """Gives the sink each example's gradient of every parameter."""
+    """Gives the collector each example's gradient of every parameter."""
     capture, tap, rule, lead = ctx.capture, ctx.tap, ctx.rule, len(ctx.tap.lead)
 
     def found() -> dict[int, Tensor]:

@@ -1,11 +1,11 @@
-"""Parameters that answer for themselves: a tensor subclass stands in for each trainable parameter
-during one pass.
+"""Tracked parameters: a tensor subclass that takes the place of each trainable parameter during one
+pass and sees every operation on it.
 
 Whatever the model does with a parameter (a Linear, a bare `weight * x`, a tied head,
 `cls_token.expand(B, ...)`) reaches `CapturePass.call`, on any thread and inside recomputed
-checkpoints. A value is either *shared* (computed from parameters and constants alone: it stays tracked, as a
-Node) or the batch has a part in it (from there on it is a plain tensor whose gradient is taken
-apart by example).
+checkpoints. A value is either *shared*, computed from parameters and constants alone: then it stays
+tracked, as a Node. Or the batch has a part in it: from there on it is a plain tensor, whose
+gradient is split by example.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Router(Protocol):
 
 
 class Tracked(torch.Tensor):
-    """The stand-in of a Node; lives for one pass."""
+    """The value of a Node, in the place of the parameter; lives for one pass."""
 
     node: Node
     capture: Router

@@ -155,7 +155,7 @@ def _one_layer(
 
 
 def _of_the_batch(state: Tensor) -> Tensor:
-    """A copy that no watch has seen, and that therefore counts as the batch's: a state of zeros has
-    a row for each example.
+    """A copy that `Dependence` has not seen made, and that therefore counts as the batch's: a state
+    of zeros has a row for each example.
     """
     return state if isinstance(state, Tracked) else state.clone()

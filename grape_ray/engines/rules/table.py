@@ -4,6 +4,7 @@ user's functions are added to it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grape_ray.engines.capture.capture_pass import CapturePass
-from grape_ray.engines.capture.dispatch import Handler
-from grape_ray.engines.capture.rule import rule_of_function
+from grape_ray.engines.capture.dispatch import Handler, general, shared
+from grape_ray.engines.capture.rule import Rule, rule_of_function
 from grape_ray.engines.capture.taps import apply_rule
 from grape_ray.engines.capture.torch_functions import Call
-from grape_ray.engines.capture.tracked import tracked_in, values_of
+from grape_ray.engines.capture.tracked import Tracked, tracked_in, values_of
 from grape_ray.engines.rules import composite, convolutions, lookups, norms, products
+from grape_ray.engines.rules.arguments import learned_elsewhere
 from grape_ray.errors import UnsupportedLayer
 
 HANDLERS: dict[Callable, Handler] = {
@@ -56,7 +58,7 @@ HANDLERS: dict[Callable, Handler] = {
 }
 
 
-def register_rule(function: Callable, per_example_grad: Callable) -> None:
+def register_rule(function: Callable, per_example_grad: Callable | Rule) -> None:
     """Teaches the engines a torch function (or an op of your own) that takes a trainable parameter.
 
     Args:
@@ -64,20 +66,28 @@ def register_rule(function: Callable, per_example_grad: Callable) -> None:
             through `__torch_function__`, as every function of torch does.
         per_example_grad: `(grad_output, position, args, kwargs) -> Tensor (B, *param.shape)`, the
             gradient of each example's loss in the tensor args[position]; `args` are plain tensors,
-            examples in the first dimension of the others.
+            examples in the first dimension of the others. Or a `Rule`, whose settings are the
+            keyword arguments.
     """
-    rule = rule_of_function(function, per_example_grad)
+    known = isinstance(per_example_grad, Rule)
+    rule = per_example_grad if known else rule_of_function(function, per_example_grad)
+    HANDLERS[function] = functools.partial(_by_rule, rule)
 
-    def handle(capture: CapturePass, call: Call) -> Any:
-        if not capture.depends(call):
-            return capture.derive(call.func, call.args, call.kwargs)
-        if by_keyword := tracked_in((), call.kwargs):
-            raise UnsupportedLayer(
-                f"operation '{call.name}' on parameter {by_keyword[0].node.label}",
-                "a parameter given by keyword",
-                "parameters given by position, as a registered rule counts them",
-            )
-        settings = values_of(call.kwargs)
-        return apply_rule(capture, rule, call.name, call.args, (capture.examples,), settings)
 
-    HANDLERS[function] = handle
+def _by_rule(rule: Rule, capture: CapturePass, call: Call) -> Any:
+    """The result of a call by a registered rule, the examples in the first dimension of args[0]."""
+    if not capture.depends(call):
+        return shared(capture, call)
+    if by_keyword := tracked_in((), call.kwargs):
+        raise UnsupportedLayer(
+            f"operation '{call.name}' on parameter {by_keyword[0].node.label}",
+            "a parameter given by keyword",
+            "parameters given by position, as a registered rule counts them",
+        )
+    first, *others = call.args
+    if rule.factors is not None and (isinstance(first, Tracked) or tracked_in(call.args[3:], {})):
+        return general(capture, call)
+    if rule.input_gradient is not None and learned_elsewhere(*others):
+        return general(capture, call)
+    lead = first.shape[:1] if rule.lead_of == "output" else (capture.examples,)
+    return apply_rule(capture, rule, call.name, call.args, lead, values_of(call.kwargs))

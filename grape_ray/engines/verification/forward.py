@@ -17,7 +17,7 @@ from grape_ray.engines.capture.random_state import random_states, set_states
 from grape_ray.engines.capture.tap import Phase, RetryPass, UnverifiedUse
 from grape_ray.engines.collector import Collector
 from grape_ray.engines.verification.ownership import ownership
-from grape_ray.engines.verification.repetition import Repetition
+from grape_ray.engines.verification.repetition import Observation, Repetition
 from grape_ray.engines.verification.verified import Layouts
 from grape_ray.errors import UnsupportedLayer
 
@@ -154,7 +154,8 @@ class Verifier:
         """
         tolerance, dependence, taps = self._tolerance_of(capture), capture.dependence, capture.taps
         losses = held.pop()
-        observed = losses.detach(), taps, ownership(capture, losses, tolerance, thorough)
+        sums = ownership(capture, losses, tolerance, thorough)
+        observed = Observation(losses.detach(), taps, sums)
         del losses
         repetition = Repetition(capture, forward.run, forward.batch, forward.states, tolerance)
         repetition.check(observed, forward.snapshot, dependence, thorough)

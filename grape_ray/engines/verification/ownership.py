@@ -8,7 +8,8 @@ together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -42,8 +43,8 @@ def ownership(
     Raises:
         UnsupportedLayer: gradients of one example arrive in rows that belong to another, or in no
             regular place, or are others when other losses go backward with them.
-        Reroute: that can be because shared values meet the batch another way than their sizes
-            suggest.
+        RetryPass: that can be because shared values meet the batch at another place than their
+            sizes suggest.
     """
     if not losses.requires_grad:
         return []
@@ -63,28 +64,16 @@ def ownership(
     wrong: list[Tap] = []
     for number, tap in enumerate(capture.taps):
         evidence = torch.stack([sums[number][1] > 0 for sums in kept]).cpu()
+        reached = functools.partial(
+            _weights_reached, tap, whole[number][1], weighted[number][1], weights
+        )
         if tap.layout is None:
-            found = row_layout.consistent(evidence, groups) if bool(evidence.any()) else []
-            found = [
-                c
-                for c in found
-                if _weights_reached(tap, c, whole[number][1], weighted[number][1], weights)
-            ]
-            tap.layout, tap.consistent = found[0] if found else None, found
-            tap.unambiguous = (
-                len({(c.axis, *c.owners(tap.lead, capture.examples).tolist()) for c in found}) <= 1
-            )
-            fits = tap.layout is not None or not bool(evidence.any())
+            fits = _find_layout(tap, evidence, groups, reached)
         else:
-            fits = row_layout.agrees(tap.layout, evidence, groups)
-            fits = fits and _weights_reached(
-                tap, tap.layout, whole[number][1], weighted[number][1], weights
-            )
+            fits = row_layout.agrees(tap.layout, evidence, groups) and reached(tap.layout)
         if not fits:
             wrong.append(tap)
-    sites = {
-        tap.site for tap in wrong if tap.site is not None and tap.site not in capture.inner_sites
-    }
+    sites = {tap.site for tap in wrong if tap.site is not None} - capture.inner_sites
     if sites:
         raise RetryPass(sites)
     if wrong:
@@ -101,8 +90,23 @@ def ownership(
     return whole
 
 
+def _find_layout(
+    tap: Tap, evidence: Tensor, groups: Tensor, reached: Callable[[Layout], bool]
+) -> bool:
+    """Gives a tap the first layout that the evidence (K, *lead) allows; whether there is one, or
+    none is needed.
+    """
+    arrived = bool(evidence.any())
+    found = row_layout.consistent(evidence, groups) if arrived else []
+    tap.consistent = [layout for layout in found if reached(layout)]
+    tap.layout = tap.consistent[0] if tap.consistent else None
+    owners = {(c.axis, *c.owners(tap.lead, groups.shape[1]).tolist()) for c in tap.consistent}
+    tap.unambiguous = len(owners) <= 1
+    return tap.layout is not None or not arrived
+
+
 def _weights_reached(
-    tap: Tap, layout: Layout, whole: Tensor, weighted: Tensor, weights: Tensor
+    tap: Tap, whole: Tensor, weighted: Tensor, weights: Tensor, layout: Layout
 ) -> bool:
     """Whether weights (B,) of the losses have reached the rows of those whose they are, told by the
     magnitudes of gradients (*lead,).

@@ -1,35 +1,35 @@
-"""A forward pass made again: no example notices the others, luck is not shared, and nothing is
-remembered.
+"""A forward pass made again, which shows what an example's loss depends on.
 
-* *no company, no shared luck*: the pass is repeated with the other examples exchanged, for extreme
-  and for undefined ones where they are real numbers, and with them the random numbers that do not
-  visibly belong to an example; the losses of the rest must not change by a single bit, nor their
-  gradients beyond rounding.
-* *no memory*: that repetition comes after passes over other examples, and no weight or buffer may
-  have changed.
-* *no counting*: a part of the batch alone, and the batch with the others' masks exchanged as well,
-  must give the same losses up to rounding, since other shapes and masks may take other paths.
+* *on no other example, and on no random number that examples share*: the pass is repeated with the
+  other examples exchanged, for extreme and for undefined ones where they are real numbers, and with
+  them the random numbers that do not visibly belong to an example. The losses of the rest must not
+  change by a single bit, nor their gradients beyond rounding.
+* *on no earlier pass*: that repetition comes after passes over other examples, and no weight or
+  buffer may have changed.
+* *not on the number of examples*: a part of the batch alone, and the batch with the others' masks
+  exchanged as well, must give the same losses up to rounding, since other shapes and masks may take
+  other paths.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from grape_ray.engines.capture import row_layout
-from grape_ray.engines.capture.batches import is_mask, mapped
+from grape_ray.engines.capture.batches import mapped
 from grape_ray.engines.capture.capture_pass import CapturePass
 from grape_ray.engines.capture.dependence import Dependence
 from grape_ray.engines.capture.model_state import ModelSnapshot, written
 from grape_ray.engines.capture.random_state import random_states, same_generators, set_states
 from grape_ray.engines.capture.tap import Tap
 from grape_ray.engines.capture.tracked import Tracked
-from grape_ray.engines.verification.exchanged_draws import ExchangedDraws, WithoutDropout
+from grape_ray.engines.verification.exchange import ExchangedDraws, WithoutDropout, exchanged
 from grape_ray.engines.verification.ownership import (
     GradientSums,
     gradient_sums,
@@ -39,8 +39,16 @@ from grape_ray.engines.verification.ownership import (
 from grape_ray.errors import UnsupportedLayer
 
 _EXTREMES = (1e12, float("nan"))  # what the others' real numbers are multiplied by
-# losses (B,), the uses of parameters, and what all losses together bring to each
-Observation = tuple[Tensor, list[Tap], GradientSums]
+
+
+class Observation(NamedTuple):
+    """What is seen of one pass: its losses (B,), the uses of parameters, and what all losses
+    together bring to each.
+    """
+
+    losses: Tensor
+    taps: list[Tap]
+    sums: GradientSums
 
 
 class Repetition:
@@ -67,12 +75,12 @@ class Repetition:
     def check(
         self, observed: Observation, snapshot: ModelSnapshot, seen: Dependence, thorough: bool
     ) -> None:
-        """Raises UnsupportedLayer where an example's loss depends on company, on luck that is
-        shared, or on what came before.
+        """Raises UnsupportedLayer where an example's loss depends on other examples, on random
+        numbers that are shared, or on what came before.
 
         Args:
-            look: the pass as it was. watch: since before it. seen: what was noticed of its random
-                numbers.
+            observed: the pass as it was. snapshot: the model from before it. seen: what was noticed
+                of its random numbers.
             thorough: exchange one random half of the examples and the other; otherwise one.
         """
         before = random_states(self._capture.device)
@@ -104,15 +112,12 @@ class Repetition:
                 "draw it with torch",
             )
         self._close(
-            "the loss of an example by the engine's rules",
-            "by torch alone",
-            observed[0].detach(),
-            plain,
+            "the loss of an example by the engine's rules", "by torch alone", observed.losses, plain
         )
         if self._examples == 1:
             return
         for _, others in used:
-            masked = self._losses(self._exchanged(others, 1.0, masks=True))
+            masked = self._losses(exchanged(self._batch, others, 1.0, masks=True))
             self._close(
                 "the loss of an example", "beside other masks", plain[~others], masked[~others]
             )
@@ -129,7 +134,7 @@ class Repetition:
             # laid out in memory as exchanged examples are, which decides on some roundings
             losses, taps, sums = self._again(taps)
             if not _same(losses[kept], beside[kept]):
-                self._explain(observed[0], losses, beside, others, number, seen.drew)
+                self._explain(observed.losses, losses, beside, others, number, seen.drew)
         if [(t.key, t.lead) for t in taps] == [(t.key, t.lead) for t in met]:
             same_gradients(
                 taps, sums, brought, kept, self._tolerance, "another gradient beside other examples"
@@ -142,10 +147,8 @@ class Repetition:
         picked = half.nonzero().squeeze(1)
         few = mapped(self._batch, lambda t: t[picked.to(t.device)])
         if masked:
-            whole, alone = (
-                self._losses(self._batch, mode=WithoutDropout()),
-                self._losses(few, len(picked), WithoutDropout()),
-            )
+            whole = self._losses(self._batch, mode=WithoutDropout())
+            alone = self._losses(few, len(picked), WithoutDropout())
             self._close("the loss of an example", "in a smaller batch", whole[picked], alone)
             return
         _, taps, sums = observed
@@ -157,8 +160,8 @@ class Repetition:
             same_in_part(taps, sums, met, brought, picked, self._examples, self._tolerance)
 
     def _with_exchanged(self, others: Tensor, number: int, draws: bool = True) -> Observation:
-        """The pass with `others` exchanged, and their luck; where a model fails on what that gives,
-        with less exchanged.
+        """The pass with `others` exchanged, and what they draw; where a model fails on what that
+        gives, with less exchanged.
         """
         constants, high = self._capture.constants, bool(number)
         for scale in (_EXTREMES[number], 1.0):
@@ -167,7 +170,7 @@ class Repetition:
                 if draws
                 else Dependence(self._examples, constants, Tracked)
             )
-            batch = self._exchanged(others, scale)
+            batch = exchanged(self._batch, others, scale)
             try:
                 return self._observe(batch, mode)
             except UnsupportedLayer:
@@ -183,42 +186,16 @@ class Repetition:
         losses, taps, sums = self._observe(mapped(self._batch, torch.clone), mode)
         for tap, old in zip(taps, known):
             tap.layout, tap.consistent = old.layout, old.consistent
-        return losses, taps, sums
+        return Observation(losses, taps, sums)
 
     def _observe(self, batch: Any, mode: Dependence) -> Observation:
         set_states(self._state)
         with self._capture.separate_pass(mode) as taps, torch.enable_grad():
             losses = mode.over(self._forward, batch)
             everyone = torch.ones(mode.examples, dtype=torch.bool)
-            return (
-                losses.detach(),
-                taps,
-                gradient_sums(self._capture, taps, losses, everyone)
-                if losses.requires_grad
-                else [],
-            )
-
-    def _exchanged(self, others: Tensor, scale: float, masks: bool = False) -> Any:
-        """The batch with each of `others` replaced by one of the rest, real numbers `scale` times
-        as large.
-
-        Args:
-            masks: whether tensors of zeros and ones are exchanged as well; models take other paths
-                where nothing is masked.
-        """
-        rest = (~others).nonzero().squeeze(1)
-        source = torch.arange(self._examples)
-        source[others] = rest[torch.arange(int(others.sum())) % len(rest)]
-
-        def exchange(leaf: Tensor) -> Tensor:
-            if not masks and is_mask(leaf):
-                return leaf
-            out = leaf[source.to(leaf.device)]
-            if leaf.is_floating_point() and scale != 1.0:
-                out[others.to(leaf.device)] *= scale
-            return out
-
-        return mapped(self._batch, exchange)
+            learns = losses.requires_grad
+            sums = gradient_sums(self._capture, taps, losses, everyone) if learns else []
+            return Observation(losses.detach(), taps, sums)
 
     def _losses(
         self, batch: Any, examples: int | None = None, mode: TorchFunctionMode | None = None
@@ -235,11 +212,11 @@ class Repetition:
         reproducible is none.
 
         Args:
-            first, losses: of the pass as it was, and of its last repetition. among: with `others`
+            first, losses: of the pass as it was, and of its last repetition. beside: with `others`
                 exchanged, after both.
         """
         kept = ~others
-        noise = max(_distance(first, losses), _distance(losses, self._again([])[0]))
+        noise = max(_distance(first, losses), _distance(losses, self._again([]).losses))
         if 0 < noise <= self._tolerance:
             self._close(
                 "the loss of an example", "beside other examples", losses[kept], beside[kept]
@@ -253,7 +230,9 @@ class Repetition:
                 "let the model write no state, and draw random numbers from torch's generator"
                 " alone",
             )
-        if drew and _same(losses[kept], self._with_exchanged(others, number, draws=False)[0][kept]):
+        if drew and _same(
+            losses[kept], self._with_exchanged(others, number, draws=False).losses[kept]
+        ):
             raise UnsupportedLayer(
                 "a random number in the forward pass",
                 "one that several examples share",

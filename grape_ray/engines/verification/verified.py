@@ -15,7 +15,7 @@ class Layouts:
     """The kinds of passes that were verified, by the uses of parameters in their order.
 
     Attributes:
-        passes: how often each kind was met. inside: see `CapturePass.inner_sites`.
+        passes: how often each kind was met. inner_sites: see `RetryPass`.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What a repetition of a pass changes in the random numbers: those of other examples are exchanged,
+"""What a repetition of a pass changes: other examples are exchanged, with what they draw at random;
 or dropout is left out.
 """
 
@@ -11,9 +11,33 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from grape_ray.engines.capture.batches import is_mask, mapped
 from grape_ray.engines.capture.dependence import Dependence
 from grape_ray.engines.capture.draws import DRAWS, DROPOUT_AT, DROPOUTS, is_dropout
 from grape_ray.engines.capture.torch_functions import operation
+
+
+def exchanged(batch: Any, others: Tensor, scale: float, masks: bool = False) -> Any:
+    """The batch with each of `others` (B,) replaced by one of the rest, real numbers `scale` times
+    as large.
+
+    Args:
+        masks: whether tensors of zeros and ones are exchanged as well; models take other paths
+            where nothing is masked.
+    """
+    rest = (~others).nonzero().squeeze(1)
+    source = torch.arange(len(others))
+    source[others] = rest[torch.arange(int(others.sum())) % len(rest)]
+
+    def exchange(leaf: Tensor) -> Tensor:
+        if not masks and is_mask(leaf):
+            return leaf
+        out = leaf[source.to(leaf.device)]
+        if leaf.is_floating_point() and scale != 1.0:
+            out[others.to(leaf.device)] *= scale
+        return out
+
+    return mapped(batch, exchange)
 
 
 class WithoutDropout(TorchFunctionMode):
