@@ -4,11 +4,8 @@ object.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +19,7 @@ from grape_ray.engines.capture.model_state import ModelSnapshot, awake, check_ki
 from grape_ray.engines.capture.parameter_swap import tracking
 from grape_ray.engines.capture.random_state import random_states
 from grape_ray.engines.collector import Collector, Materialised, sum_dtype
+from grape_ray.engines.losses import PerExampleLoss, losses_of
 from grape_ray.engines.norm_routes import parse_overrides
 from grape_ray.engines.precision import pinned
 from grape_ray.engines.rules.table import HANDLERS
@@ -31,8 +29,6 @@ from grape_ray.engines.verification.verified import Layouts
 from grape_ray.errors import ConfigError, UnsupportedLayer
 from grape_ray.privacy.clipping import factors
 from grape_ray.privacy.types import ClippedSum
-
-PerExampleLoss = Callable[[nn.Module, Any], Tensor]
 
 
 class Engine:
@@ -44,7 +40,7 @@ class Engine:
         clip_norm: bound C on an example's contribution. clipping: a policy of
             `grape_ray.privacy.clipping`.
         subspace: where weights are trained; the identity trains them in full.
-        routes: (name pattern, route) pairs that overrule `routing.norm_route`.
+        routes: (name pattern, route) pairs that overrule `norm_routes.norm_route`.
 
     Raises:
         UnsupportedLayer: a layer mixes examples (batch normalisation in training mode).
@@ -76,11 +72,8 @@ class Engine:
             )
         check_kinds(model, self.params)
         self._verifier = Verifier(param.dtype for param in self.params.values())
-        self._norms = [
-            (n, m)
-            for n, m in model.named_modules()
-            if isinstance(m, nn.modules.batchnorm._BatchNorm)
-        ]
+        batch_norm = nn.modules.batchnorm._BatchNorm
+        self._norms = [(n, m) for n, m in model.named_modules() if isinstance(m, batch_norm)]
         self._check_norms()
 
     def _check_norms(self) -> None:
@@ -183,16 +176,11 @@ class Engine:
             UnsupportedLayer: as `clipped_sum`.
         """
         examples = count_examples(batch)
-        several = max(examples, 2)
+        last, first = (torch.full((max(examples, 2),), n) for n in (examples - 1, 0))
         with awake(self.model):
-            for picked in (
-                torch.arange(examples),
-                torch.full((several,), examples - 1),
-                torch.zeros(several, dtype=torch.long),
-            ):
-                self.clipped_sum(
-                    per_example_loss, mapped(batch, lambda t, p=picked: t[p.to(t.device)])
-                )
+            for picked in (torch.arange(examples), last, first):
+                some = mapped(batch, lambda t, p=picked: t[p.to(t.device)])
+                self.clipped_sum(per_example_loss, some)
         return self.layouts
 
     def adopt(self, layouts: Layouts) -> None:
@@ -227,17 +215,17 @@ class Engine:
         """One pass; `states`: random states from before it."""
         snapshot, examples = ModelSnapshot(self.model), count_examples(batch)
 
-        def run(some: Any, count: int) -> Tensor:
-            with _uncompiled():
-                return check_losses(per_example_loss(self.model, some), count)
-
-        def new_collector() -> Collector:
-            return self._make_collector(examples, step)
-
-        forward = Forward(run, batch, self.model.training, states, snapshot, new_collector)
+        forward = Forward(
+            run=lambda some, count: losses_of(per_example_loss, self.model, some, count),
+            batch=batch,
+            training=self.model.training,
+            states=states,
+            snapshot=snapshot,
+            new_collector=lambda: self._make_collector(examples, step),
+        )
         capture = CapturePass(
             examples,
-            new_collector(),
+            forward.new_collector(),
             next(iter(self.params.values())).device,
             snapshot.constants(),
             self.layouts.inner_sites,
@@ -305,25 +293,3 @@ def go_back(capture: CapturePass, losses: Tensor, retain_graph: bool = False) ->
 def not_finite(norms: Tensor) -> Tensor:
     """The indices of examples whose gradient is not finite; they count as zero."""
     return (~torch.isfinite(norms)).nonzero().squeeze(1)
-
-
-def _uncompiled() -> contextlib.AbstractContextManager[Any]:
-    """What torch.compile has compiled runs as it was written: a compiled graph would show no use of
-    a parameter.
-    """
-    if "torch._dynamo" not in sys.modules:
-        return contextlib.nullcontext()
-    return torch.compiler.set_stance("force_eager")
-
-
-def check_losses(losses: Any, examples: int) -> Tensor:
-    """The losses, if they are one an example."""
-    if not isinstance(losses, Tensor) or losses.shape != (examples,):
-        got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise ConfigError(
-            "per_example_loss",
-            got,
-            f"a tensor of shape ({examples},), one loss an example",
-            "reduce over tokens, not over examples",
-        )
-    return losses

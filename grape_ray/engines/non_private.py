@@ -1,4 +1,4 @@
-"""The non-private yardstick: plain autograd over the micro-batch, no clip, no noise, no promise."""
+"""The non-private baseline: plain autograd over the micro-batch, no clip, no noise, no promise."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from grape_ray.engines.capture.batches import count_examples
-from grape_ray.engines.engine import Engine, PerExampleLoss, check_losses
+from grape_ray.engines.engine import Engine
+from grape_ray.engines.losses import PerExampleLoss, check_losses
 from grape_ray.privacy.types import ClippedSum
 
 

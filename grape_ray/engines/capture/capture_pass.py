@@ -1,5 +1,5 @@
-"""One pass over one micro-batch: what is done with each use of a parameter, and with the gradient
-that comes back from it.
+"""One pass over one micro-batch: which operations the batch has a part in, and where the gradients
+go that backward brings.
 """
 
 from __future__ import annotations
@@ -79,12 +79,8 @@ class CapturePass:
         says: gives the list of its uses.
         """
         before = self.taps, self.dependence, self.examples
-        self.taps, self.dependence, self.examples, self._announcing = (
-            [],
-            dependence,
-            dependence.examples,
-            False,
-        )
+        self.taps, self.dependence, self.examples = [], dependence, dependence.examples
+        self._announcing = False
         try:
             yield self.taps
         finally:
@@ -134,43 +130,41 @@ class CapturePass:
         Raises:
             UnsupportedLayer: it has, and its rows were picked across examples by their values.
         """
-        name, tensors = call.name, list(tensors_in(call.args, call.kwargs))
+        tensors = list(tensors_in(call.args, call.kwargs))
         plain = [t for t in tensors if not isinstance(t, Tracked)]
-        key = (
-            name,
-            tuple(t.node.label for t in tensors if isinstance(t, Tracked)),
-            tuple(t.shape for t in plain),
-        )
-        # a recomputed block, on any thread: as it was the first time
+        labels = tuple(t.node.label for t in tensors if isinstance(t, Tracked))
+        key = call.name, labels, tuple(t.shape for t in plain)
         if self.phase is not Phase.FORWARD:
-            answer = self._depends.get(key, True)
-            if answer is None:
-                raise UnsupportedLayer(
-                    f"operation '{name}' inside activation checkpointing",
-                    "once of the batch and once not",
-                    "one of both",
-                    "do not recompute it",
-                )
-            return answer
+            return self._depended(key)
         origins = [t for t in plain if not self.dependence.constant(t)]
         answer = bool(origins)
         if origins and not any(self.dependence.certain(t) for t in origins):
             self._unsure = len(self.taps), key[2], ()
             answer = self._unsure not in self.inner_sites
         self._depends[key] = answer if self._depends.get(key, answer) == answer else None
-        by = (
-            next((p for t in plain if (p := self.dependence.picked(t)) is not None), None)
-            if answer
-            else None
-        )
-        if by is not None:
+        by = next((p for t in plain if (p := self.dependence.picked(t)) is not None), None)
+        if answer and by is not None:
             raise UnsupportedLayer(
-                f"operation '{name}' on parameter {', '.join(key[1])}",
+                f"operation '{call.name}' on parameter {', '.join(labels)}",
                 f"rows that `{by}` picked across examples by their values",
                 "rows that belong to examples by their place (of experts, the implementation that"
                 " computes all rows in place)",
                 "choose such an implementation (transformers:"
                 " model.set_experts_implementation('batched_mm')), or freeze the parameter",
+            )
+        return answer
+
+    def _depended(self, key: tuple) -> bool:
+        """What `depends` answered in the forward pass, for a block that is recomputed, on any
+        thread.
+        """
+        answer = self._depends.get(key, True)
+        if answer is None:
+            raise UnsupportedLayer(
+                f"operation '{key[0]}' inside activation checkpointing",
+                "once of the batch and once not",
+                "one of both",
+                "do not recompute it",
             )
         return answer
 
