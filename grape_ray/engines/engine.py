@@ -141,8 +141,8 @@ class Engine:
         zeros without running the model.
 
         Raises:
-            UnsupportedLayer: a trainable tensor's per-example gradient cannot be had. ConfigError:
-                the loss has another shape.
+            UnsupportedLayer: a trainable tensor's per-example gradient cannot be computed.
+            ConfigError: the loss has another shape.
         """
         examples = count_examples(batch)
         self._check_norms()

@@ -1,4 +1,4 @@
-"""The non-private baseline: plain autograd over the micro-batch, no clip, no noise, no promise."""
+"""The non-private baseline: plain autograd over the micro-batch; no clip, no noise, no proof."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 small ones are exact.
 
 Source: arXiv 2605.24879 (DP-SGD-RC); the accountant is `accounting.randomized`. An estimate may
-exceed or undercut the norm, so the clipped contribution is bounded in law, not surely: the noise
-multiplier must come from that accountant. Probes are secret by default, each example with its own;
-`shared` ones serve the whole batch at a larger noise multiplier.
+exceed or undercut the norm, so the clipped contribution is bounded in distribution, not with
+certainty: the noise multiplier must come from that accountant. Probes are secret by default, each
+example with its own; `shared` ones serve the whole batch at a larger noise multiplier.
 """
 
 from __future__ import annotations

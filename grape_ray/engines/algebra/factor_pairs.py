@@ -102,7 +102,7 @@ def positions(uses: list[Pair]) -> int:
 
 def gram_squared_norms(uses: list[Pair]) -> Tensor:
     """||sum_u left_u^T right_u||^2 per example by inner products of positions (ghost norm; Li et
-    al. 2022) -> (B,) float64, from above.
+    al. 2022) -> (B,) float64, upper bounds.
 
     Sums over pairs of uses, so tied and reused weights are exact. Positions that cancel each other
     leave little but rounding, which could come out as nothing: each inner product may be off by
@@ -169,7 +169,7 @@ def _entrywise(
 
 def outer_squared_norms(uses: list[Pair], small: Tensor | None = None) -> Tensor:
     """||sum_u left_u^T right_u + small||^2 per example from the gradients themselves, some examples
-    at a time -> (B,) float64, from above.
+    at a time -> (B,) float64, upper bounds.
 
     Args:
         small: what else there is of the gradient, (B, ...) of as many entries, or None.
@@ -224,8 +224,8 @@ def _whole(uses: list[Pair]) -> Tensor:
 
 
 def magnitudes(uses: list[Pair]) -> Tensor:
-    """sum over positions of ||left_t|| ||right_t|| per example -> (B,) float64, from above: the
-    norm, if no two positions cancelled.
+    """sum over positions of ||left_t|| ||right_t|| per example -> (B,) float64, an upper bound:
+    the norm, if no two positions cancelled.
     """
     total = torch.zeros((), dtype=torch.float64)
     for left, right in uses:
@@ -249,7 +249,7 @@ def _inner(a: Left, b: Left, dtype: torch.dtype) -> Tensor:
 
 def lookup_squared_norms(index: Index, right: Tensor) -> Tensor:
     """Squared norms of an embedding's per-example gradient by sums over equal ids, O(T I) each, no
-    table, no T x T -> (B,), from above.
+    table, no T x T -> (B,), upper bounds.
     """
     rows, length, width = right.shape
     ids, order = index.ids.sort(dim=1)

@@ -103,8 +103,8 @@ def check_kinds(model: nn.Module, params: Mapping[str, Tensor]) -> None:
 
 @contextlib.contextmanager
 def awake(model: nn.Module) -> Iterator[None]:
-    """Small values in trainable tensors that begin as zeros, as LoRA's do: through zeros no
-    gradient would show whose it is.
+    """Small values, during a verification, in trainable tensors that are all zeros at the start, as
+    LoRA's are: through zeros no gradient passes, and none would show whose it is.
     """
     asleep = [
         p

@@ -1,4 +1,4 @@
-"""Which example owns which rows of a tensor: regular layouts, and how they are told from where
+"""Which example owns which rows of a tensor: regular layouts, and how they are inferred from where
 gradients are exactly zero.
 
 Shapes: B examples, K groups of examples, *lead the leading dimensions of a tensor, those that are

@@ -25,7 +25,7 @@ def _rows_first(grad: Tensor, position: int, saved: Saved, settings: Settings) -
     return grad.permute(*lead, *(d for d in range(grad.ndim) if d not in lead))
 
 
-# a value expanded to a shape, whose gradient is taken apart by example before it is summed
+# a value expanded to a shape, whose gradient is split by example before it is summed
 _EXPAND = Rule(
     forward=lambda args, settings: (args[0].expand(settings["shape"]), ()),
     gradient=_rows_first,

@@ -1,8 +1,9 @@
 """The one autograd Function that catches per-example gradients, for every rule.
 
 A rule (`capture.rule`) knows its operation and nothing else. The tap saves for backward, casts as
-autocast would, keeps the projection of an input instead of the input, asks whose rows are whose,
-and hands what belongs to each example to the collector. No dense gradient of a weight is formed.
+autocast would, keeps the projection of an input instead of the input, asks which rows belong to
+which example, and hands each example's part to the collector. No dense gradient of a weight is
+formed.
 
 Shapes: B examples, T positions, I in, O out, *lead the dimensions along which the examples lie.
 """

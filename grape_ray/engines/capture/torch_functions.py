@@ -2,8 +2,8 @@
 
 torch hands `__torch_function__` a different object for a function (`torch.add`), a method
 (`Tensor.add`), an operator (`Tensor.__add__`), a method that writes in place (`Tensor.add_`), an
-attribute (`Tensor.shape.__get__`) and an operator of `torch.ops`. They are told by object, never by
-what an object calls itself: a user's function named `add` is not torch's.
+attribute (`Tensor.shape.__get__`) and an operator of `torch.ops`. They are identified by object,
+never by name: a user's function named `add` is not torch's.
 """
 
 from __future__ import annotations

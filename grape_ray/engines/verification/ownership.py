@@ -1,5 +1,4 @@
-"""Whose rows are whose, by value: gradients of some examples' losses alone, at every use of a
-parameter.
+"""The ownership check: which rows belong to which example, by value, at every use of a parameter.
 
 The losses of a group of examples go backward alone. Every tap must then receive exact zeros in the
 rows of all others, and in the group's own rows what it receives when all losses go backward

@@ -1,5 +1,5 @@
-"""What earlier passes have shown: the kinds of passes that were verified, and where the examples
-lie in each.
+"""The record of verification: which kinds of passes were verified, and where the examples lie in
+each use of a parameter.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Layouts:
         return training, ragged, capture.examples == 1, *(tap.key for tap in capture.taps)
 
     def fitted(self, signature: Signature, capture: CapturePass) -> bool:
-        """Gives the capture's taps the layouts that an earlier pass had; whether there was one, and
-        all follow from it.
+        """Gives the taps of a pass the layouts that an earlier one had; whether there was one, and
+        all layouts follow from it.
         """
         known = self._known.get(signature, self._known.get((capture.examples, signature)))
         if known is None:
@@ -43,7 +43,7 @@ class Layouts:
         return True
 
     def remember(self, signature: Signature, capture: CapturePass) -> None:
-        """Keeps the layouts of a verified pass, unless its gradients have left two readings of
+        """Keeps the layouts of a verified pass, unless its gradients allow two layouts of
         one.
         """
         if not all(tap.unambiguous for tap in capture.taps):
