@@ -67,13 +67,8 @@ class _TapFunction(torch.autograd.Function):
         settings: Settings,
         *args: Any,
     ) -> Tensor:
-        ctx.capture, ctx.tap, ctx.rule, ctx.nodes, ctx.settings = (
-            capture,
-            tap,
-            rule,
-            nodes,
-            settings,
-        )
+        ctx.capture, ctx.tap, ctx.rule = capture, tap, rule
+        ctx.nodes, ctx.settings = nodes, settings
         ctx.dtype = getattr(args[0], "dtype", None)
         if rule.casts:
             args = _as_under_autocast(args)
