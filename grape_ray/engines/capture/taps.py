@@ -125,9 +125,12 @@ def _keep(ctx: Any, x: Tensor) -> Tensor | None:
     if not (rule.project and node.root and collector.compresses(node.root, ctx.axis)):
         return x
     ctx.projected = True
+    matrix, device = collector.matrix(node.root, x), x.device.type
+    if not torch.is_autocast_enabled(device):  # to enter its context takes longer than to ask
+        return rule.project(x, matrix, ctx.settings)
     # never in the lower precision of an autocast around the engine
-    with torch.autocast(x.device.type, enabled=False):
-        return rule.project(x, collector.matrix(node.root, x), ctx.settings)
+    with torch.autocast(device, enabled=False):
+        return rule.project(x, matrix, ctx.settings)
 
 
 def _deliver_factors(ctx: Any, grad: Tensor, kept: Tensor | None) -> None:
