@@ -110,6 +110,29 @@ def test_a_function_that_is_called_as_one_of_torchs_is_not_taken_for_it():
     assert is_right(Scaled(linear), "dp_adam")
 
 
+class Normalised(nn.Module):
+    def __init__(self, training):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.rand(6)), nn.Parameter(torch.rand(6))
+        self.training_mode = training
+        self.register_buffer("mean", torch.zeros(6))
+        self.register_buffer("var", torch.ones(6))
+
+    def forward(self, x):
+        fixed = (None, None) if self.training_mode else (self.mean, self.var)
+        return torch.batch_norm(
+            x, self.weight, self.bias, *fixed, self.training_mode, 0.1, 1e-5, False
+        )
+
+
+def test_arguments_in_another_order_than_in_the_functional_namesake_are_read_right():
+    assert is_right(Normalised(training=False), "grape")
+    with pytest.raises(UnsupportedLayer, match="batch normalisation"):
+        is_right(Normalised(training=True), "grape")
+    look_up = Scaled(lambda x, w, b: x + torch.embedding(w, (x[..., 0].abs() * 9).long() % 12) + b)
+    assert is_right(look_up, "grape")
+
+
 def test_each_of_torchs_functions_is_known_by_object():
     known = {func for found in get_overridable_functions().values() for func in found}
     for func in known:

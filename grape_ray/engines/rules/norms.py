@@ -93,6 +93,13 @@ def batch_norm(capture: CapturePass, call: Call) -> Any:
     return _per_channel(F.batch_norm(x, mean, var, None, None, False, 0.0, eps), weight, bias)
 
 
+def plain_batch_norm(capture: CapturePass, call: Call) -> Any:
+    """torch.batch_norm, whose arguments come in another order than those of F.batch_norm."""
+    x, weight, bias, mean, var, *rest = call.args
+    args = (x, mean, var, weight, bias, *rest[:3])
+    return batch_norm(capture, Call(F.batch_norm, call.name, args, {}))
+
+
 def rms_norm(capture: CapturePass, call: Call) -> Any:
     """Root mean square normalisation."""
     x, shape, weight, eps = bind(call, "input normalized_shape weight eps")

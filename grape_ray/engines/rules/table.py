@@ -43,6 +43,7 @@ HANDLERS: dict[Callable, Handler] = {
     F.group_norm: norms.group_norm,
     torch.group_norm: norms.group_norm,
     F.batch_norm: norms.batch_norm,
+    torch.batch_norm: norms.plain_batch_norm,
     F.rms_norm: norms.rms_norm,
     torch.rms_norm: norms.rms_norm,
     F.multi_head_attention_forward: composite.multi_head_attention,
