@@ -156,15 +156,8 @@ def _entrywise(
     off_right = gamma(chain(other.shape[-1]), dtype) * rows[1] * columns[1]
     norms = matrix_norms(left), matrix_norms(right)
     total, last = dots(left, right)
-    return torch.stack(
-        [
-            total,
-            off_left * norms[1]
-            + off_right * norms[0]
-            + off_left * off_right
-            + last * norms[0] * norms[1],
-        ]
-    )
+    crossed = off_left * norms[1] + off_right * norms[0] + off_left * off_right
+    return torch.stack([total, crossed + last * norms[0] * norms[1]])
 
 
 def outer_squared_norms(uses: list[Pair], small: Tensor | None = None) -> Tensor:

@@ -39,7 +39,7 @@ class CapturePass:
         taps: all uses in the order of the forward pass. half: whether any was computed in half
             precision.
         inner_sites: see `RetryPass`.
-        dummy: a scalar that needs a gradient, an input of every tap (capture.taps).
+        dummy: a scalar that needs a gradient, an input of every tap (capture.tap_function).
 
     Args:
         constants: ids of tensors that are constant from the start. dispatch: gives the result of a
@@ -205,15 +205,7 @@ class CapturePass:
                 "leave the gradient penalty out",
             )
         if self.phase is Phase.VERIFY:
-            grad = torch.view_as_real(grad) if grad.is_complex() else grad
-            features = list(range(len(tap.lead), grad.ndim))
-            wide = grad if features else grad.unsqueeze(-1)
-            features = features or [-1]
-            sums = (
-                wide.sum(features, dtype=torch.float64),
-                wide.abs().sum(features, dtype=torch.float64),
-            )
-            tap.evidence.append(torch.stack(sums))
+            tap.add_evidence(grad)
             return False
         if tap.layout is None:
             if not bool((grad != 0).any()):

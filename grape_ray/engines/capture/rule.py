@@ -3,8 +3,8 @@
 The ancestor is PyTorch's own `torch.nn.utils._expanded_weights` (`ExpandedWeight`, `ExpandedLinear`
 and so on): a tensor subclass in the place of a parameter, and a table from function objects to what
 computes per-example gradients. There each operation is an autograd Function, the examples lie in
-dimension 0, and every example's gradient is formed. Here one Function serves all rules
-(`capture.taps`), the examples lie where verification finds them, and a weight's gradient may stay a
+dimension 0, and every example's gradient is formed. Here one Function (`capture.tap_function`)
+serves all rules, the examples lie where verification finds them, and a weight's gradient may stay a
 pair of factors.
 """
 

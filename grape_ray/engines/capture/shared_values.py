@@ -15,7 +15,7 @@ from torch import Tensor
 from grape_ray.engines.capture.capture_pass import CapturePass
 from grape_ray.engines.capture.rule import Rule, Saved, Settings
 from grape_ray.engines.capture.tap import Phase
-from grape_ray.engines.capture.taps import apply_rule
+from grape_ray.engines.capture.tap_function import apply_rule
 from grape_ray.engines.capture.tracked import Node, Tracked
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 
+import torch
 from torch import Tensor
 
 from grape_ray.engines.capture.row_layout import Layout
@@ -70,6 +71,18 @@ class Tap:
         self.consistent: list[Layout] = []
         self.unambiguous, self.recorded = True, False
         self.site: Site | None = None
+
+    def add_evidence(self, grad: Tensor) -> None:
+        """Notes what arrived, (*lead, *features), in a verification."""
+        grad = torch.view_as_real(grad) if grad.is_complex() else grad
+        features = list(range(len(self.lead), grad.ndim))
+        wide = grad if features else grad.unsqueeze(-1)
+        features = features or [-1]
+        sums = (
+            wide.sum(features, dtype=torch.float64),
+            wide.abs().sum(features, dtype=torch.float64),
+        )
+        self.evidence.append(torch.stack(sums))
 
 
 def bypassed(label: str) -> UnsupportedLayer:

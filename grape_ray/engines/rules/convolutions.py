@@ -11,7 +11,7 @@ from grape_ray.engines.algebra.patches import patches
 from grape_ray.engines.capture.capture_pass import CapturePass
 from grape_ray.engines.capture.dispatch import general
 from grape_ray.engines.capture.rule import Rule, Saved, Settings
-from grape_ray.engines.capture.taps import apply_rule
+from grape_ray.engines.capture.tap_function import apply_rule
 from grape_ray.engines.capture.torch_functions import Call
 from grape_ray.engines.capture.tracked import Tracked
 from grape_ray.engines.rules.arguments import bind, learned_elsewhere

@@ -13,7 +13,7 @@ from grape_ray.engines.algebra.factor_pairs import Index
 from grape_ray.engines.capture.capture_pass import CapturePass
 from grape_ray.engines.capture.dispatch import general, shared
 from grape_ray.engines.capture.rule import Rule, Saved, Settings
-from grape_ray.engines.capture.taps import apply_rule
+from grape_ray.engines.capture.tap_function import apply_rule
 from grape_ray.engines.capture.torch_functions import Call
 from grape_ray.engines.capture.tracked import Node, Tracked
 from grape_ray.engines.rules.arguments import bind

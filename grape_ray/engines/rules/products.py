@@ -12,7 +12,7 @@ from torch import Tensor
 from grape_ray.engines.capture.capture_pass import CapturePass
 from grape_ray.engines.capture.dispatch import general
 from grape_ray.engines.capture.rule import Rule, Saved, Settings
-from grape_ray.engines.capture.taps import apply_rule
+from grape_ray.engines.capture.tap_function import apply_rule
 from grape_ray.engines.capture.torch_functions import Call
 from grape_ray.engines.capture.tracked import Tracked
 from grape_ray.engines.rules.arguments import bind, learned_elsewhere

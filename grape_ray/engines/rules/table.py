@@ -15,7 +15,7 @@ from torch import Tensor
 from grape_ray.engines.capture.capture_pass import CapturePass
 from grape_ray.engines.capture.dispatch import Handler, general, shared
 from grape_ray.engines.capture.rule import Rule, rule_of_function
-from grape_ray.engines.capture.taps import apply_rule
+from grape_ray.engines.capture.tap_function import apply_rule
 from grape_ray.engines.capture.torch_functions import Call
 from grape_ray.engines.capture.tracked import Tracked, tracked_in, values_of
 from grape_ray.engines.rules import composite, convolutions, lookups, norms, products

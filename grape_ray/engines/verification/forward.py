@@ -152,7 +152,11 @@ class Verifier:
         Args:
             held: the losses of the pass, which hold its graph; those of the new pass afterwards.
         """
-        tolerance, dependence, taps = self._tolerance_of(capture), capture.dependence, capture.taps
+        tolerance, dependence, taps = (
+            self._tolerance_of(capture),
+            capture.dependence,
+            capture.taps,
+        )
         losses = held.pop()
         sums = ownership(capture, losses, tolerance, thorough)
         observed = Observation(losses.detach(), taps, sums)
