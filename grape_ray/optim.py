@@ -16,7 +16,7 @@ from grape_ray.config.methods import METHODS
 from grape_ray.config.schema import Method
 from grape_ray.distributed import sharding
 from grape_ray.engines import Engine
-from grape_ray.engines.sink import sum_dtype
+from grape_ray.engines.collector import sum_dtype
 from grape_ray.engines.subspace import Subspace, Svd, plan_projections
 from grape_ray.errors import CheckpointError, GrapeRayError
 from grape_ray.privacy.random_streams import public_bits

@@ -10,7 +10,7 @@ from torch import nn
 from grape_ray.cli.main import main
 from grape_ray.config.methods import METHODS
 from grape_ray.config.schema import Method, Privacy
-from grape_ray.engines.capture.capture_pass import Session
+from grape_ray.engines.capture.capture_pass import CapturePass
 from grape_ray.errors import ConfigError, UnsupportedLayer
 from grape_ray.training.preflight import preflight
 from tests.contracts import zoo
@@ -59,13 +59,13 @@ def test_a_model_that_mixes_examples_is_refused_by_name(method):
 
 def test_a_tap_that_lost_a_use_is_found(monkeypatch):
     model, loss, make_batch = zoo.build_family("GPT-2 (tied)")
-    kept = Session.dense
+    kept = CapturePass.dense
 
     def forgetful(self, node, grads):
         if node.root != "transformer.h.1.ln_1.bias":
             kept(self, node, grads)
 
-    monkeypatch.setattr(Session, "dense", forgetful)
+    monkeypatch.setattr(CapturePass, "dense", forgetful)
     with pytest.raises(UnsupportedLayer, match=r"transformer\.h\.1\.ln_1\.bias"):
         preflight(model, loss, make_batch(), Privacy(clip_norm=1e3), Method(name="dp_adam"))
 

@@ -1,9 +1,9 @@
 """Where a step's seconds go: each part of a step is wrapped, and counts the time that no part
 inside it counts.
 
-Nothing in the engines knows of it: what is wrapped are the step's own fields, the sink's verbs
-(engines.sink) and torch's backward. Projections are found by their matrix: the profile marks it,
-and times every product that it takes part in.
+Nothing in the engines knows of it: what is wrapped are the step's own fields, the methods of
+its collector (engines.collector) and torch's backward. Projections are found by their matrix: the
+profile marks it, and times every product that it takes part in.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ def _wrap(step: Any, watch: Stopwatch) -> None:
     engine: Any = step.engine
     matrix = engine.subspace.matrix
     engine.subspace.matrix = lambda *args: mark(watch.timed(_making(watch), matrix)(*args), watch)
-    make_sink = engine._make_sink
-    engine._make_sink = lambda *args: _wrap_sink(make_sink(*args), watch)
+    make_collector = engine._make_collector
+    engine._make_collector = lambda *args: _wrap_collector(make_collector(*args), watch)
 
 
 def _making(watch: Stopwatch) -> str:
@@ -133,11 +133,11 @@ def _making(watch: Stopwatch) -> str:
     return watch.current if watch.current == "optimizer" else "projection"
 
 
-def _wrap_sink(sink: Any, watch: Stopwatch) -> Any:
+def _wrap_collector(collector: Any, watch: Stopwatch) -> Any:
     """Wraps the sink's verbs. A sink of two passes takes norms in the first and sums in the second,
     on the spot.
     """
-    taking = "weighted sum" if isinstance(sink, TwoPasses) else "per-example contraction"
+    taking = "weighted sum" if isinstance(collector, TwoPasses) else "per-example contraction"
     names = {
         "pair": taking,
         "affine": taking,
@@ -147,6 +147,6 @@ def _wrap_sink(sink: Any, watch: Stopwatch) -> Any:
         "weighted_sum": "weighted sum",
     }
     for verb, phase in names.items():
-        if hasattr(sink, verb):
-            setattr(sink, verb, watch.timed(phase, getattr(sink, verb)))
-    return sink
+        if hasattr(collector, verb):
+            setattr(collector, verb, watch.timed(phase, getattr(collector, verb)))
+    return collector

@@ -48,28 +48,28 @@ def measure_holdings(step: Step) -> dict[str, int]:
 def _watch(step: PrivateStep, own: set[int], found: dict[str, int]) -> None:
     """Notes what the sink keeps when the norms are asked for, and the size of the sum."""
     engine: Any = step.engine
-    make_sink, clipped_sum = engine._make_sink, engine.clipped_sum
+    make_collector, clipped_sum = engine._make_collector, engine.clipped_sum
 
     def make(*args: Any) -> Any:
-        sink = make_sink(*args)
-        norms = sink.squared_norms
+        collector = make_collector(*args)
+        norms = collector.squared_norms
 
         def squared_norms() -> Any:
-            kept = [value for name, value in vars(sink).items() if name != "params"]
+            kept = [value for name, value in vars(collector).items() if name != "params"]
             found["kept for norms and sum"] = max(
                 found.get("kept for norms and sum", 0), _bytes(kept, own)
             )
             return norms()
 
-        sink.squared_norms = squared_norms
-        return sink
+        collector.squared_norms = squared_norms
+        return collector
 
     def summed(*args: Any, **kwargs: Any) -> Any:
         out = clipped_sum(*args, **kwargs)
         found["clipped sum"] = _bytes(dict(out.tensors), own)
         return out
 
-    engine._make_sink, engine.clipped_sum = make, summed
+    engine._make_collector, engine.clipped_sum = make, summed
 
 
 def _place(tensor: Tensor) -> int:

@@ -19,7 +19,7 @@ from grape_ray.config.methods import METHODS
 from grape_ray.config.schema import Config
 from grape_ray.distributed import sharding
 from grape_ray.distributed.comms import Comms
-from grape_ray.engines.capture.model_state import Start
+from grape_ray.engines.capture.model_state import UntrainedState
 from grape_ray.errors import CheckpointError, GrapeRayError, StorageError
 from grape_ray.optim import Optimizer
 from grape_ray.privacy.rank_zero import on_rank_zero
@@ -84,7 +84,7 @@ class CheckpointManager:
             else None
         )
         optimizer.recorder = self._coordinates
-        self._unchanged: Start | None = None
+        self._untrained: UntrainedState | None = None
         self._metadata: Json = {}
         self.attempt, self.newest, self.skipped = 0, "", 0
         self.failure: GrapeRayError | None = None
@@ -164,7 +164,7 @@ class CheckpointManager:
         From now on what is not trained must stay as it is.
         """
         self.attempt = number or on_rank_zero(self._comms, partial(_next_attempt, self._folder))
-        self._unchanged = Start(self._model)
+        self._untrained = UntrainedState(self._model)
 
     def save(self, step: int, metadata: Json, occasion: Occasion) -> bool:
         """Whether a checkpoint of `step` was begun. Raises what the two before failed with, or this
@@ -236,8 +236,8 @@ class CheckpointManager:
             UnsupportedLayer: what is not trained differs from the start's: it may hold anything of
                 the data, without noise.
         """
-        assert self._unchanged is not None
-        self._unchanged.check()
+        assert self._untrained is not None
+        self._untrained.check()
         model, optimizer = rank_state.held(self._model), self._optimizer.state_dict()
         places = {**rank_state.model_places(self._model), **self._optimizer.places()}
         counters: Json = {

@@ -11,9 +11,9 @@ from torch import nn
 
 from grape_ray.config.methods import METHODS
 from grape_ray.config.schema import Method, Privacy
-from grape_ray.engines.capture.dispatch import register_rule
 from grape_ray.engines.engine import Engine
 from grape_ray.engines.norm_routes import check_patterns
+from grape_ray.engines.rules.table import register_rule
 from grape_ray.engines.subspace import Gaussian, Subspace, plan_projections
 
 __all__ = ["Engine", "from_config", "make_engine", "register_rule"]

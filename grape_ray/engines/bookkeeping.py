@@ -14,19 +14,19 @@ from torch import Tensor, nn
 from grape_ray.engines.algebra import factor_pairs
 from grape_ray.engines.algebra.factor_pairs import Index, Left, Pair
 from grape_ray.engines.algebra.rounding import squared
+from grape_ray.engines.collector import Collector, sum_dtype
 from grape_ray.engines.engine import Engine
 from grape_ray.engines.norm_routes import norm_route, overridden
-from grape_ray.engines.sink import Sink, sum_dtype
 from grape_ray.engines.subspace import Subspace
 
 
-class Tape(Sink):
+class Tape(Collector):
     """Keeps pairs of factors of weights, and the per-example gradients of small tensors."""
 
     def __init__(
-        self, params: Mapping[str, nn.Parameter], rows: int, subspace: Subspace, period: int
+        self, params: Mapping[str, nn.Parameter], examples: int, subspace: Subspace, period: int
     ):
-        super().__init__(params, rows, subspace, period)
+        super().__init__(params, examples, subspace, period)
         self.uses: dict[str, list[Pair]] = {}
         self.small: dict[str, Tensor] = {}
 
@@ -74,7 +74,7 @@ class Tape(Sink):
             sums[name] = sums[name].view(self.params[name].shape)
         for name, grads in self.small.items():
             grads.index_fill_(0, bad, 0.0)
-            part = (factors[name].to(grads.dtype) @ grads.reshape(self.rows, -1)).view(
+            part = (factors[name].to(grads.dtype) @ grads.reshape(self.examples, -1)).view(
                 self.params[name].shape
             )
             sums[name] = sums[name] + part if name in sums else part
@@ -84,4 +84,4 @@ class Tape(Sink):
 class BookKeeping(Engine):
     """One backward pass, no weight gradient by autograd, exact norms."""
 
-    sink_type = Tape
+    collector_type = Tape

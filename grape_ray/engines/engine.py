@@ -4,54 +4,43 @@ object.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import math
-import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from grape_ray.config.schema import Method, Privacy
-from grape_ray.engines.capture import row_layout
-from grape_ray.engines.capture.batches import batch_rows, is_ragged, mapped
-from grape_ray.engines.capture.capture_pass import Phase, Reroute, Session, Unsettled
-from grape_ray.engines.capture.model_state import Watch, awake, check_kinds
-from grape_ray.engines.capture.random_state import random_states, set_states
-from grape_ray.engines.capture.stand_ins import tracking
+from grape_ray.engines.capture.batches import count_examples, mapped
+from grape_ray.engines.capture.capture_pass import CapturePass
+from grape_ray.engines.capture.dispatch import dispatch
+from grape_ray.engines.capture.model_state import ModelSnapshot, awake, check_kinds
+from grape_ray.engines.capture.parameter_swap import tracking
+from grape_ray.engines.capture.random_state import random_states
+from grape_ray.engines.collector import Collector, Materialised, sum_dtype
+from grape_ray.engines.losses import PerExampleLoss, losses_of
 from grape_ray.engines.norm_routes import parse_overrides
 from grape_ray.engines.precision import pinned
-from grape_ray.engines.rules import find
-from grape_ray.engines.sink import Materialised, Sink, sum_dtype
+from grape_ray.engines.rules.table import HANDLERS
 from grape_ray.engines.subspace import Subspace, owned_parameters
-from grape_ray.engines.verification.ownership import ownership
-from grape_ray.engines.verification.repetition import Repetition
+from grape_ray.engines.verification.forward import Forward, Verifier
 from grape_ray.engines.verification.verified import Layouts
 from grape_ray.errors import ConfigError, UnsupportedLayer
 from grape_ray.privacy.clipping import factors
 from grape_ray.privacy.types import ClippedSum
 
-_ATTEMPTS = 4  # of a pass: as its sizes suggest, as its gradients show, and once more for each
-# passes of one kind between verifications, so that they cost less than a hundredth
-VERIFY_EVERY = 256
-# What rounding explains where two computations of one loss differ in their shapes, over the largest
-# loss.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-_HALF_TOLERANCE = 0.1
-PerExampleLoss = Callable[[nn.Module, Any], Tensor]
-
 
 class Engine:
-    """Turns (model, batch) into a ClippedSum; subclasses choose the sink and how often to go
-    backward.
+    """Turns (model, batch) into a ClippedSum; subclasses choose the collector, and how often
+    to go backward.
 
     Args:
         model: any nn.Module; it stays the caller's object, unwrapped and unpatched between calls.
         clip_norm: bound C on an example's contribution. clipping: a policy of
             `grape_ray.privacy.clipping`.
         subspace: where weights are trained; the identity trains them in full.
-        routes: (name pattern, route) pairs that overrule `routing.norm_route`.
+        routes: (name pattern, route) pairs that overrule `norm_routes.norm_route`.
 
     Raises:
         UnsupportedLayer: a layer mixes examples (batch normalisation in training mode).
@@ -59,7 +48,8 @@ class Engine:
     """
 
     private = True
-    sink_type: type[Sink] = Materialised
+    estimates_norms = False  # whether its norms are estimates, which `sketch` routes ask for
+    collector_type: type[Collector] = Materialised
 
     def __init__(
         self,
@@ -73,7 +63,6 @@ class Engine:
         self.model, self.clip_norm, self.clipping, self.routes = model, clip_norm, clipping, routes
         self.subspace = subspace or Subspace()
         self.params = {name: param for name, (_, param) in owned_parameters(model).items()}
-        self.layouts, self._may_verify, self._unsettled = Layouts(), True, False
         if not self.params:
             raise ConfigError(
                 "model",
@@ -82,11 +71,9 @@ class Engine:
                 "unfreeze what is to be trained",
             )
         check_kinds(model, self.params)
-        self._norms = [
-            (n, m)
-            for n, m in model.named_modules()
-            if isinstance(m, nn.modules.batchnorm._BatchNorm)
-        ]
+        self._verifier = Verifier(param.dtype for param in self.params.values())
+        batch_norm = nn.modules.batchnorm._BatchNorm
+        self._norms = [(n, m) for n, m in model.named_modules() if isinstance(m, batch_norm)]
         self._check_norms()
 
     def _check_norms(self) -> None:
@@ -102,31 +89,30 @@ class Engine:
                     "use GroupNorm or call .eval() on it",
                 )
 
-    @staticmethod
-    def common(
-        privacy: Privacy, method: Method, subspace: Subspace, estimates: bool = False
-    ) -> dict[str, Any]:
-        """The arguments that every engine takes, from a run's config."""
-        routes = parse_overrides(method.routes, estimates)
-        return {
-            "clip_norm": privacy.clip_norm,
-            "clipping": privacy.clipping,
-            "subspace": subspace,
-            "routes": routes,
-        }
-
     @classmethod
     def from_config(
         cls, model: nn.Module, privacy: Privacy, method: Method, subspace: Subspace
     ) -> Engine:
         """The engine that a run's config asks for."""
-        return cls(model, **cls.common(privacy, method, subspace))
+        return cls(
+            model,
+            clip_norm=privacy.clip_norm,
+            clipping=privacy.clipping,
+            subspace=subspace,
+            routes=parse_overrides(method.routes, cls.estimates_norms),
+            **cls.options(privacy, method),
+        )
+
+    @staticmethod
+    def options(privacy: Privacy, method: Method) -> dict[str, Any]:
+        """The arguments that this engine takes beside those of all, from a run's config."""
+        return {}
 
     @property
     def coordinates(self) -> int:
         """Numbers in a clipped sum: what is noised and exchanged a step."""
-        sink = self.sink_type(self.params, 0, self.subspace, 0)
-        return sum(math.prod(sink.shape(name)) for name in self.params)
+        collector = self.collector_type(self.params, 0, self.subspace, 0)
+        return sum(math.prod(collector.shape(name)) for name in self.params)
 
     def use_secret(self, key: bytes, rank: int = 0) -> None:
         """Takes this attempt's secret (32 bytes), for methods that draw secret numbers before the
@@ -155,16 +141,16 @@ class Engine:
         zeros without running the model.
 
         Raises:
-            UnsupportedLayer: a trainable tensor's per-example gradient cannot be had. ConfigError:
-                the loss has another shape.
+            UnsupportedLayer: a trainable tensor's per-example gradient cannot be computed.
+            ConfigError: the loss has another shape.
         """
-        rows = batch_rows(batch)
+        examples = count_examples(batch)
         self._check_norms()
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != (rows,)):
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != (examples,)):
             raise ConfigError(
                 "mask",
                 f"{mask.dtype} of shape {tuple(mask.shape)}",
-                f"bool of shape ({rows},), one an example",
+                f"bool of shape ({examples},), one an example",
             )
         if owned_parameters(self.model).keys() != self.params.keys():
             raise UnsupportedLayer(
@@ -173,31 +159,14 @@ class Engine:
                 "the same",
                 "make a new engine",
             )
-        if rows == 0:
+        if examples == 0:
             return self.empty_sum(step)
-        state = random_states(next(iter(self.params.values())).device)
-        self._unsettled = False
-        for _ in range(_ATTEMPTS):
-            try:
-                return self._pass(per_example_loss, batch, rows, step, mask, state)
-            except Reroute as found:
-                self.layouts.inside |= found.ways
-            except Unsettled as error:
-                if not self._may_verify:
-                    fix = "train without performance.sharded"
-                    raise UnsupportedLayer(
-                        "a use of a parameter",
-                        "a first gradient",
-                        "gradients that the start has seen",
-                        fix,
-                    ) from error
-                self._unsettled = True
-            set_states(state)
-        raise UnsupportedLayer(
-            "where shared values meet the batch",
-            "another place in each pass",
-            "a forward pass that is a function of shapes",
-        )
+        states = random_states(next(iter(self.params.values())).device)
+
+        def once() -> ClippedSum:
+            return self._pass(per_example_loss, batch, step, mask, states)
+
+        return self._verifier.attempts(once, states)
 
     def learn(self, per_example_loss: PerExampleLoss, batch: Any) -> Layouts:
         """Verifies passes over one batch, with and without padded rows; `adopt` takes what was
@@ -206,24 +175,28 @@ class Engine:
         Raises:
             UnsupportedLayer: as `clipped_sum`.
         """
-        rows = batch_rows(batch)
-        several = max(rows, 2)
+        examples = count_examples(batch)
+        last, first = (torch.full((max(examples, 2),), n) for n in (examples - 1, 0))
         with awake(self.model):
-            for picked in (
-                torch.arange(rows),
-                torch.full((several,), rows - 1),
-                torch.zeros(several, dtype=torch.long),
-            ):
-                self.clipped_sum(
-                    per_example_loss, mapped(batch, lambda t, p=picked: t[p.to(t.device)])
-                )
+            for picked in (torch.arange(examples), last, first):
+                some = mapped(batch, lambda t, p=picked: t[p.to(t.device)])
+                self.clipped_sum(per_example_loss, some)
         return self.layouts
 
     def adopt(self, layouts: Layouts) -> None:
         """Uses what was verified elsewhere, and never runs the model to verify more: ranks of a
         sharded model must run it together.
         """
-        self.layouts, self._may_verify = layouts, False
+        self.layouts, self._verifier.may_verify = layouts, False
+
+    @property
+    def layouts(self) -> Layouts:
+        """Where the examples lie in the kinds of passes that were verified."""
+        return self._verifier.layouts
+
+    @layouts.setter
+    def layouts(self, layouts: Layouts) -> None:
+        self._verifier.layouts = layouts
 
     def empty_sum(self, step: int | None = None) -> ClippedSum:
         """The clipped sum of no example: zeros, to be noised like any other; with a step as
@@ -235,147 +208,50 @@ class Engine:
         self,
         per_example_loss: PerExampleLoss,
         batch: Any,
-        rows: int,
         step: int,
         mask: Tensor | None,
-        state: list,
+        states: list,
     ) -> ClippedSum:
-        """One pass; `state`: random states from before it."""
-        watch = Watch(self.model)
-        session = self._session(rows, step, watch)
-        with tracking(self.model, self.params, session, watch), torch.enable_grad():
-            losses = self._forward(session, per_example_loss, batch, step, watch, state)
-            with pinned(session.device.type):
-                if losses.requires_grad:
-                    losses.sum().backward()
-                session.flush()
-        with pinned(session.device.type):
-            return self._clip(session.sink, losses, mask, step)
+        """One pass; `states`: random states from before it."""
+        snapshot, examples = ModelSnapshot(self.model), count_examples(batch)
 
-    def _forward(
-        self,
-        session: Session,
-        per_example_loss: PerExampleLoss,
-        batch: Any,
-        step: int,
-        watch: Watch,
-        state: list,
-    ) -> Tensor:
-        """The losses (B,) of a pass whose taps all know whose rows they have: by an earlier pass of
-        its kind, or verified now.
-        """
-
-        def forward(other: Any, rows: int) -> Tensor:
-            with _uncompiled():
-                return check_losses(per_example_loss(self.model, other), rows)
-
-        losses = self._once(session, forward, batch)
-        signature = self.layouts.signature(session, self.model.training, is_ragged(batch))
-        for tap in session.taps if session.rows == 1 else ():  # all of it is the one example's
-            tap.layout = next(row_layout.candidates(tap.lead, 1))
-        fitted = self.layouts.fitted(signature, session)
-        if not fitted and not self._may_verify and session.rows > 1:
-            fix = "train without performance.sharded, or make the model's path a function of shapes"
-            raise UnsupportedLayer(
-                "a pass that uses parameters as no verified one has",
-                None,
-                "passes of the kinds that the start verified",
-                fix,
-            )
-        passed = self.layouts.passes.get(signature, 0)
-        if self._may_verify and (not fitted or self._unsettled or passed % VERIFY_EVERY == 0):
-            thorough = not fitted or self._unsettled
-            for tap in session.taps if thorough and session.rows > 1 else ():
-                tap.layout = None
-            held = [losses]
-            del losses  # what holds them holds the graph, and the pass is made again
-            losses = self._verified(session, forward, batch, held, state, watch, thorough, step)
-            self.layouts.remember(signature, session)
-        elif self._may_verify and session.dependence.exported and session.rows > 1:
-            # what it did next may follow what they said
-            ownership(session, losses, self._tolerance(session), thorough=True)
-        self.layouts.passes[signature] = passed + 1
-        session.phase = Phase.BACKWARD
-        return losses
-
-    @staticmethod
-    def _once(session: Session, forward: Callable[[Any, int], Tensor], batch: Any) -> Tensor:
-        """One forward pass under the session's watch, on containers of its own."""
-        try:
-            return session.dependence.over(forward, batch)
-        except RuntimeError as error:
-            if "functorch" not in str(error) and "NestedTensor" not in str(error):
-                raise
-            raise UnsupportedLayer(
-                "a use of the model under torch.func or in nested tensors",
-                str(error).splitlines()[0],
-                "plain calls",
-                "call it as it is",
-            ) from error
-
-    def _verified(
-        self,
-        session: Session,
-        forward: Callable[[Any, int], Tensor],
-        batch: Any,
-        held: list[Tensor],
-        state: list,
-        watch: Watch,
-        thorough: bool,
-        step: int,
-    ) -> Tensor:
-        """Verifies a pass (engines.ownership, engines.repetition) and makes it again, so that no
-        two graphs are held at once.
-
-        Args:
-            held: the losses of the pass, which are taken out of it.
-
-        Raises:
-            UnsupportedLayer: it mixes examples, remembers, or shares luck.
-        """
-        tolerance, seen, taps = self._tolerance(session), session.dependence, session.taps
-        losses = held.pop()
-        look = losses.detach(), taps, ownership(session, losses, tolerance, thorough)
-        del losses
-        Repetition(session, forward, batch, state, tolerance).check(look, watch, seen, thorough)
-        after = random_states(session.device)
-        set_states(state)
-        session.restart(self._make_sink(session.rows, step))
-        losses = self._once(session, forward, batch)
-        set_states(after)
-        if [tap.key for tap in session.taps] != [tap.key for tap in taps]:
-            raise UnsupportedLayer(
-                "the uses of parameters in a pass",
-                "others when the same examples come again",
-                "a forward pass that repeats",
-                "seed it",
-            )
-        for tap, known in zip(session.taps, taps):
-            tap.layout, tap.settled = known.layout, known.settled
-        return losses
-
-    def _tolerance(self, session: Session) -> float:
-        """What rounding explains where two computations of one number differ in their shapes,
-        relative to the largest.
-        """
-        return (
-            _HALF_TOLERANCE
-            if session.half
-            else max(_TOLERANCE.get(p.dtype, _HALF_TOLERANCE) for p in self.params.values())
+        forward = Forward(
+            run=lambda some, count: losses_of(per_example_loss, self.model, some, count),
+            batch=batch,
+            training=self.model.training,
+            states=states,
+            snapshot=snapshot,
+            new_collector=lambda: self._make_collector(examples, step),
         )
+        capture = CapturePass(
+            examples,
+            forward.new_collector(),
+            next(iter(self.params.values())).device,
+            snapshot.constants(),
+            self.layouts.inner_sites,
+            functools.partial(dispatch, HANDLERS),
+        )
+        with tracking(self.model, self.params, capture, snapshot), torch.enable_grad():
+            losses = self._verifier.losses(capture, forward)
+            with pinned(capture.device.type):
+                self._backward(capture, losses, mask)
+        with pinned(capture.device.type), torch.no_grad():
+            return self._finish(capture.collector, losses, mask, step)
 
-    @torch.no_grad()
-    def _clip(self, sink: Sink, losses: Tensor, mask: Tensor | None, step: int) -> ClippedSum:
-        """Norms, factors, sum."""
-        weights, norms = self._factors(sink, losses, mask)
-        bad = (~torch.isfinite(norms)).nonzero().squeeze(1)
-        sums = sink.weighted_sum(weights, bad)
+    def _backward(self, capture: CapturePass, losses: Tensor, mask: Tensor | None) -> None:
+        """Brings the gradients of the losses to the collector; subclasses may go back twice."""
+        go_back(capture, losses)
+
+    def _finish(self, collector: Any, losses: Tensor, mask: Tensor | None, step: int) -> ClippedSum:
+        """The clipped sum, from what the collector holds: norms, factors, sum."""
+        weights, norms = self._factors(collector, losses, mask)
+        sums = collector.weighted_sum(weights, not_finite(norms))
         return self._complete(sums, {"norms": norms, "losses": losses.detach()}, step)
 
     def _factors(
-        self, sink: Sink, losses: Tensor, mask: Tensor | None
+        self, collector: Collector, losses: Tensor, mask: Tensor | None
     ) -> tuple[dict[str, Tensor], Tensor]:
-        found = sink.squared_norms()
+        found = collector.squared_norms()
         zeros = torch.zeros(losses.shape[0], dtype=torch.float64, device=losses.device)
         complete = {name: found.get(name, zeros) for name in self.params}
         norms = torch.stack(list(complete.values())).sum(0).sqrt()
@@ -387,51 +263,33 @@ class Engine:
         """The sum with zeros for every tensor that the batch left unused: it is noised all the
         same.
         """
-        sink = self.sink_type(self.params, 0, self.subspace, 0)
+        collector = self.collector_type(self.params, 0, self.subspace, 0)
         tensors = {
             name: (
                 sums[name].to(sum_dtype(p))
                 if name in sums
-                else torch.zeros(sink.shape(name), dtype=sum_dtype(p), device=p.device)
+                else torch.zeros(collector.shape(name), dtype=sum_dtype(p), device=p.device)
             )
             for name, p in self.params.items()
         }
         period = self.subspace.period(step) if self.subspace.plan and step is not None else None
         return ClippedSum(tensors, self.clip_norm, unprotected, step, period)
 
-    def _session(self, rows: int, step: int, watch: Watch) -> Session:
-        return Session(
-            rows,
-            self._make_sink(rows, step),
-            next(iter(self.params.values())).device,
-            watch.constants(),
-            self.layouts.inside,
-            find,
+    def _make_collector(self, examples: int, step: int) -> Collector:
+        collector = self.collector_type(
+            self.params, examples, self.subspace, self.subspace.period(step)
         )
-
-    def _make_sink(self, rows: int, step: int) -> Sink:
-        sink = self.sink_type(self.params, rows, self.subspace, self.subspace.period(step))
-        sink.overrides = self.routes
-        return sink
+        collector.overrides = self.routes
+        return collector
 
 
-def _uncompiled() -> contextlib.AbstractContextManager[Any]:
-    """What torch.compile has compiled runs as it was written: a compiled graph would show no use of
-    a parameter.
-    """
-    if "torch._dynamo" not in sys.modules:
-        return contextlib.nullcontext()
-    return torch.compiler.set_stance("force_eager")
+def go_back(capture: CapturePass, losses: Tensor, retain_graph: bool = False) -> None:
+    """Backward from the sum of the losses (B,), down to the gradients of computed values."""
+    if losses.requires_grad:
+        losses.sum().backward(retain_graph=retain_graph)
+    capture.flush()
 
 
-def check_losses(losses: Any, rows: int) -> Tensor:
-    """The losses, if they are one an example."""
-    if not isinstance(losses, Tensor) or losses.shape != (rows,):
-        got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise ConfigError(
-            "per_example_loss",
-            got,
-            f"a tensor of shape ({rows},), one loss an example",
-            "reduce over tokens, not over examples",
-        )
-    return losses
+def not_finite(norms: Tensor) -> Tensor:
+    """The indices of examples whose gradient is not finite; they count as zero."""
+    return (~torch.isfinite(norms)).nonzero().squeeze(1)

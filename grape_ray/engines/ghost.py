@@ -20,12 +20,10 @@ from torch import Tensor, nn
 from grape_ray.engines.algebra import factor_pairs
 from grape_ray.engines.algebra.factor_pairs import Left
 from grape_ray.engines.bookkeeping import Tape
-from grape_ray.engines.capture.model_state import Watch
+from grape_ray.engines.capture.capture_pass import CapturePass
 from grape_ray.engines.capture.random_state import random_states, set_states
-from grape_ray.engines.capture.stand_ins import tracking
-from grape_ray.engines.engine import Engine, PerExampleLoss
-from grape_ray.engines.precision import pinned
-from grape_ray.engines.sink import sum_dtype
+from grape_ray.engines.collector import sum_dtype
+from grape_ray.engines.engine import Engine, go_back, not_finite
 from grape_ray.engines.subspace import Subspace
 from grape_ray.privacy.types import ClippedSum
 
@@ -36,14 +34,15 @@ class TwoPasses(Tape):
     """
 
     def __init__(
-        self, params: Mapping[str, nn.Parameter], rows: int, subspace: Subspace, period: int
+        self, params: Mapping[str, nn.Parameter], examples: int, subspace: Subspace, period: int
     ):
-        super().__init__(params, rows, subspace, period)
+        super().__init__(params, examples, subspace, period)
         self._expected: Counter[str] = Counter()
-        self._norms: dict[str, Tensor] = {}
+        self._squares: dict[str, Tensor] = {}
         self._factors: Mapping[str, Tensor] | None = None
         self._bad = torch.empty(0, dtype=torch.int64)
         self.sums: dict[str, Tensor] = {}
+        self.norms = torch.empty(0)
 
     def announce(self, name: str) -> None:
         self._expected[name] += 1
@@ -59,7 +58,7 @@ class TwoPasses(Tape):
                 ),
             )
         elif self._expected[name] == 1:
-            self._norms[name] = self._squared(name, [(left, right)], None)
+            self._squares[name] = self._squared(name, [(left, right)], None)
         else:
             super().pair(name, left, right)
 
@@ -68,10 +67,10 @@ class TwoPasses(Tape):
             super().dense(name, grads)
             return
         grads = grads.to(sum_dtype(self.params[name])).index_fill(0, self._bad, 0.0)
-        self._sum(name, self._factors[name].to(grads.dtype) @ grads.reshape(self.rows, -1))
+        self._sum(name, self._factors[name].to(grads.dtype) @ grads.reshape(self.examples, -1))
 
     def squared_norms(self) -> dict[str, Tensor]:
-        return {**self._norms, **super().squared_norms()}
+        return {**self._squares, **super().squared_norms()}
 
     def begin_sum(self, factors: Mapping[str, Tensor], bad: Tensor) -> None:
         """Forgets what the norms needed; from here on gradients are weighted as they arrive, and
@@ -90,32 +89,18 @@ class TwoPasses(Tape):
 class Ghost(Engine):
     """Two backward passes and no per-example storage."""
 
-    sink_type = TwoPasses
+    collector_type = TwoPasses
 
-    def _pass(
-        self,
-        per_example_loss: PerExampleLoss,
-        batch: Any,
-        rows: int,
-        step: int,
-        mask: Tensor | None,
-        state: list,
-    ) -> ClippedSum:
-        watch = Watch(self.model)
-        session = self._session(rows, step, watch)
-        with tracking(self.model, self.params, session, watch), torch.enable_grad():
-            losses = self._forward(session, per_example_loss, batch, step, watch, state)
-            sink = session.sink
-            with pinned(session.device.type):
-                forth = random_states(session.device)
-                if losses.requires_grad:
-                    losses.sum().backward(retain_graph=True)
-                session.flush()
-                # where the way back draws, as a recomputed dropout may, both draw the same
-                set_states(forth)
-                weights, norms = self._factors(sink, losses, mask)
-                sink.begin_sum(weights, (~torch.isfinite(norms)).nonzero().squeeze(1))
-                if losses.requires_grad:
-                    losses.sum().backward()
-                session.flush()
-        return self._complete(sink.sums, {"norms": norms, "losses": losses.detach()}, step)
+    def _backward(self, capture: CapturePass, losses: Tensor, mask: Tensor | None) -> None:
+        collector = capture.collector
+        states = random_states(capture.device)
+        go_back(capture, losses, retain_graph=True)
+        # where backward draws, as a recomputed dropout may, both passes draw the same
+        set_states(states)
+        weights, collector.norms = self._factors(collector, losses, mask)
+        collector.begin_sum(weights, not_finite(collector.norms))
+        go_back(capture, losses)
+
+    def _finish(self, collector: Any, losses: Tensor, mask: Tensor | None, step: int) -> ClippedSum:
+        unprotected = {"norms": collector.norms, "losses": losses.detach()}
+        return self._complete(collector.sums, unprotected, step)

@@ -1,4 +1,4 @@
-"""The non-private yardstick: plain autograd over the micro-batch, no clip, no noise, no promise."""
+"""The non-private baseline: plain autograd over the micro-batch; no clip, no noise, no proof."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grape_ray.engines.capture.batches import batch_rows
-from grape_ray.engines.engine import Engine, PerExampleLoss, check_losses
+from grape_ray.engines.capture.batches import count_examples
+from grape_ray.engines.engine import Engine
+from grape_ray.engines.losses import PerExampleLoss, check_losses
 from grape_ray.privacy.types import ClippedSum
 
 
@@ -27,11 +28,11 @@ class NonPrivate(Engine):
         step: int = 0,
         mask: Tensor | None = None,
     ) -> ClippedSum:
-        rows = batch_rows(batch)
-        if rows == 0:
+        examples = count_examples(batch)
+        if examples == 0:
             return self.empty_sum(step)
         with torch.enable_grad():
-            losses = check_losses(per_example_loss(self.model, batch), rows)
+            losses = check_losses(per_example_loss(self.model, batch), examples)
             total = losses.sum() if mask is None else losses[mask].sum()
             found = torch.autograd.grad(total, list(self.params.values()), allow_unused=True)
         sums = {name: grad for name, grad in zip(self.params, found) if grad is not None}

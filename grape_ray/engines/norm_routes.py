@@ -1,4 +1,4 @@
-"""How a weight's per-example norm is had, decided per call from shapes alone.
+"""How a weight's per-example norm is computed, decided per call from shapes alone.
 
 B examples, T positions (of all uses together), O and I the weight's sides, K probes.
 """

@@ -2,9 +2,9 @@
 small ones are exact.
 
 Source: arXiv 2605.24879 (DP-SGD-RC); the accountant is `accounting.randomized`. An estimate may
-exceed or undercut the norm, so the clipped contribution is bounded in law, not surely: the noise
-multiplier must come from that accountant. Probes are secret by default, each example with its own;
-`shared` ones serve the whole batch at a larger noise multiplier.
+exceed or undercut the norm, so the clipped contribution is bounded in distribution, not with
+certainty: the noise multiplier must come from that accountant. Probes are secret by default, each
+example with its own; `shared` ones serve the whole batch at a larger noise multiplier.
 """
 
 from __future__ import annotations
@@ -23,11 +23,9 @@ from torch import Tensor, nn
 from grape_ray.config.schema import Method, Privacy
 from grape_ray.engines.algebra import factor_pairs, sketch
 from grape_ray.engines.algebra.factor_pairs import Index, Pair
-from grape_ray.engines.engine import PerExampleLoss
+from grape_ray.engines.collector import Collector, sum_dtype
 from grape_ray.engines.ghost import Ghost, TwoPasses
 from grape_ray.engines.norm_routes import norm_route, overridden
-from grape_ray.engines.sink import Sink, sum_dtype
-from grape_ray.engines.subspace import Subspace
 from grape_ray.errors import ConfigError
 from grape_ray.privacy.random_streams import normals
 from grape_ray.privacy.types import ClippedSum
@@ -54,10 +52,10 @@ class ProbeStream:
         if step != self._step:
             self._step, self._used = step, 0
 
-    def draw(self, rows: int, side: int, name: str, like: Tensor) -> Tensor:
+    def draw(self, examples: int, side: int, name: str, like: Tensor) -> Tensor:
         """(rows, side, K), or (1, side, K) if shared, with entries N(0, 1/K)."""
-        rows = 1 if self.shared else rows
-        count = rows * side * self.probes
+        examples = 1 if self.shared else examples
+        count = examples * side * self.probes
         key, start = self._key, self._used
         if self.shared:
             key, start = hashlib.sha256(self._key + f"|{name}".encode()).digest(), 0
@@ -66,7 +64,7 @@ class ProbeStream:
         flat = torch.from_numpy(normals(key, self._step, start, count))
         return (
             flat.mul_(1 / math.sqrt(self.probes))
-            .view(rows, side, self.probes)
+            .view(examples, side, self.probes)
             .to(like.device, sum_dtype(like))
         )
 
@@ -99,7 +97,7 @@ class Estimated(TwoPasses):
         found = estimate(
             uses,
             lambda side: self.stream.draw(
-                self.rows, side, f"{name}|{next(number)}", self.params[name]
+                self.examples, side, f"{name}|{next(number)}", self.params[name]
             ),
         )
         # zero bounds nothing, and must stay zero
@@ -114,7 +112,8 @@ class Randomized(Ghost):
             `hutchinson` or `hutch++`.
     """
 
-    sink_type = Estimated
+    collector_type = Estimated
+    estimates_norms = True
 
     def __init__(
         self,
@@ -140,16 +139,13 @@ class Randomized(Ghost):
             )
         self.use_secret(os.urandom(32))
 
-    @classmethod
-    def from_config(
-        cls, model: nn.Module, privacy: Privacy, method: Method, subspace: Subspace
-    ) -> Randomized:
-        own = {
+    @staticmethod
+    def options(privacy: Privacy, method: Method) -> dict[str, Any]:
+        return {
             "probes": privacy.probes,
             "shared_probes": privacy.shared_probes,
             "estimator": method.estimator,
         }
-        return cls(model, **own, **cls.common(privacy, method, subspace, estimates=True))
 
     def use_secret(self, key: bytes, rank: int = 0) -> None:
         """Draws probes from this attempt's secret `key` (32 bytes) from now on; ranks draw their
@@ -157,30 +153,22 @@ class Randomized(Ghost):
         """
         self._stream = ProbeStream(key, self.probes, self.shared_probes, rank)
 
-    def _make_sink(self, rows: int, step: int) -> Sink:
-        sink = super()._make_sink(rows, step)
-        assert isinstance(sink, Estimated)
-        sink.stream, sink.estimator = self._stream, self._estimator
-        return sink
-
-    def _pass(
-        self,
-        per_example_loss: PerExampleLoss,
-        batch: Any,
-        rows: int,
-        step: int,
-        mask: Tensor | None,
-        state: list,
-    ) -> ClippedSum:
+    def _make_collector(self, examples: int, step: int) -> Collector:
+        collector = super()._make_collector(examples, step)
+        assert isinstance(collector, Estimated)
         self._stream.at(step)
-        done = super()._pass(per_example_loss, batch, rows, step, mask, state)
+        collector.stream, collector.estimator = self._stream, self._estimator
+        return collector
+
+    def _finish(self, collector: Any, losses: Tensor, mask: Tensor | None, step: int) -> ClippedSum:
+        done = super()._finish(collector, losses, mask, step)
         # estimates tell of secret probes
         return replace(done, unprotected={"losses": done.unprotected["losses"]})
 
     def _factors(
-        self, sink: Sink, losses: Tensor, mask: Tensor | None
+        self, collector: Collector, losses: Tensor, mask: Tensor | None
     ) -> tuple[dict[str, Tensor], Tensor]:
-        weights, norms = super()._factors(sink, losses, mask)
+        weights, norms = super()._factors(collector, losses, mask)
         seen = norms > 0  # an estimate of zero bounds nothing
         return {
             name: torch.where(seen, w, torch.zeros_like(w)) for name, w in weights.items()

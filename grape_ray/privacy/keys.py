@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import stat
@@ -37,8 +36,7 @@ def master_key(path: Path | str | None = None) -> bytes:
     path = default_path() if path is None else Path(path).expanduser()
     try:
         if not path.exists():
-            with contextlib.suppress(FileExistsError):  # of two creators one wins
-                Storage(path.parent).create(path.name, os.urandom(KEY_BYTES), private=True)
+            _create(path)
         return _read(path)
     except OSError as error:
         raise StorageError(
@@ -47,6 +45,16 @@ def master_key(path: Path | str | None = None) -> bytes:
             "a readable file",
             "choose another path",
         ) from error
+
+
+def _create(path: Path) -> None:
+    """Makes the file whole or not at all; of two creators one wins."""
+    try:
+        Storage(path.parent).create(path.name, os.urandom(KEY_BYTES), private=True)
+    except FileExistsError:
+        return
+    except StorageError as error:
+        raise OSError(str(error)) from error
 
 
 def _read(path: Path) -> bytes:

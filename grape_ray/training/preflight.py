@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from grape_ray.config.methods import METHODS
 from grape_ray.config.schema import Method, Privacy
 from grape_ray.engines import Engine, from_config
-from grape_ray.engines.capture.batches import batch_rows, mapped
+from grape_ray.engines.capture.batches import count_examples as batch_rows
+from grape_ray.engines.capture.batches import mapped
 from grape_ray.engines.capture.model_state import awake
 from grape_ray.engines.capture.random_state import random_states, set_states
 from grape_ray.engines.engine import PerExampleLoss

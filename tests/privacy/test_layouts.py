@@ -125,11 +125,11 @@ def test_one_gradient_in_a_row_of_another_is_a_contradiction(rows):
 
 def test_evidence_that_fits_nothing_is_resolved_to_nothing():
     groups = row_layout.every_pair(3)
-    assert row_layout.readings(torch.ones(len(groups), 3, dtype=torch.bool), groups) == []
-    assert row_layout.readings(torch.zeros(len(groups), 3, 2, dtype=torch.bool), groups) == [
+    assert row_layout.consistent(torch.ones(len(groups), 3, dtype=torch.bool), groups) == []
+    assert row_layout.consistent(torch.zeros(len(groups), 3, 2, dtype=torch.bool), groups) == [
         Layout()
     ]
-    assert row_layout.readings(torch.zeros(len(groups), 5, dtype=torch.bool), groups) == [
+    assert row_layout.consistent(torch.zeros(len(groups), 5, dtype=torch.bool), groups) == [
         Layout(only=i) for i in range(3)
     ]
 

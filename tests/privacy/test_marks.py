@@ -5,9 +5,9 @@ two different gradients.
 import pytest
 import torch
 
-from grape_ray.engines.capture.capture_pass import Tap
 from grape_ray.engines.capture.row_layout import Layout
-from grape_ray.engines.verification.ownership import _weighs, same_gradients, same_in_part
+from grape_ray.engines.capture.tap import Tap
+from grape_ray.engines.verification.ownership import _weights_reached, same_gradients, same_in_part
 from grape_ray.errors import UnsupportedLayer
 
 TOLERANCE = 1e-3
@@ -46,16 +46,16 @@ def test_weights_tell_every_two_neighbours_apart_and_forgive_rounding(rows, kind
         .double()
     )
     whole = torch.rand(use.lead, dtype=torch.float64) + 0.1
-    assert _weighs(use, layout, whole, reached * whole, weights)
+    assert _weights_reached(use, whole, reached * whole, weights, layout)
     rounded = reached * (1 + 1e-4 * (2 * torch.rand(use.lead) - 1)) * whole
-    assert _weighs(use, layout, whole, rounded, weights)
+    assert _weights_reached(use, whole, rounded, weights, layout)
     for place in (0, whole.numel() - 1):
         for step in (1 / rows, -1 / rows):  # a row of the next example, or of the one before
             wrong = (reached * whole).clone()
             wrong.view(-1)[place] += step * whole.view(-1)[place]
-            assert not _weighs(use, layout, whole, wrong, weights)
+            assert not _weights_reached(use, whole, wrong, weights, layout)
     # what brings nothing says nothing
-    assert _weighs(use, layout, torch.zeros(use.lead), torch.zeros(use.lead), weights)
+    assert _weights_reached(use, torch.zeros(use.lead), torch.zeros(use.lead), weights, layout)
 
 
 def marks_like(*leads, sums=1.0, magnitudes=2.0):

@@ -12,7 +12,7 @@ from grape_ray.config.methods import METHODS
 from grape_ray.config.schema import Method, Privacy
 from grape_ray.engines.capture import row_layout
 from grape_ray.engines.capture.row_layout import Layout
-from grape_ray.engines.engine import VERIFY_EVERY
+from grape_ray.engines.verification.forward import VERIFY_EVERY
 from grape_ray.errors import UnsupportedLayer
 from grape_ray.training.preflight import preflight
 from tests.contracts.oracle import expected, worst
@@ -190,7 +190,7 @@ def test_two_examples_that_change_places_are_found_every_time_among_few(rows):
 
 
 def test_a_right_pass_stays_right_when_it_is_verified_again(monkeypatch):
-    monkeypatch.setattr("grape_ray.engines.engine.VERIFY_EVERY", 2)
+    monkeypatch.setattr("grape_ray.engines.verification.forward.VERIFY_EVERY", 2)
     model, batch = network().double(), {k: v.double() for k, v in batch_of(6).items()}
     made = engine(model, "ghost", 0.5)
     for _ in range(5):
@@ -271,7 +271,7 @@ def test_layouts_are_told_from_evidence(rows):
             if layout.only is None:
                 shape[layout.axis] = -1
             evidence = groups[:, owner].view(len(groups), *shape).expand(-1, *lead)
-            found = row_layout.readings(evidence, groups)[0]
+            found = row_layout.consistent(evidence, groups)[0]
             assert row_layout.agrees(found, evidence, groups)
             if found.axis == layout.axis and found.only is None and layout.only is None:
                 assert torch.equal(found.owners(lead, rows), owner)

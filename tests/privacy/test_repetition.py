@@ -1,5 +1,6 @@
 """A pass made again: what it is given, what it may do, and how near losses must be."""
 
+import functools
 import random
 from collections import UserDict
 
@@ -12,13 +13,14 @@ from torch.overrides import _get_current_function_mode
 
 from grape_ray import make_engine
 from grape_ray.engines.capture.batches import is_mask
-from grape_ray.engines.capture.capture_pass import Session
+from grape_ray.engines.capture.capture_pass import CapturePass
 from grape_ray.engines.capture.dependence import Dependence
-from grape_ray.engines.capture.model_state import Watch
+from grape_ray.engines.capture.dispatch import dispatch
+from grape_ray.engines.capture.model_state import ModelSnapshot
 from grape_ray.engines.capture.random_state import random_states
 from grape_ray.engines.capture.tracked import Tracked
-from grape_ray.engines.rules import find
-from grape_ray.engines.verification.repetition import Repetition, _distance, _same
+from grape_ray.engines.rules.table import HANDLERS
+from grape_ray.engines.verification.repetition import Observation, Repetition, _distance, _same
 from grape_ray.errors import UnsupportedLayer
 
 CPU = torch.device("cpu")
@@ -62,9 +64,9 @@ def check(
     found = forward(batch, rows) if losses is None else losses
     seen = Dependence(rows, set(), Tracked)
     seen.drew, seen.masked = drew, masked
-    session = Session(rows, None, CPU, set(), set(), find)
-    Repetition(session, forward, batch, state, tolerance).check(
-        (found, [], []), Watch(model or nn.Module()), seen, thorough
+    capture = CapturePass(rows, None, CPU, set(), set(), functools.partial(dispatch, HANDLERS))
+    Repetition(capture, forward, batch, state, tolerance).check(
+        Observation(found, [], []), ModelSnapshot(model or nn.Module()), seen, thorough
     )
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from grape_ray.engines.capture.model_state import (
-    Start,
-    Watch,
+    ModelSnapshot,
+    UntrainedState,
     awake,
     check_kinds,
     checksum,
@@ -155,7 +155,7 @@ WRITES = {
 def test_writes_are_refused_by_name_after_every_pass(kind, wrapped):
     model = Outer() if wrapped else Inner()
     inner = model.inner if wrapped else model
-    watch = Watch(model)
+    watch = ModelSnapshot(model)
     watch.check()
     WRITES[kind](inner)
     with pytest.raises(
@@ -167,7 +167,7 @@ def test_writes_are_refused_by_name_after_every_pass(kind, wrapped):
 def test_what_is_no_state_may_change():
     model = Outer()
     model.inner.scratch, model.inner.one = torch.inference_mode()(torch.zeros)(2), 1
-    watch = Watch(model)
+    watch = ModelSnapshot(model)
     model.inner._hidden.append(1)
     model.inner.word = "b"
     model.inner.frozen.grad = torch.zeros(2)
@@ -180,7 +180,7 @@ def test_what_is_no_state_may_change():
 )
 def test_what_goes_past_torch_shows_in_the_contents(name):
     model = Outer()
-    watch = Watch(model)
+    watch = ModelSnapshot(model)
     before = watch.contents()
     assert watch.contents() == before
     state_of(model)[name].data.add_(1)
@@ -190,7 +190,7 @@ def test_what_goes_past_torch_shows_in_the_contents(name):
 
 def test_attributes_are_put_back_and_parameters_left_where_they_are():
     model = Outer()
-    watch, listed, held = Watch(model), model.inner.listed, model.inner.held
+    watch, listed, held = ModelSnapshot(model), model.inner.listed, model.inner.held
     model.inner.listed, model.inner.held, model.inner.new = [2], torch.ones(2), 1
     del model.inner.word
     model.replaced = model.inner.word2 = 1
@@ -213,14 +213,14 @@ def test_attributes_are_put_back_and_parameters_left_where_they_are():
 def test_constants_are_what_no_batch_has_touched():
     model = Outer()
     inner = model.inner
-    assert Watch(model).constants() == {
+    assert ModelSnapshot(model).constants() == {
         id(t) for t in (inner.kept, inner.unsaved, inner.frozen, inner.held)
     }
 
 
 def test_what_training_does_not_train_is_saved_as_it_began():
     model = Outer()
-    start = Start(model)
+    start = UntrainedState(model)
     model.inner.weight.data.add_(1)
     start.check()
     for tensor, name in (

@@ -102,14 +102,16 @@ def positions(uses: list[Pair]) -> int:
 
 def gram_squared_norms(uses: list[Pair]) -> Tensor:
     """||sum_u left_u^T right_u||^2 per example by inner products of positions (ghost norm; Li et
-    al. 2022) -> (B,) float64, from above.
+    al. 2022) -> (B,) float64, upper bounds.
 
     Sums over pairs of uses, so tied and reused weights are exact. Positions that cancel each other
     leave little but rounding, which could come out as nothing: each inner product may be off by
     gamma_n |left_s| |left_t|, and the most that this can do to the sum, by the Cauchy-Schwarz
     inequality, is added.
     """
-    return torch.cat([_gram(some) for some in _by_rows(uses, positions(uses) ** 2, _GRAM_ENTRIES)])
+    return torch.cat(
+        [_gram(some) for some in _by_examples(uses, positions(uses) ** 2, _GRAM_ENTRIES)]
+    )
 
 
 def _gram(uses: list[Pair]) -> Tensor:
@@ -154,20 +156,13 @@ def _entrywise(
     off_right = gamma(chain(other.shape[-1]), dtype) * rows[1] * columns[1]
     norms = matrix_norms(left), matrix_norms(right)
     total, last = dots(left, right)
-    return torch.stack(
-        [
-            total,
-            off_left * norms[1]
-            + off_right * norms[0]
-            + off_left * off_right
-            + last * norms[0] * norms[1],
-        ]
-    )
+    crossed = off_left * norms[1] + off_right * norms[0] + off_left * off_right
+    return torch.stack([total, crossed + last * norms[0] * norms[1]])
 
 
 def outer_squared_norms(uses: list[Pair], small: Tensor | None = None) -> Tensor:
     """||sum_u left_u^T right_u + small||^2 per example from the gradients themselves, some examples
-    at a time -> (B,) float64, from above.
+    at a time -> (B,) float64, upper bounds.
 
     Args:
         small: what else there is of the gradient, (B, ...) of as many entries, or None.
@@ -175,7 +170,7 @@ def outer_squared_norms(uses: list[Pair], small: Tensor | None = None) -> Tensor
     uses = [wide(*use) for use in uses]
     (left, right), dtype = uses[0], uses[0][1].dtype
     entries, found, first = width(left) * right.shape[-1], [], 0
-    for some in _by_rows(uses, entries, _GRADIENT_ENTRIES):
+    for some in _by_examples(uses, entries, _GRADIENT_ENTRIES):
         whole = _whole(some)
         last = first + whole.shape[0]
         found.append(
@@ -189,7 +184,7 @@ def outer_squared_norms(uses: list[Pair], small: Tensor | None = None) -> Tensor
     return raised(torch.cat(found), gamma(terms + 2, dtype) * magnitudes(uses) + underflow)
 
 
-def _by_rows(uses: list[Pair], entries: int, most: int) -> Iterator[list[Pair]]:
+def _by_examples(uses: list[Pair], entries: int, most: int) -> Iterator[list[Pair]]:
     """The pairs of some examples after the other, as many as have `most` entries together, or one;
     all of them on an accelerator.
     """
@@ -222,8 +217,8 @@ def _whole(uses: list[Pair]) -> Tensor:
 
 
 def magnitudes(uses: list[Pair]) -> Tensor:
-    """sum over positions of ||left_t|| ||right_t|| per example -> (B,) float64, from above: the
-    norm, if no two positions cancelled.
+    """sum over positions of ||left_t|| ||right_t|| per example -> (B,) float64, an upper bound:
+    the norm, if no two positions cancelled.
     """
     total = torch.zeros((), dtype=torch.float64)
     for left, right in uses:
@@ -247,7 +242,7 @@ def _inner(a: Left, b: Left, dtype: torch.dtype) -> Tensor:
 
 def lookup_squared_norms(index: Index, right: Tensor) -> Tensor:
     """Squared norms of an embedding's per-example gradient by sums over equal ids, O(T I) each, no
-    table, no T x T -> (B,), from above.
+    table, no T x T -> (B,), upper bounds.
     """
     rows, length, width = right.shape
     ids, order = index.ids.sort(dim=1)

@@ -1,5 +1,5 @@
-"""How far float sums and products may be off, and norms that are never below the truth for it
-("Norms are taken from above", docs).
+"""Bounds on the rounding of float sums and products, and norms that are upper bounds in spite of it
+("Norms are taken from above", docs/privacy.md).
 
 An inner product of n terms, added in any order, with or without fused multiplications, is off by at
 most gamma_n times the sum of the terms' magnitudes, gamma_n = n u / (1 - n u) with u half the
@@ -108,7 +108,7 @@ def dots(a: Tensor, b: Tensor) -> tuple[Tensor, float]:
 
 
 def squared(stored: Tensor) -> Tensor:
-    """Squared norms (B,) in float64 of gradients (B, ...), from above.
+    """Squared norms (B,) in float64 of gradients (B, ...), upper bounds.
 
     Short blocks of entries are normed in their own precision, and those norms' squares added in
     float64.

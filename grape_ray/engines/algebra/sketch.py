@@ -70,8 +70,8 @@ def hutch_plus_plus(uses: list[Pair], draw: Draw) -> Tensor:
     """||M Q||^2 + ||M (I - Q Q^T) P||^2 with Q an orthonormal basis of M^T M S (Meyer et al. 2021)
     per example (B,).
 
-    Given Q the second term is Hutchinson's on the rest of M, so the law is again a mixture of an
-    exact part and chi2_K / K.
+    Given Q the second term is Hutchinson's on the rest of M, so it is again distributed as a
+    mixture of an exact part and chi2_K / K.
     """
     left = torch.cat([left for left, _ in uses if not isinstance(left, Index)], 1)
     right = torch.cat([right for _, right in uses], 1)

@@ -1,3 +1,3 @@
-"""How per-example gradients are caught: tracked parameters, taps, and which rows belong to which
-example.
+"""Capturing per-example gradients: tracked parameters, taps at each of their uses, and which rows
+belong to which example.
 """

@@ -38,7 +38,7 @@ def tensors_of(batch: Any) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(plain(batch))[0] if isinstance(leaf, Tensor)]
 
 
-def batch_rows(batch: Any) -> int:
+def count_examples(batch: Any) -> int:
     """Examples in a batch: the length of each of its tensors.
 
     Raises:

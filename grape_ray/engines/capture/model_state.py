@@ -103,8 +103,8 @@ def check_kinds(model: nn.Module, params: Mapping[str, Tensor]) -> None:
 
 @contextlib.contextmanager
 def awake(model: nn.Module) -> Iterator[None]:
-    """Small values in trainable tensors that begin as zeros, as LoRA's do: through zeros no
-    gradient would show whose it is.
+    """Small values, during a verification, in trainable tensors that are all zeros at the start, as
+    LoRA's are: through zeros no gradient passes, and none would show whose it is.
     """
     asleep = [
         p
@@ -138,7 +138,7 @@ def _contents(value: Any) -> Any:
     return None
 
 
-class Watch:
+class ModelSnapshot:
     """The state of a model before a pass, and what has to hold after it.
 
     Guarantees: what a pass rebinds among the attributes of modules (`self.mean = ...`) is put back
@@ -218,7 +218,7 @@ class Watch:
                 raise written(name)
 
 
-class Start:
+class UntrainedState:
     """The untrained tensors of a model as training begins; what is saved with it later must be
     these, bit for bit.
     """

@@ -1,11 +1,11 @@
-"""Parameters that answer for themselves: a tensor subclass stands in for each trainable parameter
-during one pass.
+"""Tracked parameters: a tensor subclass that takes the place of each trainable parameter during one
+pass and sees every operation on it.
 
 Whatever the model does with a parameter (a Linear, a bare `weight * x`, a tied head,
-`cls_token.expand(B, ...)`) reaches `Session.call`, on any thread and inside recomputed checkpoints.
-A value is either *shared* (computed from parameters and constants alone: it stays tracked, as a
-Node) or the batch has a part in it (from there on it is a plain tensor whose gradient is taken
-apart by example).
+`cls_token.expand(B, ...)`) reaches `CapturePass.call`, on any thread and inside recomputed
+checkpoints. A value is either *shared*, computed from parameters and constants alone: then it stays
+tracked, as a Node. Or the batch has a part in it: from there on it is a plain tensor, whose
+gradient is split by example.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class Node:
         graph: the value, with autograd history. leaves: parameter name -> leaf.
         root: the parameter that it is, up to a cast, or None. transposed: whether it is that
             parameter's 2-D transpose.
-        spread: where this value is copies of another, as of a prefix token.
-        lookup: (node, ids, padding_idx), where this value is rows of a table at constant places, as
-            of positions.
+        copies: where this value is copies of another, as of a prefix token.
+        look_up: where this value is rows of a table at constant ids, as of positions: looks them up
+            again in a pass, now as rows that belong to examples.
     """
 
-    __slots__ = ("graph", "leaves", "lookup", "root", "spread", "transposed")
+    __slots__ = ("copies", "graph", "leaves", "look_up", "root", "transposed")
 
     def __init__(
         self,
@@ -42,8 +42,8 @@ class Node:
         transposed: bool = False,
     ):
         self.graph, self.leaves, self.root, self.transposed = graph, leaves, root, transposed
-        self.spread: Spread | None = None
-        self.lookup: tuple[Node, Tensor, int | None] | None = None
+        self.copies: Copies | None = None
+        self.look_up: Callable[[Any], Tensor] | None = None
 
     @property
     def value(self) -> Tensor:
@@ -54,7 +54,7 @@ class Node:
         return "'" + "', '".join(self.leaves) + "'"
 
 
-class Spread(NamedTuple):
+class Copies(NamedTuple):
     """Copies of a shared value: `source` expanded to `shape`, and then reshaped by the operations
     `then`, (function, arguments) each.
     """
@@ -63,28 +63,28 @@ class Spread(NamedTuple):
     shape: tuple[int, ...]
     then: tuple[tuple[Callable, tuple, dict], ...]
 
-    def followed_by(self, func: Callable, args: tuple, kwargs: dict) -> Spread:
+    def followed_by(self, func: Callable, args: tuple, kwargs: dict) -> Copies:
         """The same copies, reshaped once more."""
         return self._replace(then=(*self.then, (func, args, kwargs)))
 
 
 class Router(Protocol):
-    """What a tracked value asks for the result of an operation on it: `capture_pass.Session`."""
+    """What a tracked value asks for the result of an operation on it: a `CapturePass`."""
 
     def call(self, func: Callable, args: tuple, kwargs: dict) -> Any: ...
 
 
 class Tracked(torch.Tensor):
-    """The stand-in of a Node; lives for one pass."""
+    """The value of a Node, in the place of the parameter; lives for one pass."""
 
     node: Node
-    session: Router
+    capture: Router
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         first = next(t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tracked))
-        return first.session.call(func, args, kwargs)
+        return first.capture.call(func, args, kwargs)
 
 
 def tracked_in(args: tuple, kwargs: dict) -> list[Tracked]:

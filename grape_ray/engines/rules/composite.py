@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grape_ray.engines.capture.capture_pass import Session
-from grape_ray.engines.capture.dispatch import fast_rule, shared
+from grape_ray.engines.capture.capture_pass import CapturePass
+from grape_ray.engines.capture.dispatch import general, shared
+from grape_ray.engines.capture.shared_values import per_example
+from grape_ray.engines.capture.torch_functions import Call
 from grape_ray.engines.capture.tracked import Tracked, tracked_in
 from grape_ray.errors import UnsupportedLayer
 
@@ -28,14 +30,24 @@ State = Any  # a tuple of tensors: (hidden,) or (hidden, cell)
 Step = Callable[[Tensor, Tensor, State], State]
 
 
-@fast_rule("multi_head_attention_forward")
-def multi_head_attention(
-    session: Session, func: Callable, name: str, args: tuple, kwargs: dict
-) -> Any:
+def multi_head_attention(capture: CapturePass, call: Call) -> Any:
     """nn.MultiheadAttention, and with it torch's transformer layers."""
-    if not session.depends(name, args, kwargs):
-        return shared(session, func, name, args, kwargs)
-    return _attention(*args, **kwargs)
+    if not capture.depends(call):
+        return shared(capture, call)
+    return _attention(*call.args, **call.kwargs)
+
+
+def scaled_dot_product_attention(capture: CapturePass, call: Call) -> Any:
+    """Attention with a learned bias (T5's relative positions) as its mask."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
+    given = dict(zip(names, call.args)) | call.kwargs
+    mask = given.get("attn_mask")
+    if len(tracked_in(call.args, call.kwargs)) != 1 or not isinstance(mask, Tracked):
+        return general(capture, call)
+    if not capture.depends(call):
+        return shared(capture, call)
+    shape = (*given["query"].shape[:-1], given["key"].shape[-2])
+    return call.func(**(given | {"attn_mask": per_example(capture, mask, shape)}))
 
 
 def _lstm_step(gates_x: Tensor, gates_h: Tensor, state: State) -> State:
@@ -63,60 +75,60 @@ _STEPS: dict[str, Step] = {
 }  # fmt: skip
 
 
-@fast_rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
-def cell(session: Session, func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
+def cell(capture: CapturePass, call: Call) -> Any:
     """One step of a recurrent layer; a state that the batch has no part in is made each example's
     own.
     """
-    if not session.depends(name, args, kwargs):
-        return shared(session, func, name, args, kwargs)
+    if not capture.depends(call):
+        return shared(capture, call)
+    args = call.args
     x, state, w_ih, w_hh = args[:4]
     b_ih, b_hh = args[4:6] if len(args) > 4 else (None, None)
     state = tuple(
         _of_the_batch(s) for s in (state if isinstance(state, (tuple, list)) else (state,))
     )
-    out = _STEPS[name.removesuffix("_cell")](
+    out = _STEPS[call.name.removesuffix("_cell")](
         F.linear(x, w_ih, b_ih), F.linear(state[0], w_hh, b_hh), state
     )
     return out if len(out) > 1 else out[0]
 
 
-@fast_rule(*_STEPS)
-def recurrent(session: Session, func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
+def recurrent(capture: CapturePass, call: Call) -> Any:
     """nn.LSTM, nn.GRU and nn.RNN of padded sequences: inputs of all steps in one product, states
     step by step.
     """
+    args = call.args
     if isinstance(args[1], Tensor) and args[1].ndim == 1:
-        label = ", ".join(t.node.label for t in tracked_in(args, kwargs)[:1])
+        label = ", ".join(t.node.label for t in tracked_in(args, call.kwargs)[:1])
         raise UnsupportedLayer(
-            f"'{name}' of a packed sequence on parameter {label}",
+            f"'{call.name}' of a packed sequence on parameter {label}",
             "rows in order of time",
             "padded sequences",
             "do not pack them",
         )
-    if not session.depends(name, args, kwargs):
-        return shared(session, func, name, args, kwargs)
-    x, states, weights, biased, layers, dropout, training, both_ways, batch_first = args
+    if not capture.depends(call):
+        return shared(capture, call)
+    x, states, weights, biased, layers, dropout, training, bidirectional, batch_first = args
     states = states if isinstance(states, (tuple, list)) else (states,)
-    ways = 2 if both_ways else 1
-    each = len(weights) // (layers * ways)
+    directions = 2 if bidirectional else 1
+    each = len(weights) // (layers * directions)
     x, final = x if batch_first else x.transpose(0, 1), list[State]()
     for layer in range(layers):
         outs = []
-        for way in range(ways):
-            number = layer * ways + way
+        for direction in range(directions):
+            number = layer * directions + direction
             own = weights[number * each : (number + 1) * each]
             out, last = _one_layer(
-                name,
+                call.name,
                 x,
                 tuple(_of_the_batch(s[number]) for s in states),
                 own,
                 biased,
-                reverse=bool(way),
+                reverse=bool(direction),
             )
             outs.append(out)
             final.append(last)
-        x = torch.cat(outs, 2) if ways > 1 else outs[0]
+        x = torch.cat(outs, 2) if directions > 1 else outs[0]
         if layer < layers - 1:
             # drawn in the order of torch's own
             x = F.dropout(x.transpose(0, 1).contiguous(), dropout, training).transpose(0, 1)
@@ -143,7 +155,7 @@ def _one_layer(
 
 
 def _of_the_batch(state: Tensor) -> Tensor:
-    """A copy that no watch has seen, and that therefore counts as the batch's: a state of zeros has
-    a row for each example.
+    """A copy that `Dependence` has not seen made, and that therefore counts as the batch's: a state
+    of zeros has a row for each example.
     """
     return state if isinstance(state, Tracked) else state.clone()

@@ -1,1 +1,3 @@
-"""What is verified by value before a pass may be trusted: ownership, repetition, no memory."""
+"""Verification by value: which rows belong to which example, and that an example's loss depends on
+nothing else.
+"""

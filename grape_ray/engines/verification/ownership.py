@@ -1,5 +1,4 @@
-"""Whose rows are whose, by value: gradients of some examples' losses alone, at every use of a
-parameter.
+"""The ownership check: which rows belong to which example, by value, at every use of a parameter.
 
 The losses of a group of examples go backward alone. Every tap must then receive exact zeros in the
 rows of all others, and in the group's own rows what it receives when all losses go backward
@@ -8,14 +7,16 @@ together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from grape_ray.engines.capture import row_layout
-from grape_ray.engines.capture.capture_pass import Phase, Reroute, Session, Tap
+from grape_ray.engines.capture.capture_pass import CapturePass
 from grape_ray.engines.capture.row_layout import Layout
+from grape_ray.engines.capture.tap import Phase, RetryPass, Tap
 from grape_ray.errors import UnsupportedLayer
 
 # examples that are told apart by exact zeros, in 2 log2 B backward passes; more by weights, in one
@@ -23,10 +24,12 @@ from grape_ray.errors import UnsupportedLayer
 _FEW = 8
 _MOST = 1000  # examples that weights tell apart where rounding is below a thousandth
 # for every tap (2, *lead): sums of its gradient and of its magnitudes over the features
-Marks = list[Tensor]
+GradientSums = list[Tensor]
 
 
-def ownership(session: Session, losses: Tensor, tolerance: float, thorough: bool) -> Marks:
+def ownership(
+    capture: CapturePass, losses: Tensor, tolerance: float, thorough: bool
+) -> GradientSums:
     """Finds the layout of every tap that has none, and checks those that have one, by exact zeros.
 
     Args:
@@ -39,52 +42,46 @@ def ownership(session: Session, losses: Tensor, tolerance: float, thorough: bool
     Raises:
         UnsupportedLayer: gradients of one example arrive in rows that belong to another, or in no
             regular place, or are others when other losses go backward with them.
-        Reroute: that can be because shared values meet the batch another way than their sizes
-            suggest.
+        RetryPass: that can be because shared values meet the batch at another place than their
+            sizes suggest.
     """
     if not losses.requires_grad:
         return []
-    whole = marks_of(session, session.taps, losses, torch.ones(session.rows))
-    if session.rows == 1:
+    whole = gradient_sums(capture, capture.taps, losses, torch.ones(capture.examples))
+    if capture.examples == 1:
         return whole
-    by_weight = thorough and _FEW < session.rows <= _MOST and tolerance < 1 / _MOST
+    by_weight = thorough and _FEW < capture.examples <= _MOST and tolerance < 1 / _MOST
     groups = (
-        row_layout.every_pair(session.rows)
+        row_layout.every_pair(capture.examples)
         if thorough and not by_weight
-        else row_layout.random_halves(session.rows)
+        else row_layout.random_halves(capture.examples)
     )
-    kept = [marks_of(session, session.taps, losses, group) for group in groups]
-    weights = 1 + torch.arange(session.rows) / session.rows
-    weighted = marks_of(session, session.taps, losses, weights) if by_weight else whole
-    weights = weights if by_weight else torch.ones(session.rows)
+    kept = [gradient_sums(capture, capture.taps, losses, group) for group in groups]
+    weights = 1 + torch.arange(capture.examples) / capture.examples
+    weighted = gradient_sums(capture, capture.taps, losses, weights) if by_weight else whole
+    weights = weights if by_weight else torch.ones(capture.examples)
     wrong: list[Tap] = []
-    for number, tap in enumerate(session.taps):
-        evidence = torch.stack([marks[number][1] > 0 for marks in kept]).cpu()
+    for number, tap in enumerate(capture.taps):
+        evidence = torch.stack([sums[number][1] > 0 for sums in kept]).cpu()
+        reached = functools.partial(
+            _weights_reached, tap, whole[number][1], weighted[number][1], weights
+        )
         if tap.layout is None:
-            found = row_layout.readings(evidence, groups) if bool(evidence.any()) else []
-            found = [
-                c for c in found if _weighs(tap, c, whole[number][1], weighted[number][1], weights)
-            ]
-            tap.layout, tap.readings = found[0] if found else None, found
-            tap.settled = (
-                len({(c.axis, *c.owners(tap.lead, session.rows).tolist()) for c in found}) <= 1
-            )
-            fits = tap.layout is not None or not bool(evidence.any())
+            fits = _find_layout(tap, evidence, groups, reached)
         else:
-            fits = row_layout.agrees(tap.layout, evidence, groups)
-            fits = fits and _weighs(tap, tap.layout, whole[number][1], weighted[number][1], weights)
+            fits = row_layout.agrees(tap.layout, evidence, groups) and reached(tap.layout)
         if not fits:
             wrong.append(tap)
-    ways = {tap.way for tap in wrong if tap.way is not None and tap.way not in session.inside}
-    if ways:
-        raise Reroute(ways)
+    sites = {tap.site for tap in wrong if tap.site is not None} - capture.inner_sites
+    if sites:
+        raise RetryPass(sites)
     if wrong:
-        raise _not_owned(wrong[0], session.rows)
-    for group, marks in zip(groups, kept):
+        raise _not_owned(wrong[0], capture.examples)
+    for group, sums in zip(groups, kept):
         same_gradients(
-            session.taps,
+            capture.taps,
             whole,
-            marks,
+            sums,
             group,
             tolerance,
             "another gradient where the losses of others go backward with it",
@@ -92,7 +89,24 @@ def ownership(session: Session, losses: Tensor, tolerance: float, thorough: bool
     return whole
 
 
-def _weighs(tap: Tap, layout: Layout, whole: Tensor, weighted: Tensor, weights: Tensor) -> bool:
+def _find_layout(
+    tap: Tap, evidence: Tensor, groups: Tensor, reached: Callable[[Layout], bool]
+) -> bool:
+    """Gives a tap the first layout that the evidence (K, *lead) allows; whether there is one, or
+    none is needed.
+    """
+    arrived = bool(evidence.any())
+    found = row_layout.consistent(evidence, groups) if arrived else []
+    tap.consistent = [layout for layout in found if reached(layout)]
+    tap.layout = tap.consistent[0] if tap.consistent else None
+    owners = {(c.axis, *c.owners(tap.lead, groups.shape[1]).tolist()) for c in tap.consistent}
+    tap.unambiguous = len(owners) <= 1
+    return tap.layout is not None or not arrived
+
+
+def _weights_reached(
+    tap: Tap, whole: Tensor, weighted: Tensor, weights: Tensor, layout: Layout
+) -> bool:
     """Whether weights (B,) of the losses have reached the rows of those whose they are, told by the
     magnitudes of gradients (*lead,).
     """
@@ -102,11 +116,13 @@ def _weighs(tap: Tap, layout: Layout, whole: Tensor, weighted: Tensor, weights: 
     return not bool(((weighted - own * whole).abs() > whole / (4 * len(weights))).any())
 
 
-def marks_of(session: Session, taps: Sequence[Tap], losses: Tensor, group: Tensor) -> Marks:
+def gradient_sums(
+    capture: CapturePass, taps: Sequence[Tap], losses: Tensor, group: Tensor
+) -> GradientSums:
     """What the losses of one group bring to every tap; the graph is kept."""
     for tap in taps:
         tap.evidence.clear()
-    phase, session.phase = session.phase, Phase.VERIFY
+    phase, capture.phase = capture.phase, Phase.VERIFY
     try:
         torch.autograd.backward(losses, group.to(losses.device, losses.dtype), retain_graph=True)
     except RuntimeError as error:
@@ -117,8 +133,8 @@ def marks_of(session: Session, taps: Sequence[Tap], losses: Tensor, group: Tenso
             "do not write in place",
         ) from error
     finally:
-        session.phase = phase
-    session.check_leaks()
+        capture.phase = phase
+    capture.check_leaks()
     found = []
     for tap in taps:
         nothing = torch.zeros(2, *tap.lead, dtype=torch.float64, device=losses.device)
@@ -128,7 +144,12 @@ def marks_of(session: Session, taps: Sequence[Tap], losses: Tensor, group: Tenso
 
 
 def same_gradients(
-    taps: Sequence[Tap], one: Marks, other: Marks, group: Tensor, tolerance: float, got: str
+    taps: Sequence[Tap],
+    one: GradientSums,
+    other: GradientSums,
+    group: Tensor,
+    tolerance: float,
+    got: str,
 ) -> None:
     """Raises UnsupportedLayer where the rows of a group's examples have received two different
     gradients.
@@ -138,7 +159,7 @@ def same_gradients(
             continue
         own = torch.ones((), dtype=torch.bool)
         # what only one reading gives to the group may be another's
-        for layout in tap.readings or [tap.layout]:
+        for layout in tap.consistent or [tap.layout]:
             mine = group[layout.owners(tap.lead, len(group))]
             own = own & (
                 mine
@@ -146,8 +167,8 @@ def same_gradients(
                 else mine.view(*[-1 if d == layout.axis else 1 for d in range(len(tap.lead))])
             )
         own = own.to(a.device)
-        apart = (a[0] - b[0]).abs() - tolerance * torch.maximum(a[1], b[1])
-        if bool(((apart > 0) & own).any()):
+        excess = (a[0] - b[0]).abs() - tolerance * torch.maximum(a[1], b[1])
+        if bool(((excess > 0) & own).any()):
             raise UnsupportedLayer(
                 f"the gradient of an example at operation '{tap.key[1]}' on parameter {tap.key[0]}",
                 got,
@@ -157,18 +178,18 @@ def same_gradients(
             )
 
 
-def by_example(tap: Tap, marks: Tensor, layout: Layout, rows: int) -> Tensor:
+def by_example(tap: Tap, sums: Tensor, layout: Layout, examples: int) -> Tensor:
     """Marks (2, *lead) summed over the rows of each example -> (2, B)."""
-    return torch.stack([layout.summed(part, len(tap.lead), rows) for part in marks])
+    return torch.stack([layout.summed(part, len(tap.lead), examples) for part in sums])
 
 
 def same_in_part(
     taps: Sequence[Tap],
-    whole: Marks,
+    whole: GradientSums,
     some: Sequence[Tap],
-    part: Marks,
+    part: GradientSums,
     picked: Tensor,
-    rows: int,
+    examples: int,
     tolerance: float,
 ) -> None:
     """Raises UnsupportedLayer where examples `picked` (indices) have another gradient in a batch of
@@ -182,7 +203,7 @@ def same_in_part(
         )
         if tap.layout is None or layout is None:
             continue
-        a = by_example(tap, all_of_it, tap.layout, rows)[:, picked.to(all_of_it.device)]
+        a = by_example(tap, all_of_it, tap.layout, examples)[:, picked.to(all_of_it.device)]
         b = by_example(other, its, layout, len(picked))
         if bool(((a[0] - b[0]).abs() > tolerance * torch.maximum(a[1], b[1])).any()):
             raise UnsupportedLayer(
@@ -193,10 +214,10 @@ def same_in_part(
             )
 
 
-def _not_owned(tap: Tap, rows: int) -> UnsupportedLayer:
+def _not_owned(tap: Tap, examples: int) -> UnsupportedLayer:
     return UnsupportedLayer(
         f"operation '{tap.key[1]}' on parameter {tap.key[0]}",
-        f"rows {tap.lead} in which gradients of several of {rows} examples meet",
+        f"rows {tap.lead} in which gradients of several of {examples} examples meet",
         "rows that each belong to one example, in a regular order (batch-first, view after view, or"
         " time-major)",
         "freeze the parameter (requires_grad=False), or keep examples in order and apart",

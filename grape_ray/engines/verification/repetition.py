@@ -1,40 +1,54 @@
-"""A forward pass made again: no example notices the others, luck is not shared, and nothing is
-remembered.
+"""A forward pass made again, which shows what an example's loss depends on.
 
-* *no company, no shared luck*: the pass is repeated with the other examples exchanged, for extreme
-  and for undefined ones where they are real numbers, and with them the random numbers that do not
-  visibly belong to an example; the losses of the rest must not change by a single bit, nor their
-  gradients beyond rounding.
-* *no memory*: that repetition comes after passes over other examples, and no weight or buffer may
-  have changed.
-* *no counting*: a part of the batch alone, and the batch with the others' masks exchanged as well,
-  must give the same losses up to rounding, since other shapes and masks may take other paths.
+* *on no other example, and on no random number that examples share*: the pass is repeated with the
+  other examples exchanged, for extreme and for undefined ones where they are real numbers, and with
+  them the random numbers that do not visibly belong to an example. The losses of the rest must not
+  change by a single bit, nor their gradients beyond rounding.
+* *on no earlier pass*: that repetition comes after passes over other examples, and no weight or
+  buffer may have changed.
+* *not on the number of examples*: a part of the batch alone, and the batch with the others' masks
+  exchanged as well, must give the same losses up to rounding, since other shapes and masks may take
+  other paths.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from grape_ray.engines.capture import row_layout
-from grape_ray.engines.capture.batches import is_mask, mapped
-from grape_ray.engines.capture.capture_pass import Session, Tap
+from grape_ray.engines.capture.batches import mapped
+from grape_ray.engines.capture.capture_pass import CapturePass
 from grape_ray.engines.capture.dependence import Dependence
-from grape_ray.engines.capture.model_state import Watch, written
+from grape_ray.engines.capture.model_state import ModelSnapshot, written
 from grape_ray.engines.capture.random_state import random_states, same_generators, set_states
+from grape_ray.engines.capture.tap import Tap
 from grape_ray.engines.capture.tracked import Tracked
-from grape_ray.engines.verification.company import Company, Undropped
-from grape_ray.engines.verification.ownership import Marks, marks_of, same_gradients, same_in_part
+from grape_ray.engines.verification.exchange import ExchangedDraws, WithoutDropout, exchanged
+from grape_ray.engines.verification.ownership import (
+    GradientSums,
+    gradient_sums,
+    same_gradients,
+    same_in_part,
+)
 from grape_ray.errors import UnsupportedLayer
 
 _EXTREMES = (1e12, float("nan"))  # what the others' real numbers are multiplied by
-# losses (B,), the uses of parameters, and what all losses together bring to each
-Look = tuple[Tensor, list[Tap], Marks]
+
+
+class Observation(NamedTuple):
+    """What is seen of one pass: its losses (B,), the uses of parameters, and what all losses
+    together bring to each.
+    """
+
+    losses: Tensor
+    taps: list[Tap]
+    sums: GradientSums
 
 
 class Repetition:
@@ -49,45 +63,47 @@ class Repetition:
 
     def __init__(
         self,
-        session: Session,
+        capture: CapturePass,
         forward: Callable[[Any, int], Tensor],
         batch: Any,
         state: list,
         tolerance: float,
     ):
-        self._session, self._forward, self._batch = session, forward, batch
-        self._rows, self._state, self._tolerance = session.rows, state, tolerance
+        self._capture, self._forward, self._batch = capture, forward, batch
+        self._examples, self._state, self._tolerance = capture.examples, state, tolerance
 
-    def check(self, look: Look, watch: Watch, seen: Dependence, thorough: bool) -> None:
-        """Raises UnsupportedLayer where an example's loss depends on company, on luck that is
-        shared, or on what came before.
+    def check(
+        self, observed: Observation, snapshot: ModelSnapshot, seen: Dependence, thorough: bool
+    ) -> None:
+        """Raises UnsupportedLayer where an example's loss depends on other examples, on random
+        numbers that are shared, or on what came before.
 
         Args:
-            look: the pass as it was. watch: since before it. seen: what was noticed of its random
-                numbers.
+            observed: the pass as it was. snapshot: the model from before it. seen: what was noticed
+                of its random numbers.
             thorough: exchange one random half of the examples and the other; otherwise one.
         """
-        before = random_states(self._session.device)
+        before = random_states(self._capture.device)
         try:
-            contents = watch.contents()
-            self._compare(look, seen, thorough)
-            for name, content in watch.contents().items():
+            contents = snapshot.contents()
+            self._compare(observed, seen, thorough)
+            for name, content in snapshot.contents().items():
                 if contents.get(name) != content:
                     raise written(name)
         finally:
             set_states(before)
 
-    def _compare(self, look: Look, seen: Dependence, thorough: bool) -> None:
+    def _compare(self, observed: Observation, seen: Dependence, thorough: bool) -> None:
         halves = (
-            row_layout.random_halves(self._rows)
-            if self._rows > 1
+            row_layout.random_halves(self._examples)
+            if self._examples > 1
             else torch.zeros(1, 1, dtype=torch.bool)
         )
         used = list(enumerate(halves))[: 2 if thorough else 1]
         for number, others in used:
-            self._in_company(look, others, number, seen)
+            self._beside_exchanged(observed, others, number, seen)
         plain = self._losses(self._batch)
-        if not same_generators(self._state, random_states(self._session.device)):
+        if not same_generators(self._state, random_states(self._capture.device)):
             raise UnsupportedLayer(
                 "a random number in the forward pass",
                 "one of NumPy's or Python's global generator",
@@ -96,75 +112,67 @@ class Repetition:
                 "draw it with torch",
             )
         self._close(
-            "the loss of an example by the engine's rules",
-            "by torch alone",
-            look[0].detach(),
-            plain,
+            "the loss of an example by the engine's rules", "by torch alone", observed.losses, plain
         )
-        if self._rows == 1:
+        if self._examples == 1:
             return
         for _, others in used:
-            masked = self._losses(self._exchanged(others, 1.0, masks=True))
+            masked = self._losses(exchanged(self._batch, others, 1.0, masks=True))
             self._close(
                 "the loss of an example", "beside other masks", plain[~others], masked[~others]
             )
         if not seen.drew:  # in a smaller batch the same draws would be other examples'
-            self._count(look, plain, halves[0], seen.masked)
+            self._count(observed, plain, halves[0], seen.masked)
 
-    def _in_company(self, look: Look, others: Tensor, number: int, seen: Dependence) -> None:
-        losses, taps, marks = look
-        among, met, brought = self._among(others, number)
+    def _beside_exchanged(
+        self, observed: Observation, others: Tensor, number: int, seen: Dependence
+    ) -> None:
+        losses, taps, sums = observed
+        beside, met, brought = self._with_exchanged(others, number)
         kept = ~others
-        if not _same(losses[kept], among[kept]):
+        if not _same(losses[kept], beside[kept]):
             # laid out in memory as exchanged examples are, which decides on some roundings
-            losses, taps, marks = self._again(taps)
-            if not _same(losses[kept], among[kept]):
-                self._explain(look[0], losses, among, others, number, seen.drew)
+            losses, taps, sums = self._again(taps)
+            if not _same(losses[kept], beside[kept]):
+                self._explain(observed.losses, losses, beside, others, number, seen.drew)
         if [(t.key, t.lead) for t in taps] == [(t.key, t.lead) for t in met]:
             same_gradients(
-                taps,
-                marks,
-                brought,
-                kept,
-                self._tolerance,
-                "another gradient beside other examples",
+                taps, sums, brought, kept, self._tolerance, "another gradient beside other examples"
             )
 
-    def _count(self, look: Look, plain: Tensor, half: Tensor, masked: bool) -> None:
+    def _count(self, observed: Observation, plain: Tensor, half: Tensor, masked: bool) -> None:
         """Compares some examples in the whole batch and in one of their own: losses, without
         dropout, whose masks differ, or gradients.
         """
         picked = half.nonzero().squeeze(1)
         few = mapped(self._batch, lambda t: t[picked.to(t.device)])
         if masked:
-            whole, alone = (
-                self._losses(self._batch, watching=Undropped()),
-                self._losses(few, len(picked), Undropped()),
-            )
+            whole = self._losses(self._batch, mode=WithoutDropout())
+            alone = self._losses(few, len(picked), WithoutDropout())
             self._close("the loss of an example", "in a smaller batch", whole[picked], alone)
             return
-        _, taps, marks = look
-        alone, met, brought = self._look(
-            few, Dependence(len(picked), self._session.constants, Tracked)
+        _, taps, sums = observed
+        alone, met, brought = self._observe(
+            few, Dependence(len(picked), self._capture.constants, Tracked)
         )
         self._close("the loss of an example", "in a smaller batch", plain[picked], alone)
         if [t.key for t in taps] == [t.key for t in met]:
-            same_in_part(taps, marks, met, brought, picked, self._rows, self._tolerance)
+            same_in_part(taps, sums, met, brought, picked, self._examples, self._tolerance)
 
-    def _among(self, others: Tensor, number: int, luck: bool = True) -> Look:
-        """The pass with `others` exchanged, and their luck; where a model fails on what that gives,
-        with less exchanged.
+    def _with_exchanged(self, others: Tensor, number: int, draws: bool = True) -> Observation:
+        """The pass with `others` exchanged, and what they draw; where a model fails on what that
+        gives, with less exchanged.
         """
-        constants, high = self._session.constants, bool(number)
+        constants, high = self._capture.constants, bool(number)
         for scale in (_EXTREMES[number], 1.0):
-            watching = (
-                Company(self._rows, constants, Tracked, others, high)
-                if luck
-                else Dependence(self._rows, constants, Tracked)
+            mode = (
+                ExchangedDraws(self._examples, constants, Tracked, others, high)
+                if draws
+                else Dependence(self._examples, constants, Tracked)
             )
-            batch = self._exchanged(others, scale)
+            batch = exchanged(self._batch, others, scale)
             try:
-                return self._look(batch, watching)
+                return self._observe(batch, mode)
             except UnsupportedLayer:
                 raise
             except Exception:
@@ -172,70 +180,46 @@ class Repetition:
                     raise
         raise AssertionError("unreachable")
 
-    def _again(self, known: list[Tap]) -> Look:
+    def _again(self, known: list[Tap]) -> Observation:
         """The pass once more, as it is, with the layouts of `known` uses."""
-        watching = Dependence(self._rows, self._session.constants, Tracked)
-        losses, taps, marks = self._look(mapped(self._batch, torch.clone), watching)
+        mode = Dependence(self._examples, self._capture.constants, Tracked)
+        losses, taps, sums = self._observe(mapped(self._batch, torch.clone), mode)
         for tap, old in zip(taps, known):
-            tap.layout, tap.readings = old.layout, old.readings
-        return losses, taps, marks
+            tap.layout, tap.consistent = old.layout, old.consistent
+        return Observation(losses, taps, sums)
 
-    def _look(self, batch: Any, watching: Dependence) -> Look:
+    def _observe(self, batch: Any, mode: Dependence) -> Observation:
         set_states(self._state)
-        with self._session.apart(watching) as taps, torch.enable_grad():
-            losses = watching.over(self._forward, batch)
-            everyone = torch.ones(watching.rows, dtype=torch.bool)
-            return (
-                losses.detach(),
-                taps,
-                marks_of(self._session, taps, losses, everyone) if losses.requires_grad else [],
-            )
-
-    def _exchanged(self, others: Tensor, scale: float, masks: bool = False) -> Any:
-        """The batch with each of `others` replaced by one of the rest, real numbers `scale` times
-        as large.
-
-        Args:
-            masks: whether tensors of zeros and ones are exchanged as well; models take other paths
-                where nothing is masked.
-        """
-        rest = (~others).nonzero().squeeze(1)
-        source = torch.arange(self._rows)
-        source[others] = rest[torch.arange(int(others.sum())) % len(rest)]
-
-        def exchange(leaf: Tensor) -> Tensor:
-            if not masks and is_mask(leaf):
-                return leaf
-            out = leaf[source.to(leaf.device)]
-            if leaf.is_floating_point() and scale != 1.0:
-                out[others.to(leaf.device)] *= scale
-            return out
-
-        return mapped(self._batch, exchange)
+        with self._capture.separate_pass(mode) as taps, torch.enable_grad():
+            losses = mode.over(self._forward, batch)
+            everyone = torch.ones(mode.examples, dtype=torch.bool)
+            learns = losses.requires_grad
+            sums = gradient_sums(self._capture, taps, losses, everyone) if learns else []
+            return Observation(losses.detach(), taps, sums)
 
     def _losses(
-        self, batch: Any, rows: int | None = None, watching: TorchFunctionMode | None = None
+        self, batch: Any, examples: int | None = None, mode: TorchFunctionMode | None = None
     ) -> Tensor:
         set_states(self._state)
-        context: AbstractContextManager = watching if watching is not None else nullcontext()
+        context: AbstractContextManager = mode if mode is not None else nullcontext()
         with torch.no_grad(), context:
-            return self._forward(mapped(batch), rows or self._rows).detach()
+            return self._forward(mapped(batch), examples or self._examples).detach()
 
     def _explain(
-        self, first: Tensor, losses: Tensor, among: Tensor, others: Tensor, number: int, drew: bool
+        self, first: Tensor, losses: Tensor, beside: Tensor, others: Tensor, number: int, drew: bool
     ) -> None:
         """Says why losses differ; a difference that rounding explains where the model itself is not
         reproducible is none.
 
         Args:
-            first, losses: of the pass as it was, and of its last repetition. among: with `others`
+            first, losses: of the pass as it was, and of its last repetition. beside: with `others`
                 exchanged, after both.
         """
         kept = ~others
-        noise = max(_distance(first, losses), _distance(losses, self._again([])[0]))
+        noise = max(_distance(first, losses), _distance(losses, self._again([]).losses))
         if 0 < noise <= self._tolerance:
             self._close(
-                "the loss of an example", "beside other examples", losses[kept], among[kept]
+                "the loss of an example", "beside other examples", losses[kept], beside[kept]
             )
             return
         if noise > 0:
@@ -246,7 +230,9 @@ class Repetition:
                 "let the model write no state, and draw random numbers from torch's generator"
                 " alone",
             )
-        if drew and _same(losses[kept], self._among(others, number, luck=False)[0][kept]):
+        if drew and _same(
+            losses[kept], self._with_exchanged(others, number, draws=False).losses[kept]
+        ):
             raise UnsupportedLayer(
                 "a random number in the forward pass",
                 "one that several examples share",

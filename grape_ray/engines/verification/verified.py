@@ -1,11 +1,12 @@
-"""What earlier passes have shown: the kinds of passes that were verified, and where the examples
-lie in each.
+"""The record of verification: which kinds of passes were verified, and where the examples lie in
+each use of a parameter.
 """
 
 from __future__ import annotations
 
-from grape_ray.engines.capture.capture_pass import Session, Way
+from grape_ray.engines.capture.capture_pass import CapturePass
 from grape_ray.engines.capture.row_layout import Layout
+from grape_ray.engines.capture.tap import Site
 
 Signature = tuple
 
@@ -14,42 +15,42 @@ class Layouts:
     """The kinds of passes that were verified, by the uses of parameters in their order.
 
     Attributes:
-        passes: how often each kind was met. inside: see `Session.inside`.
+        passes: how often each kind was met. inner_sites: see `RetryPass`.
     """
 
     def __init__(self) -> None:
         self._known: dict[Signature, list[Layout | None]] = {}
         self.passes: dict[Signature, int] = {}
-        self.inside: set[Way] = set()
+        self.inner_sites: set[Site] = set()
 
-    def signature(self, session: Session, training: bool, ragged: bool) -> Signature:
+    def signature(self, capture: CapturePass, training: bool, ragged: bool) -> Signature:
         """The kind of a pass: the mode, whether examples are masked differently, and the uses of
         parameters in their order.
         """
-        return training, ragged, session.rows == 1, *(tap.key for tap in session.taps)
+        return training, ragged, capture.examples == 1, *(tap.key for tap in capture.taps)
 
-    def fitted(self, signature: Signature, session: Session) -> bool:
-        """Gives the session's taps the layouts that an earlier pass had; whether there was one, and
-        all follow from it.
+    def fitted(self, signature: Signature, capture: CapturePass) -> bool:
+        """Gives the taps of a pass the layouts that an earlier one had; whether there was one, and
+        all layouts follow from it.
         """
-        known = self._known.get(signature, self._known.get((session.rows, signature)))
+        known = self._known.get(signature, self._known.get((capture.examples, signature)))
         if known is None:
             return False
-        for tap, layout in zip(session.taps, known):
-            tap.layout = layout and layout.fitted(tap.lead, session.rows)
+        for tap, layout in zip(capture.taps, known):
+            tap.layout = layout and layout.fitted(tap.lead, capture.examples)
             if layout is not None and tap.layout is None:
                 return False
         return True
 
-    def remember(self, signature: Signature, session: Session) -> None:
-        """Keeps the layouts of a verified pass, unless its gradients have left two readings of
+    def remember(self, signature: Signature, capture: CapturePass) -> None:
+        """Keeps the layouts of a verified pass, unless its gradients allow two layouts of
         one.
         """
-        if not all(tap.settled for tap in session.taps):
+        if not all(tap.unambiguous for tap in capture.taps):
             return
-        single = session.rows > 1 and any(
-            tap.layout is not None and tap.layout.only is not None for tap in session.taps
+        single = capture.examples > 1 and any(
+            tap.layout is not None and tap.layout.only is not None for tap in capture.taps
         )
-        self._known[(session.rows, signature) if single else signature] = [
-            tap.layout for tap in session.taps
+        self._known[(capture.examples, signature) if single else signature] = [
+            tap.layout for tap in capture.taps
         ]

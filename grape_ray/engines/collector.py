@@ -1,5 +1,5 @@
-"""What an engine does with the gradients that backward finds, told by three verbs: pair, dense, and
-then norms and a weighted sum.
+"""What an engine does with the per-example gradients that backward finds: it collects them, gives
+their norms, and then a weighted sum.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from grape_ray.engines.algebra.rounding import squared
 from grape_ray.engines.subspace import Subspace
 
 
-class Sink:
+class Collector:
     """Collects the per-example gradients of one micro-batch.
 
     Args:
-        params: the trainable tensors by name. rows: examples B. subspace, period: where projected
-            weights live.
+        params: the trainable tensors by name. examples: their number B. subspace, period: where
+            projected weights live.
     """
 
     overrides: tuple[tuple[str, str], ...] = ()
 
     def __init__(
-        self, params: Mapping[str, nn.Parameter], rows: int, subspace: Subspace, period: int
+        self, params: Mapping[str, nn.Parameter], examples: int, subspace: Subspace, period: int
     ):
-        self.params, self.rows, self.subspace, self.period = params, rows, subspace, period
+        self.params, self.examples, self.subspace, self.period = params, examples, subspace, period
 
     def compresses(self, name: str, axis: int) -> bool:
         """Whether weight `name` is compressed on `axis`."""
@@ -39,17 +39,11 @@ class Sink:
         """The projection (side, R) of weight `name` in this period, in the dtype of `like`."""
         return self.subspace.matrix(name, self.period, self.params[name]).to(like.dtype)
 
-    def keep(self, name: str, axis: int, factor: Tensor) -> Tensor:
-        """What forward keeps of a factor (B,T,side) on `axis` of weight `name`: of a compressed
-        side its projection (B,T,R).
-        """
-        return factor @ self.matrix(name, factor) if self.compresses(name, axis) else factor
-
     def announce(self, name: str) -> None:
         """Says in the forward pass that backward will bring gradients of `name` once more."""
 
     def pair(self, name: str, left: Left, right: Tensor) -> None:
-        """One use of weight `name`: its per-example gradient is left^T right (rules.pairs)."""
+        """One use of weight `name`: its per-example gradient is left^T right (`factor_pairs`)."""
         raise NotImplementedError
 
     def dense(self, name: str, grads: Tensor) -> None:
@@ -84,7 +78,7 @@ def sum_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
-class Materialised(Sink):
+class Materialised(Collector):
     """Keeps every example's gradient, projected where the subspace says so: DP-GRAPE, or DP-SGD
     where it says nothing.
 
@@ -96,9 +90,9 @@ class Materialised(Sink):
     """
 
     def __init__(
-        self, params: Mapping[str, nn.Parameter], rows: int, subspace: Subspace, period: int
+        self, params: Mapping[str, nn.Parameter], examples: int, subspace: Subspace, period: int
     ):
-        super().__init__(params, rows, subspace, period)
+        super().__init__(params, examples, subspace, period)
         self.stored: dict[str, Tensor] = {}
         self.lookups: dict[str, tuple[Index, Tensor]] = {}
 
@@ -108,7 +102,7 @@ class Materialised(Sink):
             if isinstance(left, Index) and name not in self.stored and name not in self.lookups:
                 self.lookups[name] = (left, factor_pairs.wide(left, right)[1])
             else:
-                self._add(name, outer(left, right).view(self.rows, *self.params[name].shape))
+                self._add(name, outer(left, right).view(self.examples, *self.params[name].shape))
         elif plan.axis == 0:
             projected = self._project(name, left)
             self._add(name, outer(projected, right.to(projected.dtype)))
@@ -129,12 +123,12 @@ class Materialised(Sink):
     def dense(self, name: str, grads: Tensor) -> None:
         plan = self.subspace.plan.get(name)
         if plan is not None:
-            flat = grads.reshape(self.rows, plan.rows, -1)
+            flat = grads.reshape(self.examples, plan.rows, -1)
             grads = self.matrix(name, grads).T @ (flat if plan.axis == 0 else flat.transpose(1, 2))
         self._add(name, grads)
 
     def _project(self, name: str, factor: Left) -> Tensor:
-        """(B,T,R) of a factor on the compressed side, which `keep` may have projected already."""
+        """(B,T,R) of a factor on the compressed side, which forward may have projected already."""
         plan = self.subspace.plan[name]
         if isinstance(factor, Index):
             return factor.project(self.subspace.matrix(name, self.period, self.params[name]))
@@ -159,7 +153,7 @@ class Materialised(Sink):
             stored = self.stored.pop(name)  # freed as soon as summed
             stored.index_fill_(0, bad, 0.0)
             total, plan = (
-                factors[name].to(stored.dtype) @ stored.reshape(self.rows, -1),
+                factors[name].to(stored.dtype) @ stored.reshape(self.examples, -1),
                 self.subspace.plan.get(name),
             )
             if plan is not None and plan.axis == 1:

@@ -1,5 +1,5 @@
-"""The stand-ins of parameters in the modules' own slots, for the time of a pass; the model object
-stays the user's.
+"""Puts tracked tensors in the place of the parameters for one pass; the model object stays the
+user's.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from grape_ray.distributed import sharding
-from grape_ray.engines.capture.capture_pass import Session, past_the_engine
-from grape_ray.engines.capture.model_state import Watch
+from grape_ray.engines.capture.capture_pass import CapturePass
+from grape_ray.engines.capture.model_state import ModelSnapshot
+from grape_ray.engines.capture.tap import bypassed
 from grape_ray.engines.capture.tracked import Node, Tracked
 
 
@@ -27,8 +28,8 @@ class Slot(NamedTuple):
     param: nn.Parameter
 
 
-def _stand_in(session: Session, slots: list[Slot]) -> None:
-    """Puts a stand-in into every slot that holds a whole tensor; a tied one is the same
+def _swap_in(capture: CapturePass, slots: list[Slot]) -> None:
+    """Puts a tracked tensor into every slot that holds a whole tensor; a tied one is the same
     everywhere.
     """
     made: dict[int, Tracked] = {}
@@ -38,19 +39,19 @@ def _stand_in(session: Session, slots: list[Slot]) -> None:
             continue
         if id(value) not in made:
             leaf = value.detach().requires_grad_()
-            made[id(value)] = session.track(Node(leaf, {slot.name: leaf}, slot.name))
+            made[id(value)] = capture.track(Node(leaf, {slot.name: leaf}, slot.name))
         slot.module._parameters[slot.key] = made[id(value)]  # pyright: ignore[reportArgumentType]
 
 
 @contextlib.contextmanager
 def tracking(
-    model: nn.Module, params: dict[str, nn.Parameter], session: Session, watch: Watch
+    model: nn.Module, params: dict[str, nn.Parameter], capture: CapturePass, snapshot: ModelSnapshot
 ) -> Iterator[None]:
-    """Swaps tracked stand-ins for `params` into the model's modules, and the parameters back
+    """Swaps tracked tensors for `params` into the model's modules, and the parameters back
     afterwards, whatever happens.
 
-    A sharded model's weights are there only while their block runs, so their stand-ins are made
-    anew each time it is entered.
+    A sharded model's weights are there only while their block runs, so their tracked tensors
+    are made anew each time it is entered.
 
     Raises:
         UnsupportedLayer: a parameter received an ordinary gradient, so the model reached it past
@@ -72,10 +73,10 @@ def tracking(
         owners = {part: gate for module, gate in gated.items() for part in module.modules()}
         for gate in gated.values():
             gate.watcher = functools.partial(
-                _stand_in, session, [s for s in slots if owners[s.module] is gate]
+                _swap_in, capture, [s for s in slots if owners[s.module] is gate]
             )
         if not gated:
-            _stand_in(session, slots)
+            _swap_in(capture, slots)
             _flat_weights(model)
         yield
         leaked = [name for name, p in params.items() if p.grad is not None]
@@ -88,11 +89,11 @@ def tracking(
         for name, param in params.items():
             param.grad = grads[name]
         if not gated:  # FSDP keeps state of its own in attributes
-            watch.restore_attributes()
-    session.check_leaks()
+            snapshot.restore_attributes()
+    capture.check_leaks()
     if leaked:
-        raise past_the_engine(f"'{leaked[0]}'")
-    watch.check()
+        raise bypassed(f"'{leaked[0]}'")
+    snapshot.check()
 
 
 def _flat_weights(model: nn.Module) -> None:

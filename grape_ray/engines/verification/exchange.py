@@ -1,4 +1,6 @@
-"""Passes made in other company, or without dropout: what a repetition of a pass changes in it."""
+"""What a repetition of a pass changes: other examples are exchanged, with what they draw at random;
+or dropout is left out.
+"""
 
 from __future__ import annotations
 
@@ -9,24 +11,43 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from grape_ray.engines.capture.dependence import (
-    DRAWS,
-    DROPOUT_AT,
-    DROPOUTS,
-    Dependence,
-    is_dropout,
-    stripped,
-)
+from grape_ray.engines.capture.batches import is_mask, mapped
+from grape_ray.engines.capture.dependence import Dependence
+from grape_ray.engines.capture.draws import DRAWS, DROPOUT_AT, DROPOUTS, is_dropout
+from grape_ray.engines.capture.torch_functions import operation
 
 
-class Undropped(TorchFunctionMode):
+def exchanged(batch: Any, others: Tensor, scale: float, masks: bool = False) -> Any:
+    """The batch with each of `others` (B,) replaced by one of the rest, real numbers `scale` times
+    as large.
+
+    Args:
+        masks: whether tensors of zeros and ones are exchanged as well; models take other paths
+            where nothing is masked.
+    """
+    rest = (~others).nonzero().squeeze(1)
+    source = torch.arange(len(others))
+    source[others] = rest[torch.arange(int(others.sum())) % len(rest)]
+
+    def exchange(leaf: Tensor) -> Tensor:
+        if not masks and is_mask(leaf):
+            return leaf
+        out = leaf[source.to(leaf.device)]
+        if leaf.is_floating_point() and scale != 1.0:
+            out[others.to(leaf.device)] *= scale
+        return out
+
+    return mapped(batch, exchange)
+
+
+class WithoutDropout(TorchFunctionMode):
     """A pass without dropout, in a model that is otherwise in training mode."""
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        kwargs, name = kwargs or {}, stripped(func)
-        if name in DROPOUTS and is_dropout(name, args, kwargs):
+        kwargs, name = kwargs or {}, operation(func)
+        if is_dropout(name, args, kwargs):
             return args[0] if args else kwargs["input"]
         if name == "scaled_dot_product_attention" and kwargs.get("dropout_p"):
             kwargs = {**kwargs, "dropout_p": 0.0}
@@ -35,20 +56,22 @@ class Undropped(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class Company(Dependence):
-    """The same watch over a pass whose other examples were exchanged: what they draw at random is
+class ExchangedDraws(Dependence):
+    """The dependence of a pass whose other examples were exchanged: what they draw at random is
     exchanged as well.
 
     Each draw takes as many random numbers as ever; then the rows of `others` are set to extreme
-    values, and so is a draw that has no row for each example. Examples with luck of their own
-    notice nothing.
+    values, and so is a draw that has no row for each example. An example whose draws are its own
+    keeps its loss.
 
     Args:
         others: (B,) bool. high: whether extremes are high ones.
     """
 
-    def __init__(self, rows: int, constants: set[int], stand_in: type, others: Tensor, high: bool):
-        super().__init__(rows, constants, stand_in)
+    def __init__(
+        self, examples: int, constants: set[int], tracked_class: type, others: Tensor, high: bool
+    ):
+        super().__init__(examples, constants, tracked_class)
         self._others, self._high = others, high
 
     def _draw(self, name: str, args: tuple, kwargs: dict | None, out: Any) -> None:
@@ -60,8 +83,8 @@ class Company(Dependence):
     def _exchange(self, name: str, drawn: Tensor) -> None:
         if drawn.numel() == 0:
             return
-        axis = next((d for d in range(drawn.ndim) if drawn.shape[d] == self.rows), 0)
-        per_example = drawn.ndim > 0 and drawn.shape[axis] % self.rows == 0
+        axis = next((d for d in range(drawn.ndim) if drawn.shape[d] == self.examples), 0)
+        per_example = drawn.ndim > 0 and drawn.shape[axis] % self.examples == 0
         low_high = DRAWS.get(name)
         if name in DROPOUTS:
             extreme = drawn * 2 if self._high else torch.zeros_like(drawn)
@@ -74,7 +97,9 @@ class Company(Dependence):
         else:
             extreme = drawn.reshape(-1).roll(1 if self._high else -1).view_as(drawn)
         if per_example:
-            others = self._others.to(drawn.device).repeat_interleave(drawn.shape[axis] // self.rows)
+            others = self._others.to(drawn.device).repeat_interleave(
+                drawn.shape[axis] // self.examples
+            )
             extreme = torch.where(
                 others.view([-1 if d == axis else 1 for d in range(drawn.ndim)]), extreme, drawn
             )

@@ -1,0 +1,213 @@
+"""The one autograd Function that catches per-example gradients, for every rule.
+
+A rule (`capture.rule`) knows its operation and nothing else. The tap saves for backward, casts as
+autocast would, keeps the projection of an input instead of the input, asks which rows belong to
+which example, and hands each example's part to the collector. No dense gradient of a weight is
+formed.
+
+Shapes: B examples, T positions, I in, O out, *lead the dimensions along which the examples lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grape_ray.engines.algebra.factor_pairs import Index, outer
+from grape_ray.engines.capture.capture_pass import CapturePass
+from grape_ray.engines.capture.rule import Rule, Settings
+from grape_ray.engines.capture.tap import Tap
+from grape_ray.engines.capture.tracked import Node, Tracked
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def apply_rule(
+    capture: CapturePass,
+    rule: Rule,
+    name: str,
+    args: Sequence[Any],
+    lead: Sequence[int],
+    settings: Settings | None = None,
+) -> Tensor:
+    """The result of an operation whose arguments are of the batch, or are tracked parameters.
+
+    Args:
+        args: tensors, Nodes and tracked tensors, and whatever else the rule's forward takes. lead:
+            the sizes of the leading dimensions of the gradients that will arrive.
+    """
+    nodes = tuple(
+        arg if isinstance(arg, Node) else arg.node if isinstance(arg, Tracked) else None
+        for arg in args
+    )
+    tap = capture.tap(nodes, name, lead)
+    values = [arg if node is None else node.value for node, arg in zip(nodes, args)]
+    return _TapFunction.apply(capture.dummy, capture, tap, rule, nodes, settings or {}, *values)
+
+
+class _TapFunction(torch.autograd.Function):
+    """An operation on parameters; backward gives the inputs' gradients to autograd, and the
+    parameters' to the collector, example by example.
+
+    `dummy` is a scalar that needs a gradient, so that backward comes here even where no input needs
+    one.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        dummy: Tensor,
+        capture: CapturePass,
+        tap: Tap,
+        rule: Rule,
+        nodes: tuple[Node | None, ...],
+        settings: Settings,
+        *args: Any,
+    ) -> Tensor:
+        ctx.capture, ctx.tap, ctx.rule = capture, tap, rule
+        ctx.nodes, ctx.settings = nodes, settings
+        ctx.dtype = getattr(args[0], "dtype", None)
+        if rule.casts:
+            args = _as_under_autocast(args)
+            capture.half |= args[0].dtype in _HALF
+        out, saved = rule.forward(args, settings)
+        kept = _keep(ctx, args[0]) if rule.factors is not None else None
+        saved = (kept, *saved)
+        ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in saved))
+        ctx.others = [None if isinstance(value, Tensor) else value for value in saved]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
+        kept, *saved = (
+            other if tensor is None else tensor
+            for tensor, other in zip(ctx.saved_tensors, ctx.others)
+        )
+        if ctx.rule.factors is not None:
+            _deliver_factors(ctx, grad, kept)
+        else:
+            _deliver_gradients(ctx, grad, tuple(saved))
+        wanted = ctx.needs_input_grad[6:]
+        grads: list[Tensor | None] = [None] * len(wanted)
+        if ctx.rule.input_gradient is None:
+            grads = _input_gradients_by_torch(ctx, grad, saved, wanted)
+        elif wanted[0]:
+            found = ctx.rule.input_gradient(grad, tuple(saved), ctx.settings)
+            grads[0] = found.to(ctx.dtype)
+        return None, None, None, None, None, None, *grads
+
+
+def _as_under_autocast(args: tuple) -> tuple:
+    """The arguments as autocast would pass them to a matrix product."""
+    device = args[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return args
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        arg.to(dtype) if isinstance(arg, Tensor) and arg.is_floating_point() else arg
+        for arg in args
+    )
+
+
+def _keep(ctx: Any, x: Tensor) -> Tensor | None:
+    """What forward keeps of the input for the weight's gradient: on a compressed side its
+    projection (*lead, R), so that x itself is freed.
+    """
+    rule, node, collector = ctx.rule, ctx.nodes[1], ctx.capture.collector
+    ctx.projected = False
+    if node is None:
+        return None
+    # the side of the parameter on which x lies; 1 is the last
+    ctx.axis = int(rule.outputs_first != node.transposed)
+    if not (rule.project and node.root and collector.compresses(node.root, ctx.axis)):
+        return x
+    ctx.projected = True
+    matrix, device = collector.matrix(node.root, x), x.device.type
+    if not torch.is_autocast_enabled(device):  # to enter its context takes longer than to ask
+        return rule.project(x, matrix, ctx.settings)
+    # never in the lower precision of an autocast around the engine
+    with torch.autocast(device, enabled=False):
+        return rule.project(x, matrix, ctx.settings)
+
+
+def _deliver_factors(ctx: Any, grad: Tensor, kept: Tensor | None) -> None:
+    """Gives the collector one use of a weight, of its bias, or of both."""
+    capture, rule = ctx.capture, ctx.rule
+    if not capture.arriving(ctx.tap, grad):
+        return
+    outputs, inputs = rule.factors(grad, None if ctx.projected else kept, ctx.settings)
+    # read once for weight and bias; of a rearranged gradient the sum alone is cheaper
+    together = outputs is grad
+    outputs = _by_example(ctx, outputs)
+    inputs = _by_example(ctx, kept if ctx.projected else inputs)
+    weight, bias = (*ctx.nodes[1:], None)[:2]
+    weight_name, bias_name = (node.root if node is not None else None for node in (weight, bias))
+    if weight_name and bias_name and ctx.axis and together:
+        capture.collector.affine(weight_name, bias_name, outputs, inputs)
+        return
+    if bias is not None:
+        capture.dense(bias, outputs.sum(1))
+    if weight_name and not (ctx.axis and isinstance(inputs, Index)):
+        pair: Any = (outputs, inputs) if ctx.axis else (inputs, outputs)
+        capture.collector.pair(weight_name, *pair)
+    elif weight is not None:  # a computed weight, as it was used
+        pair: Any = (outputs, inputs) if rule.outputs_first else (inputs, outputs)
+        capture.dense(weight, outer(*pair))
+
+
+def _by_example(ctx: Any, factor: Any) -> Any:
+    """(*lead, *positions, D) -> (B, T, D), of one-hot factors their ids; None stays None."""
+    if isinstance(factor, Index):
+        return Index(ctx.capture.by_example(ctx.tap, factor.ids), factor.size)
+    return factor if factor is None else ctx.capture.by_example(ctx.tap, factor).flatten(1, -2)
+
+
+def _deliver_gradients(ctx: Any, grad: Tensor, saved: tuple) -> None:
+    """Gives the collector each example's gradient of every parameter."""
+    capture, tap, rule, lead = ctx.capture, ctx.tap, ctx.rule, len(ctx.tap.lead)
+
+    def found() -> dict[int, Tensor]:
+        return {
+            position: rule.gradient(grad, position, saved, ctx.settings)
+            for position, node in enumerate(ctx.nodes)
+            if node is not None
+        }
+
+    rows, gradients = grad, None
+    if rule.lead_of == "gradient":
+        gradients = found()
+        parts = list(gradients.values())
+        rows = parts[0] if len(parts) == 1 else torch.cat([p.flatten(lead) for p in parts], lead)
+    if not capture.arriving(tap, rows):
+        return
+    for position, gradient in (found() if gradients is None else gradients).items():
+        if rule.per_row:
+            own = tap.layout.own_rows(gradient, capture.examples)
+        else:
+            own = capture.summed(tap, gradient)
+        node = ctx.nodes[position]
+        capture.dense(node, own.reshape(capture.examples, *node.graph.shape))
+
+
+def _input_gradients_by_torch(
+    ctx: Any, grad: Tensor, args: list, wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients of the arguments that need one, by computing the operation again."""
+    grads: list[Tensor | None] = [None] * len(wanted)
+    positions = [position for position, want in enumerate(wanted) if want]
+    if positions:
+        with torch.enable_grad():
+            fresh = [
+                arg.detach().requires_grad_(position in positions)
+                if isinstance(arg, Tensor)
+                else arg
+                for position, arg in enumerate(args)
+            ]
+            out, _ = ctx.rule.forward(tuple(fresh), ctx.settings)
+            found = torch.autograd.grad(out, [fresh[p] for p in positions], grad)
+        for position, gradient in zip(positions, found):
+            grads[position] = gradient
+    return grads
