@@ -18,12 +18,12 @@ from grape_ray.errors import LedgerError, StorageError
 from grape_ray.ledger import Ledger, Study, verify
 from grape_ray.ray_backend.train import train
 from grape_ray.storage import Storage
-from tests.tiny import tiny
+from tests.support.tiny import tiny
 
 pytest.importorskip("moto.server", reason="needs moto[server]: pip install grape-ray[s3]")
 pytest.importorskip("s3fs", reason="needs s3fs: pip install grape-ray[s3]")
-from tests import soak
-from tests.faulty_s3 import FaultyS3
+from tests.support import soak
+from tests.support.faulty_s3 import FaultyS3
 
 STUDY = Study("s", Mechanism("poisson_gaussian", 1.0, 10.0), 4.0, 1e-6, 50)
 

@@ -11,7 +11,7 @@ from grape_ray.engines.subspace import Gaussian, Projection, Svd, plan_projectio
 from grape_ray.errors import CheckpointError, ConfigError, GrapeRayError, NoiseReuse
 from grape_ray.optim import learning_rate, make_optimizer
 from grape_ray.privacy.noise import NoiseStream, privatize
-from tests.contracts import zoo
+from tests.support import zoo
 from tests.support.grants import granted
 
 KEY = b"o" * 32

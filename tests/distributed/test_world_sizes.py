@@ -13,9 +13,9 @@ from grape_ray.distributed.comms import Comms
 from grape_ray.optim import make_optimizer
 from grape_ray.privacy.noise import NoiseStream, nonprivate_mean, privatize
 from grape_ray.privacy.random_streams import poisson_batch
-from tests.contracts import zoo
-from tests.contracts.oracle import worst
+from tests.support import zoo
 from tests.support.grants import granted
+from tests.support.oracle import worst
 
 SAMPLING, NOISE = b"s" * 32, b"n" * 32
 

@@ -1,0 +1,204 @@
+"""Every rule, under every exact method, against one backward pass an example in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from grape_ray import make_engine, register_rule
+from grape_ray.config.methods import METHODS
+from grape_ray.errors import ConfigError, UnsupportedLayer
+from tests.support import zoo
+from tests.support.oracle import example_gradients, expected, median_norm, worst
+
+EXACT = [name for name, info in METHODS.items() if info.private and info.exact]
+
+
+def engine_for(model, method, clip_norm=1.0, **options):
+    return make_engine(
+        model, method, clip_norm, key=b"contract", rank=3, project_min_numel=100, **options
+    )
+
+
+@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("layer", zoo.LAYERS)
+def test_equals_one_backward_pass_an_example(layer, method):
+    model, batch = zoo.build_layer(layer), zoo.layer_batch()
+    clip = median_norm(model, zoo.layer_loss, batch, 6)
+    engine = engine_for(model, method, clip)
+    got = engine.clipped_sum(zoo.layer_loss, batch).tensors
+    assert worst(got, expected(engine, zoo.layer_loss, batch, 6)) < 1e-9
+    # another batch size through what was learned from the first
+    longer = zoo.layer_batch(rows=3, length=6, seed=1)
+    assert (
+        worst(
+            engine.clipped_sum(zoo.layer_loss, longer).tensors,
+            expected(engine, zoo.layer_loss, longer, 3),
+        )
+        < 1e-9
+    )
+
+
+@pytest.mark.parametrize("method", EXACT)
+def test_tied_and_reused_weights_add_before_the_norm(method):
+    torch.manual_seed(0)
+    model = zoo.Tied().double()
+
+    def loss(model, batch):
+        logits = model(batch["ids"])
+        return F.cross_entropy(logits.transpose(1, 2), batch["ids"], reduction="none").sum(1)
+
+    for length in (5, 9, 2):  # T changes from batch to batch
+        batch = {
+            "ids": torch.randint(
+                0, zoo.VOCAB, (4, length), generator=torch.Generator().manual_seed(length)
+            )
+        }
+        engine = engine_for(model, method, median_norm(model, loss, batch, 4))
+        assert (
+            worst(engine.clipped_sum(loss, batch).tensors, expected(engine, loss, batch, 4)) < 1e-9
+        )
+
+
+def test_the_model_is_left_as_it_was():
+    model, batch = zoo.build_layer("bare parameters"), zoo.layer_batch()
+    before = dict(model.named_parameters())
+    next(iter(before.values())).grad = torch.ones_like(next(iter(before.values())))
+    engine_for(model, "grape").clipped_sum(zoo.layer_loss, batch)
+    after = dict(model.named_parameters())
+    assert all(after[n] is p for n, p in before.items())
+    assert next(iter(after.values())).grad is not None
+
+    def failing(model, batch):
+        model(batch["x"])
+        raise KeyError("the user's own")
+
+    with pytest.raises(KeyError, match="own"):
+        engine_for(model, "grape").clipped_sum(failing, batch)
+    assert all(dict(model.named_parameters())[n] is p for n, p in before.items())
+
+
+def test_probing_consumes_no_random_state():
+    model, batch = zoo.build_layer("Linear"), zoo.layer_batch()
+    torch.manual_seed(3)
+    engine_for(model, "grape").clipped_sum(zoo.layer_loss, batch)
+    drawn = torch.rand(1)
+    torch.manual_seed(3)
+    assert drawn == torch.rand(1)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        out = self.inner(x)
+        return (out[0] if isinstance(out, tuple) else out).pow(2).flatten(1).sum(1)
+
+
+class Hoard(nn.Module):
+    """Keeps a second reference to its parameter and uses that."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5))
+        self.hoard = [self.weight]
+
+    def forward(self, x):
+        return x * self.hoard[0]
+
+
+class Packed(nn.Module):
+    """A recurrent layer over a packed sequence, whose rows lie in the order of time."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.GRU(5, 4, batch_first=True)
+
+    def forward(self, x):
+        lengths = torch.tensor([x.shape[1]] * x.shape[0])
+        return self.inner(nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True))[1][0]
+
+
+class Routed(nn.Module):
+    """Sends tokens to a layer by their values: rows that no example owns in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(5, 5)
+
+    def forward(self, x):
+        return (
+            self.inner(x.flatten(0, 1)[x.flatten(0, 1)[:, 0] > 0]).sum() + x.sum((1, 2))
+        ).unsqueeze(1)
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: Wrapped(Packed()), "packed sequence"),
+        (lambda: Wrapped(Hoard()), "not seen"),
+        (lambda: Wrapped(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(30))), "batch normalisation"),
+        (lambda: Wrapped(Routed()), "picked across examples"),
+        (lambda: Wrapped(nn.Embedding(9, 4, max_norm=1.0)), "max_norm"),
+    ],
+)
+def test_what_cannot_be_had_is_refused_by_name(build, words):
+    torch.manual_seed(0)
+    model = build().double()
+    batch = (
+        zoo.layer_batch() if "Embedding" not in str(model) else {"x": torch.randint(0, 9, (6, 6))}
+    )
+    with pytest.raises(UnsupportedLayer, match=words) as caught:
+        engine_for(model, "grape").clipped_sum(zoo.layer_loss, batch)
+    assert "'" in str(caught.value)  # names the layer or parameter
+
+
+def test_a_user_can_teach_an_operation():
+    class Cube(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            ctx.save_for_backward(x, weight)
+            return x * weight.pow(3)
+
+        @staticmethod
+        def backward(ctx, grad):
+            x, weight = ctx.saved_tensors
+            return grad * weight.pow(3), (grad * x * 3 * weight.square()).sum((0, 1))
+
+    def cube(x, weight):
+        if torch.overrides.has_torch_function((x, weight)):
+            return torch.overrides.handle_torch_function(cube, (x, weight), x, weight)
+        return Cube.apply(x, weight)
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(12) + 0.5)
+
+        def forward(self, x):
+            return cube(x, self.weight)
+
+    torch.manual_seed(0)
+    model, batch = zoo.Small(Layer()).double(), zoo.layer_batch()
+    with pytest.raises(UnsupportedLayer, match="register_rule"):
+        engine_for(model, "dp_adam").clipped_sum(zoo.layer_loss, batch)
+    register_rule(
+        cube, lambda grad, position, args, kwargs: (grad * args[0] * 3 * args[1].square()).sum(1)
+    )
+    engine = engine_for(model, "dp_adam", median_norm(model, zoo.layer_loss, batch, 6))
+    assert (
+        worst(
+            engine.clipped_sum(zoo.layer_loss, batch).tensors,
+            expected(engine, zoo.layer_loss, batch, 6),
+        )
+        < 1e-9
+    )
+
+
+def test_a_loss_of_the_wrong_shape_is_named():
+    model, batch = zoo.build_layer("Linear"), zoo.layer_batch()
+    with pytest.raises(ConfigError, match=r"per_example_loss.*\(6,\)"):
+        engine_for(model, "grape").clipped_sum(lambda m, b: zoo.layer_loss(m, b).mean(), batch)
+    assert len(example_gradients(model, zoo.layer_loss, batch, 6)) == 6
