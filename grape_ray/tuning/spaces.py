@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from grape_ray.config.methods import METHODS
 from grape_ray.config.modules import call, load_module
@@ -39,7 +40,7 @@ CONTINUABLE = (
     "privacy.clipping",
 )
 
-Space = Json  # a field of the config -> a domain of Ray Tune's, or a value
+Space = dict[str, Any]  # a field of the config -> a domain of Ray Tune's, or a value
 
 
 @dataclass(frozen=True)

@@ -425,7 +425,7 @@ class Elements(HTMLParser):
 
 def test_a_page_needs_nothing_else_and_says_its_plots_in_words(ended):
     described = ended.folder().read(folder.SWEEP_FILE).decode()
-    strange = described.replace("SPACE", '"<script>x</script> & $y$"')
+    strange = described.replace(f'"{SPACE}"', '"<script>x</script> & $y$"')
     ended.folder().write(folder.SWEEP_FILE, strange.encode())
     html, _ = page.report(f"{ended.storage}/a")
     assert html == page.report(f"{ended.storage}/a")[0]
