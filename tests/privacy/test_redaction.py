@@ -53,7 +53,7 @@ def test_nothing_quotes_a_record(at, tmp_path):
 
 
 def test_the_journal_says_where_and_of_which_type(tmp_path):
-    with pytest.raises(TaskFailed, match="failed with ValueError, got 'at tests/quoting"):
+    with pytest.raises(TaskFailed, match="failed with ValueError, got 'at support/quoting"):
         go(tmp_path)
     lines = next((tmp_path / "runs").rglob("attempt*.jsonl")).read_text().splitlines()
     failed = next(line for line in map(json.loads, lines) if line["event"] == "failed")
