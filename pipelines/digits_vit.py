@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from grape_ray.config.schema import Config, Method, Performance, Privacy
 from grape_ray.data.arrays import Records
 from grape_ray.data.tables import fingerprint_arrays
+from grape_ray.errors import ConfigError
 from grape_ray.tasks.task import Data, classification_loss, classification_metrics
 
 TRAIN_RECORDS = 1437
@@ -45,7 +46,12 @@ class DigitsVit:
     bounded_metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
 
     def load(self) -> Data:
-        from sklearn.datasets import load_digits
+        try:
+            from sklearn.datasets import load_digits
+        except ModuleNotFoundError as error:
+            fix = "pip install 'grape-ray[demo]'"
+            what = "the digits come with scikit-learn"
+            raise ConfigError(what, "no such module", "scikit-learn", fix) from error
 
         digits: Any = load_digits()
         order = np.random.default_rng(self.split_seed).permutation(len(digits.target))
