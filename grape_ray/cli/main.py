@@ -20,7 +20,7 @@ COMMANDS = {
     "ledger": "List, show, verify or extend the ledgers of datasets.",
     "check": "See whether a model or pipeline can be trained, before anything is paid for.",
     "train": "Run a pipeline, privately and paid for.",
-    "resume": "Go on with a run that was cut off.",
+    "resume": "Resume a run that was cut off.",
     "evaluate": "Evaluate a run's newest checkpoint again, free of privacy cost.",
     "tune": "Sweep a tune space under one privacy budget.",
     "report": "Make a page and a table of a sweep.",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from grape_ray.cli.options import no_dry_run
+from grape_ray.cli import options
 
 if TYPE_CHECKING:  # for the command line, torch is imported only when a run begins
     from grape_ray.training.plan import Plan
@@ -17,13 +17,7 @@ if TYPE_CHECKING:  # for the command line, torch is imported only when a run beg
 
 @click.command("train")
 @click.argument("pipeline")
-@click.option(
-    "--set",
-    "assignments",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Override a field, such as method.rank=8; repeatable.",
-)
+@options.assignments("a field, such as method.rank=8")
 @click.option(
     "--workers",
     metavar="N|MIN:MAX",
@@ -39,26 +33,7 @@ if TYPE_CHECKING:  # for the command line, torch is imported only when a run beg
     "--ledger",
     help="Folder or URL of the dataset's ledger; by default your own ledger of this dataset.",
 )
-@click.option(
-    "--second-ledger",
-    is_flag=True,
-    help="Let a dataset that has a ledger get another, with a budget of its own.",
-)
-@click.option(
-    "--ledger-epsilon",
-    type=float,
-    help="Whole budget of the dataset, where its ledger is made; by default the run's.",
-)
-@click.option(
-    "--ledger-delta",
-    type=float,
-    help="Its delta; by default the run's, in proportion to --ledger-epsilon.",
-)
-@click.option(
-    "--allow-large-delta",
-    is_flag=True,
-    help="Let delta be one over the number of records, or more.",
-)
+@options.dataset_budget("the run's")
 @click.option(
     "--not-private",
     is_flag=True,
@@ -70,8 +45,8 @@ if TYPE_CHECKING:  # for the command line, torch is imported only when a run beg
 @click.option(
     "--key-file", help="Master key, made if missing; by default ~/.config/grape-ray/master.key."
 )
-@no_dry_run
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
+@options.no_dry_run
+@options.as_json
 def command(
     pipeline, assignments, workers, storage, ledger, second_ledger, ledger_epsilon, ledger_delta,
     allow_large_delta, not_private, name, key_file, no_dry_run, as_json,

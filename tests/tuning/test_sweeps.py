@@ -168,7 +168,7 @@ def test_a_selection_is_priced_for_whole_trials(tmp_path):
     sweep = prepare(options, *spaces.load(SPACE))
     paid = sweep.steps.paid
     assert isinstance(paid, Selection)
-    assert (paid.trial_tokens, paid.law.mean, paid.epsilon) == (24, 10.0, 8.0)
+    assert (paid.trial_tokens, paid.distribution.mean, paid.epsilon) == (24, 10.0, 8.0)
     assert 7.9 < paid.cost() <= 8.0
     assert sweep.study.config.performance.eval_every == 0  # one score a trial, at its end
 
@@ -425,7 +425,7 @@ class Elements(HTMLParser):
 
 def test_a_page_needs_nothing_else_and_says_its_plots_in_words(ended):
     described = ended.folder().read(folder.SWEEP_FILE).decode()
-    strange = described.replace("SPACE", '"<script>x</script> & $y$"')
+    strange = described.replace(f'"{SPACE}"', '"<script>x</script> & $y$"')
     ended.folder().write(folder.SWEEP_FILE, strange.encode())
     html, _ = page.report(f"{ended.storage}/a")
     assert html == page.report(f"{ended.storage}/a")[0]
