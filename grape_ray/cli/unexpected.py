@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from grape_ray.errors import GrapeRayError
-from grape_ray.privacy.redaction import shown, where
+from grape_ray.privacy.redaction import may_be_quoted, where
 
 _FRAMES = 60
 _NAMED = 2  # frames that the one line names
@@ -37,7 +37,7 @@ def foreseen(error: Exception, command: str) -> Unexpected:
     Args:
         command: that was called, without its values.
     """
-    frames, public = where(error, _FRAMES), shown(error)
+    frames, public = where(error, _FRAMES), may_be_quoted(error)
     what = (
         f"the task failed with {type(error).__name__}"
         if public
@@ -95,7 +95,7 @@ def _lines(error: Exception, command: str) -> Iterator[str]:
     for link in reversed(list(_chain(error))):
         yield ""
         yield f"{type(link).__module__}.{type(link).__qualname__}" + (
-            f": {link}" if shown(error) else ""
+            f": {link}" if may_be_quoted(error) else ""
         )
         yield from (f"  {frame}" for frame in where(link, _FRAMES))
 

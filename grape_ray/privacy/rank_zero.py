@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from grape_ray.distributed.comms import Comms
-from grape_ray.privacy.redaction import withheld
+from grape_ray.privacy.redaction import redacted
 
 _Result = TypeVar("_Result")
 
@@ -23,7 +23,7 @@ def on_rank_zero(comms: Comms, call: Callable[[], _Result]) -> _Result:
             answer = call()
         except Exception as caught:
             own = caught
-    answer, error = comms.broadcast_object((answer, own and withheld(own)))
+    answer, error = comms.broadcast_object((answer, own and redacted(own)))
     if error is not None:
         raise own or error
     return answer

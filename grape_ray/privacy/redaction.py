@@ -1,5 +1,5 @@
-"""Errors of the task's own code, told without their texts: an exception may quote a record, and
-errors end up in journals and consoles.
+"""Errors of the task's own code, redacted: a text may quote a record, and errors end up in journals
+and consoles.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _PUBLIC = "_grape_ray_saw_public_records_alone"  # a mark on errors
 _Result = TypeVar("_Result")
 
 
-def told(call: Callable[[], _Result], public: bool) -> _Result:
+def run_redacted(call: Callable[[], _Result], public: bool) -> _Result:
     """The result of `call`, which runs code of the task.
 
     Args:
@@ -35,11 +35,11 @@ def told(call: Callable[[], _Result], public: bool) -> _Result:
             setattr(error, _PUBLIC, True)
         if public or _harmless(error):
             raise
-        failure = withheld(error)
+        failure = redacted(error)
     raise failure  # not in the handler, where Python would hang the original on it
 
 
-def withheld(error: BaseException) -> Exception:
+def redacted(error: BaseException) -> Exception:
     """The error as it may be written down anywhere."""
     if isinstance(error, Exception) and is_ours(error):
         error.__cause__ = error.__context__ = None
@@ -66,9 +66,9 @@ def where(error: BaseException, frames: int = _FRAMES) -> list[str]:
     return [f"{'/'.join(PurePath(f.filename).parts[-2:])}:{f.lineno} in {f.name}" for f in found]
 
 
-def shown(error: BaseException) -> bool:
-    """Whether the text of an error may be told: it came out of `told`, and all records that the
-    code in there had seen are public.
+def may_be_quoted(error: BaseException) -> bool:
+    """Whether the text of an error may be told: it came out of `run_redacted`, and all records that
+    the code in there had seen are public.
     """
     return getattr(error, _PUBLIC, False) is True
 

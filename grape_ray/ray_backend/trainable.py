@@ -19,7 +19,7 @@ from ray import tune
 from grape_ray import checkpoint
 from grape_ray.distributed.comms import Comms
 from grape_ray.ledger.entries import Study
-from grape_ray.privacy.redaction import withheld
+from grape_ray.privacy.redaction import redacted
 from grape_ray.ray_backend.ledger_client import LedgerActorClient
 from grape_ray.ray_backend.trainer import fit
 from grape_ray.ray_backend.trial_channel import RemoteChannel, TrialChannel
@@ -186,7 +186,7 @@ class Trial(tune.Trainable):
             else:
                 self._result = execute(plan, Comms.local(), make_callbacks(plan))
         except BaseException as error:  # Ray Tune keeps it in error.txt and error.pkl
-            self._error = error if plan.public else withheld(error)
+            self._error = error if plan.public else redacted(error)
 
     def _tune_result(self, report: dict[str, Any], done: bool) -> dict[str, Any]:
         """Ray Tune's result, which is kept beside the run, too. Where no score could be paid for,

@@ -14,7 +14,7 @@ from typing import Any
 from grape_ray import checkpoint
 from grape_ray.distributed.comms import Comms
 from grape_ray.errors import GrapeRayError, Interrupted, TaskFailed
-from grape_ray.privacy.redaction import text_of, told
+from grape_ray.privacy.redaction import run_redacted, text_of
 from grape_ray.ray_backend.cluster import cluster, set_defaults
 from grape_ray.training.callbacks import RunCallbacks
 from grape_ray.training.journal import PROGRESS_FILE
@@ -122,7 +122,7 @@ def worker(
     plan: Plan, stop: Any, make_callbacks: Callable[[Plan], RunCallbacks] | None = None
 ) -> None:
     """One rank, inside a Ray Train worker. What it raises, Ray writes into logs."""
-    told(lambda: _work(plan, stop, make_callbacks), plan.public)
+    run_redacted(lambda: _work(plan, stop, make_callbacks), plan.public)
 
 
 def _work(plan: Plan, stop: Any, make_callbacks: Callable[[Plan], RunCallbacks] | None) -> None:

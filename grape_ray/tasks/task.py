@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from grape_ray.data.arrays import Records
 from grape_ray.data.fingerprints import column_fingerprints
 from grape_ray.errors import ConfigError
-from grape_ray.privacy.redaction import told
+from grape_ray.privacy.redaction import run_redacted
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def loaded(task: Task) -> Data:
     Raises:
         TaskFailed: see `withheld.told`. ConfigError: it is something else.
     """
-    data = told(task.load, public=False)
+    data = run_redacted(task.load, public=False)
     parts = [("task.load returns", data, Data)]
     if isinstance(data, Data):
         parts = [

@@ -41,7 +41,7 @@ from grape_ray.errors import (
 )
 from grape_ray.optim import Optimizer, make_optimizer
 from grape_ray.privacy.noise import grid_and_std, nonprivate_mean
-from grape_ray.privacy.redaction import told
+from grape_ray.privacy.redaction import run_redacted
 from grape_ray.storage import Storage
 from grape_ray.tasks.metrics import plain
 from grape_ray.tasks.task import Data, Task, loss_of
@@ -131,7 +131,7 @@ def _stage(public: bool, what: str, call: Callable[[], _Result], fix: str) -> _R
     says where the dry run was.
     """
     try:
-        return told(call, public)
+        return run_redacted(call, public)
     except TaskFailed as error:
         raise TaskFailed(
             f"dry run, {what}: {error.what}", error.got, "no error", f"{fix} ({error.fix})"

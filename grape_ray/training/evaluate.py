@@ -10,7 +10,7 @@ from functools import partial
 
 from grape_ray.config.description import read_run, rebuild_config
 from grape_ray.errors import ConfigError
-from grape_ray.privacy.redaction import told
+from grape_ray.privacy.redaction import run_redacted
 from grape_ray.storage import Json, Storage
 from grape_ray.tasks.metrics import plain
 from grape_ray.tasks.task import loaded
@@ -44,8 +44,8 @@ def evaluate(run: str, trust: Iterable[str] = ()) -> Json:
         )
     config = rebuild_config(known, trust)
     newest, data = newest_checkpoint(place), loaded(config.task)
-    model = told(partial(trained_model, config, newest), data.public)
-    metrics = told(lambda: plain(config.task.evaluate(model, data.validation)), data.public)
+    model = run_redacted(partial(trained_model, config, newest), data.public)
+    metrics = run_redacted(lambda: plain(config.task.evaluate(model, data.validation)), data.public)
     _update(place, newest.step, metrics)
     return {"run": known["run"], "step": newest.step, "metrics": metrics}
 

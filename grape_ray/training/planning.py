@@ -19,7 +19,7 @@ from grape_ray.ledger import registry
 from grape_ray.ledger.entries import Study
 from grape_ray.ledger.location import RUN_FILE, absolute, ledger_place
 from grape_ray.privacy import keys
-from grape_ray.privacy.redaction import told
+from grape_ray.privacy.redaction import run_redacted
 from grape_ray.storage import Json, Storage
 from grape_ray.tasks.task import Task, loaded
 from grape_ray.training import private_scores as validation
@@ -123,7 +123,7 @@ def plan_run(
     _check_same_run(plan, place)
     check_workers()
     if study is not None or not with_dry_run:  # a study's runs had theirs when that began
-        told(partial(preflight_extremes, config, data), plan.public)
+        run_redacted(partial(preflight_extremes, config, data), plan.public)
     else:
         metric = scores.metric if scores else None
         done = dry_run(config, data, place, plan.noise_multiplier, plan.public, metric)

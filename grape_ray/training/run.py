@@ -18,7 +18,7 @@ from grape_ray.errors import CheckpointError, DataError, Interrupted, LedgerErro
 from grape_ray.ledger.audit import verify
 from grape_ray.optim import make_optimizer
 from grape_ray.privacy.noise import NoiseStream
-from grape_ray.privacy.redaction import is_ours, told, where
+from grape_ray.privacy.redaction import is_ours, run_redacted, where
 from grape_ray.storage import Storage
 from grape_ray.tasks.task import Data, Task, loss_of
 from grape_ray.training.active_run import ActiveRun
@@ -53,7 +53,7 @@ def execute(
             fails.
     """
     place = device or torch.device("cuda" if plan.config.performance.use_gpu else "cpu")
-    return told(lambda: _execute(plan, comms, callbacks, place), plan.public)
+    return run_redacted(lambda: _execute(plan, comms, callbacks, place), plan.public)
 
 
 def _execute(plan: Plan, comms: Comms, callbacks: RunCallbacks, device: torch.device) -> RunResult:

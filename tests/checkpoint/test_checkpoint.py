@@ -65,7 +65,7 @@ class Several:
 
         class Member(Comms):
             def gather_objects(self, value):
-                group.boxes[rank] = value
+                group.boxes[rank] = value  # pyright: ignore[reportCallIssue]
                 group.barrier.wait(30)
                 found = list(group.boxes)
                 group.barrier.wait(30)
@@ -81,7 +81,7 @@ class Several:
             try:
                 results[rank] = work(self.rank(rank))
             except Exception as error:
-                results[rank] = error
+                results[rank] = error  # pyright: ignore[reportCallIssue]
 
         threads = [threading.Thread(target=one, args=(r,)) for r in range(self.world_size)]
         for thread in threads:

@@ -53,7 +53,7 @@ class TorchvisionViT(nn.Module):
     def forward(self, pixel_values):
         x = self.patches(pixel_values).flatten(2).permute(0, 2, 1)
         x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.places
-        for first, attention, second, mlp in self.blocks:
+        for first, attention, second, mlp in self.blocks:  # pyright: ignore[reportGeneralTypeIssues]
             y = first(x)
             x = x + attention(y, y, y, need_weights=False)[0]
             x = x + F.gelu(mlp(second(x)))
@@ -119,9 +119,9 @@ TRAINED = {
                 pad_token_id=0,
                 relative_attention=True,
                 pos_att_type=["c2p", "p2c"],
-                position_buckets=8,
-                norm_rel_ebd="layer_norm",
-                share_att_key=True,
+                position_buckets=8,  # pyright: ignore[reportCallIssue]
+                norm_rel_ebd="layer_norm",  # pyright: ignore[reportCallIssue]
+                share_att_key=True,  # pyright: ignore[reportCallIssue]
             )
         ),
         zoo.class_loss,

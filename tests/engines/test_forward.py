@@ -138,9 +138,9 @@ class Keeps(nn.Module):
             with torch.no_grad():
                 self.first.bias.add_(seen)
         elif self.how == "unsaved buffer":
-            self.unsaved.add_(seen)
+            self.unsaved.add_(seen)  # pyright: ignore[reportCallIssue]
         elif self.how == "unsaved data":
-            self.unsaved.data.add_(seen)
+            self.unsaved.data.add_(seen)  # pyright: ignore[reportCallIssue]
         elif self.how == "attribute, read":
             h, self.plain = h - self.plain, 0.5 * self.plain + seen
         elif self.how == "list, read":
@@ -305,7 +305,7 @@ class Custom(torch.autograd.Function):
 LOST = {
     "a Function of one's own": lambda m, x: Custom.apply(x, m.inner.weight),
     "vmap over a parameter": lambda m, x: torch.vmap(lambda row: x @ row)(m.inner.weight).T,
-    "a trace": lambda m, x: torch.jit.trace(lambda a, w: a @ w.t(), (x, m.inner.weight.detach()))(
+    "a trace": lambda m, x: torch.jit.trace(lambda a, w: a @ w.t(), (x, m.inner.weight.detach()))(  # pyright: ignore[reportCallIssue]
         x, m.inner.weight
     ),
     "a reference kept elsewhere": lambda m, x: F.linear(x, m.hoard[0], m.inner.bias),

@@ -228,10 +228,10 @@ def test_what_training_does_not_train_is_saved_as_it_began():
         (model.inner.kept, "kept"),
         (model.inner.unsaved, "unsaved"),
     ):
-        tensor.data[1] += 1
+        tensor.data[1] += 1  # pyright: ignore[reportIndexIssue]
         with pytest.raises(UnsupportedLayer, match=f"'inner.{name}'"):
             start.check()
-        tensor.data[1] -= 1
+        tensor.data[1] -= 1  # pyright: ignore[reportIndexIssue]
         start.check()
     model.inner.register_buffer("added", torch.zeros(1))
     with pytest.raises(UnsupportedLayer, match=r"'inner\.added'"):

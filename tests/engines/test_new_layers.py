@@ -148,4 +148,4 @@ def test_each_of_torchs_functions_is_known_by_object():
         assert is_in_place(func) == (name in {"add_", "__iadd__"})
     assert operation(torch.ops.aten.add) == operation(torch.ops.aten.add_.Tensor) == "add"
     assert is_in_place(torch.ops.aten.add_.Tensor)
-    assert operation(torch.Tensor.shape.__get__) == "shape"
+    assert operation(torch.Tensor.shape.__get__) == "shape"  # pyright: ignore[reportAttributeAccessIssue]

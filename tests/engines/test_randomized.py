@@ -181,7 +181,7 @@ def test_other_clipping_policies_are_refused():
     ],
 )  # fmt: skip
 def test_routing_at_its_boundaries(shape, probes, route):
-    assert norm_route(*shape, probes) == route
+    assert norm_route(*shape, probes) == route  # pyright: ignore[reportCallIssue]
 
 
 def test_routes_can_be_overruled_by_name():

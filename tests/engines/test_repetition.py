@@ -292,7 +292,7 @@ def test_a_batch_of_one_is_verified_too():
 def test_a_model_that_holds_what_it_does_not_write_is_right():
     model = nn.Module()
     model.register_buffer("kept", torch.ones(3))
-    check(lambda b: plain(b) * model.kept.sum(), model=model)
+    check(lambda b: plain(b) * model.kept.sum(), model=model)  # pyright: ignore[reportCallIssue]
 
 
 @pytest.mark.parametrize("past", [True, False])
@@ -301,7 +301,7 @@ def test_what_a_repetition_writes_is_found(past):
     model.register_buffer("kept", torch.zeros(3))
 
     def writes(batch):
-        (model.kept.data if past else model.kept).add_(1)
+        (model.kept.data if past else model.kept).add_(1)  # pyright: ignore[reportCallIssue]
         return plain(batch)
 
     with pytest.raises(UnsupportedLayer, match="'kept'"):

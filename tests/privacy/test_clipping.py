@@ -26,7 +26,7 @@ def norms(tensors):
 
 def lengths(squared, made):
     """The norm (B,) of each clipped example, over all tensors."""
-    return sum(made[name].square() * s for name, s in squared.items()).sqrt()
+    return sum(made[name].square() * s for name, s in squared.items()).sqrt()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @POLICY

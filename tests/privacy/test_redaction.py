@@ -15,7 +15,7 @@ import pytest
 from grape_ray.config.schema import Performance
 from grape_ray.distributed.comms import Comms
 from grape_ray.errors import DataError, GrapeRayError, LedgerError, TaskFailed
-from grape_ray.privacy.redaction import text_of, told
+from grape_ray.privacy.redaction import run_redacted, text_of
 from grape_ray.ray_backend.train import train
 from grape_ray.training.loop import run_loop
 from tests.support.quoting import PLACES, RECORD, Quoting
@@ -114,7 +114,7 @@ def test_our_own_errors_are_told_and_what_caused_them_is_not():
     from grape_ray.storage import Storage
 
     with pytest.raises(GrapeRayError, match="a name leaves its folder") as caught:
-        told(lambda: Storage("/tmp").read("../x"), public=False)
+        run_redacted(lambda: Storage("/tmp").read("../x"), public=False)
     assert caught.value.__cause__ is caught.value.__context__ is None
     assert text_of(LedgerError("away")) == "away"
     assert text_of(ValueError(RECORD)) == "ValueError"
@@ -124,7 +124,7 @@ def test_our_own_errors_are_told_and_what_caused_them_is_not():
 
     assert text_of(Mine(RECORD)) == "Mine"
     with pytest.raises(KeyboardInterrupt):
-        told(lambda: (_ for _ in ()).throw(KeyboardInterrupt()), public=False)
+        run_redacted(lambda: (_ for _ in ()).throw(KeyboardInterrupt()), public=False)
 
 
 def test_a_label_that_cannot_be_is_not_told(tmp_path):

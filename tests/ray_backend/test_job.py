@@ -252,7 +252,7 @@ def test_a_sharded_opt_run_is_submitted_killed_and_resumed(opt, tmp_path, monkey
     export("s3://bucket/runs/opt", tmp_path / "out")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert (
-        model.generate(input_ids=torch.tensor([[1, 70]]), max_new_tokens=2, do_sample=False).shape[
+        model.generate(input_ids=torch.tensor([[1, 70]]), max_new_tokens=2, do_sample=False).shape[  # pyright: ignore[reportAttributeAccessIssue]
             1
         ]
         <= 4

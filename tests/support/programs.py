@@ -202,7 +202,7 @@ def recurrent(p, h, ids):
 
 
 def checkpointed(p, h, ids):
-    return torch.utils.checkpoint.checkpoint(
+    return torch.utils.checkpoint.checkpoint(  # pyright: ignore[reportAttributeAccessIssue]
         lambda x: torch.tanh(p.layer(x)) * p.vector, h, use_reentrant=False
     )
 

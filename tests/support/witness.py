@@ -31,7 +31,7 @@ class Witness(Tiny):
 
     def collate(self, records: Records, indices: np.ndarray) -> Mapping[str, Tensor]:
         if NoiseStream.claim is _claim:
-            NoiseStream.claim = _witnessed(self.witness)
+            NoiseStream.claim = _witnessed(self.witness)  # pyright: ignore[reportAttributeAccessIssue]
         return super().collate(records, indices)
 
 

@@ -94,7 +94,7 @@ def _t5():
         d_ff=48,
         num_layers=2,
         num_heads=4,
-        decoder_start_token_id=0,
+        decoder_start_token_id=0,  # pyright: ignore[reportCallIssue]
     )
     return hf.T5ForConditionalGeneration(config)
 
@@ -103,7 +103,7 @@ def _vit():
     return hf.ViTForImageClassification(
         hf.ViTConfig(
             hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-            image_size=8, patch_size=2, num_labels=2
+            image_size=8, patch_size=2, num_labels=2  # pyright: ignore[reportCallIssue]
         )
     )  # fmt: skip
 

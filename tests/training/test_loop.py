@@ -73,7 +73,7 @@ class Recorder(ActiveRun):
         self.budget -= granted
         return granted
 
-    evaluates_together = False
+    evaluates_together = False  # pyright: ignore[reportAssignmentType]
 
     def evaluate(self):
         self.calls.append("evaluate")
@@ -145,7 +145,7 @@ class Second(Comms):
 
 def test_ranks_that_evaluate_together_have_one_score():
     hooks = Recorder()
-    hooks.evaluates_together = True
+    hooks.evaluates_together = True  # pyright: ignore[reportAttributeAccessIssue]
     outcome = run_loop(hooks.take, hooks, Performance(), 0, 0)
     assert outcome.progress.metrics == {"accuracy": 0.25}
     hooks.score = lambda metrics: pytest.fail("rank 1 asks for a score of its own")
@@ -196,7 +196,7 @@ def test_a_run_that_is_told_to_stop_takes_no_further_step():
 
 def test_an_evaluation_that_fails_ends_nothing_and_asks_nobody():
     hooks = Recorder(stop_at=2)
-    hooks.evaluate = lambda: None
+    hooks.evaluate = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
     outcome = run_loop(hooks.take, hooks, Performance(eval_every=2), 0, 6)
     assert (outcome.progress.step, outcome.stopped, outcome.progress.metrics_step) == (
         6,
@@ -275,7 +275,7 @@ def test_a_run_begins_from_the_checkpoint_of_another_with_a_key_of_its_own(tmp_p
     assert taken == [8, 9, 10, 11]
     assert (result.steps, result.charged_steps, second.study) == (12, 4, "a")
     # of all runs of the study
-    assert 0 < result.epsilon_spent < result.epsilon == study.epsilon
+    assert 0 < result.epsilon_spent < result.epsilon == study.epsilon  # pyright: ignore[reportOperatorIssue]
     before, after = (
         weights(tmp_path, "a").model,
         checkpoint.load(second.folder(), checkpoint.folder_of(8)).model,

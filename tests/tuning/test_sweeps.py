@@ -407,7 +407,7 @@ class Elements(HTMLParser):
         found = dict(attrs)
         self.ids += [found["id"]] if "id" in found else []
         self.named += found.get("aria-labelledby", "").split()
-        self.named += [found["href"][1:]] if "href" in found else []
+        self.named += [found["href"][1:]] if "href" in found else []  # pyright: ignore[reportOptionalSubscript]
         self.named += re.findall(r"url\(#(.+?)\)", " ".join(map(str, found.values())))
         if tag not in ("meta",):
             self.open.append(tag)
