@@ -250,13 +250,8 @@ def epsilon(
     trial = dp_event.SelfComposedDpEvent(step, check_count("trial_steps", trial_steps))
     accountant = RdpAccountant(_ORDERS)
     with _quiet():
-        accountant.compose(
-            dp_event.RepeatAndSelectDpEvent(
-                trial,
-                distribution.mean,
-                math.inf if distribution.name == POISSON else distribution.shape,
-            )
-        )
+        shape = math.inf if distribution.name == POISSON else distribution.shape
+        accountant.compose(dp_event.RepeatAndSelectDpEvent(trial, distribution.mean, shape))
     found = float(accountant.get_epsilon(check_delta(delta)))
     return found if found >= 0 else math.inf  # also where it is NaN
 
@@ -274,15 +269,8 @@ def noise_multiplier(
     wanted, most = check_epsilon(wanted), Mechanism(GAUSSIAN, sampling_prob, MAX_NOISE_MULTIPLIER)
 
     def fits(log_sigma: float) -> bool:
-        return (
-            epsilon(
-                replace(most, noise_multiplier=math.exp(log_sigma)),
-                trial_steps,
-                distribution,
-                delta,
-            )
-            <= wanted
-        )
+        mechanism = replace(most, noise_multiplier=math.exp(log_sigma))
+        return epsilon(mechanism, trial_steps, distribution, delta) <= wanted
 
     least, largest = math.log(MIN_NOISE_MULTIPLIER), math.log(MAX_NOISE_MULTIPLIER) - 1e-12
     high = 0.0

@@ -65,9 +65,9 @@ class LazyGroup(click.Group):
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except Exception as error:
-            from grape_ray.cli.unexpected import foreseen
+            from grape_ray.cli.unexpected import in_one_line
 
-            found = foreseen(error, f"grape-ray {ctx.invoked_subcommand}")
+            found = in_one_line(error, f"grape-ray {ctx.invoked_subcommand}")
             _fail(ctx, found, error, found.status)
 
 

@@ -97,12 +97,12 @@ def run_and_report(plan: Plan, as_json: bool) -> None:
     from grape_ray.ray_backend.train import run_plan
     from grape_ray.training.briefing import brief, lines
 
-    facts = brief(plan)
+    briefing = brief(plan)
     with Reporter(sys.stderr, plan.config.privacy.steps) as reporter:
-        for line in lines(facts):
+        for line in lines(briefing):
             reporter.say(line)
         result = run_plan(plan, reporter)
     for line in summary(result):
         click.echo(line)
     if as_json:
-        click.echo(json.dumps({**result.as_dict(), "plan": facts}))
+        click.echo(json.dumps({**result.as_dict(), "plan": briefing}))

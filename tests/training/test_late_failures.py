@@ -88,9 +88,7 @@ def test_an_evaluation_that_raises_is_told_and_costs_nothing(tmp_path):
     result = train(moody(public=False), run="a", ledger=str(tmp_path / "ledger"), **options)
     whole(result, tmp_path / "runs" / "a", tmp_path)
     (problem,) = result.problems
-    assert problem.startswith(
-        "an evaluation failed: KeyError at tests/training/test_late_failures.py:"
-    )
+    assert problem.startswith("an evaluation failed: KeyError at training/test_late_failures.py:")
     assert "secret" not in problem
     assert result.metrics == {}
     assert read_result(Storage(tmp_path / "runs" / "a")) == result

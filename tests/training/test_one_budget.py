@@ -27,7 +27,7 @@ from tests.support.tiny import Tiny, tiny
 
 @pytest.fixture
 def plan(tmp_path):
-    """`prepare` on private records."""
+    """`plan_run` on private records."""
     config = tiny(public=False)
     return lambda config=config, run="r", **options: plan_run(
         config, run=run, key_path=str(tmp_path / "key"), **options
@@ -219,8 +219,8 @@ def test_records_that_are_known_as_private_are_not_spoken_of_exactly(tmp_path, p
     registry.register(
         (fingerprint_records(held), *column_fingerprints(held)), str(tmp_path / "ledger"), "id"
     )
-    yardstick = tiny().override(["method.name=none"])
+    baseline = tiny().override(["method.name=none"])
     # whether or not the training records are public
-    for config in (tiny(public=False), tiny(), yardstick):
+    for config in (tiny(public=False), tiny(), baseline):
         with pytest.raises(DataError, match="known as private"):
             plan(config, storage=str(tmp_path / "runs"))
