@@ -13,7 +13,7 @@ from pathlib import Path
 
 from grape_ray.config.modules import file_of
 from grape_ray.errors import ConfigError
-from grape_ray.ledger.location import home, really
+from grape_ray.ledger.location import canonical, home
 from grape_ray.storage import Storage
 
 OWN = ("grape_ray", "pipelines", "tune_spaces")
@@ -110,4 +110,4 @@ def check_sweep(url: str, mark: str, trusted: bool) -> None:
 
 
 def _name(url: str) -> str:
-    return hashlib.sha256(really(url).encode()).hexdigest()[:32]
+    return hashlib.sha256(canonical(url).encode()).hexdigest()[:32]

@@ -171,7 +171,7 @@ def tokens_of(tokenizer: Any) -> int:
 
 
 @contextlib.contextmanager
-def positions_told(model: nn.Module, length: int) -> Iterator[None]:
+def explaining_long_texts(model: nn.Module, length: int) -> Iterator[None]:
     """Where a pass over texts of so many tokens fails, and the model has fewer positions, the error
     says so. Raises ConfigError.
     """

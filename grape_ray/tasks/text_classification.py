@@ -18,8 +18,8 @@ from grape_ray.data.arrays import Ragged, Records
 from grape_ray.errors import ConfigError
 from grape_ray.models.hugging_face import (
     check_vocabulary,
+    explaining_long_texts,
     load_sequence_classifier,
-    positions_told,
     save_pretrained,
     tokens_of,
 )
@@ -116,11 +116,13 @@ class TextClassification(TextTables):
         }
 
     def per_example_loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        with positions_told(model, batch["input_ids"].shape[1]):
+        with explaining_long_texts(model, batch["input_ids"].shape[1]):
             return classification_loss(model, batch)
 
     def evaluate(self, model: nn.Module, records: Records) -> dict[str, float]:
-        with positions_told(model, int(np.diff(records.sequences("input_ids").offsets).max())):
+        with explaining_long_texts(
+            model, int(np.diff(records.sequences("input_ids").offsets).max())
+        ):
             return classification_metrics(self, model, records)
 
     def save(self, model: nn.Module, folder: Path) -> None:

@@ -21,8 +21,8 @@ from grape_ray.data.arrays import Ragged, Records
 from grape_ray.errors import DataError
 from grape_ray.models.hugging_face import (
     check_vocabulary,
+    explaining_long_texts,
     load_causal_lm,
-    positions_told,
     save_pretrained,
     tokens_of,
 )
@@ -169,7 +169,7 @@ def _token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor
     """
     targets = batch["input_ids"].masked_fill(~batch["learned"], _IGNORE)
     targets = F.pad(targets[:, 1:], (0, 1), value=_IGNORE)
-    with positions_told(model, batch["input_ids"].shape[1]):
+    with explaining_long_texts(model, batch["input_ids"].shape[1]):
         logits = model(input_ids=batch["input_ids"], use_cache=False).logits.float()
     losses = F.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), ignore_index=_IGNORE, reduction="none"

@@ -19,7 +19,7 @@ from grape_ray.data.fingerprints import column_fingerprints, fingerprint_records
 from grape_ray.data.tables import fingerprint_arrays
 from grape_ray.errors import BudgetExceeded, DataError, GrapeRayError, LedgerError
 from grape_ray.ledger import registry
-from grape_ray.ledger.location import home, really
+from grape_ray.ledger.location import canonical, home
 from grape_ray.tasks.task import Data
 from grape_ray.training.planning import plan_run
 from tests.support.tiny import Tiny, tiny
@@ -45,8 +45,8 @@ def ways(tmp_path):
 
 
 def test_all_ways_of_writing_a_folder_are_one_place(ways):
-    assert len({really(way) for way in ways}) == 1
-    assert really("s3://bucket/a/") == really("s3://bucket/a") != really("s3://bucket/b")
+    assert len({canonical(way) for way in ways}) == 1
+    assert canonical("s3://bucket/a/") == canonical("s3://bucket/a") != canonical("s3://bucket/b")
 
 
 def test_local_storage_has_one_ledger_however_it_is_written(plan, tmp_path, ways):
