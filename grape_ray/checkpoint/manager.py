@@ -6,7 +6,6 @@ import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -106,21 +105,18 @@ class CheckpointManager:
         comms = self._comms
         # One listing for all: two may differ, and ranks that restore different steps would train
         # different models.
-        names = comms.gather_objects(
-            _attempted(lambda: checkpoint.names(self._folder)) if comms.rank == 0 else None
-        )[0]
-        for name in _unless_error(names):
+        for name in on_rank_zero(comms, partial(checkpoint.names, self._folder)):
             # One rank that cannot read a checkpoint is enough for all to pass it over.
-            mine = _attempted(partial(self._read, name))
-            errors = comms.gather_objects(mine if isinstance(mine, GrapeRayError) else None)
-            problems = [error for error in errors if error is not None]
-            for problem in problems:
-                if not isinstance(problem, CheckpointError):
-                    raise problem
-            if problems:
-                checkpoint.pass_over(problems[0])
+            found = _attempted(partial(self._read, name))
+            errors = comms.gather_objects(found if isinstance(found, GrapeRayError) else None)
+            torn = [error for error in errors if isinstance(error, CheckpointError)]
+            other = [error for error in errors if error is not None and error not in torn]
+            if other:
+                raise other[0]
+            if torn:
+                checkpoint.pass_over(torn[0])
                 continue
-            found: Checkpoint = _unless_error(mine)
+            assert isinstance(found, Checkpoint)
             if not sharding.is_sharded(self._model):
                 coordinates = self._load(found)
                 # Deltas continue from the full checkpoint of the one that was restored.
@@ -285,15 +281,9 @@ def _next_attempt(folder: Storage) -> int:
     return max((int(name.rpartition("-")[2]) for name in checkpoint.names(folder)), default=0) + 1
 
 
-def _attempted(call: Callable[[], object]) -> Any:
+def _attempted(call: Callable[[], Checkpoint]) -> Checkpoint | GrapeRayError:
     """The result, or the error, which is to be shared with the other ranks before it is raised."""
     try:
         return call()
     except GrapeRayError as error:
         return error
-
-
-def _unless_error(value: object) -> Any:
-    if isinstance(value, GrapeRayError):
-        raise value
-    return value

@@ -4,7 +4,7 @@ objects; nothing is sent at world size 1.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,9 @@ from torch import Tensor
 # Renamed in torch 2.13, where the old names warn.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+_Value = TypeVar("_Value")
 
 
 class Comms:
@@ -69,15 +72,14 @@ class Comms:
         self.bytes_sent += share * (self.world_size - 1) * mine.element_size()
         return whole[:length]
 
-    def broadcast_object(self, value: object) -> Any:
-        """Rank 0's `value`, on every rank."""
-        if self.world_size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
+    def broadcast_object(self, value: _Value | None) -> _Value:
+        """Rank 0's `value`, on every rank; what the others give does not count."""
+        box: list[Any] = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def gather_objects(self, value: object) -> list[Any]:
+    def gather_objects(self, value: _Value) -> list[_Value]:
         """Every rank's `value`, in rank order, on every rank."""
         if self.world_size == 1:
             return [value]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from grape_ray.config.schema import Method, Privacy
-from grape_ray.engines.capture.batches import count_examples, mapped
+from grape_ray.engines.capture.batches import Batch, count_examples, mapped
 from grape_ray.engines.capture.capture_pass import CapturePass
 from grape_ray.engines.capture.dispatch import dispatch
 from grape_ray.engines.capture.model_state import ModelSnapshot, awake, check_kinds
@@ -120,7 +120,7 @@ class Engine:
     def clipped_sum(
         self,
         per_example_loss: PerExampleLoss,
-        batch: Any,
+        batch: Batch,
         step: int = 0,
         mask: Tensor | None = None,
     ) -> ClippedSum:
@@ -166,7 +166,7 @@ class Engine:
 
         return self._verifier.attempts(once, states)
 
-    def learn(self, per_example_loss: PerExampleLoss, batch: Any) -> Layouts:
+    def learn(self, per_example_loss: PerExampleLoss, batch: Batch) -> Layouts:
         """Verifies passes over one batch, with and without padded rows; `adopt` takes what was
         found to a sharded copy.
 
@@ -207,7 +207,7 @@ class Engine:
     def _pass(
         self,
         per_example_loss: PerExampleLoss,
-        batch: Any,
+        batch: Batch,
         step: int,
         mask: Tensor | None,
         states: list,
@@ -243,7 +243,9 @@ class Engine:
         """Brings the gradients of the losses to the collector; subclasses may go back twice."""
         go_back(capture, losses)
 
-    def _finish(self, collector: Any, losses: Tensor, mask: Tensor | None, step: int) -> ClippedSum:
+    def _finish(
+        self, collector: Collector, losses: Tensor, mask: Tensor | None, step: int
+    ) -> ClippedSum:
         """The clipped sum, from what the collector holds: norms, factors, sum."""
         weights, norms = self._factors(collector, losses, mask)
         sums = collector.weighted_sum(weights, not_finite(norms))

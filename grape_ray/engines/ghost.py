@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from grape_ray.engines.algebra.factor_pairs import Left
 from grape_ray.engines.bookkeeping import Tape
 from grape_ray.engines.capture.capture_pass import CapturePass
 from grape_ray.engines.capture.random_state import random_states, set_states
-from grape_ray.engines.collector import sum_dtype
+from grape_ray.engines.collector import Collector, sum_dtype
 from grape_ray.engines.engine import Engine, go_back, not_finite
 from grape_ray.engines.subspace import Subspace
 from grape_ray.privacy.types import ClippedSum
@@ -93,6 +92,7 @@ class Ghost(Engine):
 
     def _backward(self, capture: CapturePass, losses: Tensor, mask: Tensor | None) -> None:
         collector = capture.collector
+        assert isinstance(collector, TwoPasses)
         states = random_states(capture.device)
         go_back(capture, losses, retain_graph=True)
         # where backward draws, as a recomputed dropout may, both passes draw the same
@@ -101,6 +101,9 @@ class Ghost(Engine):
         collector.begin_sum(weights, not_finite(collector.norms))
         go_back(capture, losses)
 
-    def _finish(self, collector: Any, losses: Tensor, mask: Tensor | None, step: int) -> ClippedSum:
+    def _finish(
+        self, collector: Collector, losses: Tensor, mask: Tensor | None, step: int
+    ) -> ClippedSum:
+        assert isinstance(collector, TwoPasses)
         unprotected = {"norms": collector.norms, "losses": losses.detach()}
         return self._complete(collector.sums, unprotected, step)

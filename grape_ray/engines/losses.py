@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grape_ray.engines.capture.batches import Batch
 from grape_ray.errors import ConfigError
 
-PerExampleLoss = Callable[[nn.Module, Any], Tensor]
+PerExampleLoss = Callable[[nn.Module, Batch], Tensor]
 
 
-def losses_of(loss: PerExampleLoss, model: nn.Module, batch: Any, examples: int) -> Tensor:
+def losses_of(loss: PerExampleLoss, model: nn.Module, batch: Batch, examples: int) -> Tensor:
     """The losses (B,) of a batch. Raises ConfigError where they are not one an example."""
     with _uncompiled():
         return check_losses(loss(model, batch), examples)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from grape_ray.engines.capture.batches import count_examples
+from grape_ray.engines.capture.batches import Batch, count_examples
 from grape_ray.engines.engine import Engine
 from grape_ray.engines.losses import PerExampleLoss, check_losses
 from grape_ray.privacy.types import ClippedSum
@@ -24,7 +23,7 @@ class NonPrivate(Engine):
     def clipped_sum(
         self,
         per_example_loss: PerExampleLoss,
-        batch: Any,
+        batch: Batch,
         step: int = 0,
         mask: Tensor | None = None,
     ) -> ClippedSum:

@@ -160,7 +160,9 @@ class Randomized(Ghost):
         collector.stream, collector.estimator = self._stream, self._estimator
         return collector
 
-    def _finish(self, collector: Any, losses: Tensor, mask: Tensor | None, step: int) -> ClippedSum:
+    def _finish(
+        self, collector: Collector, losses: Tensor, mask: Tensor | None, step: int
+    ) -> ClippedSum:
         done = super()._finish(collector, losses, mask, step)
         # estimates tell of secret probes
         return replace(done, unprotected={"losses": done.unprotected["losses"]})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from grape_ray.distributed.comms import Comms
 from grape_ray.privacy.redaction import redacted
@@ -23,7 +23,8 @@ def on_rank_zero(comms: Comms, call: Callable[[], _Result]) -> _Result:
             answer = call()
         except Exception as caught:
             own = caught
-    answer, error = comms.broadcast_object((answer, own and redacted(own)))
+    both: tuple[Any, Exception | None] = (answer, own and redacted(own))
+    answer, error = comms.broadcast_object(both)
     if error is not None:
         raise own or error
     return answer

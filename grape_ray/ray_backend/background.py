@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
 
 
 class Background:
@@ -14,7 +13,7 @@ class Background:
         error: what it has raised; None while it runs, and where it returned.
     """
 
-    def __init__(self, call: Callable[[], Any]):
+    def __init__(self, call: Callable[[], object]):
         self._call = call
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="background", daemon=True)

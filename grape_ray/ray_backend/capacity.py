@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 import ray
 
@@ -22,7 +21,7 @@ def workers_that_fit(use_gpu: bool) -> int:
 
 
 def call_within_capacity(
-    call: Callable[[], Any], fewest: int, use_gpu: bool, timeout_s: float
+    call: Callable[[], object], fewest: int, use_gpu: bool, timeout_s: float
 ) -> bool:
     """Runs `call` in another thread; gives up when the cluster was too small for `fewest` workers
     for `timeout_s` without a break.

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import math
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from grape_ray.ledger.entries import Study
 from grape_ray.ledger.ledger import Ledger
 from grape_ray.ledger.location import RUN_FILE
 from grape_ray.ray_backend.ledger_client import open_ledgers
-from grape_ray.storage import Storage
+from grape_ray.storage import Json, Storage
 from grape_ray.training.callbacks import RunCallbacks
 from grape_ray.training.planning import plan_run
 from grape_ray.training.private_scores import Terms, described
@@ -33,7 +33,7 @@ from grape_ray.training.run import execute
 from grape_ray.tuning import price, results
 from grape_ray.tuning.folder import RUNS
 from grape_ray.tuning.results import SweepResult, Winner
-from grape_ray.tuning.spaces import SweepStudy
+from grape_ray.tuning.spaces import Space, SweepStudy
 from grape_ray.tuning.sweep import Sweep
 
 WINNER = "winner"
@@ -48,10 +48,10 @@ class Sealed:
     """
 
     name: str
-    values: dict[str, Any]
+    values: Json
 
 
-def check_domains(space: Mapping[str, Any]) -> None:
+def check_domains(space: Space) -> None:
     """Refuses what would make the trials anything but independent draws of one procedure. Raises
     ConfigError.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from ray.tune.schedulers import (
@@ -17,17 +16,17 @@ from ray.tune.search.sample import Categorical, Domain, Float, Integer
 
 from grape_ray.errors import ConfigError
 from grape_ray.tuning.options import Options
-from grape_ray.tuning.spaces import CONTINUABLE, SweepStudy, check_methods
+from grape_ray.tuning.spaces import CONTINUABLE, Space, SweepStudy, check_methods
 
 
-def check(options: Options, space: Mapping[str, Any], study: SweepStudy) -> None:
+def check(options: Options, space: Space, study: SweepStudy) -> None:
     """Refuses what Ray Tune could not sample, propose or schedule. Raises ConfigError."""
     check_domains(space, study)
     scheduler(options, space, study)
     search(options, space, study, 1)
 
 
-def check_domains(space: Mapping[str, Any], study: SweepStudy) -> None:
+def check_domains(space: Space, study: SweepStudy) -> None:
     """Refuses what Ray Tune could not sample, and methods of another mechanism. Raises
     ConfigError.
     """
@@ -53,7 +52,7 @@ def check_domains(space: Mapping[str, Any], study: SweepStudy) -> None:
         study.with_values({name: space[name].sample()})
 
 
-def scheduler(options: Options, space: Mapping[str, Any], study: SweepStudy) -> TrialScheduler:
+def scheduler(options: Options, space: Space, study: SweepStudy) -> TrialScheduler:
     """Who stops trials, or continues one from another's checkpoint. Raises ConfigError for a space
     in which it has nothing to do.
     """
@@ -84,7 +83,7 @@ def scheduler(options: Options, space: Mapping[str, Any], study: SweepStudy) -> 
     )
 
 
-def search(options: Options, space: Mapping[str, Any], study: SweepStudy, concurrent: int) -> Any:
+def search(options: Options, space: Space, study: SweepStudy, concurrent: int) -> Any:
     """The proposals, beginning with the default run where it lies in the space: a sweep should not
     end below it unawares.
 

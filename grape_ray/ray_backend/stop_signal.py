@@ -56,7 +56,7 @@ def is_set(stop: Any) -> bool:
     return False
 
 
-def call_until_stopped(launch: Callable[[], Any], stop: Any) -> bool:
+def call_until_stopped(launch: Callable[[], object], stop: Any) -> bool:
     """Calls `launch` in another thread, and sets the stop signal when this process receives SIGTERM
     or SIGINT.
 

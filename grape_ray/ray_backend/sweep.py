@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import fields
-from typing import Any
 
 from grape_ray.config.trust import check_module, check_sweep
 from grape_ray.errors import ConfigError
 from grape_ray.ledger.location import absolute
 from grape_ray.ray_backend.availability import find_cluster
 from grape_ray.ray_backend.cluster import cluster, set_defaults
-from grape_ray.storage import Storage
+from grape_ray.storage import Json, Storage
 from grape_ray.tuning.folder import read
 from grape_ray.tuning.options import SELECT, Options
 from grape_ray.tuning.results import SweepResult
@@ -33,7 +32,7 @@ def run(options: Options, say: Callable[[str], None], name: str | None = None) -
 def resume(
     storage: str,
     name: str,
-    asked: Mapping[str, Any],
+    asked: Json,
     say: Callable[[str], None],
     trust: Iterable[str] = (),
     trust_state: bool = False,
@@ -68,7 +67,7 @@ def resume(
 
 
 def _run(
-    options: Options, say: Callable[[str], None], name: str | None, described: dict[str, Any] | None
+    options: Options, say: Callable[[str], None], name: str | None, described: Json | None
 ) -> SweepResult:
     set_defaults(_START_S)  # before anything imports Ray, as a tune space does
     find_cluster(_START_S)

@@ -9,7 +9,6 @@ import json
 import math
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from grape_ray.privacy.redaction import redacted
 from grape_ray.ray_backend.ledger_client import LedgerActorClient
 from grape_ray.ray_backend.trainer import fit
 from grape_ray.ray_backend.trial_channel import RemoteChannel, TrialChannel
+from grape_ray.storage import Json
 from grape_ray.training.append_log import process_log
 from grape_ray.training.callbacks import RunCallbacks
 from grape_ray.training.plan import Plan
@@ -62,9 +62,9 @@ class TrialSettings:
     score_client: LedgerActorClient | None = None
     scores: Terms | None = None
 
-    def plan(self, values: Mapping[str, Any], run: str, origin: tuple[str, str] | None) -> Plan:
+    def plan(self, values: Json, run: str, origin: tuple[str, str] | None) -> Plan:
         """The plan of a trial's run, checked."""
-        options: dict[str, Any] = {
+        options: Json = {
             "ledger": self.ledger,
             "key_path": self.key_path,
             "study": self.paid,
@@ -108,11 +108,11 @@ class Trial(tune.Trainable):
     has launched.
     """
 
-    def setup(self, config: dict[str, Any], settings: TrialSettings) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def setup(self, config: Json, settings: TrialSettings) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         self._settings = settings
         self._begin(config)
 
-    def step(self) -> dict[str, Any]:
+    def step(self) -> Json:
         """Lets the run go on to its next evaluation, or to its end."""
         if self._thread is None:
             self._start()
@@ -150,7 +150,7 @@ class Trial(tune.Trainable):
     def load_checkpoint(self, checkpoint: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         self._pointer = json.loads(Path(checkpoint, _POINTER).read_text())
 
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
+    def reset_config(self, new_config: Json) -> bool:
         self._finish()
         self._begin(new_config)
         return True
@@ -158,7 +158,7 @@ class Trial(tune.Trainable):
     def cleanup(self) -> None:
         self._finish()
 
-    def _begin(self, values: Mapping[str, Any]) -> None:
+    def _begin(self, values: Json) -> None:
         self._values, self._pointer, self._last_step = dict(values), None, 0
         self._thread: threading.Thread | None = None
         self._channel: TrialChannel | RemoteChannel = TrialChannel()
@@ -188,7 +188,7 @@ class Trial(tune.Trainable):
         except BaseException as error:  # Ray Tune keeps it in error.txt and error.pkl
             self._error = error if plan.public else redacted(error)
 
-    def _tune_result(self, report: dict[str, Any], done: bool) -> dict[str, Any]:
+    def _tune_result(self, report: Json, done: bool) -> Json:
         """Ray Tune's result, which is kept beside the run, too. Where no score could be paid for,
         the last one stands.
         """
@@ -218,9 +218,7 @@ def comparable(score: float) -> float:
     return score if math.isfinite(score) else WORST
 
 
-def _run_of(
-    trial: str, values: Mapping[str, Any], pointer: Mapping[str, Any] | None
-) -> tuple[str, tuple[str, str] | None]:
+def _run_of(trial: str, values: Json, pointer: Json | None) -> tuple[str, tuple[str, str] | None]:
     """(Name of a trial's run, the checkpoint that it begins from).
 
     The same configuration continues its run. One that continues another run's checkpoint, or its
@@ -237,7 +235,7 @@ def _run_of(
     return f"{trial}.{digest[:8]}", (pointer["folder"], checkpoint.folder_of(pointer["step"]))
 
 
-def _key(values: Mapping[str, Any]) -> str:
+def _key(values: Json) -> str:
     """The values as one text."""
     return json.dumps(
         {k: v.item() if hasattr(v, "item") else v for k, v in values.items()}, sort_keys=True

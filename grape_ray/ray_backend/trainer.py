@@ -6,7 +6,7 @@ import json
 import logging
 import secrets
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from grape_ray.distributed.comms import Comms
 from grape_ray.errors import GrapeRayError, Interrupted, TaskFailed
 from grape_ray.privacy.redaction import run_redacted, text_of
 from grape_ray.ray_backend.cluster import cluster, set_defaults
+from grape_ray.storage import Json
 from grape_ray.training.callbacks import RunCallbacks
 from grape_ray.training.journal import PROGRESS_FILE
 from grape_ray.training.plan import Plan
@@ -104,7 +105,7 @@ def fit(
     return read_result(plan.folder())
 
 
-def _launch(plan: Plan, fit: Callable[[], Any]) -> None:
+def _launch(plan: Plan, fit: Callable[[], object]) -> None:
     """Runs the workers to their end; a range of them for as long as the cluster has capacity for
     the fewest.
     """
@@ -132,7 +133,7 @@ def _work(plan: Plan, stop: Any, make_callbacks: Callable[[Plan], RunCallbacks] 
     from grape_ray.ray_backend.metrics import Gauges
     from grape_ray.ray_backend.preemption import PreemptionWatcher
 
-    def report(name: str, metadata: Mapping[str, Any]) -> None:
+    def report(name: str, metadata: Json) -> None:
         """Tells Ray's callbacks of a checkpoint, which stays where it is: a report for each step
         would cost Ray's polling time.
         """

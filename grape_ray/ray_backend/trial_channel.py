@@ -8,7 +8,9 @@ from typing import Any
 
 import ray
 
-Report = dict[str, Any]
+from grape_ray.storage import Json
+
+Report = Json
 
 
 class TrialChannel:

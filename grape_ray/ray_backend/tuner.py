@@ -19,6 +19,7 @@ from grape_ray.ray_backend.ledger_client import open_ledgers
 from grape_ray.ray_backend.old_homes import old_homes
 from grape_ray.ray_backend.searcher import scheduler, search
 from grape_ray.ray_backend.trainable import WORST, Trial, TrialSettings
+from grape_ray.storage import Json
 from grape_ray.tuning import results
 from grape_ray.tuning.folder import RUNS, TUNE
 from grape_ray.tuning.options import Options
@@ -159,7 +160,7 @@ class TrialProgress(tune.Callback):
         self._metric = metric
 
     def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+        self, iteration: int, trials: list[Any], trial: Any, result: Json, **info: Any
     ) -> None:
         score = result[self._metric]
         TrialProgress.say(

@@ -5,10 +5,9 @@ reported.
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from grape_ray.errors import ConfigError
-from grape_ray.storage import Storage
+from grape_ray.storage import Json, Storage
 
 SWEEP_FILE, RESULT_FILE = "sweep.json", "result.json"
 RUNS, TUNE = "runs", "tune"
@@ -19,7 +18,7 @@ _DESCRIBED = {  # what a description holds at least, and of which types
 }  # fmt: skip
 
 
-def read(folder: Storage) -> dict[str, Any]:
+def read(folder: Storage) -> Json:
     """How a sweep was begun. Raises ConfigError where the folder holds no sweep."""
     try:
         found = json.loads(folder.read(SWEEP_FILE))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from grape_ray.accounting.mechanism import check_delta, check_epsilon
 from grape_ray.accounting.selection import NEGATIVE_BINOMIAL, POISSON, Distribution
 from grape_ray.config.methods import METHODS
 from grape_ray.config.schema import Config
 from grape_ray.errors import ConfigError, nearest
+from grape_ray.storage import Json
 
 COMPOSE, SELECT = "compose", "select"
 SCHEDULERS = ("asha", "median", "pbt", "none")
@@ -117,7 +117,7 @@ class Options:
         name, shape = DISTRIBUTIONS[self.law]
         return Distribution(name, float(self.trials), shape)
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> Json:
         """The fields as JSON values."""
         return {**asdict(self), "assignments": list(self.assignments)}
 

@@ -5,7 +5,7 @@ runs as Parquet.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from grape_ray.errors import ConfigError
 from grape_ray.ledger.entries import Study
 from grape_ray.ledger.history import Spending, history
-from grape_ray.storage import Storage
+from grape_ray.storage import Json, Storage
 from grape_ray.tuning import folder, plots, results, trials
 from grape_ray.tuning.options import SELECT
 from grape_ray.tuning.plots import Plot, Span, short, value_text
@@ -42,7 +42,7 @@ def report(url: str) -> tuple[str, bytes]:
     return _compose(sweep, rows), _table(sweep, rows)
 
 
-def _compose(sweep: Mapping[str, Any], rows: list[TrialRow]) -> str:
+def _compose(sweep: Json, rows: list[TrialRow]) -> str:
     study, best = Study.from_payload(sweep["paid"]), trials.best(rows)
     naive = results.naive_epsilon(study.mechanism, best.steps, study.delta) if best else None
     charged, executed = sum(row.charged for row in rows), sum(row.executed for row in rows)
@@ -78,7 +78,7 @@ def _compose(sweep: Mapping[str, Any], rows: list[TrialRow]) -> str:
     )
 
 
-def _selection(place: Storage, sweep: Mapping[str, Any]) -> tuple[str, bytes]:
+def _selection(place: Storage, sweep: Json) -> tuple[str, bytes]:
     """The page of a private selection knows the winner and nothing else."""
     result = results.load(place)
     if result is None:
@@ -112,7 +112,7 @@ def _selection(place: Storage, sweep: Mapping[str, Any]) -> tuple[str, bytes]:
 
 
 def _sections(
-    sweep: Mapping[str, Any], study: Study, rows: list[TrialRow], best: TrialRow | None
+    sweep: Json, study: Study, rows: list[TrialRow], best: TrialRow | None
 ) -> list[tuple[str, str, list[Plot]]]:
     """(Heading, note, plots) each."""
     metric, spent = sweep["metric"], history(sweep["ledger"], study.name)
@@ -155,7 +155,7 @@ def _curve(study: Study, spent: Sequence[Spending]) -> list[tuple[float, float]]
     return list(zip(seconds, map(float, np.interp(used, [0, *knots], cost))))
 
 
-def _table(sweep: Mapping[str, Any], rows: list[TrialRow]) -> bytes:
+def _table(sweep: Json, rows: list[TrialRow]) -> bytes:
     facts = ("run", "trial", *_RUN_FACTS, "done")
     plain = [
         {

@@ -163,7 +163,7 @@ def short(name: str) -> str:
     return name.rpartition(".")[2].replace("_", " ")
 
 
-def value_text(value: Any) -> str:
+def value_text(value: object) -> str:
     """A value of a field as a person reads it."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 

@@ -5,7 +5,7 @@ nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from grape_ray.ledger.entries import Study, entry_name, selection_from
 from grape_ray.ledger.ledger import Ledger
 from grape_ray.ledger.location import absolute, home, ledger_place
 from grape_ray.privacy import keys
-from grape_ray.storage import Storage
+from grape_ray.storage import Json, Storage
 from grape_ray.tasks.task import Data, label, loaded
 from grape_ray.training.checks import check_run_name, fresh_name
 from grape_ray.training.dry_run import dry_run
@@ -29,13 +29,11 @@ from grape_ray.training.splits import check_splits
 from grape_ray.tuning import price
 from grape_ray.tuning.folder import SWEEP_FILE
 from grape_ray.tuning.options import SELECT, Options, check_select_config
-from grape_ray.tuning.spaces import PRIVATE, SweepStudy
+from grape_ray.tuning.spaces import PRIVATE, Space, SweepStudy
 from grape_ray.tuning.sweep import BudgetShare, Sweep
 
 
-def prepare(
-    options: Options, space: dict[str, Any], study: SweepStudy, name: str | None = None
-) -> Sweep:
+def prepare(options: Options, space: Space, study: SweepStudy, name: str | None = None) -> Sweep:
     """Checks and prices a new sweep; when all is right, and not before, it makes the master key and
     the salt of the user's ledgers.
 
@@ -94,9 +92,7 @@ def prepare(
     )
 
 
-def resume(
-    described: dict[str, Any], options: Options, space: dict[str, Any], study: SweepStudy
-) -> Sweep:
+def resume(described: Json, options: Options, space: Space, study: SweepStudy) -> Sweep:
     """A sweep to continue as it was begun; its price is what was registered."""
     name, task = described["sweep"], study.config.task
     steps = _known(described, options.mode, task, lambda data: data.identity)
@@ -141,7 +137,7 @@ def resume(
 
 
 def _known(
-    described: Mapping[str, Any], mode: str, task: Any, identity: Callable[[Data], tuple[str, ...]]
+    described: Json, mode: str, task: Any, identity: Callable[[Data], tuple[str, ...]]
 ) -> BudgetShare:
     """A share as it was described; the data is read, for its fingerprints, only where the sweep was
     cut off before its ledger was made.

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from grape_ray.accounting import calibration
 from grape_ray.accounting.mechanism import Mechanism
 from grape_ray.ledger.entries import Study
 from grape_ray.ledger.ledger import Ledger
-from grape_ray.storage import Storage
+from grape_ray.storage import Json, Storage
 from grape_ray.tuning import trials
 from grape_ray.tuning.folder import RESULT_FILE, read
 from grape_ray.tuning.sweep import Sweep
@@ -27,7 +25,7 @@ class Winner:
         naive_epsilon: of its own steps alone, which is not what tuning costs; None without any.
     """
 
-    config: Mapping[str, Any]
+    config: Json
     score: float
     run: str
     steps: int
@@ -65,12 +63,12 @@ class SweepResult:
     score_source: str
     score_ledger: str | None
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> Json:
         """The fields as JSON values."""
         return asdict(self)
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> SweepResult:
+    def from_json(cls, found: Json) -> SweepResult:
         """The result whose `as_json` this is."""
         best = found["best"]
         return cls(**{**found, "best": None if best is None else Winner(**best)})

@@ -5,7 +5,7 @@ from.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from grape_ray.config.methods import METHODS
 from grape_ray.config.modules import call, load_module
 from grape_ray.config.schema import Config
 from grape_ray.errors import ConfigError, nearest
+from grape_ray.storage import Json
 from grape_ray.training.private_scores import check_metric
 
 PUBLIC, PRIVATE = "public", "private"
@@ -38,6 +39,8 @@ CONTINUABLE = (
     "privacy.clip_norm",
     "privacy.clipping",
 )
+
+Space = dict[str, Any]  # a field of the config -> a domain of Ray Tune's, or a value
 
 
 @dataclass(frozen=True)
@@ -92,15 +95,15 @@ class SweepStudy:
             )
         check_names(self.tunable, self.tunable)
 
-    def with_values(self, values: Mapping[str, Any]) -> Config:
+    def with_values(self, values: Json) -> Config:
         """The config of a trial. Raises ConfigError for a value that its field does not take."""
         return self.config.override(f"{name}={_text(value)}" for name, value in values.items())
 
-    def defaults(self, names: Iterable[str]) -> dict[str, Any]:
+    def defaults(self, names: Iterable[str]) -> Json:
         """The default run's own values of these fields."""
         found = {}
         for name in names:
-            value: Any = self.config
+            value: object = self.config
             for part in name.split("."):
                 if not hasattr(value, part):
                     raise ConfigError(
@@ -174,7 +177,7 @@ def check_methods(base: str, names: Iterable[str]) -> None:
             )
 
 
-def load(reference: str, assignments: Iterable[str] = ()) -> tuple[dict[str, Any], SweepStudy]:
+def load(reference: str, assignments: Iterable[str] = ()) -> tuple[Space, SweepStudy]:
     """(Domains by field name, study) of a module such as `tune_spaces.digits`.
 
     Args:
@@ -205,9 +208,9 @@ def load(reference: str, assignments: Iterable[str] = ()) -> tuple[dict[str, Any
     return space, study
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     """A value as `Config.override` reads it."""
-    value = value.item() if hasattr(value, "item") else value
+    value = getattr(value, "item", lambda: value)()
     if isinstance(value, str):
         return value
     return json.dumps(list(value) if isinstance(value, tuple) else value)

@@ -6,7 +6,6 @@ import json
 import secrets
 import time
 from dataclasses import dataclass, field
-from typing import Any
 
 from grape_ray.accounting.selection import Selection
 from grape_ray.config.description import describe
@@ -15,11 +14,11 @@ from grape_ray.ledger import registry
 from grape_ray.ledger.budget import check_share
 from grape_ray.ledger.entries import Study, entry_name
 from grape_ray.ledger.ledger import Ledger
-from grape_ray.storage import Storage
+from grape_ray.storage import Json, Storage
 from grape_ray.training.private_scores import Terms
 from grape_ray.tuning.folder import SWEEP_FILE
 from grape_ray.tuning.options import Options
-from grape_ray.tuning.spaces import SweepStudy
+from grape_ray.tuning.spaces import Space, SweepStudy
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class BudgetShare:
         if not self.public and self.identity:
             registry.register(self.identity, self.ledger, ledger.ledger_id, self.dataset)
 
-    def described(self) -> dict[str, Any]:
+    def described(self) -> Json:
         """The share as the sweep's description keeps it: without the fingerprint of the records,
         which the ledger knows.
         """
@@ -86,7 +85,7 @@ class Sweep:
 
     name: str
     options: Options
-    space: dict[str, Any]
+    space: Space
     study: SweepStudy
     storage: str
     steps: BudgetShare
@@ -118,7 +117,7 @@ class Sweep:
             )
             remember_sweep(self.folder().url, mark)
 
-    def _description(self, mark: str) -> dict[str, Any]:
+    def _description(self, mark: str) -> Json:
         return {
             "sweep": self.name,
             "mark": mark,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from grape_ray.ledger.charges import Attempt
 from grape_ray.ledger.ledger import Ledger
 from grape_ray.ledger.location import RUN_FILE
-from grape_ray.storage import Storage
+from grape_ray.storage import Json, Storage
 from grape_ray.training.append_log import lines
 from grape_ray.tuning.folder import EXECUTED, REPORTS, RUNS
 
@@ -33,7 +32,7 @@ class TrialRow:
 
     run: str
     trial: str
-    values: Mapping[str, Any]
+    values: Json
     steps: int
     score: float | None
     charged: int
@@ -43,7 +42,7 @@ class TrialRow:
     done: bool
 
 
-def rows(folder: Storage, sweep: Mapping[str, Any]) -> list[TrialRow]:
+def rows(folder: Storage, sweep: Json) -> list[TrialRow]:
     """The runs of a sweep in mode compose, in the order in which they were begun."""
     known = Ledger.open(sweep["ledger"], create=False).state.study(sweep["study"]).runs
     names = sorted(
@@ -56,9 +55,7 @@ def rows(folder: Storage, sweep: Mapping[str, Any]) -> list[TrialRow]:
     return sorted(found, key=lambda row: order.get(row.run, len(order)))
 
 
-def _row(
-    run_folder: Storage, run: str, sweep: Mapping[str, Any], attempts: list[Attempt]
-) -> TrialRow:
+def _row(run_folder: Storage, run: str, sweep: Json, attempts: list[Attempt]) -> TrialRow:
     described = json.loads(run_folder.read(RUN_FILE))
     values = {}
     for name in sweep["fields"]:

@@ -15,13 +15,15 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from grape_ray.errors import ConfigError
 
+Batch = Any  # tensors with one entry an example, in any nest of dicts, lists and tuples
 
-def plain(batch: Any) -> Any:
+
+def plain(batch: Batch) -> Batch:
     """A mapping of another class (as tokenizers return) as a dict."""
     return dict(batch) if hasattr(batch, "keys") and not isinstance(batch, dict) else batch
 
 
-def mapped(batch: Any, change: Callable[[Tensor], Tensor] = lambda t: t) -> Any:
+def mapped(batch: Batch, change: Callable[[Tensor], Tensor] = lambda t: t) -> Batch:
     """The batch in new containers, with every tensor changed; what a forward pass does to its
     containers then ends with it.
     """
@@ -33,12 +35,12 @@ def mapped(batch: Any, change: Callable[[Tensor], Tensor] = lambda t: t) -> Any:
     )
 
 
-def tensors_of(batch: Any) -> list[Tensor]:
+def tensors_of(batch: Batch) -> list[Tensor]:
     """The tensors of a batch, in order."""
     return [leaf for leaf in tree_flatten(plain(batch))[0] if isinstance(leaf, Tensor)]
 
 
-def count_examples(batch: Any) -> int:
+def count_examples(batch: Batch) -> int:
     """Examples in a batch: the length of each of its tensors.
 
     Raises:
@@ -81,7 +83,7 @@ def is_mask(leaf: Tensor) -> bool:
     return leaf.dtype == torch.bool or bool(((leaf == 0) | (leaf == 1)).all())
 
 
-def is_ragged(batch: Any) -> bool:
+def is_ragged(batch: Batch) -> bool:
     """Whether the examples of a batch have different numbers of masked entries."""
     sums = [mask.flatten(1).sum(1) for mask in tensors_of(batch) if is_mask(mask)]
     return any(bool((counts != counts[0]).any()) for counts in sums)

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from grape_ray.engines.capture.capture_pass import CapturePass
 from grape_ray.engines.capture.shared_values import expanded
-from grape_ray.engines.capture.torch_functions import Call
+from grape_ray.engines.capture.torch_functions import Call, Result
 from grape_ray.engines.capture.tracked import Tracked, tracked_in, values_of
 from grape_ray.errors import UnsupportedLayer
 
@@ -25,7 +25,7 @@ class _Slot:
         self.number = number
 
 
-def by_vmap(capture: CapturePass, call: Call) -> Any:
+def by_vmap(capture: CapturePass, call: Call) -> Result:
     """The result of a call whose arguments of the batch have the examples in dimension 0; each
     example gets its own copy of every parameter.
 

@@ -24,6 +24,7 @@ from grape_ray.engines.capture.tracked import (
     tracked_in,
     values_of,
 )
+from grape_ray.engines.collector import Collector
 from grape_ray.errors import UnsupportedLayer
 
 Dispatch = Callable[["CapturePass", Call], Any]
@@ -49,7 +50,7 @@ class CapturePass:
     def __init__(
         self,
         examples: int,
-        collector: Any,
+        collector: Collector,
         device: torch.device,
         constants: set[int],
         inner_sites: set[Site],
@@ -67,7 +68,7 @@ class CapturePass:
         self._unsure: Site | None = None
         self._announcing = True
 
-    def restart(self, collector: Any) -> None:
+    def restart(self, collector: Collector) -> None:
         """Forgets the pass, which is then made again for `collector`."""
         self.collector, self.taps, self._depends = collector, [], {}
         self.dependence = Dependence(self.examples, self.constants, Tracked)

@@ -5,21 +5,20 @@ shared value again, which remembers whose copies it holds.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from grape_ray.engines.capture.by_vmap import by_vmap
 from grape_ray.engines.capture.capture_pass import CapturePass
-from grape_ray.engines.capture.torch_functions import Call
+from grape_ray.engines.capture.torch_functions import Call, Result
 from grape_ray.engines.capture.tracked import Copies, Tracked
 
 _EXPANDS = {"expand", "expand_as", "broadcast_to"}
 COPIES = {*_EXPANDS, "repeat", "tile", "repeat_interleave"}
 
 
-def copied(capture: CapturePass, call: Call) -> Any:
+def copied(capture: CapturePass, call: Call) -> Result:
     """The result of an operation of `COPIES` on a tracked tensor."""
     value: Tracked = call.args[0]
     if call.name == "repeat_interleave" and isinstance(_repeats(call), Tensor):
@@ -40,7 +39,7 @@ def copied(capture: CapturePass, call: Call) -> Any:
     return out
 
 
-def _repeats(call: Call) -> Any:
+def _repeats(call: Call) -> Result:
     return call.kwargs.get("repeats", call.args[1] if len(call.args) > 1 else None)
 
 

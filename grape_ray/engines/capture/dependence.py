@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from grape_ray.engines.capture.batches import mapped, tensors_of
+from grape_ray.engines.capture.batches import Batch, mapped, tensors_of
 from grape_ray.engines.capture.draws import DRAWS, is_dropout, may_mask
 from grape_ray.engines.capture.picks import MAY_PICK, WRITES_INTO, picks
 from grape_ray.engines.capture.torch_functions import is_in_place, operation
@@ -67,7 +67,7 @@ class Dependence(TorchFunctionMode):
         self.drew = self.masked = self.exported = False
         self.leaves: set[int] = set()
 
-    def over(self, forward: Callable[[Any, int], Tensor], batch: Any) -> Tensor:
+    def over(self, forward: Callable[[Batch, int], Tensor], batch: Batch) -> Tensor:
         """The losses of a forward pass (batch, B) -> (B,) under this mode, on containers of its
         own.
         """

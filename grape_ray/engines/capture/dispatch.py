@@ -21,7 +21,7 @@ from grape_ray.engines.capture.capture_pass import CapturePass
 from grape_ray.engines.capture.copies import COPIES, copied
 from grape_ray.engines.capture.draws import is_draw, is_dropout
 from grape_ray.engines.capture.shared_values import per_example, per_example_as_is
-from grape_ray.engines.capture.torch_functions import Call
+from grape_ray.engines.capture.torch_functions import Call, Result
 from grape_ray.engines.capture.tracked import Tracked, no_subclass, tracked_in, values_of
 from grape_ray.errors import UnsupportedLayer
 
@@ -57,7 +57,7 @@ RESHAPES = {
 }  # fmt: skip
 
 
-def dispatch(handlers: Mapping[Callable, Handler], capture: CapturePass, call: Call) -> Any:
+def dispatch(handlers: Mapping[Callable, Handler], capture: CapturePass, call: Call) -> Result:
     """The result of a call with at least one tracked argument."""
     handler = handlers.get(call.func)
     if handler is not None:
@@ -67,7 +67,7 @@ def dispatch(handlers: Mapping[Callable, Handler], capture: CapturePass, call: C
     return general(capture, call)
 
 
-def _read(call: Call) -> Any:
+def _read(call: Call) -> Result:
     """Shapes, dtypes and the like; the value, where it is asked for, carries no gradient in torch
     either.
     """
@@ -77,7 +77,7 @@ def _read(call: Call) -> Any:
         return call.func(*values_of(call.args), **values_of(call.kwargs))
 
 
-def general(capture: CapturePass, call: Call) -> Any:
+def general(capture: CapturePass, call: Call) -> Result:
     """The result of a call for which no handler is known, or to which its handler does not
     apply.
     """
@@ -113,7 +113,7 @@ def general(capture: CapturePass, call: Call) -> Any:
     return by_vmap(capture, call)
 
 
-def _cast(capture: CapturePass, call: Call) -> Any:
+def _cast(capture: CapturePass, call: Call) -> Result:
     """A value of another type or device; whatever else is among the arguments is a template of a
     type.
     """
@@ -132,7 +132,7 @@ def _of_many_matrices(args: tuple) -> bool:
     return args[0].ndim == 2 and not isinstance(args[1], Tracked) and args[1].ndim >= 3
 
 
-def shared(capture: CapturePass, call: Call) -> Any:
+def shared(capture: CapturePass, call: Call) -> Result:
     """An operation in which the batch has no part. Raises UnsupportedLayer where it draws at
     random, once for all examples.
     """
@@ -156,7 +156,7 @@ def shared(capture: CapturePass, call: Call) -> Any:
     return out
 
 
-def _broadcast(capture: CapturePass, call: Call) -> Any:
+def _broadcast(capture: CapturePass, call: Call) -> Result:
     """An operation whose arguments are broadcast against one another."""
     tensors = [t for t in (*call.args, *call.kwargs.values()) if isinstance(t, Tensor)]
     with no_subclass():
@@ -168,7 +168,7 @@ def _broadcast(capture: CapturePass, call: Call) -> Any:
     return call.func(*map(each, call.args), **{k: each(v) for k, v in call.kwargs.items()})
 
 
-def _write(capture: CapturePass, call: Call) -> Any:
+def _write(capture: CapturePass, call: Call) -> Result:
     """A shared value written to places of a tensor: each place has a copy of its own."""
     func, name, args, kwargs = call
     position = 1 if name == "copy" else 2

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch._ops import OpOverload, OpOverloadPacket
 
+Result = Any  # of an operation: a tensor, a number, or a nest of them
+
 
 class Call(NamedTuple):
     """One call of a function that takes tensors.

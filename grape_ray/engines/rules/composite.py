@@ -15,7 +15,7 @@ from torch import Tensor
 from grape_ray.engines.capture.capture_pass import CapturePass
 from grape_ray.engines.capture.dispatch import general, shared
 from grape_ray.engines.capture.shared_values import per_example
-from grape_ray.engines.capture.torch_functions import Call
+from grape_ray.engines.capture.torch_functions import Call, Result
 from grape_ray.engines.capture.tracked import Tracked, tracked_in
 from grape_ray.errors import UnsupportedLayer
 
@@ -30,14 +30,14 @@ State = Any  # a tuple of tensors: (hidden,) or (hidden, cell)
 Step = Callable[[Tensor, Tensor, State], State]
 
 
-def multi_head_attention(capture: CapturePass, call: Call) -> Any:
+def multi_head_attention(capture: CapturePass, call: Call) -> Result:
     """nn.MultiheadAttention, and with it torch's transformer layers."""
     if not capture.depends(call):
         return shared(capture, call)
     return _attention(*call.args, **call.kwargs)
 
 
-def scaled_dot_product_attention(capture: CapturePass, call: Call) -> Any:
+def scaled_dot_product_attention(capture: CapturePass, call: Call) -> Result:
     """Attention with a learned bias (T5's relative positions) as its mask."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
     given = dict(zip(names, call.args)) | call.kwargs
@@ -75,7 +75,7 @@ _STEPS: dict[str, Step] = {
 }  # fmt: skip
 
 
-def cell(capture: CapturePass, call: Call) -> Any:
+def cell(capture: CapturePass, call: Call) -> Result:
     """One step of a recurrent layer; a state that the batch has no part in is made each example's
     own.
     """
@@ -93,7 +93,7 @@ def cell(capture: CapturePass, call: Call) -> Any:
     return out if len(out) > 1 else out[0]
 
 
-def recurrent(capture: CapturePass, call: Call) -> Any:
+def recurrent(capture: CapturePass, call: Call) -> Result:
     """nn.LSTM, nn.GRU and nn.RNN of padded sequences: inputs of all steps in one product, states
     step by step.
     """

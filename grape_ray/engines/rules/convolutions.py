@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -12,7 +10,7 @@ from grape_ray.engines.capture.capture_pass import CapturePass
 from grape_ray.engines.capture.dispatch import general
 from grape_ray.engines.capture.rule import Rule, Saved, Settings
 from grape_ray.engines.capture.tap_function import apply_rule
-from grape_ray.engines.capture.torch_functions import Call
+from grape_ray.engines.capture.torch_functions import Call, Result
 from grape_ray.engines.capture.tracked import Tracked
 from grape_ray.engines.rules.arguments import bind, learned_elsewhere
 
@@ -57,7 +55,7 @@ CONVOLUTION = Rule(
 )
 
 
-def convolution(capture: CapturePass, call: Call) -> Any:
+def convolution(capture: CapturePass, call: Call) -> Result:
     """conv1d and conv2d of groups=1; others go the general way."""
     x, weight, bias, stride, padding, dilation, groups = bind(
         call, "input weight bias stride padding dilation groups", stride=1, padding=0, dilation=1,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,7 @@ from grape_ray.engines.capture.capture_pass import CapturePass
 from grape_ray.engines.capture.dispatch import general, shared
 from grape_ray.engines.capture.rule import Rule, Saved, Settings
 from grape_ray.engines.capture.tap_function import apply_rule
-from grape_ray.engines.capture.torch_functions import Call
+from grape_ray.engines.capture.torch_functions import Call, Result
 from grape_ray.engines.capture.tracked import Node, Tracked
 from grape_ray.engines.rules.arguments import bind
 from grape_ray.errors import UnsupportedLayer
@@ -38,7 +37,7 @@ def _factors(grad: Tensor, x: Tensor | None, settings: Settings) -> tuple[Tensor
 LOOK_UP = Rule(forward=_forward, factors=_factors, outputs_first=False)
 
 
-def embedding(capture: CapturePass, call: Call) -> Any:
+def embedding(capture: CapturePass, call: Call) -> Result:
     """F.embedding."""
     ids, table, padding_idx, max_norm, _, by_freq, _ = bind(
         call, "input weight padding_idx max_norm norm_type scale_grad_by_freq sparse"
@@ -60,7 +59,7 @@ def embedding(capture: CapturePass, call: Call) -> Any:
     return out
 
 
-def getitem(capture: CapturePass, call: Call) -> Any:
+def getitem(capture: CapturePass, call: Call) -> Result:
     """weight[ids], an embedding without the module."""
     table, ids = call.args
     looks_up = (

@@ -12,7 +12,7 @@ from grape_ray.engines.capture.capture_pass import CapturePass
 from grape_ray.engines.capture.dispatch import general, shared
 from grape_ray.engines.capture.rule import Rule, Saved, Settings
 from grape_ray.engines.capture.tap_function import apply_rule
-from grape_ray.engines.capture.torch_functions import Call
+from grape_ray.engines.capture.torch_functions import Call, Result
 from grape_ray.engines.capture.tracked import Tracked, tracked_in
 from grape_ray.engines.rules.arguments import bind, learned_elsewhere
 from grape_ray.errors import UnsupportedLayer
@@ -40,7 +40,7 @@ def _input_gradient(grad: Tensor, saved: Saved, settings: Settings) -> Tensor:
 LAYER_NORM = Rule(forward=_forward, gradient=_gradient, input_gradient=_input_gradient)
 
 
-def layer_norm(capture: CapturePass, call: Call) -> Any:
+def layer_norm(capture: CapturePass, call: Call) -> Result:
     """Layer normalisation over the last dimensions."""
     x, shape, weight, bias, eps, _ = bind(
         call, "input normalized_shape weight bias eps cudnn_enable", eps=1e-5
@@ -66,7 +66,7 @@ def _per_channel(y: Tensor, weight: Any, bias: Any) -> Tensor:
     return y if bias is None else y + bias.view(shape)
 
 
-def group_norm(capture: CapturePass, call: Call) -> Any:
+def group_norm(capture: CapturePass, call: Call) -> Result:
     """Group normalisation."""
     x, groups, weight, bias, eps = bind(call, "input num_groups weight bias eps", eps=1e-5)
     if not capture.depends(call):
@@ -74,7 +74,7 @@ def group_norm(capture: CapturePass, call: Call) -> Any:
     return _per_channel(F.group_norm(x, groups, None, None, eps), weight, bias)
 
 
-def batch_norm(capture: CapturePass, call: Call) -> Any:
+def batch_norm(capture: CapturePass, call: Call) -> Result:
     """Batch normalisation by fixed statistics; that of the batch itself mixes examples."""
     x, mean, var, weight, bias, training, _, eps = bind(
         call, "input running_mean running_var weight bias training momentum eps", training=False,
@@ -93,14 +93,14 @@ def batch_norm(capture: CapturePass, call: Call) -> Any:
     return _per_channel(F.batch_norm(x, mean, var, None, None, False, 0.0, eps), weight, bias)
 
 
-def plain_batch_norm(capture: CapturePass, call: Call) -> Any:
+def plain_batch_norm(capture: CapturePass, call: Call) -> Result:
     """torch.batch_norm, whose arguments come in another order than those of F.batch_norm."""
     x, weight, bias, mean, var, *rest = call.args
     args = (x, mean, var, weight, bias, *rest[:3])
     return batch_norm(capture, Call(F.batch_norm, call.name, args, {}))
 
 
-def rms_norm(capture: CapturePass, call: Call) -> Any:
+def rms_norm(capture: CapturePass, call: Call) -> Result:
     """Root mean square normalisation."""
     x, shape, weight, eps = bind(call, "input normalized_shape weight eps")
     if isinstance(x, Tracked) or not capture.depends(call):

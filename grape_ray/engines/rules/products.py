@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,7 @@ from grape_ray.engines.capture.capture_pass import CapturePass
 from grape_ray.engines.capture.dispatch import general
 from grape_ray.engines.capture.rule import Rule, Saved, Settings
 from grape_ray.engines.capture.tap_function import apply_rule
-from grape_ray.engines.capture.torch_functions import Call
+from grape_ray.engines.capture.torch_functions import Call, Result
 from grape_ray.engines.capture.tracked import Tracked
 from grape_ray.engines.rules.arguments import bind, learned_elsewhere
 
@@ -50,7 +49,7 @@ PRODUCT = replace(
 )
 
 
-def linear(capture: CapturePass, call: Call) -> Any:
+def linear(capture: CapturePass, call: Call) -> Result:
     """F.linear."""
     x, weight, bias = bind(call, "input weight bias")
     if isinstance(x, Tracked) or weight.ndim != 2 or not capture.depends(call):
@@ -64,7 +63,7 @@ def linear(capture: CapturePass, call: Call) -> Any:
     return out if late is None else out + late
 
 
-def matmul(capture: CapturePass, call: Call) -> Any:
+def matmul(capture: CapturePass, call: Call) -> Result:
     """x @ weight."""
     x, weight = bind(call, "input other")
     if call.name == "rmatmul":
@@ -74,7 +73,7 @@ def matmul(capture: CapturePass, call: Call) -> Any:
     return apply_rule(capture, PRODUCT, call.name, (x, weight, None), x.shape[:-1])
 
 
-def addmm(capture: CapturePass, call: Call) -> Any:
+def addmm(capture: CapturePass, call: Call) -> Result:
     """bias + x W, as GPT-2's Conv1D writes it."""
     bias, x, weight, beta, alpha = bind(call, "input mat1 mat2 beta alpha", beta=1, alpha=1)
     fits = (
@@ -89,7 +88,7 @@ def addmm(capture: CapturePass, call: Call) -> Any:
     return apply_rule(capture, PRODUCT, call.name, (x, weight, bias), x.shape[:-1])
 
 
-def einsum(capture: CapturePass, call: Call) -> Any:
+def einsum(capture: CapturePass, call: Call) -> Result:
     """A product with one parameter, each of whose indices is either summed or new: a matrix product
     over any leading dimensions.
     """

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,7 @@ from grape_ray.engines.capture.capture_pass import CapturePass
 from grape_ray.engines.capture.dispatch import Handler, general, shared
 from grape_ray.engines.capture.rule import Rule, rule_of_function
 from grape_ray.engines.capture.tap_function import apply_rule
-from grape_ray.engines.capture.torch_functions import Call
+from grape_ray.engines.capture.torch_functions import Call, Result
 from grape_ray.engines.capture.tracked import Tracked, tracked_in, values_of
 from grape_ray.engines.rules import composite, convolutions, lookups, norms, products
 from grape_ray.engines.rules.arguments import learned_elsewhere
@@ -75,7 +74,7 @@ def register_rule(function: Callable, per_example_grad: Callable | Rule) -> None
     HANDLERS[function] = functools.partial(_by_rule, rule)
 
 
-def _by_rule(rule: Rule, capture: CapturePass, call: Call) -> Any:
+def _by_rule(rule: Rule, capture: CapturePass, call: Call) -> Result:
     """The result of a call by a registered rule, the examples in the first dimension of args[0]."""
     if not capture.depends(call):
         return shared(capture, call)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from grape_ray.engines.capture.batches import is_mask, mapped
+from grape_ray.engines.capture.batches import Batch, is_mask, mapped
 from grape_ray.engines.capture.dependence import Dependence
 from grape_ray.engines.capture.draws import DRAWS, DROPOUT_AT, DROPOUTS, is_dropout
 from grape_ray.engines.capture.torch_functions import operation
 
 
-def exchanged(batch: Any, others: Tensor, scale: float, masks: bool = False) -> Any:
+def exchanged(batch: Batch, others: Tensor, scale: float, masks: bool = False) -> Any:
     """The batch with each of `others` (B,) replaced by one of the rest, real numbers `scale` times
     as large.
 

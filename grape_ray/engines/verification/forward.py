@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from grape_ray.engines.capture import row_layout
-from grape_ray.engines.capture.batches import is_ragged
+from grape_ray.engines.capture.batches import Batch, is_ragged
 from grape_ray.engines.capture.capture_pass import CapturePass
 from grape_ray.engines.capture.model_state import ModelSnapshot
 from grape_ray.engines.capture.random_state import random_states, set_states
@@ -40,8 +40,8 @@ class Forward:
         new_collector: makes an empty collector.
     """
 
-    run: Callable[[Any, int], Tensor]
-    batch: Any
+    run: Callable[[Batch, int], Tensor]
+    batch: Batch
     training: bool
     states: list
     snapshot: ModelSnapshot

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from grape_ray.engines.capture import row_layout
-from grape_ray.engines.capture.batches import mapped
+from grape_ray.engines.capture.batches import Batch, mapped
 from grape_ray.engines.capture.capture_pass import CapturePass
 from grape_ray.engines.capture.dependence import Dependence
 from grape_ray.engines.capture.model_state import ModelSnapshot, written
@@ -64,8 +64,8 @@ class Repetition:
     def __init__(
         self,
         capture: CapturePass,
-        forward: Callable[[Any, int], Tensor],
-        batch: Any,
+        forward: Callable[[Batch, int], Tensor],
+        batch: Batch,
         state: list,
         tolerance: float,
     ):
@@ -188,7 +188,7 @@ class Repetition:
             tap.layout, tap.consistent = old.layout, old.consistent
         return Observation(losses, taps, sums)
 
-    def _observe(self, batch: Any, mode: Dependence) -> Observation:
+    def _observe(self, batch: Batch, mode: Dependence) -> Observation:
         set_states(self._state)
         with self._capture.separate_pass(mode) as taps, torch.enable_grad():
             losses = mode.over(self._forward, batch)
@@ -198,7 +198,7 @@ class Repetition:
             return Observation(losses.detach(), taps, sums)
 
     def _losses(
-        self, batch: Any, examples: int | None = None, mode: TorchFunctionMode | None = None
+        self, batch: Batch, examples: int | None = None, mode: TorchFunctionMode | None = None
     ) -> Tensor:
         set_states(self._state)
         context: AbstractContextManager = mode if mode is not None else nullcontext()
