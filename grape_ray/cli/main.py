@@ -90,11 +90,15 @@ def _cautions_told() -> Iterator[None]:
         yield
 
 
-def _fail(ctx: click.Context, told: GrapeRayError, error: Exception, status: int = 2) -> NoReturn:
-    """One line, and with --debug before it the traceback."""
+def _fail(ctx: click.Context, shown: GrapeRayError, error: Exception, status: int = 2) -> NoReturn:
+    """Ends the command with one line, and with --debug the traceback before it.
+
+    Args:
+        shown: what the line says. error: what was raised, whose traceback it is.
+    """
     if ctx.params.get("debug"):
         click.echo("".join(traceback.format_exception(error)), err=True)
-    click.echo("error: " + " ".join(str(told).split()), err=True)
+    click.echo("error: " + " ".join(str(shown).split()), err=True)
     ctx.exit(status)
 
 

@@ -57,11 +57,11 @@ def command(
     charged to the ledger before its noise is drawn. Validation metrics are computed on data that
     counts as public.
     """
-    from grape_ray.config.pipelines import pipeline as resolve
+    from grape_ray.config.pipelines import pipeline as find_pipeline
 
-    config = resolve(pipeline).override([*assignments, *worker_assignments(workers)])
-    # From here on torch is needed, and its import takes seconds; what could be wrong with the words
-    # above was told before.
+    config = find_pipeline(pipeline).override([*assignments, *worker_assignments(workers)])
+    # From here on torch is needed, and its import takes seconds; a mistake in the command line was
+    # refused before.
     from grape_ray.config.cautions import Consent
     from grape_ray.ray_backend.availability import check_workers
     from grape_ray.training.planning import plan_run

@@ -66,7 +66,7 @@ def is_own(module: str) -> bool:
 
 
 def words_for(module: str) -> str:
-    """What `resume` and `export` must be told beside the run's folder, so that its task's module
+    """The option that `resume` and `export` need beside the run's folder, so that its task's module
     may be imported; empty for our own.
     """
     return "" if is_own(module) else f" --trust-module {shlex.quote(file_of(module) or module)}"

@@ -219,7 +219,7 @@ def _weights(kind: Any, place: str, seed: int, **options: Any) -> tuple[Any, Jso
     """A model in fp32, and what of its weights was not there or had another shape."""
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        # What does not fit is told by us, by name, and not by a table on the terminal.
+        # What does not fit we refuse by name; transformers would print a table on the terminal.
         options |= {
             "ignore_mismatched_sizes": True,
             "output_loading_info": True,
