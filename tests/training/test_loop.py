@@ -530,3 +530,14 @@ def test_the_baseline_needs_no_ledger_and_is_reproducible(run, tmp_path):
     one, two = weights(tmp_path, "a").model, weights(tmp_path, "b").model
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert not (tmp_path / "key").exists()
+
+
+def test_a_gpu_that_was_asked_for_is_used_without_workers(tmp_path, monkeypatch):
+    plan = plan_run(tiny(), run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+    places = []
+    monkeypatch.setattr("grape_ray.training.run._execute", lambda *args: places.append(args[-1]))
+    for use_gpu in (False, True):
+        performance = dataclasses.replace(plan.config.performance, use_gpu=use_gpu)
+        config = dataclasses.replace(plan.config, performance=performance)
+        execute(dataclasses.replace(plan, config=config), Comms.local())
+    assert [place.type for place in places] == ["cpu", "cuda"]
