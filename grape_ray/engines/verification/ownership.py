@@ -183,7 +183,9 @@ def same_gradients(
 
 
 def by_example(tap: Tap, sums: Tensor, layout: Layout, examples: int) -> Tensor:
-    """Marks (2, *lead) summed over the rows of each example -> (2, B)."""
+    """Sums over features (2, *lead), as in `GradientSums`, summed over each example's rows too ->
+    (2, B).
+    """
     return torch.stack([layout.summed(part, len(tap.lead), examples) for part in sums])
 
 
