@@ -42,7 +42,7 @@ def quoted(folder):
 def test_nothing_quotes_a_record(at, tmp_path):
     with pytest.raises(TaskFailed) as caught:
         go(tmp_path, at=at)
-    assert "tests/support/quoting.py:" in str(caught.value)
+    assert "support/quoting.py:" in str(caught.value)
     assert f"in {at}" in str(caught.value) or "_fail" in str(caught.value)
     error: BaseException | None = caught.value
     assert RECORD not in "".join(traceback.format_exception(error))
@@ -53,12 +53,12 @@ def test_nothing_quotes_a_record(at, tmp_path):
 
 
 def test_the_journal_says_where_and_of_which_type(tmp_path):
-    with pytest.raises(TaskFailed, match="failed with ValueError, got 'at tests/quoting"):
+    with pytest.raises(TaskFailed, match="failed with ValueError, got 'at support/quoting"):
         go(tmp_path)
     lines = next((tmp_path / "runs").rglob("attempt*.jsonl")).read_text().splitlines()
     failed = next(line for line in map(json.loads, lines) if line["event"] == "failed")
     assert (failed["error"], failed["reason"]) == ("ValueError", None)
-    assert failed["where"][-1].startswith("tests/support/quoting.py:")
+    assert failed["where"][-1].startswith("support/quoting.py:")
 
 
 def test_on_public_data_the_texts_are_shown(tmp_path):
