@@ -214,7 +214,6 @@ class Engine:
     ) -> ClippedSum:
         """One pass; `states`: random states from before it."""
         snapshot, examples = ModelSnapshot(self.model), count_examples(batch)
-
         forward = Forward(
             run=lambda some, count: losses_of(per_example_loss, self.model, some, count),
             batch=batch,
