@@ -71,8 +71,8 @@ class CheckpointError(GrapeRayError):
 
 
 class TaskFailed(GrapeRayError):
-    """An exception that is not this project's own, told by its type and place alone: its text may
-    quote a record.
+    """An exception that is not this project's own, by its type and the lines it came through alone:
+    its text may quote a record.
     """
 
 

@@ -43,7 +43,7 @@ def learning_rate(method: Method, step: int, total_steps: int) -> float:
 
 
 class Recorder(Protocol):
-    """Told how projected weights move: `W <- decay W + alpha lift(update)`."""
+    """Follows how projected weights move: `W <- decay W + alpha lift(update)`."""
 
     def begin_step(self, period: int, decay: float) -> None:
         """Before the weights of a step move: the period of its subspace, and its weight decay."""
@@ -68,7 +68,7 @@ class Optimizer:
             rounding_key: any public bytes.
 
     Attributes:
-        recorder: told of every move of a projected weight; None tells nobody.
+        recorder: given every move of a projected weight; None records nothing.
     """
 
     def __init__(

@@ -127,8 +127,8 @@ class Storage:
         return found
 
     def first_contact(self) -> Storage:
-        """The same folder, tried for a short time alone: a mistyped address should not take minutes
-        to be told.
+        """The same folder, with a short deadline: a mistyped address should be refused in seconds,
+        not minutes.
         """
         found = copy.copy(self)
         found.deadline_s, found._impatient = min(self.deadline_s, _FIRST_CONTACT_S), True

@@ -160,7 +160,7 @@ def _least_noise(most: Mechanism, epsilon: float, delta: float, steps: int) -> f
 
     if _plain(most):
         return search(math.sqrt(steps), 1e-7, 1.0)
-    # A coarse search finds the neighbourhood, where the spacing that is needed can be told; the
+    # A coarse search finds the neighbourhood, where the spacing that is needed is known; the
     # fine search starts from there.
     rough = search(1.0, 0.02, 0.5)
     spacing = _refined(replace(most, noise_multiplier=rough), steps, delta)[1]

@@ -52,15 +52,15 @@ _ORDERS = (
 
 
 @dataclass(frozen=True)
-class Law:
-    """The law of the number K of trials.
+class Distribution:
+    """The distribution of the number K of trials.
 
     Args:
         name: ``truncated_negative_binomial`` (K >= 1), or ``poisson`` (K may be 0, and then nothing
             is released).
         mean: the mean of K, above 1 and up to 10,000 (500 for ``poisson``).
-        shape: of the negative binomial: 0 is the logarithmic law, the cheapest; 1 the geometric.
-            Always 0 for ``poisson``.
+        shape: of the negative binomial: 0 is the logarithmic distribution, the cheapest; 1 the
+            geometric. Always 0 for ``poisson``.
 
     Raises:
         ConfigError: an unknown name, or a number out of range.
@@ -73,13 +73,13 @@ class Law:
     def __post_init__(self) -> None:
         if self.name not in (NEGATIVE_BINOMIAL, POISSON):
             raise ConfigError(
-                "unknown law of the number of trials",
+                "unknown distribution of the number of trials",
                 self.name,
                 f"{NEGATIVE_BINOMIAL} or {POISSON}",
                 "correct its name",
             )
         mean = finite("mean number of trials", self.mean)
-        shape = finite("shape of the law", self.shape)
+        shape = finite("shape of the distribution", self.shape)
         most = _MAX_MEAN[self.name]
         if not 1 < mean <= most:
             raise ConfigError(
@@ -90,7 +90,10 @@ class Law:
             )
         if not 0 <= shape <= (100 if self.name == NEGATIVE_BINOMIAL else 0):
             raise ConfigError(
-                "shape of the law", shape, "0 to 100, and 0 for poisson", "0 is the logarithmic law"
+                "shape of the distribution",
+                shape,
+                "0 to 100, and 0 for poisson",
+                "0 is the logarithmic distribution",
             )
         object.__setattr__(self, "mean", mean)
         object.__setattr__(self, "shape", shape)
@@ -180,7 +183,8 @@ class Selection:
     Args:
         name: unique in its ledger, also among studies.
         mechanism: what each step of a trial is; exact norms only. epsilon, delta: the share.
-        trial_tokens: the most steps of one trial, repeats included. law: of the number of trials.
+        trial_tokens: the most steps of one trial, repeats included. distribution: of the number of
+            trials.
 
     Raises:
         ConfigError: a number is out of range, or the mechanism has no Renyi bound.
@@ -191,7 +195,7 @@ class Selection:
     epsilon: float
     delta: float
     trial_tokens: int
-    law: Law
+    distribution: Distribution
 
     def __post_init__(self) -> None:
         check_name("selection", self.name)
@@ -210,15 +214,17 @@ class Selection:
     def payload(self) -> dict[str, Any]:
         """The selection as an entry's payload."""
         fields = asdict(self)
-        law = fields.pop("law")
-        return {**fields, "law": law["name"], "mean": law["mean"], "shape": law["shape"]}
+        number = fields.pop("distribution")  # `law` is its name in files
+        return {**fields, "law": number["name"], "mean": number["mean"], "shape": number["shape"]}
 
     def cost(self) -> float:
         """The epsilon, at its delta, that the selection really costs."""
-        return epsilon(self.mechanism, self.trial_tokens, self.law, self.delta)
+        return epsilon(self.mechanism, self.trial_tokens, self.distribution, self.delta)
 
 
-def epsilon(mechanism: Mechanism, trial_steps: int, law: Law, delta: float) -> float:
+def epsilon(
+    mechanism: Mechanism, trial_steps: int, distribution: Distribution, delta: float
+) -> float:
     """An upper bound on the epsilon of releasing the best of K trials of ``trial_steps`` steps
     each; infinity where none holds.
 
@@ -244,17 +250,14 @@ def epsilon(mechanism: Mechanism, trial_steps: int, law: Law, delta: float) -> f
     trial = dp_event.SelfComposedDpEvent(step, check_count("trial_steps", trial_steps))
     accountant = RdpAccountant(_ORDERS)
     with _quiet():
-        accountant.compose(
-            dp_event.RepeatAndSelectDpEvent(
-                trial, law.mean, math.inf if law.name == POISSON else law.shape
-            )
-        )
+        shape = math.inf if distribution.name == POISSON else distribution.shape
+        accountant.compose(dp_event.RepeatAndSelectDpEvent(trial, distribution.mean, shape))
     found = float(accountant.get_epsilon(check_delta(delta)))
     return found if found >= 0 else math.inf  # also where it is NaN
 
 
 def noise_multiplier(
-    wanted: float, delta: float, sampling_prob: float, trial_steps: int, law: Law
+    wanted: float, delta: float, sampling_prob: float, trial_steps: int, distribution: Distribution
 ) -> float:
     """The least noise multiplier, to 0.01 % and never below it, with which the selection costs at
     most (wanted, delta).
@@ -266,10 +269,8 @@ def noise_multiplier(
     wanted, most = check_epsilon(wanted), Mechanism(GAUSSIAN, sampling_prob, MAX_NOISE_MULTIPLIER)
 
     def fits(log_sigma: float) -> bool:
-        return (
-            epsilon(replace(most, noise_multiplier=math.exp(log_sigma)), trial_steps, law, delta)
-            <= wanted
-        )
+        mechanism = replace(most, noise_multiplier=math.exp(log_sigma))
+        return epsilon(mechanism, trial_steps, distribution, delta) <= wanted
 
     least, largest = math.log(MIN_NOISE_MULTIPLIER), math.log(MAX_NOISE_MULTIPLIER) - 1e-12
     high = 0.0

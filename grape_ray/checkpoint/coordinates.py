@@ -62,6 +62,7 @@ class Coordinates:
             self._clear(None)
             return
         if period not in self._sums:
+            # Sums of earlier periods are only read again: they need no device memory.
             for earlier in self._sums.values():
                 earlier.update({name: tensor.cpu() for name, tensor in earlier.items()})
             self._sums[period], self._factors[period] = {}, 1.0
@@ -78,6 +79,7 @@ class Coordinates:
         sums, factor = self._sums[period], self._factors[period]
         if name not in sums:
             sums[name] = torch.zeros_like(update)
+        # divided by f_p, which multiplies the whole sum
         sums[name].add_(update, alpha=alpha / factor)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -89,7 +91,9 @@ class Coordinates:
         }
 
     def counters(self) -> Json:
-        """The numbers that go with `tensors`."""
+        """The numbers that go with `tensors`: f (`factor`), f_p (`factors`), and how many deltas
+        and steps there were since the full checkpoint.
+        """
         return {
             "factor": self._factor,
             "factors": {str(p): f for p, f in self._factors.items()},
@@ -100,8 +104,11 @@ class Coordinates:
     def load(
         self, base: str, tensors: Mapping[str, Tensor], counters: Json, like: Mapping[str, Tensor]
     ) -> None:
-        """Takes up a delta's sums, so that later deltas start from the same full checkpoint; `like`
-        holds the weights, by name.
+        """Continues from a delta's sums, so that later deltas start from the same full checkpoint.
+
+        Args:
+            base: name of the full checkpoint. tensors, counters: what `tensors` and `counters`
+                gave. like: the weights, by name, on whose devices the sums are needed.
         """
         self._clear(base)
         self.deltas = int(counters["deltas"])

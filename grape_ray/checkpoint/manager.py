@@ -1,6 +1,4 @@
-"""How a run keeps its state and gets it back: written in the background, as deltas where these are
-small, and resharded on resume.
-"""
+"""A run's checkpoints: written in the background, as deltas where small, restored by any ranks."""
 
 from __future__ import annotations
 
@@ -105,7 +103,10 @@ class CheckpointManager:
                 model.
         """
         comms = self._comms
+        # One listing for all: two may differ, and ranks that restore different steps would train
+        # different models.
         for name in on_rank_zero(comms, partial(checkpoint.names, self._folder)):
+            # One rank that cannot read a checkpoint is enough for all to pass it over.
             found = _attempted(partial(self._read, name))
             errors = comms.gather_objects(found if isinstance(found, GrapeRayError) else None)
             torn = [error for error in errors if isinstance(error, CheckpointError)]
@@ -144,7 +145,7 @@ class CheckpointManager:
         """Takes the state of another run's checkpoint, and keeps it as this run's own first.
 
         Args:
-            folder: the other run's. metadata: what is told of it otherwise than there.
+            folder: the other run's. metadata: replaces what the other run noted under these keys.
         """
         found = checkpoint.load(folder, checkpoint.of_step(folder, checkpoint.step_of(name)))
         self._load(found)
@@ -166,31 +167,35 @@ class CheckpointManager:
         """Whether a checkpoint of `step` was begun. Raises what the two before failed with, or this
         one, if it is waited for.
         """
-        if not self._clear(wait=occasion is not Occasion.DUE):
+        if not self._may_begin(wait=occasion is not Occasion.DUE):
             self.skipped += 1
             return False
-        name, moved = checkpoint.folder_of(step, self.attempt), self._coordinates
+        name, coordinates = checkpoint.folder_of(step, self.attempt), self._coordinates
         limit = self._config.performance.delta_checkpoints
+        # The last one is full: what a run leaves behind are its weights, bit for bit.
         delta = (
-            moved is not None
-            and moved.base is not None
-            and moved.deltas < limit
+            coordinates is not None
+            and coordinates.base is not None
+            and coordinates.deltas < limit
             and occasion is not Occasion.LAST
         )
         self._metadata = metadata
         if delta:
-            assert moved is not None
-            moved.deltas += 1
-        self._writer.begin(name, step, self._state(metadata, moved if delta else None))
-        if moved is not None and not delta:
-            moved.restart(name)
+            assert coordinates is not None
+            coordinates.deltas += 1
+        self._writer.begin(name, step, self._state(metadata, coordinates if delta else None))
+        if coordinates is not None and not delta:
+            coordinates.restart(name)
         if occasion is not Occasion.DUE:
             self.flush()
         return True
 
-    def _clear(self, wait: bool) -> bool:
-        """Whether no upload is in flight; one that failed, as on a disk that was full for a time,
-        is given up, on every rank.
+    def _may_begin(self, wait: bool) -> bool:
+        """Whether no upload is in flight, so that another may begin. One that failed, as on a disk
+        that was full for a time, is given up, on every rank.
+
+        Args:
+            wait: for the one in flight.
         """
         try:
             if wait:
@@ -202,29 +207,31 @@ class CheckpointManager:
                 raise
             self.failure = error
             given_up = self._writer.give_up()
+            # a delta of a full checkpoint that was never committed could not be restored
             if self._coordinates is not None and self._coordinates.base == given_up:
                 self._coordinates.forget()
             return True
         self.failure = None
-        self._tell()
+        self._report_commit()
         return True
 
     def flush(self) -> None:
-        """Waits until the checkpoint in flight, if any, is committed, and tells of it."""
+        """Waits until the checkpoint in flight, if any, is committed, and reports it."""
         self._writer.flush()
-        self._tell()
+        self._report_commit()
 
     def drain(self) -> None:
         """Before this rank ends by an error: what is in flight may still arrive."""
         self._writer.drain()
 
-    def _tell(self) -> None:
+    def _report_commit(self) -> None:
+        """Calls `on_commit` for a checkpoint that was committed since the last call."""
         committed = self._writer.committed
         if committed and committed != self.newest:
             self.newest = committed
             self.on_commit(committed, self._metadata)
 
-    def _state(self, metadata: Json, moved: Coordinates | None) -> State:
+    def _state(self, metadata: Json, coordinates: Coordinates | None) -> State:
         """This rank's part: of a full checkpoint, or, given coordinates, of what a delta cannot do
         without.
 
@@ -243,19 +250,18 @@ class CheckpointManager:
             "model": model,
             "optimizer": {k: v for k, v in optimizer.items() if isinstance(v, Tensor)},
         }
-        if moved is not None:
+        if coordinates is not None:
+            # Projected weights follow from the base and the coordinates; frozen ones did not move.
             frozen = {n for n, p in self._model.named_parameters() if not p.requires_grad}
-            kinds["model"] = {
-                n: t
-                for n, t in model.items()
-                if n not in self._optimizer.subspace.plan and n not in frozen
-            }
-            kinds["coordinates"], counters["coordinates"] = moved.tensors(), moved.counters()
+            left_out = {*self._optimizer.subspace.plan, *frozen}
+            kinds["model"] = {n: t for n, t in model.items() if n not in left_out}
+            kinds["coordinates"] = coordinates.tensors()
+            counters["coordinates"] = coordinates.counters()
         shards = {
             kind: rank_state.shards_of(tensors, places, self._comms)
             for kind, tensors in kinds.items()
         }
-        return State(shards, counters, metadata, moved.base if moved else None)
+        return State(shards, counters, metadata, coordinates.base if coordinates else None)
 
 
 def _lifts_exactly(config: Config, optimizer: Optimizer) -> bool:

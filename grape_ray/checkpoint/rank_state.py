@@ -31,7 +31,7 @@ def shards_of(
     own = {
         name: Shard(tensors[name], *place)
         for name, place in places.items()
-        if name in tensors and len(tensors[name])
+        if name in tensors and len(tensors[name])  # a rank beyond a short tensor's rows has none
     }
     return {**checkpoint.share(common, comms.rank, comms.world_size), **own}
 
@@ -78,6 +78,7 @@ def restore_rows(reader: Reader, model: nn.Module, optimizer: Optimizer) -> None
     with torch.no_grad():
         for name, tensor in mine.items():
             tensor.copy_(_rows(reader, "model", name, places, tensor))
+    # The optimizer's own state says which tensors there are and of which rows; values are read.
     state, own = optimizer.state_dict(), optimizer.places()
     saved = {
         name: _rows(reader, "optimizer", name, own, t)

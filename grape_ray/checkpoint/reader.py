@@ -29,6 +29,7 @@ class Reader:
 
     def __init__(self, storage: Storage, name: str):
         self.storage, self.manifest = storage, read_manifest(storage, name)
+        # Sizes cost one question a file, and find what was torn before gigabytes are read.
         for file, expected in self.manifest.files.items():
             try:
                 found = storage.size(f"{name}/{file}")
@@ -82,13 +83,14 @@ class Reader:
                 "a saved name",
                 "resume the run's own model",
             )
-        if not pieces[0].global_shape:
+        if not pieces[0].global_shape:  # a scalar has no rows
             return read(self.storage, self.manifest.name, pieces[0])
         end = pieces[0].global_shape[0] if rows is None else start + rows
+        # of a tensor without rows, its one piece says its shape and type
         wanted = [p for p in pieces if p.start < end and p.start + p.rows > start] or pieces[:1]
         place, parts = start, []
         for piece in wanted:
-            if piece.start > place:
+            if piece.start > place:  # a gap: rows that no rank has written
                 break
             tensor = read(self.storage, self.manifest.name, piece)
             parts.append(tensor[max(place - piece.start, 0) : end - piece.start])
@@ -170,7 +172,7 @@ def distinct(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and saved buffers, each tied tensor under its first name only."""
     kept, seen = {}, set()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
+        if id(tensor) not in seen:  # of tied tensors restoring one restores all
             seen.add(id(tensor))
             kept[name] = tensor.detach()
     return kept

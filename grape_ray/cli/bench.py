@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import click
 
+from grape_ray.cli.options import as_json, results_file
 from grape_ray.storage import Json
 
 
@@ -35,14 +35,8 @@ def _shape(function: Any) -> Any:
         click.option(
             "--threads", type=int, default=0, help="torch threads; 0 leaves torch's choice."
         ),
-        click.option(
-            "--out",
-            type=click.Path(path_type=Path),
-            help="Write the section into this results file.",
-        ),
-        click.option(
-            "--json", "as_json", is_flag=True, help="Print one JSON object as the last line."
-        ),
+        results_file,
+        as_json,
     ):
         function = option(function)
     return function
@@ -355,10 +349,8 @@ def scaling(rank: int, **options: Any) -> None:
 @command.command("shell")
 @click.option("--steps", type=int, default=150, show_default=True)
 @click.option("--rounds", type=int, default=3, show_default=True)
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Write the section into this results file."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
+@results_file
+@as_json
 def shell(steps: int, rounds: int, **options: Any) -> None:
     """What the program, the loop and Ray add to a step and to a start, on the digits pipeline."""
     from grape_ray.bench.report import environment
@@ -389,10 +381,8 @@ def shell(steps: int, rounds: int, **options: Any) -> None:
     show_default=True,
     help="Comma list of numbers of entries.",
 )
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Write the section into this results file."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
+@results_file
+@as_json
 def ledger(entries: str, **options: Any) -> None:
     """CPU-seconds of opening and verifying a ledger in a local folder, against the number of its
     entries.

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from grape_ray.cli import options
+
 if TYPE_CHECKING:
     from grape_ray.config.schema import Config
 
@@ -25,14 +27,8 @@ if TYPE_CHECKING:
     multiple=True,
     help="Check this method; repeat for more. Default: the pipeline's own, or grape.",
 )
-@click.option(
-    "--set",
-    "assignments",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Override a field, such as method.rank=8.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
+@options.assignments("a field, such as method.rank=8")
+@options.as_json
 def command(
     model_or_pipeline: str, methods: tuple[str, ...], assignments: tuple[str, ...], as_json: bool
 ) -> None:
@@ -72,7 +68,7 @@ def _target(reference: str, assignments: tuple[str, ...]) -> tuple[Config, Calla
     from grape_ray.training.preflight import preflight
 
     try:
-        return pipeline(reference).override(assignments), _rehearsed
+        return pipeline(reference).override(assignments), _dry_run_report
     except ConfigError as missing:
         if (
             ":" in reference
@@ -91,7 +87,7 @@ def _target(reference: str, assignments: tuple[str, ...]) -> tuple[Config, Calla
     return config, lambda config: preflight(model, loss, batch, config.privacy, config.method)
 
 
-def _rehearsed(config: Config) -> Any:
+def _dry_run_report(config: Config) -> Any:
     """The report of a dry run, in a folder that is thrown away."""
     from grape_ray.storage import Storage
     from grape_ray.tasks.task import loaded

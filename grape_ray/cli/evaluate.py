@@ -6,13 +6,13 @@ import json
 
 import click
 
-from grape_ray.cli.options import trust_module
+from grape_ray.cli import options
 
 
 @click.command("evaluate")
 @click.argument("run")
-@trust_module
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
+@options.trust_module
+@options.as_json
 def command(run, trust, as_json) -> None:
     """Evaluate the newest checkpoint of RUN (a run's folder or URL) on its public validation
     records, free of privacy cost.

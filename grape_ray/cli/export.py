@@ -7,13 +7,13 @@ from pathlib import Path
 
 import click
 
-from grape_ray.cli.options import trust_module
+from grape_ray.cli import options
 
 
 @click.command("export")
 @click.argument("run")
 @click.argument("folder")
-@trust_module
+@options.trust_module
 def command(run, folder, trust) -> None:
     """Write the model of RUN (a run's folder or URL) to FOLDER, for
     AutoModel....from_pretrained.

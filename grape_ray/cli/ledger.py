@@ -217,5 +217,5 @@ def _show_studies(found: Json) -> None:
             click.echo(f"  run {run}: {counts['used']} steps in {counts['attempts']} attempts")
     for name, selection in found["selections"].items():
         spent = f"epsilon {selection['epsilon']:g} at delta {selection['delta']:g}, spent whole"
-        law = f"the best of a secret number of trials, {selection['mean']:g} on average"
-        click.echo(f"selection {name}: {law}, {selection['trial_tokens']} steps each; {spent}")
+        best = f"the best of a secret number of trials, {selection['mean']:g} on average"
+        click.echo(f"selection {name}: {best}, {selection['trial_tokens']} steps each; {spent}")

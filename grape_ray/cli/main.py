@@ -20,7 +20,7 @@ COMMANDS = {
     "ledger": "List, show, verify or extend the ledgers of datasets.",
     "check": "See whether a model or pipeline can be trained, before anything is paid for.",
     "train": "Run a pipeline, privately and paid for.",
-    "resume": "Go on with a run that was cut off.",
+    "resume": "Resume a run that was cut off.",
     "evaluate": "Evaluate a run's newest checkpoint again, free of privacy cost.",
     "tune": "Sweep a tune space under one privacy budget.",
     "report": "Make a page and a table of a sweep.",
@@ -65,9 +65,9 @@ class LazyGroup(click.Group):
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except Exception as error:
-            from grape_ray.cli.unexpected import foreseen
+            from grape_ray.cli.unexpected import in_one_line
 
-            found = foreseen(error, f"grape-ray {ctx.invoked_subcommand}")
+            found = in_one_line(error, f"grape-ray {ctx.invoked_subcommand}")
             _fail(ctx, found, error, found.status)
 
 
@@ -90,11 +90,15 @@ def _cautions_told() -> Iterator[None]:
         yield
 
 
-def _fail(ctx: click.Context, told: GrapeRayError, error: Exception, status: int = 2) -> NoReturn:
-    """One line, and with --debug before it the traceback."""
+def _fail(ctx: click.Context, shown: GrapeRayError, error: Exception, status: int = 2) -> NoReturn:
+    """Ends the command with one line, and with --debug the traceback before it.
+
+    Args:
+        shown: what the line says. error: what was raised, whose traceback it is.
+    """
     if ctx.params.get("debug"):
         click.echo("".join(traceback.format_exception(error)), err=True)
-    click.echo("error: " + " ".join(str(told).split()), err=True)
+    click.echo("error: " + " ".join(str(shown).split()), err=True)
     ctx.exit(status)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from grape_ray.cli.options import no_dry_run, trust_module
+from grape_ray.cli import options
 
 
 @click.command("resume")
@@ -18,17 +18,11 @@ from grape_ray.cli.options import no_dry_run, trust_module
 @click.option(
     "--workers", metavar="N|MIN:MAX", help="Ray Train workers, if another number than before."
 )
-@click.option(
-    "--set",
-    "assignments",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Override a performance.* field; repeatable.",
-)
+@options.assignments("a performance.* field")
 @click.option("--key-file", help="Master key; by default ~/.config/grape-ray/master.key.")
-@trust_module
-@no_dry_run
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
+@options.trust_module
+@options.no_dry_run
+@options.as_json
 def command(
     run, ledger, second_ledger, workers, assignments, key_file, trust, no_dry_run, as_json
 ) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from grape_ray.cli.options import no_dry_run
+from grape_ray.cli import options
 
 if TYPE_CHECKING:  # for the command line, torch is imported only when a run begins
     from grape_ray.training.plan import Plan
@@ -17,13 +17,7 @@ if TYPE_CHECKING:  # for the command line, torch is imported only when a run beg
 
 @click.command("train")
 @click.argument("pipeline")
-@click.option(
-    "--set",
-    "assignments",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Override a field, such as method.rank=8; repeatable.",
-)
+@options.assignments("a field, such as method.rank=8")
 @click.option(
     "--workers",
     metavar="N|MIN:MAX",
@@ -39,26 +33,7 @@ if TYPE_CHECKING:  # for the command line, torch is imported only when a run beg
     "--ledger",
     help="Folder or URL of the dataset's ledger; by default your own ledger of this dataset.",
 )
-@click.option(
-    "--second-ledger",
-    is_flag=True,
-    help="Let a dataset that has a ledger get another, with a budget of its own.",
-)
-@click.option(
-    "--ledger-epsilon",
-    type=float,
-    help="Whole budget of the dataset, where its ledger is made; by default the run's.",
-)
-@click.option(
-    "--ledger-delta",
-    type=float,
-    help="Its delta; by default the run's, in proportion to --ledger-epsilon.",
-)
-@click.option(
-    "--allow-large-delta",
-    is_flag=True,
-    help="Let delta be one over the number of records, or more.",
-)
+@options.dataset_budget("the run's")
 @click.option(
     "--not-private",
     is_flag=True,
@@ -70,8 +45,8 @@ if TYPE_CHECKING:  # for the command line, torch is imported only when a run beg
 @click.option(
     "--key-file", help="Master key, made if missing; by default ~/.config/grape-ray/master.key."
 )
-@no_dry_run
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
+@options.no_dry_run
+@options.as_json
 def command(
     pipeline, assignments, workers, storage, ledger, second_ledger, ledger_epsilon, ledger_delta,
     allow_large_delta, not_private, name, key_file, no_dry_run, as_json,
@@ -82,11 +57,11 @@ def command(
     charged to the ledger before its noise is drawn. Validation metrics are computed on data that
     counts as public.
     """
-    from grape_ray.config.pipelines import pipeline as resolve
+    from grape_ray.config.pipelines import pipeline as find_pipeline
 
-    config = resolve(pipeline).override([*assignments, *worker_assignments(workers)])
-    # From here on torch is needed, and its import takes seconds; what could be wrong with the words
-    # above was told before.
+    config = find_pipeline(pipeline).override([*assignments, *worker_assignments(workers)])
+    # From here on torch is needed, and its import takes seconds; a mistake in the command line was
+    # refused before.
     from grape_ray.config.cautions import Consent
     from grape_ray.ray_backend.availability import check_workers
     from grape_ray.training.planning import plan_run
@@ -122,12 +97,12 @@ def run_and_report(plan: Plan, as_json: bool) -> None:
     from grape_ray.ray_backend.train import run_plan
     from grape_ray.training.briefing import brief, lines
 
-    facts = brief(plan)
+    briefing = brief(plan)
     with Reporter(sys.stderr, plan.config.privacy.steps) as reporter:
-        for line in lines(facts):
+        for line in lines(briefing):
             reporter.say(line)
         result = run_plan(plan, reporter)
     for line in summary(result):
         click.echo(line)
     if as_json:
-        click.echo(json.dumps({**result.as_dict(), "plan": facts}))
+        click.echo(json.dumps({**result.as_dict(), "plan": briefing}))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from grape_ray.cli import options as cli_options
 from grape_ray.config.modules import located
 from grape_ray.errors import ConfigError
 from grape_ray.storage import Json
@@ -24,9 +25,9 @@ if TYPE_CHECKING:  # importing it takes seconds that --help does not have
     "--budget-epsilon",
     "epsilon",
     type=float,
-    help="What the whole sweep may cost; left out, the space's epsilon.",
+    help="What the whole sweep may cost; by default the space's epsilon.",
 )
-@click.option("--budget-delta", "delta", type=float, help="Its delta; left out, the space's.")
+@click.option("--budget-delta", "delta", type=float, help="Its delta; by default the space's.")
 @click.option(
     "--trials",
     type=int,
@@ -44,9 +45,9 @@ if TYPE_CHECKING:  # importing it takes seconds that --help does not have
     type=click.Choice(SEARCHES),
     default="random",
     show_default=True,
-    help="Who proposes trials.",
+    help="Who suggests trials.",
 )
-@click.option("--seed", type=int, help="Seed of the proposals.")
+@click.option("--seed", type=int, help="Seed of the search.")
 @click.option(
     "--mode",
     type=click.Choice([COMPOSE, SELECT]),
@@ -64,61 +65,36 @@ if TYPE_CHECKING:  # importing it takes seconds that --help does not have
 @click.option(
     "--tokens",
     type=int,
-    help="Step tokens of the sweep; left out, what the scheduler is expected to use.",
+    help="Step tokens of the sweep; by default what the scheduler is expected to use.",
 )
 @click.option(
     "--storage", default="sweeps", show_default=True, help="Folder or URL (s3://...) of sweeps."
 )
 @click.option(
     "--ledger",
-    help="Folder or URL of the dataset's ledger; left out, your own ledger of this dataset.",
+    help="Folder or URL of the dataset's ledger; by default your own ledger of this dataset.",
 )
 @click.option("--score-ledger", help="The same for private validation records.")
-@click.option(
-    "--second-ledger",
-    is_flag=True,
-    help="Let a dataset that has a ledger get another, with a budget of its own.",
-)
-@click.option(
-    "--ledger-epsilon",
-    type=float,
-    help="Whole budget of the dataset, where its ledger is made; left out, the sweep's.",
-)
-@click.option(
-    "--ledger-delta",
-    type=float,
-    help="Its delta; left out, the sweep's, in proportion to --ledger-epsilon.",
-)
-@click.option(
-    "--allow-large-delta",
-    is_flag=True,
-    help="Let delta be one over the number of records, or more.",
-)
+@cli_options.dataset_budget("the sweep's")
 @click.option(
     "--workers", type=int, help="Ray Train workers a trial; 0 trains in the trial's own process."
 )
-@click.option("--concurrent", type=int, help="Trials at a time; left out, as many as fit.")
-@click.option(
-    "--set",
-    "assignments",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Override a field of the default run; repeatable.",
-)
+@click.option("--concurrent", type=int, help="Trials at a time; by default as many as fit.")
+@cli_options.assignments("a field of the default run")
 @click.option(
     "--key-file",
     "key_path",
-    help="Master key, made if missing; left out, ~/.config/grape-ray/master.key.",
+    help="Master key, made if missing; by default ~/.config/grape-ray/master.key.",
 )
-@click.option("--sealed", help="Folder for the secrets of --mode select; left out, your own.")
+@click.option("--sealed", help="Folder for the secrets of --mode select; by default your own.")
 @click.option("--name", help="Name of the new sweep.")
-@click.option("--resume", metavar="NAME", help="Go on with a sweep that was cut off.")
+@click.option("--resume", metavar="NAME", help="Resume a sweep that was cut off.")
 @click.option(
     "--trust-state",
     is_flag=True,
     help="Load Ray Tune's state (pickles) also of a sweep that was not begun from here.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
+@cli_options.as_json
 @click.pass_context
 def command(
     context: click.Context,

@@ -1,5 +1,5 @@
-"""What nobody foresaw, told in one line; where it came through is kept in a file of the user's own,
-without what it may quote.
+"""An error that is no GrapeRayError, as one line on the terminal; the lines of code that it came
+through are kept in a file of the user's own, without texts that may quote a record.
 """
 
 from __future__ import annotations
@@ -20,19 +20,21 @@ _NAMED = 2  # frames that the one line names
 
 
 class Unexpected(GrapeRayError):
-    """An error of no class of this project, as the command line tells it. `status`: of the process;
-    2 where it is the task's own.
+    """An error of no class of this project, as the command line shows it.
+
+    Attributes:
+        status: exit status of the process: 1, a fault of grape-ray; 2, of the task.
     """
 
     status = 1
 
 
-def foreseen(error: Exception, command: str) -> Unexpected:
+def in_one_line(error: Exception, command: str) -> Unexpected:
     """The one line for an error that is not this project's, once its traceback is kept.
 
     The text of an error may quote a record, so neither the line nor the file holds it, unless all
-    records that the failing code had seen are public (`withheld.told`); then it is the task's own
-    code that failed. The lines of code that it came through are told in any case.
+    records that the failing code had seen are public (`redaction.run_redacted`); then it is the
+    task's own code that failed. The lines of code that it came through are kept in any case.
 
     Args:
         command: that was called, without its values.

@@ -11,8 +11,8 @@ from typing import Any
 
 from grape_ray.errors import ConfigError, nearest
 
-# As Python writes and as JSON reads them: what is out of range is told by the range check, which
-# knows what to do.
+# As Python writes and as JSON reads them: they are parsed, so that the range check can refuse them
+# with the range.
 _NOT_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 
 

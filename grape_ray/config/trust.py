@@ -13,7 +13,7 @@ from pathlib import Path
 
 from grape_ray.config.modules import file_of
 from grape_ray.errors import ConfigError
-from grape_ray.ledger.location import home, really
+from grape_ray.ledger.location import canonical, home
 from grape_ray.storage import Storage
 
 OWN = ("grape_ray", "pipelines", "tune_spaces")
@@ -66,7 +66,7 @@ def is_own(module: str) -> bool:
 
 
 def words_for(module: str) -> str:
-    """What `resume` and `export` must be told beside the run's folder, so that its task's module
+    """The option that `resume` and `export` need beside the run's folder, so that its task's module
     may be imported; empty for our own.
     """
     return "" if is_own(module) else f" --trust-module {shlex.quote(file_of(module) or module)}"
@@ -110,4 +110,4 @@ def check_sweep(url: str, mark: str, trusted: bool) -> None:
 
 
 def _name(url: str) -> str:
-    return hashlib.sha256(really(url).encode()).hexdigest()[:32]
+    return hashlib.sha256(canonical(url).encode()).hexdigest()[:32]

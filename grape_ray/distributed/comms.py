@@ -1,5 +1,5 @@
-"""What ranks say to each other: reduce a flat sum by slices, gather the released slices, share
-small objects; a no-op at world size 1.
+"""Collectives between ranks: reduce a flat sum by slices, gather the released slices, share small
+objects; nothing is sent at world size 1.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Gate:
-    """Stands in for the forward of a sharded module; tells a watcher each time the module's
+    """Takes the place of a sharded module's forward; calls a watcher each time the module's
     gathered weights are about to be used.
 
     FSDP2 puts gathered weights into the module before its forward, also when a backward pass
@@ -72,7 +72,7 @@ def shard(
     compute_dtype: torch.dtype | None = None,
     recompute: bool = False,
 ) -> None:
-    """Spreads a model's parameters over all ranks of the default group by rows (FSDP2), in place;
+    """Shards a model's parameters by rows over all ranks of the default group (FSDP2), in place;
     every rank calls it.
 
     Args:
@@ -82,7 +82,7 @@ def shard(
     """
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype)
-    for module in [*blocks(model), model]:
+    for module in [*blocks(model), model]:  # inner modules first, as FSDP2 asks
         module.forward = Gate(module.forward, recompute and module is not model)
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
@@ -96,7 +96,7 @@ def gates(model: nn.Module) -> Iterator[tuple[nn.Module, Gate]]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard` has spread the model."""
+    """Whether the model went through `shard`."""
     return isinstance(model, FSDPModule)
 
 

@@ -1,6 +1,4 @@
-"""The engine: per-example gradients of any model, clipped and summed, without touching the model
-object.
-"""
+"""The engine: per-example gradients of any model, clipped and summed; the model stays unwrapped."""
 
 from __future__ import annotations
 
@@ -72,15 +70,15 @@ class Engine:
             )
         check_kinds(model, self.params)
         self._verifier = Verifier(param.dtype for param in self.params.values())
-        batch_norm = nn.modules.batchnorm._BatchNorm
-        self._norms = [(n, m) for n, m in model.named_modules() if isinstance(m, batch_norm)]
-        self._check_norms()
+        kind = nn.modules.batchnorm._BatchNorm
+        self._batch_norms = [(n, m) for n, m in model.named_modules() if isinstance(m, kind)]
+        self._check_batch_norms()
 
-    def _check_norms(self) -> None:
+    def _check_batch_norms(self) -> None:
         """Refuses batch normalisation in training mode; asked again at each sum, because
         `model.train()` reaches frozen layers too.
         """
-        for name, module in self._norms:
+        for name, module in self._batch_norms:
             if module.training:
                 raise UnsupportedLayer(
                     f"batch normalisation '{name}' in training mode",
@@ -145,7 +143,7 @@ class Engine:
             ConfigError: the loss has another shape.
         """
         examples = count_examples(batch)
-        self._check_norms()
+        self._check_batch_norms()
         if mask is not None and (mask.dtype != torch.bool or mask.shape != (examples,)):
             raise ConfigError(
                 "mask",
@@ -176,6 +174,8 @@ class Engine:
             UnsupportedLayer: as `clipped_sum`.
         """
         examples = count_examples(batch)
+        # Copies of one record are masked alike: a pass of another kind than one over records of
+        # several lengths (`Layouts.signature`).
         last, first = (torch.full((max(examples, 2),), n) for n in (examples - 1, 0))
         with awake(self.model):
             for picked in (torch.arange(examples), last, first):
@@ -214,7 +214,6 @@ class Engine:
     ) -> ClippedSum:
         """One pass; `states`: random states from before it."""
         snapshot, examples = ModelSnapshot(self.model), count_examples(batch)
-
         forward = Forward(
             run=lambda some, count: losses_of(per_example_loss, self.model, some, count),
             batch=batch,
@@ -233,6 +232,7 @@ class Engine:
         )
         with tracking(self.model, self.params, capture, snapshot), torch.enable_grad():
             losses = self._verifier.losses(capture, forward)
+            # the forward pass runs under the caller's autocast, norms and sums never do
             with pinned(capture.device.type):
                 self._backward(capture, losses, mask)
         with pinned(capture.device.type), torch.no_grad():
@@ -253,6 +253,9 @@ class Engine:
     def _factors(
         self, collector: Collector, losses: Tensor, mask: Tensor | None
     ) -> tuple[dict[str, Tensor], Tensor]:
+        """The clip factor (B,) of each tensor by name, and the examples' norms (B,) over all of
+        them, both float64.
+        """
         found = collector.squared_norms()
         zeros = torch.zeros(losses.shape[0], dtype=torch.float64, device=losses.device)
         complete = {name: found.get(name, zeros) for name in self.params}

@@ -101,7 +101,7 @@ class Estimated(TwoPasses):
             ),
         )
         # zero bounds nothing, and must stay zero
-        return sketch.from_above(found, uses) * (found > 0)
+        return sketch.upper_bound(found, uses) * (found > 0)
 
 
 class Randomized(Ghost):

@@ -21,7 +21,7 @@ class Charge:
 
 @dataclass
 class Attempt:
-    """What one attempt of a run has been charged; its books are kept by its study's.
+    """What one attempt of a run has been charged; its study changes it (`StudyState`).
 
     Attributes:
         charges: by chunk, in the order of their growing numbers. refunds: steps given back, by
@@ -60,7 +60,7 @@ class StudyState:
         return self.study.tokens - self.used
 
     def charge(self, attempt: Attempt, charge: Charge) -> None:
-        """Book a charge that the rules allow: its chunk and its steps lie beyond all earlier
+        """Add a charge that the rules allow: its chunk and its steps lie beyond all earlier
         ones.
         """
         attempt.charges[charge.chunk] = charge
@@ -69,7 +69,7 @@ class StudyState:
         self.used += charge.steps
 
     def refund(self, attempt: Attempt, chunk: int, steps: int) -> None:
-        """Book a refund that the rules allow, and end the attempt: what was refunded can never
+        """Add a refund that the rules allow, and end the attempt: what was refunded can never
         start any more.
         """
         attempt.refunds[chunk] = steps

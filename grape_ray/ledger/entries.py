@@ -19,7 +19,7 @@ from grape_ray.accounting.mechanism import (
     check_epsilon,
     check_name,
 )
-from grape_ray.accounting.selection import Law, Selection
+from grape_ray.accounting.selection import Distribution, Selection
 from grape_ray.errors import ConfigError, GrapeRayError, LedgerError
 from grape_ray.storage import Json
 
@@ -136,9 +136,9 @@ def mechanism_from(payload: object) -> Mechanism:
 def selection_from(payload: Json) -> Selection:
     """The selection that a payload holds."""
     fields = dict(payload)
-    law = Law(fields.pop("law"), fields.pop("mean"), fields.pop("shape"))
+    distribution = Distribution(fields.pop("law"), fields.pop("mean"), fields.pop("shape"))
     fields["mechanism"] = mechanism_from(fields["mechanism"])
-    return Selection(**fields, law=law)
+    return Selection(**fields, distribution=distribution)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A claim on a ledger: which cluster charges it, and a beat that shows that the cluster lives."""
+"""A lease of a ledger: which cluster charges it, and a beat that shows that the cluster lives."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import time
 from grape_ray.errors import GrapeRayError, LedgerError
 from grape_ray.storage import Json, Storage
 
-CLAIM_FILE = "claim.json"
+LEASE_FILE = "claim.json"  # its name in ledgers that exist
 BEAT_S = 2.0
 _PATIENCE_BEATS = 4
 
 
-class Claim:
+class Lease:
     """A file beside the entries that its holder rewrites every few seconds.
 
     It keeps a second cluster out while the first lives, and lets it in when the first has died. It
-    compares no clocks: a claim lives while its beat changes. What must never happen does not rest
+    compares no clocks: a lease lives while its beat changes. What must never happen does not rest
     on it: a holder that was overtaken is barred by the chain's epochs.
 
     Args:
@@ -65,10 +65,10 @@ class Claim:
         """Give the ledger up, so that the next cluster need not wait."""
         self._over.set()
         if self._mine(self._read()):
-            self._storage.remove(CLAIM_FILE)
+            self._storage.remove(LEASE_FILE)
 
     def _keep(self) -> None:
-        """Beat until the claim is given up, or is no longer this cluster's."""
+        """Beat until the lease is given up, or is no longer this cluster's."""
         while not self._over.wait(self._beat_s):
             try:
                 seen = self._read()
@@ -85,13 +85,13 @@ class Claim:
 
     def _read(self) -> Json | None:
         try:
-            return json.loads(self._storage.read(CLAIM_FILE))
+            return json.loads(self._storage.read(LEASE_FILE))
         except FileNotFoundError:
             return None
         except (ValueError, OSError, GrapeRayError) as error:
             fix = "nothing was granted; check the location and try again"
             raise LedgerError(
-                f"the claim on {self._storage.url} cannot be read",
+                f"the lease of {self._storage.url} cannot be read",
                 str(error),
                 "storage that can be used",
                 fix,
@@ -99,10 +99,10 @@ class Claim:
 
     def _write(self) -> None:
         self._beats += 1
-        claim = {
+        lease = {
             "cluster": self._cluster,
             "pid": os.getpid(),
             "host": platform.node(),
             "beat": self._beats,
         }
-        self._storage.write(CLAIM_FILE, json.dumps(claim).encode(), private=True)
+        self._storage.write(LEASE_FILE, json.dumps(lease).encode(), private=True)

@@ -1,4 +1,4 @@
-"""Where a user's own things and the ledgers of datasets lie unless told otherwise."""
+"""Where a user's own files and the ledgers of datasets lie by default."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def absolute(url: str) -> str:
     return url.rstrip("/")
 
 
-def really(url: str) -> str:
+def canonical(url: str) -> str:
     """Where a location really is: one text for all ways of writing it, through symbolic links,
     too.
     """
@@ -97,7 +97,7 @@ def ledger_of(place: str) -> tuple[str, str | None]:
             "the run has no ledger",
             run,
             "a run with a private method",
-            "method none pays for nothing, and promises nothing",
+            "method none pays for nothing, and guarantees nothing",
         )
     return ledger, run
 

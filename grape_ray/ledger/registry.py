@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from grape_ray.errors import LedgerError, StorageError
 from grape_ray.ledger.entries import decode, entry_name
-from grape_ray.ledger.location import SALT_FILE, home, really, salt
+from grape_ray.ledger.location import SALT_FILE, canonical, home, salt
 from grape_ray.storage import Storage
 
 _FOLDER = "datasets"
@@ -91,7 +91,7 @@ def register(identity: Iterable[str], ledger: str, ledger_id: str, dataset: str 
     Raises:
         StorageError: the user's registry cannot be written.
     """
-    place = really(ledger)
+    place = canonical(ledger)
     entry = {
         "ledger": place,
         "ledger_id": ledger_id,
@@ -122,7 +122,7 @@ def check_only(place: str, identity: Iterable[str], second: bool) -> None:
         "charge that one (--ledger), or say --second-ledger (second_ledger=True) and add the two"
         " budgets up yourself"
     )
-    if any(entry.place == really(place) for entry in entries):
+    if any(entry.place == canonical(place) for entry in entries):
         fix = f"restore it, or {fix.partition(', or ')[2]}"
         raise LedgerError(
             "the ledger of these records was removed or replaced",
@@ -142,7 +142,7 @@ def _is(entry: Known, place: str) -> bool:
     """Whether the ledger at `place` is the known one, in its place or moved from it."""
     if _ledger_id(place) != entry.ledger_id:
         return False
-    return entry.place == really(place) or _ledger_id(entry.place) != entry.ledger_id
+    return entry.place == canonical(place) or _ledger_id(entry.place) != entry.ledger_id
 
 
 def _ledger_id(place: str) -> str | None:

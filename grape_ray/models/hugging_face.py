@@ -171,7 +171,7 @@ def tokens_of(tokenizer: Any) -> int:
 
 
 @contextlib.contextmanager
-def positions_told(model: nn.Module, length: int) -> Iterator[None]:
+def explaining_long_texts(model: nn.Module, length: int) -> Iterator[None]:
     """Where a pass over texts of so many tokens fails, and the model has fewer positions, the error
     says so. Raises ConfigError.
     """
@@ -219,7 +219,7 @@ def _weights(kind: Any, place: str, seed: int, **options: Any) -> tuple[Any, Jso
     """A model in fp32, and what of its weights was not there or had another shape."""
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        # What does not fit is told by us, by name, and not by a table on the terminal.
+        # What does not fit we refuse by name; transformers would print a table on the terminal.
         options |= {
             "ignore_mismatched_sizes": True,
             "output_loading_info": True,

@@ -18,7 +18,7 @@ _SALT = b"grape-ray/v1"
 
 
 def default_path() -> Path:
-    """Where the master key lies unless told otherwise."""
+    """The file of the master key where no other is named."""
     return Path.home() / ".config" / "grape-ray" / "master.key"
 
 

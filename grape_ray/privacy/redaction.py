@@ -21,7 +21,7 @@ def run_redacted(call: Callable[[], _Result], public: bool) -> _Result:
     """The result of `call`, which runs code of the task.
 
     Args:
-        public: whether all records that it sees are public; then errors are told as they are.
+        public: whether all records that it sees are public; then errors are raised as they are.
 
     Raises:
         GrapeRayError: of this project, as it is but for what caused it; TaskFailed for any other
@@ -67,8 +67,8 @@ def where(error: BaseException, frames: int = _FRAMES) -> list[str]:
 
 
 def may_be_quoted(error: BaseException) -> bool:
-    """Whether the text of an error may be told: it came out of `run_redacted`, and all records that
-    the code in there had seen are public.
+    """Whether the text of an error may be shown: it came out of `run_redacted`, and all records
+    that the code in there had seen are public.
     """
     return getattr(error, _PUBLIC, False) is True
 

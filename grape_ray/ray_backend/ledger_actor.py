@@ -13,7 +13,7 @@ import ray
 
 from grape_ray.errors import LedgerError
 from grape_ray.ledger.entries import Study
-from grape_ray.ledger.lease import Claim
+from grape_ray.ledger.lease import Lease
 from grape_ray.ledger.ledger import Ledger
 from grape_ray.ray_backend.metrics import StudyGauges
 from grape_ray.storage import Storage
@@ -40,13 +40,13 @@ class LedgerActor:
 
     Args:
         url: the ledger's folder. cluster: a name for this cluster, kept when the actor is
-            restarted. beat_s: see Claim.
+            restarted. beat_s: see Lease.
     """
 
     def __init__(self, url: str, cluster: str, beat_s: float):
         self._url, self._cluster, self._beat_s = url, cluster, beat_s
         self._ledger: Ledger | None = None
-        self._claim: Claim | None = None
+        self._lease: Lease | None = None
         self._used: dict[str, tuple[Study, int]] = {}
         self._users: set[str] = set()
         self._gauges = StudyGauges()
@@ -81,9 +81,9 @@ class LedgerActor:
         self._users.discard(user)
         if self._users:
             return False
-        if self._claim is not None:
-            self._claim.release()
-        self._ledger = self._claim = None
+        if self._lease is not None:
+            self._lease.release()
+        self._ledger = self._lease = None
         return True
 
     def _open(self) -> Ledger:
@@ -92,10 +92,10 @@ class LedgerActor:
         """
         if self._ledger is None:
             ledger = Ledger.open(self._url, create=False)
-            claim = Claim(Storage(self._url), self._cluster, self._beat_s)
-            claim.take()
+            lease = Lease(Storage(self._url), self._cluster, self._beat_s)
+            lease.take()
             ledger.take_over(f"{self._cluster}/{os.getpid()}-{secrets.token_hex(4)}")
-            self._ledger, self._claim = ledger, claim
+            self._ledger, self._lease = ledger, lease
             threading.Thread(target=self._show_epsilon, daemon=True).start()
         return self._ledger
 

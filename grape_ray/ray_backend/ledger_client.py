@@ -34,7 +34,7 @@ class LedgerActorClient:
     Where the actor cannot be had, or cannot reach the ledger, nothing is granted.
 
     Args:
-        url: the ledger's folder, by which the actor is found. beat_s: see Claim.
+        url: the ledger's folder, by which the actor is found. beat_s: see Lease.
     """
 
     def __init__(self, url: str, beat_s: float = BEAT_S):

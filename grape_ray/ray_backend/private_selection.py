@@ -61,7 +61,7 @@ def check_domains(space: Space) -> None:
             raise ConfigError(
                 f"mode select refuses the domain of {name}: a function may depend on anything",
                 None,
-                "one fixed law",
+                "one fixed distribution",
                 fix,
             )
 
@@ -115,7 +115,7 @@ def select(sweep: Sweep, at_once: int, say: Callable[[str], None]) -> SweepResul
         ray.get(waiting)
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", error)
-        fix = f"see the cause, then go on with --resume {sweep.name}"
+        fix = f"see the cause, then continue with --resume {sweep.name}"
         raise GrapeRayError(
             "a sealed trial failed", type(cause).__name__, "trials that end", fix
         ) from None

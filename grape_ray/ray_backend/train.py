@@ -32,7 +32,7 @@ def train(
     on_progress: Callable[[Progress, float | None], None] | None = None,
 ) -> RunResult:
     """Checks, prices and runs a config; the arguments are those of
-    `grape_ray.training.plan.prepare`.
+    `grape_ray.training.planning.plan_run`.
 
     Args:
         on_progress: see RunCallbacks.
@@ -51,7 +51,7 @@ def train(
 def run_plan(
     plan: Plan, on_progress: Callable[[Progress, float | None], None] | None = None
 ) -> RunResult:
-    """Runs or resumes what `prepare` checked; the result is that of `train`."""
+    """Runs or resumes what `plan_run` or `plan_resume` checked; the result is that of `train`."""
     if plan.config.performance.num_workers == 0:
         with signals.installed():
             callbacks = RunCallbacks(

@@ -221,7 +221,7 @@ def comparable(score: float) -> float:
 def _run_of(trial: str, values: Json, pointer: Json | None) -> tuple[str, tuple[str, str] | None]:
     """(Name of a trial's run, the checkpoint that it begins from).
 
-    The same configuration goes on with its run. One that continues another run's checkpoint, or its
+    The same configuration continues its run. One that continues another run's checkpoint, or its
     own with other values, is a new run, whose name follows from what it continues, so that a crash
     finds it again.
     """

@@ -71,9 +71,9 @@ def fit(
                 elastic_resize_monitor_interval_s=performance.resize_every_s,
             ),
             run_config=ray.train.RunConfig(
-                # A name of its own for each launch: Ray would take up the state of an earlier one,
-                # but checkpoints and what is paid for are this package's own, so a run resumes
-                # whatever wrote it, with any number of workers or none.
+                # A name of its own for each launch: under the same one Ray would restore the state
+                # of an earlier launch, but checkpoints and what is paid for are this package's own,
+                # so a run resumes whatever wrote it, with any number of workers or none.
                 name=f"ray-{secrets.token_hex(4)}",
                 storage_path=f"{plan.storage}/{plan.run}",
                 # A group that cannot be started is the controller's failure; by default Ray tries

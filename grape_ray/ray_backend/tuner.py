@@ -106,7 +106,7 @@ def _check(trials: tune.ResultGrid, say: Callable[[str], None]) -> None:
             "every trial failed",
             type(errors[0]).__name__,
             "trials that end",
-            "see the lines above, then go on with --resume",
+            "see the lines above, then continue with --resume",
         )
 
 

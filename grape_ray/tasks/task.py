@@ -112,7 +112,7 @@ def loaded(task: Task) -> Data:
     """What a task loads, if it is a dataset.
 
     Raises:
-        TaskFailed: see `withheld.told`. ConfigError: it is something else.
+        TaskFailed: see `redaction.run_redacted`. ConfigError: it is something else.
     """
     data = run_redacted(task.load, public=False)
     parts = [("task.load returns", data, Data)]
@@ -186,7 +186,7 @@ def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Te
 
 
 def loss_of(task: Task, precision: str, device: str) -> Callable[[nn.Module, Any], Tensor]:
-    """The task's per-example loss in a precision of `config.Performance`."""
+    """The task's per-example loss in a precision that `config.schema.Performance` names."""
     return (
         under_autocast(task.per_example_loss, device)
         if precision == "bf16"

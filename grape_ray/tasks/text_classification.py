@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,56 +18,37 @@ from grape_ray.data.arrays import Ragged, Records
 from grape_ray.errors import ConfigError
 from grape_ray.models.hugging_face import (
     check_vocabulary,
+    explaining_long_texts,
     load_sequence_classifier,
-    load_tokenizer,
-    positions_told,
     save_pretrained,
     tokens_of,
 )
 from grape_ray.tasks.task import Data, classification_loss, classification_metrics
+from grape_ray.tasks.text_tables import TextTables, tokenizer_of
 
 _MOST_CLASSES = 1_000_000
 _TOKENIZE_ROWS = 4096  # texts handed to the tokenizer at a time
 
 
 @dataclass(frozen=True)
-class TextClassification:
-    """One row of a table is one example, and so one unit of the guarantee.
+class TextClassification(TextTables):
+    """Each row of a table has a text and a label; the other fields are those of TextTables.
 
     Attributes:
-        model: hub name or folder of a pretrained model with a tokenizer; both must be public, that
-            is, not made from the training data.
-        train, validation: Parquet file, folder, pattern or URL (`hf://datasets/...`, `s3://...`).
-        text_column, label_column: names of the columns; labels are integers from 0 to classes - 1.
+        label_column: name of the column of labels, integers from 0 to classes - 1.
         classes: number of labels. max_tokens: longer texts are cut.
         dropout: whether the model's dropout is on in training.
-        limit: keep the first so many training rows; 0 keeps all.
-        public: whether the training data holds nobody's secrets (a public benchmark), so that each
-            run may have a ledger of its own.
     """
 
-    model: str
-    train: str
-    validation: str
-    text_column: str = "text"
     label_column: str = "label"
     classes: int = 2
     max_tokens: int = 128
     dropout: bool = False
-    limit: int = 0
-    public: bool = False
     name: str = "text-classification"
     bounded_metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
 
     def __post_init__(self) -> None:
-        for field, low in (("classes", 2), ("max_tokens", 1), ("limit", 0)):
-            if getattr(self, field) < low:
-                raise ConfigError(
-                    f"task.{field}",
-                    getattr(self, field),
-                    f"an integer >= {low}",
-                    "set another value",
-                )
+        self.check_at_least(classes=2, max_tokens=1, limit=0)
         if self.classes > _MOST_CLASSES:
             raise ConfigError(
                 "task.classes",
@@ -99,7 +79,7 @@ class TextClassification:
 
     def _records(self, found: list[str], labels: np.ndarray) -> Records:
         """Texts as token ids."""
-        tokenizer = _tokenizer(self.model)
+        tokenizer = tokenizer_of(self.model)
         ids: list[list[int]] = []
         for start in range(0, len(found), _TOKENIZE_ROWS):
             block = tokenizer(
@@ -113,14 +93,14 @@ class TextClassification:
 
     def build_model(self, seed: int) -> nn.Module:
         model: Any = load_sequence_classifier(self.model, self.classes, seed, self.dropout)
-        check_vocabulary(model, tokens_of(_tokenizer(self.model)), self.model)
+        check_vocabulary(model, tokens_of(tokenizer_of(self.model)), self.model)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = self._fill
         return model
 
     @property
     def _fill(self) -> int:
-        tokenizer = _tokenizer(self.model)
+        tokenizer = tokenizer_of(self.model)
         return (
             tokenizer.pad_token_id
             if tokenizer.pad_token_id is not None
@@ -136,19 +116,15 @@ class TextClassification:
         }
 
     def per_example_loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        with positions_told(model, batch["input_ids"].shape[1]):
+        with explaining_long_texts(model, batch["input_ids"].shape[1]):
             return classification_loss(model, batch)
 
     def evaluate(self, model: nn.Module, records: Records) -> dict[str, float]:
-        with positions_told(model, int(np.diff(records.sequences("input_ids").offsets).max())):
+        with explaining_long_texts(
+            model, int(np.diff(records.sequences("input_ids").offsets).max())
+        ):
             return classification_metrics(self, model, records)
 
     def save(self, model: nn.Module, folder: Path) -> None:
         save_pretrained(model, folder)
-        _tokenizer(self.model).save_pretrained(folder)
-
-
-@lru_cache(maxsize=2)
-def _tokenizer(name: str) -> Any:
-    """One tokenizer a process: loading takes a second."""
-    return load_tokenizer(name)
+        tokenizer_of(self.model).save_pretrained(folder)

@@ -7,7 +7,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,16 @@ from torch import Tensor, nn
 
 from grape_ray.data import tables
 from grape_ray.data.arrays import Ragged, Records
-from grape_ray.errors import ConfigError, DataError
+from grape_ray.errors import DataError
 from grape_ray.models.hugging_face import (
     check_vocabulary,
+    explaining_long_texts,
     load_causal_lm,
-    load_tokenizer,
-    positions_told,
     save_pretrained,
     tokens_of,
 )
 from grape_ray.tasks.task import Data, evaluating, to_device
+from grape_ray.tasks.text_tables import TextTables, tokenizer_of
 
 BYTES = "bytes"
 _PAD, _BEGIN, _END, _FIRST_BYTE = 0, 1, 2, 3
@@ -38,46 +37,27 @@ _EVALUATE_ROWS = 8
 
 
 @dataclass(frozen=True)
-class TextGeneration:
-    """One row of a table is one example, and so one unit of the guarantee: its tokens are summed
-    into one loss and clipped together.
+class TextGeneration(TextTables):
+    """The model is a decoder. An example's tokens are summed into one loss and clipped together;
+    the other fields are those of TextTables.
 
     Attributes:
-        model: hub name or folder of a pretrained decoder; public, like its tokenizer: not made from
-            the training data.
         tokenizer: hub name or folder; empty is the model's own; `bytes` reads UTF-8 (259 ids),
             which no data had to be seen for.
-        train, validation: Parquet file, folder, pattern or URL (`hf://datasets/...`, `s3://...`).
-        prompt_column: read but not learned; empty where texts are learned whole. text_column: what
-            is learned.
+        prompt_column: read but not learned; empty where texts are learned whole.
         max_tokens: longer examples are cut at the end, and lose no more than that: a prompt too
             long leaves no text and is refused.
-        limit, validation_limit: keep the first so many rows; 0 keeps all.
-        public: whether the training data holds nobody's secrets (a public benchmark), so that each
-            run may have a ledger of its own.
+        validation_limit: keep the first so many validation rows; 0 keeps all.
     """
 
-    model: str
-    train: str
-    validation: str
     tokenizer: str = ""
     prompt_column: str = ""
-    text_column: str = "text"
     max_tokens: int = 1024
-    limit: int = 0
     validation_limit: int = 0
-    public: bool = False
     name: str = "text-generation"
 
     def __post_init__(self) -> None:
-        for field, low in (("max_tokens", 2), ("limit", 0), ("validation_limit", 0)):
-            if getattr(self, field) < low:
-                raise ConfigError(
-                    f"task.{field}",
-                    getattr(self, field),
-                    f"an integer >= {low}",
-                    "set another value",
-                )
+        self.check_at_least(max_tokens=2, limit=0, validation_limit=0)
 
     def load(self) -> Data:
         train, validation = self._table(self.train), self._table(self.validation)
@@ -129,9 +109,9 @@ class TextGeneration:
     def _read_by(self) -> Any:
         """The tokenizer; not of bytes."""
         return (
-            _tokenizer(self.tokenizer, "task.tokenizer")
+            tokenizer_of(self.tokenizer, "task.tokenizer")
             if self.tokenizer
-            else _tokenizer(self.model, "task.model")
+            else tokenizer_of(self.model)
         )
 
     def _table(self, url: str) -> pa.Table:
@@ -189,18 +169,12 @@ def _token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor
     """
     targets = batch["input_ids"].masked_fill(~batch["learned"], _IGNORE)
     targets = F.pad(targets[:, 1:], (0, 1), value=_IGNORE)
-    with positions_told(model, batch["input_ids"].shape[1]):
+    with explaining_long_texts(model, batch["input_ids"].shape[1]):
         logits = model(input_ids=batch["input_ids"], use_cache=False).logits.float()
     losses = F.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), ignore_index=_IGNORE, reduction="none"
     )
     return losses.view(targets.shape), targets != _IGNORE
-
-
-@lru_cache(maxsize=2)
-def _tokenizer(name: str, field: str) -> Any:
-    """One tokenizer a process: loading takes a second."""
-    return load_tokenizer(name, field)
 
 
 def _begin(tokenizer: Any) -> list[int]:

@@ -1,4 +1,4 @@
-"""A run in progress on one rank: what its loop pays, evaluates, saves and tells."""
+"""A run in progress on one rank: pays for steps, evaluates, checkpoints, reports."""
 
 from __future__ import annotations
 
@@ -74,9 +74,15 @@ class ActiveRun:
         if plan.study == plan.run and self.tokens_left is None:
             used = sum(each.used for each in ledger.attempts(plan.study, plan.run))
             self.tokens_left = plan.tokens - used
-        used = self.data.dataset_id
         grant = ledger.charge(
-            plan.study, plan.run, number, self.chunk, count, first_step=step, dataset_id=used
+            plan.study,
+            plan.run,
+            number,
+            self.chunk,
+            count,
+            first_step=step,
+            # of the records at hand, not of the plan: the ledger refuses to pay for others
+            dataset_id=self.data.dataset_id,
         )
         self.chunk += 1
         self.epsilon = ledger.epsilon_spent(plan.study)
@@ -94,6 +100,7 @@ class ActiveRun:
     def close_attempt(self, unused: int) -> None:
         """Ends the attempt, on rank 0; gives back `unused` steps, paid for and never started."""
         plan, number = self.plan, self.attempt.number
+        # A refund closes the attempt, too.
         if self.ledger is not None and unused:
             self.ledger.refund(plan.study, plan.run, number, self.chunk - 1, unused)
         elif plan.ledger is not None:
@@ -115,11 +122,13 @@ class ActiveRun:
         try:
             return plain(task.evaluate(self.model, self.data.validation))
         except Exception as error:
-            self._survive("an evaluation failed", error)
+            self._note_problem("an evaluation failed", error)
             return None
 
-    def _survive(self, what: str, error: Exception) -> None:
-        """Keeps what failed, once each; its text only where it cannot quote a record."""
+    def _note_problem(self, what: str, error: Exception) -> None:
+        """Notes a failure that ends no run, each one once; its text only where it cannot quote a
+        record.
+        """
         place, may_quote = where(error), not (self.plan.public or is_ours(error))
         reason = f" at {place[-1] if place else 'an unknown place'}" if may_quote else f": {error}"
         problem = " ".join(f"{what}: {type(error).__name__}{reason}".split())
@@ -128,8 +137,9 @@ class ActiveRun:
             self.problems.append(problem)
 
     def score(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """What may be known of the metrics: the run's own description says it, not who launched it.
-        Rank 0 alone calls it, once an evaluation.
+        """The metrics as they may be released: unchanged where the validation records are public,
+        otherwise one noised score that is charged to their ledger. The run's own description says
+        which, not who launched it. Rank 0 alone calls it, once an evaluation.
         """
         terms, plan = self.plan.scores, self.plan
         if terms is None:
@@ -155,6 +165,7 @@ class ActiveRun:
     def signal(self) -> Signal:
         """What is asked for after a step, the same on every rank. Every rank calls it."""
         every_s = self.plan.config.performance.checkpoint_every_s
+        # Clocks of ranks differ, so rank 0's alone decides, and all agree on it below.
         due = self.comms.rank == 0 and 0 < every_s <= time.monotonic() - self._saved_s
         return self.callbacks.agree_on_signal(Signal.CHECKPOINT_DUE if due else Signal.NONE)
 
@@ -174,7 +185,9 @@ class ActiveRun:
         begun = self.checkpoints.save(progress.step, metadata, occasion)
         failure = self.checkpoints.failure
         if failure is not None:
-            self._survive("a checkpoint was not written, and a later one was made instead", failure)
+            self._note_problem(
+                "a checkpoint was not written, and a later one was made instead", failure
+            )
         self._saved_s = time.monotonic()
         event = "checkpoint begun" if begun else "checkpoint skipped"
         self.journal.note(event, step=progress.step, occasion=occasion.value)
@@ -191,7 +204,7 @@ class ActiveRun:
         try:
             self._show(progress)
         except Exception as error:
-            self._survive("progress could not be shown", error)
+            self._note_problem("progress could not be shown", error)
 
     def _show(self, progress: Progress) -> None:
         (self.callbacks.on_progress or self.journal.progress)(progress, self.epsilon)

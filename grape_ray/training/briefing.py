@@ -1,5 +1,5 @@
-"""What a run is about to do, said before it does it: its data, its mechanism, what it costs of
-which budget, where everything will lie.
+"""What a run is about to do, shown before it does it: records, mechanism, what it takes of the
+dataset's budget, where everything will lie.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def _budget(plan: Plan, ledger: Ledger) -> dict[str, float]:
 
 
 def _resumed(plan: Plan, ledger: Ledger) -> dict[str, int] | None:
-    """Of a run that was begun before: the step it resumes from, what was charged, and what is
-    charged again; None for a new one.
+    """Of a run that was begun before, numbers of steps: the one it resumes at, those `charged` so
+    far, those charged `again` because they are repeated, those `left`; None for a new run.
     """
     charged = sum(t.used for t in ledger.attempts(plan.study, plan.run))
     if not charged:
@@ -76,7 +76,7 @@ def _resumed(plan: Plan, ledger: Ledger) -> dict[str, int] | None:
         step = max(
             (checkpoint.step_of(name) for name in checkpoint.names(plan.folder())), default=0
         )
-    except GrapeRayError:
+    except GrapeRayError:  # the run itself says what is wrong with its storage
         step = 0
     return {
         "step": step,
@@ -86,44 +86,45 @@ def _resumed(plan: Plan, ledger: Ledger) -> dict[str, int] | None:
     }
 
 
-def lines(facts: Json) -> list[str]:
-    """The same for a person."""
-    where = f"{facts['workers']} workers" if facts["workers"] else "this process"
-    said = [
-        f"run {facts['run']} of {facts['method']} in {facts['folder']}, {where} on"
-        f" {facts['device']}"
+def lines(values: Json) -> list[str]:
+    """What `brief` gave, in lines for a person."""
+    where = f"{values['workers']} workers" if values["workers"] else "this process"
+    shown = [
+        f"run {values['run']} of {values['method']} in {values['folder']}, {where} on"
+        f" {values['device']}"
     ]
-    said.append(
-        f"{facts['records']} records, the unit is one record; sampling_prob"
-        f" {facts['sampling_prob']:.4g} (batches of {facts['expected_batch_size']} on average),"
-        f" {facts['steps']} steps"
+    shown.append(
+        f"{values['records']} records, the unit is one record; sampling_prob"
+        f" {values['sampling_prob']:.4g} (batches of {values['expected_batch_size']} on average),"
+        f" {values['steps']} steps"
     )
-    if facts["epsilon"] is None:
-        said.append("no privacy guarantee")
+    if values["epsilon"] is None:
+        shown.append("no privacy guarantee")
     else:
-        shown = facts["signal_to_noise"]
-        signal = "" if shown is None else f", signal to noise of a step at most {shown:.3g}"
-        said.append(
-            f"epsilon {facts['epsilon']:g} at delta {facts['delta']:g}"
-            f" ({facts['delta_times_records']:.2g} over the records), noise multiplier"
-            f" {facts['noise_multiplier']:.4g}{signal}"
+        ratio = values["signal_to_noise"]
+        signal = "" if ratio is None else f", signal to noise of a step at most {ratio:.3g}"
+        shown.append(
+            f"epsilon {values['epsilon']:g} at delta {values['delta']:g}"
+            f" ({values['delta_times_records']:.2g} over the records), noise multiplier"
+            f" {values['noise_multiplier']:.4g}{signal}"
         )
-    if facts["budget"]:
-        budget = facts["budget"]
-        said.append(
-            f"ledger {facts['ledger']}: epsilon {budget['epsilon']:g}, {budget['left_before']:.4g}"
+    if values["budget"]:
+        budget = values["budget"]
+        shown.append(
+            f"ledger {values['ledger']}: epsilon {budget['epsilon']:g}, {budget['left_before']:.4g}"
             f" free before this run and {budget['left_after']:.4g} after it"
         )
-    if facts["resumes"]:
-        known = facts["resumes"]
-        said.append(
+    if values["resumes"]:
+        known = values["resumes"]
+        shown.append(
             f"resumes at step {known['step']}: {known['again']} steps that were paid for are"
             f" taken and paid for again; {known['charged']} steps are charged so far and"
             f" {known['left']} more can be"
         )
-    if facts["dry_run_seconds"] is not None:
-        said.append(
-            f"dry run passed in {facts['dry_run_seconds']:.1f} s; {facts['coordinates']:,} numbers"
-            f" are noised a step, a checkpoint is {facts['checkpoint_bytes'] / 2**20:.1f} MiB"
+    if values["dry_run_seconds"] is not None:
+        shown.append(
+            f"dry run passed in {values['dry_run_seconds']:.1f} s;"
+            f" {values['coordinates']:,} numbers are noised a step,"
+            f" a checkpoint is {values['checkpoint_bytes'] / 2**20:.1f} MiB"
         )
-    return said
+    return shown

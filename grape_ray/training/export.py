@@ -68,13 +68,13 @@ def export(run: str, folder: str | os.PathLike[str], trust: Iterable[str] = ()) 
 
 def _statement(config: Config, study: str, step: int) -> Json:
     """What may be said of the exported model's privacy."""
-    facts = {"method": config.method.name, "steps": step}
+    trained = {"method": config.method.name, "steps": step}
     if not METHODS[config.method.name].private:
         statement = (
             "NOT PRIVATE: trained without any guarantee; whoever has this model may learn what is"
             " in its training records"
         )
-        return {"private": False, "statement": statement, **facts}
+        return {"private": False, "statement": statement, **trained}
     privacy = config.privacy  # a trial's holds the target of its whole sweep
     statement = (
         "(epsilon, delta)-differentially private with respect to adding or removing one training"
@@ -86,5 +86,5 @@ def _statement(config: Config, study: str, step: int) -> Json:
         "epsilon": privacy.epsilon,
         "delta": privacy.delta,
         "study": study,
-        **facts,
+        **trained,
     }

@@ -22,12 +22,11 @@ from grape_ray.privacy import keys
 from grape_ray.privacy.redaction import run_redacted
 from grape_ray.storage import Json, Storage
 from grape_ray.tasks.task import Task, loaded
-from grape_ray.training import private_scores as validation
 from grape_ray.training.checks import check_machine, check_run_name, fresh_name
 from grape_ray.training.dry_run import dry_run, preflight_extremes
 from grape_ray.training.plan import Plan
 from grape_ray.training.pricing import check_mechanism, price, sampling_prob_of
-from grape_ray.training.private_scores import Terms
+from grape_ray.training.private_scores import Terms, check_metric, described
 from grape_ray.training.run_budget import check_budget, open_budget
 from grape_ray.training.splits import check_splits
 
@@ -78,10 +77,10 @@ def plan_run(
     check_run_name(run)
     check_machine(config)
     if scores is not None:
-        validation.check_metric(task, scores.metric)
+        check_metric(task, scores.metric)
     data = loaded(task)
     private, sampling_prob = METHODS[config.method.name].private, sampling_prob_of(config, data)
-    # Who shares a study was checked when that began, here and below.
+    # A run that shares a study, as a trial does, was checked when the study began: here and below.
     if study is None:
         public = data.public and not registry.known(data.identity)
         cautions.check(config, len(data.train), public, consent)
@@ -122,6 +121,7 @@ def plan_run(
         raise ConfigError("method.name", config.method.name, "a private method", fix)
     _check_same_run(plan, place)
     check_workers()
+    # What is slow comes last, and what cannot be undone after it.
     if study is not None or not with_dry_run:  # a study's runs had theirs when that began
         run_redacted(partial(preflight_extremes, config, data), plan.public)
     else:
@@ -166,20 +166,21 @@ def _check_same_run(plan: Plan, root: Storage) -> bool:
 
 
 def _register(plan: Plan, root: Storage) -> None:
-    """Keeps the description of the run, from which it is resumed and exported."""
+    """Writes the run's description (`run.json`), from which it is resumed and exported."""
     if not _check_same_run(plan, root):
         root.create(f"{plan.run}/{RUN_FILE}", _description(plan))
 
 
 def _description(plan: Plan) -> bytes:
-    facts: Json = {
+    """The config and what else a resumed run must know, as JSON."""
+    own: Json = {
         "run": plan.run,
         "ledger": plan.ledger,
         "study": plan.study,
-        "validation": validation.described(plan.scores),
+        "validation": described(plan.scores),
     }
     if plan.origin is not None:
-        facts["origin"] = list(plan.origin)
-    # not compared: a run may be resumed with another
-    facts["performance"] = asdict(plan.config.performance)
-    return json.dumps({**describe(plan.config), **facts}, indent=1, sort_keys=True).encode()
+        own["origin"] = list(plan.origin)
+    # `_check_same_run` leaves it out: a run may be resumed with other settings of speed
+    own["performance"] = asdict(plan.config.performance)
+    return json.dumps({**describe(plan.config), **own}, indent=1, sort_keys=True).encode()

@@ -1,9 +1,10 @@
-"""The preflight that every run makes: a few examples against one ordinary backward pass each,
-before anything is paid for.
+"""The preflight that every run makes: the engine's clipped sum of a few examples against one
+ordinary backward pass for each, before anything is paid for.
 
-The engine verifies by value whose rows are whose (engines.ownership); here its sums are compared
-with the definition, under a clip norm that clips, and examples with themselves as they come alone,
-without the padding that others need.
+The engine itself verifies by value which row belongs to which example
+(engines.verification.ownership). Here its sums are compared with the definition, under a clip norm
+that clips every example, and each example's loss in the batch with its loss alone, without the
+padding that the others need.
 """
 
 from __future__ import annotations
@@ -20,8 +21,7 @@ from torch import Tensor, nn
 from grape_ray.config.methods import METHODS
 from grape_ray.config.schema import Method, Privacy
 from grape_ray.engines import Engine, from_config
-from grape_ray.engines.capture.batches import count_examples as batch_rows
-from grape_ray.engines.capture.batches import mapped
+from grape_ray.engines.capture.batches import count_examples, mapped
 from grape_ray.engines.capture.model_state import awake
 from grape_ray.engines.capture.random_state import random_states, set_states
 from grape_ray.engines.engine import PerExampleLoss
@@ -72,9 +72,12 @@ def preflight(
     the model is in.
 
     Args:
+        key: public key of the projections. examples: how many of the batch are compared, at most.
         alone: those examples again, each as a batch of its own, as it comes without the padding
             that the others need; this shows a model that looks at padding, so that one example's
-            length reaches into another's gradient. Left out, rows of `batch` are taken.
+            length reaches into another's gradient. By default rows of `batch` are taken.
+
+    Guarantees: the model's weights and all random states are as before when it returns.
 
     Raises:
         UnsupportedLayer: a tensor's clipped sum differs from the reference, is missing, or one
@@ -82,34 +85,35 @@ def preflight(
             others than alone. ConfigError: the method cannot train this model (a rank above a
             layer's side, a loss of a wrong shape).
     """
-    rows = min(batch_rows(batch), examples)
-    few = _rows(batch, slice(0, rows))
+    count = min(count_examples(batch), examples)
+    few = _picked(batch, slice(0, count))
     device = next(model.parameters()).device
     state = random_states(device)
     try:
         with awake(model):
             engine = from_config(model, privacy, method, key)
-            wanted = _references(engine, per_example_loss, few, rows)
+            wanted = _references(engine, per_example_loss, few, count)
             twin = method if METHODS[method.name].exact else _exact_twin(method)
             tight = replace(privacy, clip_norm=_clipping_norm(engine, wanted))
             exact = from_config(model, tight, twin, key)
+            # the engine draws the dropout masks that the references had
             set_states(state)
             summed = exact.clipped_sum(per_example_loss, few)
             worst, tensor = _compare(exact, wanted, summed)
             if twin is not method:  # its estimates cannot be compared, but it must not fail
                 engine.layouts = exact.layouts
                 summed = engine.clipped_sum(per_example_loss, few)
-            _complete(engine, summed)
-            singles = alone or [_rows(few, slice(index, index + 1)) for index in range(rows)]
-            _same_losses(exact, per_example_loss, few, singles)
+            _check_complete(engine, summed)
+            singles = alone or [_picked(few, slice(index, index + 1)) for index in range(count)]
+            _check_same_losses(exact, per_example_loss, few, singles)
             if engine.private and METHODS[method.name].exact:
-                for single in singles[:2]:
-                    _bounded(exact.clipped_sum(per_example_loss, single), tight.clip_norm)
+                for single in singles[:2]:  # of several, contributions could cancel
+                    _check_norm(exact.clipped_sum(per_example_loss, single), tight.clip_norm)
     finally:
         set_states(state)
     return Report(
         method.name,
-        rows,
+        count,
         len(engine.params),
         len(engine.subspace.plan),
         sum(p.numel() for p in engine.params.values()),
@@ -126,20 +130,27 @@ def _clipping_norm(engine: Engine, references: Sequence[Mapping[str, Tensor]]) -
     norms = [
         math.sqrt(sum(float(g.square().sum()) for g in grads.values())) for grads in references
     ]
+    # below 1e-6 Privacy takes no clip norm, and rounding would be all that is compared
     usable = [norm for norm in norms if math.isfinite(norm) and norm > 1e-6]
     return min(engine.clip_norm, min(usable) / 2) if usable else engine.clip_norm
 
 
 def _exact_twin(method: Method) -> Method:
-    """The method with exact norms on the same taps, for one that estimates them."""
+    """The same capture with exact norms, for a method that estimates them: estimates cannot be
+    compared with a definition.
+    """
     return Method(name="ghost", routes=tuple(r for r in method.routes if not r.endswith(":sketch")))
 
 
-def _rows(batch: Any, rows: slice) -> Any:
-    return mapped(batch, lambda t: t[rows])
+def _picked(batch: Any, examples: slice) -> Any:
+    """Some examples of a batch, padded as they are there."""
+    return mapped(batch, lambda t: t[examples])
 
 
-def _complete(engine: Engine, summed: ClippedSum) -> None:
+def _check_complete(engine: Engine, summed: ClippedSum) -> None:
+    """Refuses a sum that lacks a trainable tensor: the optimizer would move it without noise, or
+    not at all.
+    """
     lost = set(owned_parameters(engine.model)) - set(summed.tensors)
     if lost:
         raise UnsupportedLayer(
@@ -150,7 +161,8 @@ def _complete(engine: Engine, summed: ClippedSum) -> None:
         )
 
 
-def _bounded(summed: ClippedSum, clip_norm: float) -> None:
+def _check_norm(summed: ClippedSum, clip_norm: float) -> None:
+    """Refuses the clipped sum of one example where its norm over all tensors exceeds the bound."""
     norm = math.sqrt(sum(float(t.double().square().sum()) for t in summed.tensors.values()))
     if not norm <= clip_norm * (1 + 1e-4):
         raise UnsupportedLayer(
@@ -162,16 +174,17 @@ def _bounded(summed: ClippedSum, clip_norm: float) -> None:
 
 
 @torch.no_grad()
-def _same_losses(
+def _check_same_losses(
     engine: Engine, loss: PerExampleLoss, together: Any, singles: Sequence[Any]
 ) -> None:
-    """Refuses a loss that is another in company than alone; in eval mode where the training mode
-    draws at random.
+    """Refuses a loss whose value in a batch differs from its value alone; in eval mode where the
+    training mode draws at random.
     """
     mode = evaluating(engine.model) if _draws(engine, loss, together) else contextlib.nullcontext()
     with mode:
         mine = torch.cat([loss(engine.model, mapped(single)).double() for single in singles])
         joined = loss(engine.model, mapped(together)).double()
+    # a forward pass rounds less than the gradients, which `_tolerance` is for
     limit = _tolerance(engine) / 10
     if not torch.allclose(joined, mine, limit, limit, equal_nan=True):
         raise UnsupportedLayer(
@@ -189,6 +202,7 @@ def _draws(engine: Engine, loss: PerExampleLoss, batch: Any) -> bool:
 
 
 def _tolerance(engine: Engine) -> float:
+    """What rounding explains, relative to the largest entry, in the least precise parameter."""
     return max(_TOLERANCE.get(p.dtype, _LOW_PRECISION) for p in engine.params.values())
 
 
@@ -201,6 +215,7 @@ def _compare(
     wanted: dict[str, Tensor] = {}
     for grads in references:
         factor = _factors(grads, engine)
+        # an example whose gradient is not finite contributes zero to a private sum
         alive = not engine.private or all(bool(torch.isfinite(g).all()) for g in grads.values())
         for name, grad in grads.items():
             wanted[name] = wanted.get(name, 0) + (
@@ -244,6 +259,9 @@ def _references(
 
 
 def _projected(subspace: Subspace, name: str, grad: Tensor) -> Tensor:
+    """One gradient in coordinates: (rank, I) of O x I where the outputs are compressed, (O, rank)
+    where the inputs are; as it is where the weight is trained in full.
+    """
     plan = subspace.plan.get(name)
     if plan is None:
         return grad
@@ -253,6 +271,9 @@ def _projected(subspace: Subspace, name: str, grad: Tensor) -> Tensor:
 
 
 def _factors(grads: Mapping[str, Tensor], engine: Engine) -> dict[str, float]:
+    """The clip factor of each tensor of one example by the definitions in `privacy.clipping`,
+    written once more without its bounds on rounding, so that an error there shows here.
+    """
     if not engine.private:
         return dict.fromkeys(grads, 1.0)
     squares = {name: float(g.square().sum()) for name, g in grads.items()}

@@ -47,7 +47,7 @@ def plan_resume(
     Raises:
         CheckpointError: no run there. LedgerError: its ledger is gone, or the named one does not
             hold the run's charges.
-        GrapeRayError: what `prepare` finds wrong.
+        GrapeRayError: what `plan_run` finds wrong.
     """
     folder = Storage(run)
     known = read_run(folder)

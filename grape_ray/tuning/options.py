@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from grape_ray.accounting.mechanism import check_delta, check_epsilon
-from grape_ray.accounting.selection import NEGATIVE_BINOMIAL, POISSON, Law
+from grape_ray.accounting.selection import NEGATIVE_BINOMIAL, POISSON, Distribution
 from grape_ray.config.methods import METHODS
 from grape_ray.config.schema import Config
 from grape_ray.errors import ConfigError, nearest
@@ -112,10 +112,10 @@ class Options:
         if self.mode == SELECT:
             self._check_select()
 
-    def distribution(self) -> Law:
+    def distribution(self) -> Distribution:
         """The distribution of the number of trials in mode select."""
         name, shape = DISTRIBUTIONS[self.law]
-        return Law(name, float(self.trials), shape)
+        return Distribution(name, float(self.trials), shape)
 
     def as_json(self) -> Json:
         """The fields as JSON values."""

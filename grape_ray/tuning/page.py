@@ -90,7 +90,7 @@ def _selection(place: Storage, sweep: Json) -> tuple[str, bytes]:
         )
     paid, best = sweep["paid"], result.best
     naive = best.naive_epsilon if best else None
-    law = f"{paid['law'].replace('_', ' ')} law, shape {paid['shape']:g}"
+    distribution = f"{paid['law'].replace('_', ' ')} distribution, shape {paid['shape']:g}"
     tiles = [
         (
             "the selection's epsilon",
@@ -98,7 +98,7 @@ def _selection(place: Storage, sweep: Json) -> tuple[str, bytes]:
             f"delta {paid['delta']:g}; paid before the first trial",
         ),
         ("the naive epsilon", f"{naive:.2f}" if naive else "-", _NOT_THE_COST),
-        ("trials", "secret", f"{paid['mean']:g} on average, {law}"),
+        ("trials", "secret", f"{paid['mean']:g} on average, {distribution}"),
     ]
     headline = best and {
         "score": best.score,

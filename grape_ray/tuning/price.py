@@ -7,7 +7,7 @@ from __future__ import annotations
 from grape_ray.accounting import calibration
 from grape_ray.accounting import selection as selections
 from grape_ray.accounting.mechanism import GAUSSIAN, MAX_EPSILON, Mechanism
-from grape_ray.accounting.selection import Law, Selection
+from grape_ray.accounting.selection import Distribution, Selection
 from grape_ray.errors import BudgetExceeded, ConfigError
 from grape_ray.ledger.entries import Study
 from grape_ray.training.pricing import mechanism_kind
@@ -74,7 +74,12 @@ def compose(
 
 
 def select(
-    study: SweepStudy, name: str, sampling_prob: float, epsilon: float, delta: float, law: Law
+    study: SweepStudy,
+    name: str,
+    sampling_prob: float,
+    epsilon: float,
+    delta: float,
+    distribution: Distribution,
 ) -> Selection:
     """The selection of a sweep: each trial may take privacy.steps + spare_steps, with the least
     noise that fits the budget.
@@ -86,11 +91,11 @@ def select(
     trial = study.config.privacy.steps + study.config.privacy.spare_steps
     sigma = study.config.privacy.noise_multiplier
     if sigma is None:
-        sigma = selections.noise_multiplier(epsilon, delta, sampling_prob, trial, law)
+        sigma = selections.noise_multiplier(epsilon, delta, sampling_prob, trial, distribution)
     mechanism = Mechanism(
         **mechanism_kind(study.config), sampling_prob=sampling_prob, noise_multiplier=sigma
     )
-    return Selection(name, mechanism, epsilon, delta, trial, law)
+    return Selection(name, mechanism, epsilon, delta, trial, distribution)
 
 
 def trial_epsilon(paid: Selection) -> float:
@@ -121,11 +126,18 @@ def scores(study: SweepStudy, name: str, count: int) -> Study:
     )
 
 
-def select_scores(study: SweepStudy, name: str, law: Law) -> Selection:
+def select_scores(study: SweepStudy, name: str, distribution: Distribution) -> Selection:
     """As `scores` in mode select, where a trial has one score."""
-    sigma = selections.noise_multiplier(study.score_epsilon, study.score_delta, 1.0, 1, law)
+    sigma = selections.noise_multiplier(
+        study.score_epsilon, study.score_delta, 1.0, 1, distribution
+    )
     return Selection(
-        name, Mechanism(GAUSSIAN, 1.0, sigma), study.score_epsilon, study.score_delta, 1, law
+        name,
+        Mechanism(GAUSSIAN, 1.0, sigma),
+        study.score_epsilon,
+        study.score_delta,
+        1,
+        distribution,
     )
 
 

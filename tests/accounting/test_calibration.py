@@ -1,4 +1,4 @@
-"""Golden values, bounds from above, and the agreement of the three questions with one another."""
+"""Golden values, upper bounds, and the agreement of the three questions with one another."""
 
 import math
 import time

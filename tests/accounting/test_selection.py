@@ -1,5 +1,5 @@
-"""Private selection: golden costs, the law of the number of trials, and what the ledger makes of
-it.
+"""Private selection: golden costs, the distribution of the number of trials, and what the ledger
+makes of it.
 """
 
 import math
@@ -12,7 +12,7 @@ from grape_ray.accounting import Mechanism
 from grape_ray.accounting.selection import (
     NEGATIVE_BINOMIAL,
     POISSON,
-    Law,
+    Distribution,
     Selection,
     epsilon,
     noise_multiplier,
@@ -21,16 +21,21 @@ from grape_ray.errors import BudgetExceeded, ConfigError, LedgerError
 from grape_ray.ledger import Ledger, Study, verify
 
 STEP = Mechanism("poisson_gaussian", 1e-3, 0.7876)
-LOGARITHMIC = Law(NEGATIVE_BINOMIAL, 20.0)
+LOGARITHMIC = Distribution(NEGATIVE_BINOMIAL, 20.0)
 PAID = Selection(
-    "sel", Mechanism("poisson_gaussian", 1.0, 30.0), 3.0, 1e-6, 20, Law(NEGATIVE_BINOMIAL, 5.0)
+    "sel",
+    Mechanism("poisson_gaussian", 1.0, 30.0),
+    3.0,
+    1e-6,
+    20,
+    Distribution(NEGATIVE_BINOMIAL, 5.0),
 )
-LAWS = [
+DISTRIBUTIONS = [
     LOGARITHMIC,
-    Law(NEGATIVE_BINOMIAL, 20.0, 1.0),
-    Law(NEGATIVE_BINOMIAL, 3.0, 0.5),
-    Law(NEGATIVE_BINOMIAL, 50.0, 7.0),
-    Law(POISSON, 20.0),
+    Distribution(NEGATIVE_BINOMIAL, 20.0, 1.0),
+    Distribution(NEGATIVE_BINOMIAL, 3.0, 0.5),
+    Distribution(NEGATIVE_BINOMIAL, 50.0, 7.0),
+    Distribution(POISSON, 20.0),
 ]
 
 
@@ -39,36 +44,47 @@ def test_golden_costs_of_selection():
     assert epsilon(STEP, 10_000, replace(LOGARITHMIC, shape=1.0), 1e-6) == pytest.approx(
         3.296, rel=0.01
     )
-    assert epsilon(STEP, 10_000, Law(POISSON, 20.0), 1e-6) == pytest.approx(3.443, rel=0.01)
+    assert epsilon(STEP, 10_000, Distribution(POISSON, 20.0), 1e-6) == pytest.approx(
+        3.443, rel=0.01
+    )
 
 
-@pytest.mark.parametrize("law", LAWS, ids=str)
-def test_the_law_has_its_mean_and_sums_to_one(law):
-    masses = law.probabilities(5000)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS, ids=str)
+def test_the_distribution_has_its_mean_and_sums_to_one(distribution):
+    masses = distribution.probabilities(5000)
     assert math.fsum(masses) == pytest.approx(1, abs=1e-6)
-    assert math.fsum(k * m for k, m in enumerate(masses)) == pytest.approx(law.mean, rel=1e-5)
-    assert (masses[0] == 0) == (law.name == NEGATIVE_BINOMIAL)
+    assert math.fsum(k * m for k, m in enumerate(masses)) == pytest.approx(
+        distribution.mean, rel=1e-5
+    )
+    assert (masses[0] == 0) == (distribution.name == NEGATIVE_BINOMIAL)
 
 
-def test_the_geometric_law_is_the_geometric_law():
-    masses = Law(NEGATIVE_BINOMIAL, 4.0, 1.0).probabilities(30)
+def test_the_geometric_distribution_is_one():
+    masses = Distribution(NEGATIVE_BINOMIAL, 4.0, 1.0).probabilities(30)
     assert masses[1:] == pytest.approx([0.25 * 0.75 ** (k - 1) for k in range(1, 31)])
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize("law", LAWS, ids=str)
-def test_draws_follow_the_law(law, monkeypatch):
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS, ids=str)
+def test_draws_follow_the_distribution(distribution, monkeypatch):
     # Pinned draws of 4,000: Kolmogorov's distance exceeds 0.026 with probability 0.9 % under the
-    # law; half the mean is found.
+    # distribution; half the mean is found.
     generator = np.random.default_rng(7)
     monkeypatch.setattr("secrets.randbits", lambda bits: int(generator.integers(0, 2**bits)))
-    drawn = np.bincount([law.draw() for _ in range(4000)], minlength=900)[:900].cumsum() / 4000
+    drawn = (
+        np.bincount([distribution.draw() for _ in range(4000)], minlength=900)[:900].cumsum() / 4000
+    )
 
     def distance(other):
         return np.abs(drawn - np.cumsum(other.probabilities(899))).max()
 
-    assert distance(law) < 0.026
-    assert distance(replace(law, mean=law.mean / 2 if law.mean > 2 else 4.0)) > 0.026
+    assert distance(distribution) < 0.026
+    assert (
+        distance(
+            replace(distribution, mean=distribution.mean / 2 if distribution.mean > 2 else 4.0)
+        )
+        > 0.026
+    )
 
 
 NO_LAWS = [
@@ -79,9 +95,9 @@ NO_LAWS = [
 
 
 @pytest.mark.parametrize("fields", NO_LAWS)
-def test_other_laws_are_refused(fields):
+def test_other_distributions_are_refused(fields):
     with pytest.raises(ConfigError):
-        Law(*fields)
+        Distribution(*fields)
 
 
 def test_noise_is_calibrated_to_the_selection():

@@ -126,10 +126,10 @@ def test_without_clip_and_noise_every_full_rank_method_is_plain_adamw(method):
     batches = [zoo.layer_batch(seed=s) for s in range(4)]
     # an entry on the noise's grid may be off by 1e-8
     options = Method(name=method, learning_rate=0.01, weight_decay=0.1, eps=1e-3)
-    ours, theirs, yardstick = (zoo.build_layer("LayerNorm") for _ in range(3))
-    engine, plain = engine_for(ours, method, CLIP_NOTHING), engine_for(yardstick, "none")
+    ours, theirs, baseline = (zoo.build_layer("LayerNorm") for _ in range(3))
+    engine, plain = engine_for(ours, method, CLIP_NOTHING), engine_for(baseline, "none")
     first = make_optimizer(ours, engine, options, 4)
-    third = make_optimizer(yardstick, plain, options, 4)
+    third = make_optimizer(baseline, plain, options, 4)
     adamw = torch.optim.AdamW(theirs.parameters(), lr=0.01, weight_decay=0.1, eps=1e-3)
     stream = NoiseStream(b"e" * 32)
     for step, batch in enumerate(batches):
@@ -142,7 +142,7 @@ def test_without_clip_and_noise_every_full_rank_method_is_plain_adamw(method):
         adamw.zero_grad()
         zoo.layer_loss(theirs, batch).mean().backward()
         adamw.step()
-    for model in (ours, yardstick):
+    for model in (ours, baseline):
         assert worst(dict(model.named_parameters()), dict(theirs.named_parameters())) < 1e-7
 
 

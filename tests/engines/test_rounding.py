@@ -206,7 +206,7 @@ def test_estimates_are_raised_by_what_cancels():
     probes = torch.randn(1, 64, 8, generator=generator) / math.sqrt(8)
     estimate = sketch.hutchinson([(left, right)], lambda _: probes)
     exact = (right.double().transpose(1, 2) @ (left.double() @ probes.double())).norm() ** 2
-    assert exact <= sketch.from_above(estimate, [(left, right)])
+    assert exact <= sketch.upper_bound(estimate, [(left, right)])
 
 
 def test_products_keep_their_precision_under_autocast_and_their_bound():

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from grape_ray.accounting import Mechanism
-from grape_ray.accounting.selection import Law, Selection
+from grape_ray.accounting.selection import Distribution, Selection
 from grape_ray.errors import BudgetExceeded, GrapeRayError, LedgerError, NoiseReuse
 from grape_ray.ledger import Study
 from grape_ray.ledger.entries import FORMAT, GENESIS, Entry
@@ -30,7 +30,9 @@ def study(name="s", epsilon=4.0, delta=4e-6, tokens=20):
 
 
 def selection(name="pick", epsilon=2.0, delta=2e-6):
-    return "selection", Selection(name, MECHANISM, epsilon, delta, 5, Law("poisson", 3.0)).payload()
+    return "selection", Selection(
+        name, MECHANISM, epsilon, delta, 5, Distribution("poisson", 3.0)
+    ).payload()
 
 
 def charge(chunk, first_step, steps, asked=None, **others):

@@ -1,4 +1,4 @@
-"""Clipped sums of micro-batches add up, and only those of one mechanism; the yardstick's mean is
+"""Clipped sums of micro-batches add up, and only those of one mechanism; the baseline's mean is
 plain.
 """
 
@@ -46,7 +46,7 @@ def test_sums_of_two_mechanisms_do_not_add_up(other):
     assert all((t == 1).all() for t in other.tensors.values())
 
 
-def test_the_yardstick_divides_by_the_batch_and_by_one_where_it_is_empty():
+def test_the_baseline_divides_by_the_batch_and_by_one_where_it_is_empty():
     made = nonprivate_mean(summed(6), step=3, batch_size=4)
     assert made.step == 3
     assert made.noise_std == 0.0

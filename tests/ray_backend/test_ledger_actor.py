@@ -14,7 +14,7 @@ import pytest
 from grape_ray.accounting import Mechanism
 from grape_ray.errors import BudgetExceeded, LedgerError, NoiseReuse
 from grape_ray.ledger import Ledger, Study, verify
-from grape_ray.ledger.lease import CLAIM_FILE, Claim
+from grape_ray.ledger.lease import LEASE_FILE, Lease
 from grape_ray.storage import Storage
 
 STUDY = Study("s", Mechanism("poisson_gaussian", 1.0, 60.0), 4.0, 1e-6, 300)
@@ -38,7 +38,7 @@ def accountant(url, ray_cluster):
 
 def holder(url):
     """The process that holds a ledger."""
-    return json.loads(Path(url, CLAIM_FILE).read_text())["pid"]
+    return json.loads(Path(url, LEASE_FILE).read_text())["pid"]
 
 
 @pytest.mark.ray
@@ -139,26 +139,26 @@ def test_metrics_show_what_is_left(accountant):
 def test_another_clusters_ledger_is_refused_while_that_cluster_lives(url, ray_cluster):
     from grape_ray.ray_backend.ledger_client import LedgerActorClient
 
-    other = Claim(Storage(url), "another cluster", beat_s=0.2)
+    other = Lease(Storage(url), "another cluster", beat_s=0.2)
     other.take()
     with pytest.raises(LedgerError, match="another cluster holds the ledger"):
         LedgerActorClient.start(url, beat_s=0.2)
     other.release()
-    assert not Path(url, CLAIM_FILE).exists()
+    assert not Path(url, LEASE_FILE).exists()
     mine = LedgerActorClient.start(url, beat_s=0.2)
     mine.ensure_study(STUDY)
     with pytest.raises(LedgerError, match=f"process {holder(url)} on"):
-        Claim(Storage(url), "another cluster", beat_s=0.4).take()
+        Lease(Storage(url), "another cluster", beat_s=0.4).take()
     mine.release()
 
 
 def test_the_claim_of_a_dead_cluster_is_taken_after_some_beats(url):
-    Path(url, CLAIM_FILE).write_text(
+    Path(url, LEASE_FILE).write_text(
         json.dumps({"cluster": "dead", "pid": 1, "host": "gone", "beat": 7})
     )
     began = time.monotonic()
-    claim = Claim(Storage(url), "mine", beat_s=0.1)
-    claim.take()
+    lease = Lease(Storage(url), "mine", beat_s=0.1)
+    lease.take()
     assert 0.3 < time.monotonic() - began < 5
     assert holder(url) == os.getpid()
-    claim.release()
+    lease.release()

@@ -53,7 +53,7 @@ def config(turn):
 
 @pytest.fixture
 def shared(tmp_path):
-    """(Ledger of the records of turn 0, the study there, options of `prepare`)."""
+    """(Ledger of the records of turn 0, the study there, options of `plan_run`)."""
     ledger = Ledger.open(tmp_path / "ledger", Turned().load().dataset_id, 8.0, 1e-5)
     study = Study("s", Mechanism("poisson_gaussian", 0.25, 4.0), 8.0, 1e-5, 60)
     ledger.ensure_study(study)
@@ -119,4 +119,4 @@ def test_the_ledger_actor_refuses_other_records(shared):
             with pytest.raises(LedgerError, match="of another dataset"):
                 actor.call(*call, dataset_id="another")
     finally:
-        actor._claim.release()
+        actor._lease.release()

@@ -1,4 +1,4 @@
-"""The loop and the session around it, in one process: charge before noise, clean ends, resume, and
+"""The loop and the run around it, in one process: charge before noise, clean ends, resume, and
 what nothing may depend on.
 """
 
@@ -521,7 +521,7 @@ def test_the_master_key_may_not_lie_with_the_runs(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_yardstick_needs_no_ledger_and_is_reproducible(run, tmp_path):
+def test_the_baseline_needs_no_ledger_and_is_reproducible(run, tmp_path):
     config = dataclasses.replace(tiny(), method=dataclasses.replace(tiny().method, name="none"))
     result = run(config, run="a")
     run(config, run="b")

@@ -19,7 +19,7 @@ from grape_ray.data.fingerprints import column_fingerprints, fingerprint_records
 from grape_ray.data.tables import fingerprint_arrays
 from grape_ray.errors import BudgetExceeded, DataError, GrapeRayError, LedgerError
 from grape_ray.ledger import registry
-from grape_ray.ledger.location import home, really
+from grape_ray.ledger.location import canonical, home
 from grape_ray.tasks.task import Data
 from grape_ray.training.planning import plan_run
 from tests.support.tiny import Tiny, tiny
@@ -27,7 +27,7 @@ from tests.support.tiny import Tiny, tiny
 
 @pytest.fixture
 def plan(tmp_path):
-    """`prepare` on private records."""
+    """`plan_run` on private records."""
     config = tiny(public=False)
     return lambda config=config, run="r", **options: plan_run(
         config, run=run, key_path=str(tmp_path / "key"), **options
@@ -45,8 +45,8 @@ def ways(tmp_path):
 
 
 def test_all_ways_of_writing_a_folder_are_one_place(ways):
-    assert len({really(way) for way in ways}) == 1
-    assert really("s3://bucket/a/") == really("s3://bucket/a") != really("s3://bucket/b")
+    assert len({canonical(way) for way in ways}) == 1
+    assert canonical("s3://bucket/a/") == canonical("s3://bucket/a") != canonical("s3://bucket/b")
 
 
 def test_local_storage_has_one_ledger_however_it_is_written(plan, tmp_path, ways):
@@ -219,8 +219,8 @@ def test_records_that_are_known_as_private_are_not_spoken_of_exactly(tmp_path, p
     registry.register(
         (fingerprint_records(held), *column_fingerprints(held)), str(tmp_path / "ledger"), "id"
     )
-    yardstick = tiny().override(["method.name=none"])
+    baseline = tiny().override(["method.name=none"])
     # whether or not the training records are public
-    for config in (tiny(public=False), tiny(), yardstick):
+    for config in (tiny(public=False), tiny(), baseline):
         with pytest.raises(DataError, match="known as private"):
             plan(config, storage=str(tmp_path / "runs"))

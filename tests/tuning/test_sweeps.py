@@ -168,7 +168,7 @@ def test_a_selection_is_priced_for_whole_trials(tmp_path):
     sweep = prepare(options, *spaces.load(SPACE))
     paid = sweep.steps.paid
     assert isinstance(paid, Selection)
-    assert (paid.trial_tokens, paid.law.mean, paid.epsilon) == (24, 10.0, 8.0)
+    assert (paid.trial_tokens, paid.distribution.mean, paid.epsilon) == (24, 10.0, 8.0)
     assert 7.9 < paid.cost() <= 8.0
     assert sweep.study.config.performance.eval_every == 0  # one score a trial, at its end
 

@@ -1,5 +1,5 @@
 """Bounds on the rounding of float sums and products, and norms that are upper bounds in spite of it
-("Norms are taken from above", docs/privacy.md).
+("Norms are upper bounds", docs/privacy.md).
 
 An inner product of n terms, added in any order, with or without fused multiplications, is off by at
 most gamma_n times the sum of the terms' magnitudes, gamma_n = n u / (1 - n u) with u half the

@@ -44,7 +44,7 @@ def sketch(left: Left, right: Tensor, probes: Tensor, on_right: bool) -> Tensor:
     return torch.bmm(right.to(probes.dtype).transpose(1, 2), left.to(probes.dtype) @ probes)
 
 
-def from_above(estimate: Tensor, uses: list[Pair]) -> Tensor:
+def upper_bound(estimate: Tensor, uses: list[Pair]) -> Tensor:
     """The estimate (B,), raised by what rounding may have taken from it.
 
     A column p of the probes is multiplied with an error of gamma |p| sum_t |left_t| |right_t| at

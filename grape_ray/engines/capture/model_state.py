@@ -104,22 +104,23 @@ def check_kinds(model: nn.Module, params: Mapping[str, Tensor]) -> None:
 @contextlib.contextmanager
 def awake(model: nn.Module) -> Iterator[None]:
     """Small values, during a verification, in trainable tensors that are all zeros at the start, as
-    LoRA's are: through zeros no gradient passes, and none would show whose it is.
+    LoRA's are: no gradient passes through zeros, so verification would see none and could not say
+    which row belongs to whom. They are zeros again afterwards.
     """
-    asleep = [
+    zeros = [
         p
         for p in model.parameters()
         if p.requires_grad and p.numel() and not bool(p.detach().any())
     ]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for param in asleep:
+        for param in zeros:
             param.copy_(torch.randn(param.shape, generator=generator).mul_(0.02))
     try:
         yield
     finally:
         with torch.no_grad():
-            for param in asleep:
+            for param in zeros:
                 param.zero_()
 
 

@@ -90,7 +90,7 @@ class _TapFunction(torch.autograd.Function):
             _deliver_factors(ctx, grad, kept)
         else:
             _deliver_gradients(ctx, grad, tuple(saved))
-        wanted = ctx.needs_input_grad[6:]
+        wanted = ctx.needs_input_grad[6:]  # of `args`: six arguments of forward come before them
         grads: list[Tensor | None] = [None] * len(wanted)
         if ctx.rule.input_gradient is None:
             grads = _input_gradients_by_torch(ctx, grad, saved, wanted)

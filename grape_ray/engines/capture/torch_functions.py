@@ -47,7 +47,8 @@ def _known() -> dict[Callable, str]:
         of_getter = getattr(value, "__name__", None) == "__get__"
         name = getattr(value.__self__ if of_getter else value, "__name__", None)
         if isinstance(name, str):
-            # functions with one implementation are equal: torch.mm, torch.dsmm and torch.spmm
+            # functions with one implementation are equal: torch.mm, torch.dsmm and torch.spmm; the
+            # shortest name is the usual one
             names[value] = min(name, names.get(value, name), key=len)
     return names
 
@@ -60,7 +61,7 @@ _OPERATIONS = {
 
 def _writes(name: str) -> bool:
     """Whether torch gives such a name to what writes into its first argument."""
-    if name[:2] == "__":
+    if name[:2] == "__":  # operators: __iadd__, __imul__ and so on
         return name == "__setitem__" or (
             name[2] == "i" and name not in ("__invert__", "__int__", "__index__")
         )

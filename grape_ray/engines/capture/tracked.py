@@ -47,10 +47,12 @@ class Node:
 
     @property
     def value(self) -> Tensor:
+        """The value without history: a tap alone brings its gradients."""
         return self.graph.detach()
 
     @property
     def label(self) -> str:
+        """The parameters' names, for errors."""
         return "'" + "', '".join(self.leaves) + "'"
 
 
@@ -98,4 +100,5 @@ def values_of(tree: Any) -> Any:
 
 
 def graph_of(leaf: Any) -> Any:
+    """A tracked tensor's value with its autograd history; anything else as it is."""
     return leaf.node.graph if isinstance(leaf, Tracked) else leaf

@@ -11,7 +11,12 @@ from grape_ray.engines.capture.tracked import Tracked
 
 
 def bind(call: Call, names: str, **defaults: Any) -> list[Any]:
-    """The arguments by name, in order."""
+    """The values of a call's arguments, in the order of `names`, given by position or by keyword.
+
+    Args:
+        names: of the function's parameters in its own order, separated by spaces. defaults: of
+            those that may be left out; None where none is named.
+    """
     listed = names.split()
     given = dict(zip(listed, call.args)) | call.kwargs
     return [given.get(name, defaults.get(name)) for name in listed]

@@ -19,13 +19,14 @@ from grape_ray.errors import UnsupportedLayer
 
 
 def _forward(args: tuple, settings: Settings) -> tuple[Tensor, Saved]:
+    """Layer normalisation of x (*lead, *shape) over the dimensions `shape`."""
     x, weight, bias = args
     y, mean, rstd = torch.native_layer_norm(x, settings["shape"], weight, bias, settings["eps"])
     return y, (x, mean, rstd, weight, bias)
 
 
 def _gradient(grad: Tensor, position: int, saved: Saved, settings: Settings) -> Tensor:
-    """Of the scale (position 1) or the shift (2)."""
+    """(*lead, *shape), each row's gradient in the scale (position 1) or the shift (2)."""
     x, mean, rstd, *_ = saved
     return x.sub(mean).mul_(rstd).mul_(grad) if position == 1 else grad
 
@@ -48,6 +49,7 @@ def layer_norm(capture: CapturePass, call: Call) -> Result:
     if isinstance(x, Tracked) or learned_elsewhere(weight, bias) or not capture.depends(call):
         return general(capture, call)
     dtype = x.dtype
+    # autocast takes a layer norm to fp32, but does not know the operator that the rule calls
     if torch.is_autocast_enabled(x.device.type):
         x = x.float()
     settings = {"shape": tuple(shape), "eps": eps}
@@ -71,6 +73,7 @@ def group_norm(capture: CapturePass, call: Call) -> Result:
     x, groups, weight, bias, eps = bind(call, "input num_groups weight bias eps", eps=1e-5)
     if not capture.depends(call):
         return shared(capture, call)
+    # scale and shift come afterwards, as products and sums whose gradients are known
     return _per_channel(F.group_norm(x, groups, None, None, eps), weight, bias)
 
 

@@ -18,11 +18,13 @@ from grape_ray.engines.rules.arguments import bind, learned_elsewhere
 
 
 def _linear(args: tuple, settings: Settings) -> tuple[Tensor, Saved]:
+    """x W^T + b, of a weight (O, I)."""
     x, weight, bias = args
     return _owned(F.linear(x, weight, bias)), (weight,)
 
 
 def _product(args: tuple, settings: Settings) -> tuple[Tensor, Saved]:
+    """x W + b, of a weight (I, O)."""
     x, weight, bias = args
     return _owned(F.linear(x, weight.T, bias)), (weight,)
 
@@ -54,7 +56,7 @@ def linear(capture: CapturePass, call: Call) -> Result:
     x, weight, bias = bind(call, "input weight bias")
     if isinstance(x, Tracked) or weight.ndim != 2 or not capture.depends(call):
         return general(capture, call)
-    late = None
+    late = None  # a bias that the rule cannot take, added afterwards
     if learned_elsewhere(weight, bias):
         if not isinstance(weight, Tracked):
             return call.func(x, weight) + bias

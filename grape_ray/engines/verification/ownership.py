@@ -107,12 +107,16 @@ def _find_layout(
 def _weights_reached(
     tap: Tap, whole: Tensor, weighted: Tensor, weights: Tensor, layout: Layout
 ) -> bool:
-    """Whether weights (B,) of the losses have reached the rows of those whose they are, told by the
-    magnitudes of gradients (*lead,).
+    """Whether each example's loss weight shows in its own rows under a layout: there magnitudes
+    under weighted losses must be that weight times those under unweighted ones.
+
+    Args:
+        whole, weighted: (*lead,) magnitudes of gradients, unweighted and weighted. weights: (B,).
     """
     own = weights[layout.owners(tap.lead, len(weights))].to(whole)
     if layout.only is None:
         own = own.view(*[-1 if d == layout.axis else 1 for d in range(len(tap.lead))])
+    # neighbouring weights are 1/B apart: a quarter of that tells one from the next
     return not bool(((weighted - own * whole).abs() > whole / (4 * len(weights))).any())
 
 
@@ -158,7 +162,7 @@ def same_gradients(
         if tap.layout is None:
             continue
         own = torch.ones((), dtype=torch.bool)
-        # what only one reading gives to the group may be another's
+        # of several layouts that fit, only rows that all of them give to the group are its own
         for layout in tap.consistent or [tap.layout]:
             mine = group[layout.owners(tap.lead, len(group))]
             own = own & (
@@ -179,7 +183,9 @@ def same_gradients(
 
 
 def by_example(tap: Tap, sums: Tensor, layout: Layout, examples: int) -> Tensor:
-    """Marks (2, *lead) summed over the rows of each example -> (2, B)."""
+    """Sums over features (2, *lead), as in `GradientSums`, summed over each example's rows too ->
+    (2, B).
+    """
     return torch.stack([layout.summed(part, len(tap.lead), examples) for part in sums])
 
 

@@ -48,6 +48,7 @@ class Layouts:
         """
         if not all(tap.unambiguous for tap in capture.taps):
             return
+        # A loop over the examples has as many uses as examples: known for this B alone.
         single = capture.examples > 1 and any(
             tap.layout is not None and tap.layout.only is not None for tap in capture.taps
         )
