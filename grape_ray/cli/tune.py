@@ -56,7 +56,9 @@ if TYPE_CHECKING:  # importing it takes seconds that --help does not have
     help="Pay for every step of every trial, or for the release of the winner alone.",
 )
 @click.option(
+    "--distribution",
     "--law",
+    "law",
     type=click.Choice(list(DISTRIBUTIONS)),
     default="logarithmic",
     show_default=True,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from grape_ray.config.methods import METHODS
-from grape_ray.config.schema import Method, Privacy
+from grape_ray.config.schema import MIN_CLIP_NORM, Method, Privacy
 from grape_ray.engines import Engine, from_config
 from grape_ray.engines.capture.batches import count_examples, mapped
 from grape_ray.engines.capture.model_state import awake
@@ -130,8 +130,9 @@ def _clipping_norm(engine: Engine, references: Sequence[Mapping[str, Tensor]]) -
     norms = [
         math.sqrt(sum(float(g.square().sum()) for g in grads.values())) for grads in references
     ]
-    # below 1e-6 Privacy takes no clip norm, and rounding would be all that is compared
-    usable = [norm for norm in norms if math.isfinite(norm) and norm > 1e-6]
+    # Below it Privacy takes no clip norm, and rounding would be all that is compared.
+    least = 2 * MIN_CLIP_NORM
+    usable = [norm for norm in norms if math.isfinite(norm) and norm > least]
     return min(engine.clip_norm, min(usable) / 2) if usable else engine.clip_norm
 
 

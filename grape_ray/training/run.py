@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from grape_ray.errors import CheckpointError, DataError, Interrupted, LedgerErro
 from grape_ray.ledger.audit import verify
 from grape_ray.optim import make_optimizer
 from grape_ray.privacy.noise import NoiseStream
+from grape_ray.privacy.rank_zero import on_rank_zero
 from grape_ray.privacy.redaction import is_ours, run_redacted, where
 from grape_ray.storage import Storage
 from grape_ray.tasks.task import Data, Task, loss_of
@@ -219,16 +221,21 @@ def _restored(plan: Plan, comms: Comms, checkpoints: CheckpointManager) -> Resto
         own = {"run": plan.run, "attempt": 0, "executed_steps": 0}
         return checkpoints.begin_from(origin, name, own)
     head = restored.metadata.get("ledger_head")
-    if comms.rank == 0 and plan.ledger is not None and head is not None:
-        report = verify(plan.ledger_storage(), head)
-        if not report.ok:
-            raise LedgerError(
-                f"the ledger {plan.ledger} is not the one that this run was charged to",
-                report.problems[0],
-                "its own ledger",
-                "restore it",
-            )
+    if plan.ledger is not None and head is not None:
+        on_rank_zero(comms, partial(_check_ledger, plan, head))
     return restored
+
+
+def _check_ledger(plan: Plan, head: str) -> None:
+    """Refuses a ledger that was cut off or replaced since its last entry had the hash `head`."""
+    report = verify(plan.ledger_storage(), head)
+    if not report.ok:
+        raise LedgerError(
+            f"the ledger {plan.ledger} is not the one that this run was charged to",
+            report.problems[0],
+            "its own ledger",
+            "restore it",
+        )
 
 
 def _conclude(run: ActiveRun, outcome: Outcome, seconds: float) -> RunResult:

@@ -128,3 +128,14 @@ def test_the_command_checks_a_pipeline():
     ran = CliRunner().invoke(main, ["check", "pipelines.digits_vit", "--method", "grape"])
     assert ran.exit_code == 0, ran.output
     assert "largest difference" in ran.output
+
+
+@pytest.mark.parametrize("scale", [1e-7, 1.5e-6, 1.0])
+def test_gradients_as_small_as_the_least_clip_norm_pass(scale):
+    model = zoo.build_layer("Linear")
+
+    def loss(model, batch):
+        return scale * zoo.layer_loss(model, batch)
+
+    report = preflight(model, loss, zoo.layer_batch(), Privacy(), Method(name="dp_adam"), b"k", 6)
+    assert report.examples == 6
