@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, field
+from typing import final
 
 from grape_ray.accounting.mechanism import Mechanism
 from grape_ray.errors import LedgerError
@@ -10,11 +11,13 @@ from grape_ray.errors import LedgerError
 _LEDGER = object()  # what the ledger alone passes on
 
 
-@dataclass(frozen=True)
+@final
+@dataclass(frozen=True, slots=True)
 class Grant:
     """Steps of one attempt that are paid for, durably: `first_step` to `first_step + steps - 1`.
 
-    Made by `Ledger.charge` alone. A grant that travels between processes stays one.
+    Made by `Ledger.charge` alone. A grant that travels between processes stays one. It pays for one
+    noise a step: the first stream of noise that it serves is the only one.
 
     Attributes:
         study, run, attempt, chunk: what was charged. steps: 0 where the study's budget has ended.
@@ -29,6 +32,7 @@ class Grant:
     steps: int
     mechanism: Mechanism
     made_by: InitVar[object] = None
+    _streams: list[str] = field(default_factory=list[str], init=False, repr=False, compare=False)
 
     def __post_init__(self, made_by: object) -> None:
         if made_by is not _LEDGER:
@@ -39,8 +43,10 @@ class Grant:
                 "call Ledger.charge before the noise of its steps is drawn",
             )
 
-    def check(self, step: int) -> None:
-        """Raises LedgerError unless `step` is one of those that are paid for."""
+    def check(self, step: int, stream: str) -> None:
+        """Raises LedgerError unless `step` is one of those that are paid for, by this grant for the
+        stream of noise whose name is `stream`.
+        """
         if not self.first_step <= step < self.first_step + self.steps:
             last = self.first_step + self.steps - 1
             paid = f"steps {self.first_step} to {last}" if self.steps else "no step"
@@ -49,4 +55,13 @@ class Grant:
                 f"step {step}",
                 f"{paid} of attempt {self.attempt} of run {self.run}",
                 "charge the step to the ledger first",
+            )
+        if not self._streams:
+            self._streams.append(stream)
+        if self._streams != [stream]:
+            raise LedgerError(
+                "a second stream of noise on one grant",
+                f"stream {stream}",
+                f"stream {self._streams[0]}, which was drawn from first",
+                "begin an attempt for each stream, and charge its steps to the ledger",
             )
