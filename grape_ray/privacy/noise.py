@@ -150,7 +150,7 @@ def privatize(
         )
     step = step_of(summed, step)
     _check_mechanism(summed, grant.mechanism)
-    grant.check(step, stream.name)
+    grant.claim(step, stream.name)
     stream.claim(step)
     noise_multiplier = grant.mechanism.noise_multiplier
     count = sum(t.numel() for t in summed.tensors.values())

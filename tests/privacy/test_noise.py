@@ -459,6 +459,8 @@ def test_a_grant_serves_one_stream_and_is_no_other_class(tmp_path):
     for stream in (other, NoiseStream(bytes(31) + b"3")):
         with pytest.raises(LedgerError, match="a second stream"):
             privatize(zeros(a=(3,)), stream, step=1, grant=grant, expected_batch_size=1)
+    with pytest.raises(NoiseReuse, match="already drawn"):  # one noise for two sums
+        privatize(zeros(a=(3,)), NoiseStream(KEY), step=0, grant=grant, expected_batch_size=1)
     privatize(zeros(a=(3,)), NoiseStream(KEY), step=1, grant=grant, expected_batch_size=1)
 
     class Mine(Grant):  # pyright: ignore[reportGeneralTypeIssues]
