@@ -133,7 +133,7 @@ def _private(name: str, routes: tuple[str, ...] = ()) -> Callable[..., Step]:
             make_optimizer(model, engine, method, 10**6),
             privatize,
             NoiseStream(_KEY),
-            paid_steps(),
+            paid_steps(engine.estimated),
         )
 
     return make

@@ -72,7 +72,7 @@ def measure(
     place = Storage(storage)
     saver = CheckpointManager(config, Comms.local(), place, model, optimizer)
     saver.begin_attempt(0)
-    grant = paid_steps()
+    grant = paid_steps(engine.estimated)
     step, plain, saving, copies, written, sizes = 0, [], [], [0.0], 0, {True: 0, False: 0}
     for index in range(2 * rounds + 1):
         checkpoints, began = index % 2 == 0, time.monotonic()

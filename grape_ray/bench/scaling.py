@@ -180,7 +180,7 @@ def _one_rank(index: int, where: Setting, method: str, rank: int, ranks: int, fo
     model, loss, batch = build(where)
     engine, comms = make_engine(model, method, rank=rank), Comms.distributed()
     optimizer = make_optimizer(model, engine, Method(name=method, rank=rank), 10**6)
-    stream, grant = NoiseStream(bytes(32)), paid_steps()
+    stream, grant = NoiseStream(bytes(32)), paid_steps(engine.estimated)
 
     def step(number: int) -> None:
         summed = engine.clipped_sum(loss, batch, step=number)

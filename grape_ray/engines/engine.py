@@ -107,6 +107,11 @@ class Engine:
         return {}
 
     @property
+    def estimated(self) -> tuple[int, bool] | None:
+        """See `ClippedSum`."""
+        return None
+
+    @property
     def coordinates(self) -> int:
         """Numbers in a clipped sum: what is noised and exchanged a step."""
         collector = self.collector_type(self.params, 0, self.subspace, 0)
@@ -278,7 +283,9 @@ class Engine:
             for name, p in self.params.items()
         }
         period = self.subspace.period(step) if self.subspace.plan and step is not None else None
-        return ClippedSum(tensors, self.clip_norm, unprotected, step, period)
+        return ClippedSum(
+            tensors, self.clip_norm, unprotected, step, period, estimated=self.estimated
+        )
 
     def _make_collector(self, examples: int, step: int) -> Collector:
         collector = self.collector_type(

@@ -139,6 +139,11 @@ class Randomized(Ghost):
             )
         self.use_secret(os.urandom(32))
 
+    @property
+    def estimated(self) -> tuple[int, bool]:
+        """See `ClippedSum`."""
+        return self.probes, self.shared_probes
+
     @staticmethod
     def options(privacy: Privacy, method: Method) -> dict[str, Any]:
         return {

@@ -282,8 +282,8 @@ class Ledger:
 
         Args:
             study, run, attempt: from ``begin_attempt``.
-            chunk: number of the call, growing within the attempt; the same call again returns the
-                same grant and costs nothing.
+            chunk: number of the call, growing within the attempt; the same call again, while the
+                attempt lasts, returns the same grant and costs nothing.
             steps: how many steps are asked for; fewer are granted at the end of the budget, and
                 none (nothing is written) after it.
             first_step: the first step's number; by default the one after the steps paid for, or 0.
@@ -310,6 +310,8 @@ class Ledger:
                 return Grant(study, run, attempt, chunk, first, count, mechanism, _LEDGER)
 
             known = state.attempt(study, run, attempt).charges.get(chunk)
+            # what an attempt that is over was granted is refunded in part, or another's by now
+            live = state.live_attempt(study, run, attempt)
             if known is not None:
                 if known.asked != steps or first_step not in (None, known.first_step):
                     raise LedgerError(
@@ -319,7 +321,6 @@ class Ledger:
                         "use a new chunk number",
                     )
                 return None, granted(known.first_step, known.steps)
-            live = state.live_attempt(study, run, attempt)
             first = live.next_step if first_step is None else first_step
             count = min(steps, owner.left)
             if count == 0:

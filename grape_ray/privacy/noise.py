@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from grape_ray.accounting.mechanism import RANDOMIZED, Mechanism
 from grape_ray.distributed.comms import Comms
 from grape_ray.errors import ConfigError, LedgerError, NoiseReuse
 from grape_ray.ledger.grant import Grant
@@ -43,6 +44,9 @@ _LARGE_PIECE = 1 << 24
 class NoiseStream:
     """The secret noise stream of one attempt; it never gives the noise of a step twice.
 
+    Attributes:
+        name: tells streams apart, and nothing else of the key.
+
     Args:
         key: 32 secret bytes, derived for this attempt alone (`privacy.keys.derive`).
 
@@ -56,12 +60,11 @@ class NoiseStream:
                 "noise key", f"{len(key)} bytes", "32 secret bytes", "derive it from the master key"
             )
         self._key, self._last = key, -1
+        self.name = hashlib.sha256(key).hexdigest()[:8]
         self._ahead: tuple[int, int, Future[np.ndarray]] | None = None
 
     def __repr__(self) -> str:
-        return (
-            f"NoiseStream(id={hashlib.sha256(self._key).hexdigest()[:8]}, last_step={self._last})"
-        )
+        return f"NoiseStream(id={self.name}, last_step={self._last})"
 
     def claim(self, step: int) -> None:
         """Marks `step` as drawn. Raises NoiseReuse unless steps only go up."""
@@ -120,7 +123,8 @@ def privatize(
         step: the step of `summed`; not needed where the sum carries it, as an engine's does.
 
     Raises:
-        LedgerError: the grant does not cover the step.
+        LedgerError: the grant does not cover the step, pays for another mechanism than the sum's
+            (norms that are estimates), or has served another stream.
         NoiseReuse: the step's noise was drawn before: each step is used once, ascending.
         GrapeRayError: `step` is not that of the sum.
         ConfigError: a batch size that is not finite and > 0.
@@ -137,7 +141,7 @@ def privatize(
             "a finite number > 0",
             "pass the one that the step is paid for with",
         )
-    if not isinstance(grant, Grant):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if type(grant) is not Grant:  # a subclass may have been made by anyone
         raise LedgerError(
             "noise without a grant",
             type(grant).__name__,
@@ -145,7 +149,8 @@ def privatize(
             "charge the step to the ledger first",
         )
     step = step_of(summed, step)
-    grant.check(step)
+    _check_mechanism(summed, grant.mechanism)
+    grant.claim(step, stream.name)
     stream.claim(step)
     noise_multiplier = grant.mechanism.noise_multiplier
     count = sum(t.numel() for t in summed.tensors.values())
@@ -160,6 +165,23 @@ def privatize(
 
     tensors = _by_slices(summed.tensors, comms or Comms.local(), release)
     return PrivateGradient(tensors, step, std / expected_batch_size, summed.period, _PRIVATIZE)
+
+
+def _check_mechanism(summed: ClippedSum, paid: Mechanism) -> None:
+    """Raises LedgerError where the norms of a sum are estimates that the grant does not pay for;
+    fewer probes than it has cost no less, and shared ones no less than each example's own.
+    """
+    if summed.estimated is None:
+        return
+    probes, shared = summed.estimated
+    if paid.name != RANDOMIZED or paid.probes > probes or (shared and not paid.probes_shared):
+        ours = f"{probes} {'shared' if shared else 'secret'} probes"
+        raise LedgerError(
+            "a sum whose norms are estimates",
+            f"{ours}, and a grant of {paid}",
+            f"a grant of {RANDOMIZED} with these probes",
+            "register the study with the mechanism of the method",
+        )
 
 
 def grid_and_std(sensitivity: float, noise_multiplier: float, count: int) -> tuple[float, float]:

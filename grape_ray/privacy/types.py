@@ -5,7 +5,7 @@ PrivateGradient.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from grape_ray.errors import GrapeRayError
@@ -32,6 +32,8 @@ class ClippedSum:
             guarantee.
         step: the step it was summed for; None leaves it to `privatize`. period: of the projections
             that its coordinates belong to; None where nothing is projected.
+        estimated: (number of probes, whether all examples share them) where norms are estimates,
+            so that `sensitivity` holds in distribution only; None where they are upper bounds.
     """
 
     tensors: Mapping[str, Tensor]
@@ -39,15 +41,16 @@ class ClippedSum:
     unprotected: Json = field(default_factory=Json, repr=False)
     step: int | None = None
     period: int | None = None
+    estimated: tuple[int, bool] | None = None
 
     def __add__(self, other: ClippedSum) -> ClippedSum:
         """The sum over two disjoint sets of examples (micro-batches of one step); adds into this
         one's memory.
         """
-        if self.tensors.keys() != other.tensors.keys() or (self.sensitivity, self.step) != (
-            other.sensitivity,
-            other.step,
-        ):
+        mine, theirs = (
+            (sum.tensors.keys(), sum.sensitivity, sum.step, sum.estimated) for sum in (self, other)
+        )
+        if mine != theirs:
             raise GrapeRayError(
                 "two clipped sums of different mechanisms cannot be added",
                 f"sensitivities {self.sensitivity} and {other.sensitivity}, steps {self.step} and"
@@ -61,7 +64,7 @@ class ClippedSum:
             for k, v in self.unprotected.items()
             if k in other.unprotected
         }
-        return ClippedSum(self.tensors, self.sensitivity, joined, self.step, self.period)
+        return replace(self, unprotected=joined)
 
 
 def step_of(carrier: ClippedSum | PrivateGradient | NonPrivateGradient, step: int | None) -> int:

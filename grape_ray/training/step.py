@@ -15,6 +15,7 @@ from grape_ray.distributed.comms import Comms
 from grape_ray.distributed.sharding import is_sharded
 from grape_ray.engines import Engine
 from grape_ray.engines.engine import PerExampleLoss
+from grape_ray.errors import LedgerError
 from grape_ray.ledger.grant import Grant
 from grape_ray.optim import Optimizer
 from grape_ray.privacy.noise import NoiseStream, nonprivate_mean, privatize
@@ -65,9 +66,16 @@ class Step:
             grant: what the step is paid for with; None for the non-private baseline alone.
 
         Raises:
-            LedgerError: the grant does not cover the step.
+            LedgerError: the grant does not cover the step, or pays for less.
             NoiseReuse: this attempt has drawn the step's noise before.
         """
+        if grant is not None and grant.mechanism.sampling_prob < self.sampling_prob:
+            raise LedgerError(
+                "the sampling of a step",
+                f"probability {self.sampling_prob:g}",
+                f"at most {grant.mechanism.sampling_prob:g}, which it is paid for with",
+                "charge the study of this run's mechanism",
+            )
         batch = poisson_batch(self.sampling_key, step, len(self.records), self.sampling_prob)
         share = batch[self.comms.rank :: self.comms.world_size]
         largest = -(-len(batch) // self.comms.world_size) if is_sharded(self.model) else len(share)

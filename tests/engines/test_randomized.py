@@ -203,7 +203,11 @@ def test_randomized_goes_through_the_noise_line():
     engine = engine_for(wide_model())
     summed = engine.clipped_sum(zoo.layer_loss, zoo.layer_batch())
     assert privatize(
-        summed, NoiseStream(b"n" * 32), step=0, grant=granted(), expected_batch_size=6
+        summed,
+        NoiseStream(b"n" * 32),
+        step=0,
+        grant=granted(probes=engine.probes),
+        expected_batch_size=6,
     ).noise_std == pytest.approx(0.5 / 6)
     assert projected(
         example_gradients(engine.model, zoo.layer_loss, zoo.layer_batch(), 1)[0], engine.subspace

@@ -202,3 +202,104 @@ def test_a_loss_of_the_wrong_shape_is_named():
     with pytest.raises(ConfigError, match=r"per_example_loss.*\(6,\)"):
         engine_for(model, "grape").clipped_sum(lambda m, b: zoo.layer_loss(m, b).mean(), batch)
     assert len(example_gradients(model, zoo.layer_loss, batch, 6)) == 6
+
+
+def _cells(p, x):
+    states = (x[:, 1], x[:, 2])
+    out = torch.lstm_cell(x[:, 0], states, p.wide, p.wide, b_ih=p.bias, b_hh=p.bias)
+    return torch.gru_cell(x[:, 0], out[0], w_ih=p.wide[:12], w_hh=p.wide[:12], b_ih=p.bias[:12])
+
+
+def _batch_norm(p, x):
+    norm = {"training": False, "momentum": 0.1, "eps": 0.1, "cudnn_enabled": False}
+    return torch.batch_norm(x.transpose(1, 2), p.scale, p.shift, p.mean, p.var, **norm)
+
+
+def _gru(p, x):
+    weights, spec = [p.wide[:12], p.wide[:12]], {"has_biases": False, "num_layers": 1}
+    spec |= {"dropout": 0.0, "train": True, "bidirectional": False, "batch_first": True}
+    return torch.gru(x, x[:, 0][None], params=weights, **spec)[0]
+
+
+SPELLINGS = {
+    "mm by keyword": lambda p, x: torch.mm(x.flatten(0, 1), mat2=p.square).view(x.shape),
+    "addmm with numbers": lambda p, x: p.shift.addmm(2, 3, x[:, 0], p.square),
+    "einsum with a size of 1": lambda p, x: torch.einsum(
+        "bij,oij->bo", x[:, :1, :3], p.wide.view(4, 4, 4)[:, :3, :1]
+    ),
+    "conv2d of one stride": lambda p, x: F.conv2d(
+        x.unsqueeze(1), p.filter, p.bias, stride=(1,), padding=[1]
+    ),
+    "linear with a number as bias": lambda p, x: F.linear(x, p.square, p.shift[0]),
+    "batch_norm by keyword": _batch_norm,
+    "cells by keyword": _cells,
+    "gru by keyword": _gru,
+    "torch.embedding": lambda p, x: torch.embedding(p.wide, (x[..., 0] > 0).long(), 1),
+    "an operator of torch.ops": lambda p, x: torch.ops.aten.embedding.default(
+        p.wide, (x[..., 0] > 0).long(), 1
+    ),
+    "cat by keyword": lambda p, x: torch.cat(tensors=[x, p.shift.expand(len(x), 1, 4)], dim=1),
+    "masked_fill": lambda p, x: x.masked_fill(x > 0, p.shift[0]).masked_fill_(x < -1, p.scale[0]),
+    "clone by keyword": lambda p, x: x * torch.clone(input=p.shift),
+}
+
+
+class Spelled(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.square, self.wide = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(16, 4))
+        self.scale, self.shift = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4))
+        self.bias, self.filter = (
+            nn.Parameter(torch.randn(16)),
+            nn.Parameter(torch.randn(16, 1, 2, 2)),
+        )
+        self.register_buffer("mean", torch.randn(4))
+        self.register_buffer("var", torch.rand(4) + 0.5)
+
+    def forward(self, batch):
+        out = self.function(self, batch["x"])[: len(batch["x"])]
+        return (out.square() / 2 + out).flatten(1).sum(1)
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_however_an_operation_is_spelled(name):
+    torch.manual_seed(0)
+    model, batch = Spelled(SPELLINGS[name]).double(), {"x": torch.randn(5, 3, 4).double()}
+    for method in EXACT:
+        engine = engine_for(model, method, median_norm(model, lambda m, b: m(b), batch, 5))
+        found = engine.clipped_sum(lambda m, b: m(b), batch).tensors
+        assert worst(found, expected(engine, lambda m, b: m(b), batch, 5)) < 1e-9
+
+
+def _taught(x, weight, gate=None):
+    mine = (x, weight) if gate is None else (x, weight, gate)
+    if torch.overrides.has_torch_function(mine):
+        return torch.overrides.handle_torch_function(_taught, mine, x, weight, gate=gate)
+    return x * weight if gate is None else x * weight * gate
+
+
+@pytest.mark.parametrize(
+    ("gradient", "gated", "words"),
+    [
+        (lambda grad, position, args, kwargs: (grad * args[0]).sum(1), True, "by keyword"),
+        (lambda grad, position, args, kwargs: grad * args[0], False, "a gradient of shape"),
+    ],
+)
+def test_a_registered_rule_that_loses_a_gradient_is_refused(gradient, gated, words):
+    register_rule(_taught, gradient)
+    model, batch = Spelled(None).double(), {"x": torch.randn(5, 3, 4).double()}
+
+    def loss(model, batch):
+        gate = F.linear(batch["x"], model.square) if gated else None
+        return _taught(batch["x"], model.shift, gate=gate).square().sum((1, 2))
+
+    with pytest.raises(UnsupportedLayer, match=words):
+        engine_for(model, "dp_adam").clipped_sum(loss, batch)
+
+
+def test_a_hook_on_the_gradient_of_a_parameter_is_refused():
+    model = nn.Linear(4, 4)
+    model.weight.register_hook(lambda grad: grad / 10)
+    with pytest.raises(UnsupportedLayer, match="a hook on its gradient"):
+        engine_for(model, "dp_adam")

@@ -241,6 +241,8 @@ def test_a_newer_attempt_fences_the_older(url):
     assert (first, second) == (1, 2)
     with pytest.raises(NoiseReuse, match="attempt 2 has begun"):
         old.charge("s", "r", first, 1, 2)
+    with pytest.raises(NoiseReuse, match="attempt 2 has begun"):
+        old.charge("s", "r", first, 0, 2)
     with pytest.raises(NoiseReuse):
         old.refund("s", "r", first, 0, 1)
     # Steps repeated after a crash are charged again, under the new attempt.
@@ -275,6 +277,10 @@ def test_a_refund_ends_the_attempt(url):
         ledger.charge("s", "r", attempt, 2, 1)
     with pytest.raises(NoiseReuse):
         ledger.refund("s", "r", attempt, 1, 2)
+    # what was given back is no grant any more, however the charge is repeated
+    for chunk in (0, 1):
+        with pytest.raises(NoiseReuse, match="closed"):
+            ledger.charge("s", "r", attempt, chunk, 5)
 
 
 def test_a_closed_attempt_stays_closed(url):

@@ -14,7 +14,7 @@ from scipy import stats
 from grape_ray.accounting.mechanism import GAUSSIAN, Mechanism
 from grape_ray.distributed.comms import Comms
 from grape_ray.errors import ConfigError, GrapeRayError, LedgerError, NoiseReuse
-from grape_ray.ledger import Ledger, Study
+from grape_ray.ledger import Grant, Ledger, Study
 from grape_ray.optim import make_optimizer
 from grape_ray.privacy.noise import NoiseStream, _pieces, grid_and_std, on_grid, privatize
 from grape_ray.privacy.random_streams import _refine, normals, poisson_batch, public_normals
@@ -451,3 +451,37 @@ def test_pieces_are_all_places_once_and_end_where_the_noise_does(start, count, s
     assert [place for low, high in pieces for place in range(low, high)] == list(range(count))
     assert all((start + high) % size == 0 for _, high in pieces[:-1])
     assert all(0 < high - low <= size for low, high in pieces)
+
+
+def test_a_grant_serves_one_stream_and_is_no_other_class(tmp_path):
+    grant, other = granted(steps=3), NoiseStream(bytes(31) + b"2")
+    privatize(zeros(a=(3,)), NoiseStream(KEY), step=0, grant=grant, expected_batch_size=1)
+    for stream in (other, NoiseStream(bytes(31) + b"3")):
+        with pytest.raises(LedgerError, match="a second stream"):
+            privatize(zeros(a=(3,)), stream, step=1, grant=grant, expected_batch_size=1)
+    with pytest.raises(NoiseReuse, match="already drawn"):  # one noise for two sums
+        privatize(zeros(a=(3,)), NoiseStream(KEY), step=0, grant=grant, expected_batch_size=1)
+    privatize(zeros(a=(3,)), NoiseStream(KEY), step=1, grant=grant, expected_batch_size=1)
+
+    class Mine(Grant):  # pyright: ignore[reportGeneralTypeIssues]
+        def __post_init__(self, made_by):
+            pass
+
+    forged = Mine("s", "r", 1, 0, 0, 10**6, grant.mechanism)
+    with pytest.raises(LedgerError, match="without a grant"):
+        privatize(zeros(a=(3,)), other, step=0, grant=forged, expected_batch_size=1)
+    assert not hasattr(grant, "__dict__")
+
+
+def test_a_sum_of_estimated_norms_is_paid_for_as_such():
+    size = {"step": 0, "expected_batch_size": 1}
+
+    def released(probes, shared, paid):
+        summed = dataclasses.replace(zeros(a=(3,)), estimated=(probes, shared))
+        return privatize(summed, NoiseStream(KEY), grant=granted(probes=paid), **size)
+
+    assert released(8, False, paid=8).noise_std > 0
+    assert released(8, False, paid=4).noise_std > 0  # costs more
+    for probes, shared, paid in ((8, False, 0), (8, False, 16), (8, True, 8)):
+        with pytest.raises(LedgerError, match="norms are estimates"):
+            released(probes, shared, paid)

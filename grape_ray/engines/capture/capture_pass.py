@@ -105,7 +105,7 @@ class CapturePass:
     def call(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         """The result of an operation in which at least one argument is tracked."""
         call = Call(func, operation(func), args, kwargs)
-        if is_in_place(func) and isinstance(args[0], Tracked):
+        if is_in_place(func) and args and isinstance(args[0], Tracked):
             self._write(call)
         if not torch.is_grad_enabled():  # of no gradient in torch either
             with no_subclass():

@@ -21,7 +21,7 @@ from grape_ray.engines.capture.capture_pass import CapturePass
 from grape_ray.engines.capture.copies import COPIES, copied
 from grape_ray.engines.capture.draws import is_draw, is_dropout
 from grape_ray.engines.capture.shared_values import per_example, per_example_as_is
-from grape_ray.engines.capture.torch_functions import Call, Result
+from grape_ray.engines.capture.torch_functions import Call, Result, is_in_place, public
 from grape_ray.engines.capture.tracked import Tracked, no_subclass, tracked_in, values_of
 from grape_ray.errors import UnsupportedLayer
 
@@ -45,7 +45,7 @@ CASTS = {
 TRANSPOSES = {"t", "T", "mT", "transpose"}
 BROADCASTS = {
     "add", "radd", "iadd", "sub", "rsub", "isub", "mul", "rmul", "imul", "div", "truediv", "rdiv",
-    "pow", "rpow", "where", "maximum", "minimum", "lerp", "addcmul", "addcdiv", "masked_fill", "eq",
+    "pow", "rpow", "where", "maximum", "minimum", "lerp", "addcmul", "addcdiv", "eq",
     "ne", "lt", "le", "gt", "ge", "subtract", "multiply", "divide", "copysign", "atan2", "fmax",
     "fmin", "hypot", "logaddexp", "xlogy", "remainder", "fmod",
 }  # fmt: skip
@@ -59,7 +59,7 @@ RESHAPES = {
 
 def dispatch(handlers: Mapping[Callable, Handler], capture: CapturePass, call: Call) -> Result:
     """The result of a call with at least one tracked argument."""
-    handler = handlers.get(call.func)
+    handler = handlers.get(call.func) or handlers.get(public(call.func))
     if handler is not None:
         return handler(capture, call)
     if call.name in READS:
@@ -92,10 +92,13 @@ def general(capture: CapturePass, call: Call) -> Result:
         return copied(capture, call)
     if not capture.depends(call):
         return shared(capture, call)
+    if name == "masked_fill":
+        return _masked_fill(capture, call)
     if name in BROADCASTS:
         return _broadcast(capture, call)
     if name in PLACEMENTS:
-        return func(*tree_map(lambda a: per_example_as_is(capture, a), args), **kwargs)
+        args, kwargs = tree_map(lambda a: per_example_as_is(capture, a), (args, kwargs))
+        return func(*args, **kwargs)
     if name in WRITES and node is None:
         return _write(capture, call)
     if name == "matmul" and node is not None and _of_many_matrices(args):
@@ -118,6 +121,9 @@ def _cast(capture: CapturePass, call: Call) -> Result:
     type.
     """
     func, _, args, kwargs = call
+    if not args:  # torch.clone(input=value)
+        args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
+        call = call._replace(args=args, kwargs=kwargs)
     if not isinstance(args[0], Tracked):
         return _read(call)
     node = args[0].node
@@ -168,11 +174,19 @@ def _broadcast(capture: CapturePass, call: Call) -> Result:
     return call.func(*map(each, call.args), **{k: each(v) for k, v in call.kwargs.items()})
 
 
+def _masked_fill(capture: CapturePass, call: Call) -> Result:
+    """A shared number at masked places: torch takes one number alone, and not one an example."""
+    given = dict(zip(("input", "mask", "value"), call.args)) | call.kwargs
+    x: Any = given.get("input", given.get("self"))
+    out = torch.where(given["mask"], given["value"], x)
+    return x.copy_(out) if is_in_place(call.func) else out
+
+
 def _write(capture: CapturePass, call: Call) -> Result:
     """A shared value written to places of a tensor: each place has a copy of its own."""
     func, name, args, kwargs = call
     position = 1 if name == "copy" else 2
-    if not isinstance(args[position], Tracked):
+    if len(args) <= position or not isinstance(args[position], Tracked):
         return by_vmap(capture, call)
     region = args[0] if name == "copy" else args[0].detach()[args[1]]
     values = per_example(capture, args[position], region.shape)

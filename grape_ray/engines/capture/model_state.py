@@ -69,8 +69,8 @@ def checksum(tensor: Tensor) -> int:
 
 
 def check_kinds(model: nn.Module, params: Mapping[str, Tensor]) -> None:
-    """Refuses what cannot be clipped, trained or watched: complex and fp16 parameters, state that
-    modules add to what is saved.
+    """Refuses what cannot be clipped, trained or watched: complex and fp16 parameters, hooks on
+    gradients, state that modules add to what is saved.
     """
     for name, param in params.items():
         if param.is_complex():
@@ -91,6 +91,13 @@ def check_kinds(model: nn.Module, params: Mapping[str, Tensor]) -> None:
                 " is lost in float16"
             )
             raise UnsupportedLayer(f"parameter '{name}'", "float16", expected, fix)
+        if param._backward_hooks:
+            raise UnsupportedLayer(
+                f"parameter '{name}'",
+                "a hook on its gradient",
+                "none: no gradient of the batch ever reaches a parameter",
+                "remove the hook; scale the parameter where it is used instead",
+            )
     for name, module in model.named_modules():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise UnsupportedLayer(

@@ -21,6 +21,7 @@ from grape_ray.engines.capture.capture_pass import CapturePass
 from grape_ray.engines.capture.rule import Rule, Settings
 from grape_ray.engines.capture.tap import Tap
 from grape_ray.engines.capture.tracked import Node, Tracked
+from grape_ray.errors import UnsupportedLayer
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -189,6 +190,12 @@ def _deliver_gradients(ctx: Any, grad: Tensor, saved: tuple) -> None:
         else:
             own = capture.summed(tap, gradient)
         node = ctx.nodes[position]
+        if own.numel() != capture.examples * node.graph.numel():
+            raise UnsupportedLayer(
+                f"the rule of operation '{tap.key[1]}' on parameter {node.label}",
+                f"a gradient of shape {tuple(gradient.shape)}",
+                f"rows of examples, of shape {tuple(node.graph.shape)} each",
+            )
         capture.dense(node, own.reshape(capture.examples, *node.graph.shape))
 
 

@@ -71,7 +71,7 @@ def _writes(name: str) -> bool:
 _IN_PLACE = frozenset(func for func, name in _NAMES.items() if _writes(name))
 
 
-def _public(func: Callable) -> Callable:
+def public(func: Callable) -> Callable:
     """torch's public function for an operator of `torch.ops.aten`; any other as it is."""
     packet = func.overloadpacket if isinstance(func, OpOverload) else func
     if not isinstance(packet, OpOverloadPacket):
@@ -87,7 +87,7 @@ def operation(func: Callable) -> str:
     """
     found = _OPERATIONS.get(func)
     if found is None:
-        func = _public(func)
+        func = public(func)
         found = _OPERATIONS.get(func)
     if found is None:
         name = getattr(func, "__qualname__", None) or getattr(func, "__name__", str(func))
@@ -101,5 +101,5 @@ def is_in_place(func: Callable) -> bool:
     """
     if func in _OPERATIONS:
         return func in _IN_PLACE
-    func = _public(func)
+    func = public(func)
     return func in _IN_PLACE or _writes(getattr(func, "__name__", ""))

@@ -17,6 +17,7 @@ from grape_ray.engines.capture.dispatch import general, shared
 from grape_ray.engines.capture.shared_values import per_example
 from grape_ray.engines.capture.torch_functions import Call, Result
 from grape_ray.engines.capture.tracked import Tracked, tracked_in
+from grape_ray.engines.rules.arguments import bind
 from grape_ray.errors import UnsupportedLayer
 
 # torch's own function, past its first question, which hands it over whole: its operations are then
@@ -81,9 +82,7 @@ def cell(capture: CapturePass, call: Call) -> Result:
     """
     if not capture.depends(call):
         return shared(capture, call)
-    args = call.args
-    x, state, w_ih, w_hh = args[:4]
-    b_ih, b_hh = args[4:6] if len(args) > 4 else (None, None)
+    x, state, w_ih, w_hh, b_ih, b_hh = bind(call, "input hx w_ih w_hh b_ih b_hh")
     state = tuple(
         _of_the_batch(s) for s in (state if isinstance(state, (tuple, list)) else (state,))
     )
@@ -97,9 +96,11 @@ def recurrent(capture: CapturePass, call: Call) -> Result:
     """nn.LSTM, nn.GRU and nn.RNN of padded sequences: inputs of all steps in one product, states
     step by step.
     """
-    args = call.args
-    if isinstance(args[1], Tensor) and args[1].ndim == 1:
-        label = ", ".join(t.node.label for t in tracked_in(args, call.kwargs)[:1])
+    packed = "data" in call.kwargs or "batch_sizes" in call.kwargs
+    if packed or (
+        len(call.args) > 1 and isinstance(call.args[1], Tensor) and call.args[1].ndim == 1
+    ):
+        label = ", ".join(t.node.label for t in tracked_in(call.args, call.kwargs)[:1])
         raise UnsupportedLayer(
             f"'{call.name}' of a packed sequence on parameter {label}",
             "rows in order of time",
@@ -108,7 +109,9 @@ def recurrent(capture: CapturePass, call: Call) -> Result:
         )
     if not capture.depends(call):
         return shared(capture, call)
-    x, states, weights, biased, layers, dropout, training, bidirectional, batch_first = args
+    x, states, weights, biased, layers, dropout, training, bidirectional, batch_first = bind(
+        call, "input hx params has_biases num_layers dropout train bidirectional batch_first"
+    )
     states = states if isinstance(states, (tuple, list)) else (states,)
     directions = 2 if bidirectional else 1
     each = len(weights) // (layers * directions)

@@ -69,6 +69,9 @@ def convolution(capture: CapturePass, call: Call) -> Result:
     fits = fits and groups == 1 and dims <= 2 and x.ndim == dims + 2
     if isinstance(x, Tracked) or not fits or not capture.depends(call):
         return general(capture, call)
-    spec = tuple([v] * dims if isinstance(v, int) else list(v) for v in (stride, padding, dilation))
+    spec = tuple(
+        [v] * dims if isinstance(v, int) else list(v) * (dims if len(v) == 1 else 1)
+        for v in (stride, padding, dilation)
+    )
     settings = {"spec": spec, "filter": tuple(weight.shape[1:]), "x_shape": x.shape}
     return apply_rule(capture, CONVOLUTION, call.name, (x, weight, bias), x.shape[:1], settings)

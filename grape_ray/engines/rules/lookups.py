@@ -59,6 +59,16 @@ def embedding(capture: CapturePass, call: Call) -> Result:
     return out
 
 
+def plain_embedding(capture: CapturePass, call: Call) -> Result:
+    """torch.embedding, whose table comes first and whose padding_idx of -1 is none."""
+    table, ids, padding_idx, by_freq, sparse = bind(
+        call, "weight indices padding_idx scale_grad_by_freq sparse", padding_idx=-1
+    )
+    padding_idx = padding_idx if padding_idx >= 0 else None
+    args = (ids, table, padding_idx, None, 2.0, by_freq or False, sparse or False)
+    return embedding(capture, Call(F.embedding, call.name, args, {}))
+
+
 def getitem(capture: CapturePass, call: Call) -> Result:
     """weight[ids], an embedding without the module."""
     table, ids = call.args

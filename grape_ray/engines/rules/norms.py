@@ -98,8 +98,10 @@ def batch_norm(capture: CapturePass, call: Call) -> Result:
 
 def plain_batch_norm(capture: CapturePass, call: Call) -> Result:
     """torch.batch_norm, whose arguments come in another order than those of F.batch_norm."""
-    x, weight, bias, mean, var, *rest = call.args
-    args = (x, mean, var, weight, bias, *rest[:3])
+    x, weight, bias, mean, var, *rest = bind(
+        call, "input weight bias running_mean running_var training momentum eps"
+    )
+    args = (x, mean, var, weight, bias, *rest)
     return batch_norm(capture, Call(F.batch_norm, call.name, args, {}))
 
 

@@ -56,6 +56,8 @@ def linear(capture: CapturePass, call: Call) -> Result:
     x, weight, bias = bind(call, "input weight bias")
     if isinstance(x, Tracked) or weight.ndim != 2 or not capture.depends(call):
         return general(capture, call)
+    if isinstance(bias, Tensor) and bias.ndim != 1:
+        return call.func(x, weight) + bias
     late = None  # a bias that the rule cannot take, added afterwards
     if learned_elsewhere(weight, bias):
         if not isinstance(weight, Tracked):
@@ -67,7 +69,7 @@ def linear(capture: CapturePass, call: Call) -> Result:
 
 def matmul(capture: CapturePass, call: Call) -> Result:
     """x @ weight."""
-    x, weight = bind(call, "input other")
+    x, weight = bind(call, "input mat2" if "mat2" in call.kwargs else "input other")
     if call.name == "rmatmul":
         x, weight = weight, x
     if isinstance(x, Tracked) or weight.ndim != 2 or x.ndim < 2 or not capture.depends(call):
@@ -79,7 +81,7 @@ def addmm(capture: CapturePass, call: Call) -> Result:
     """bias + x W, as GPT-2's Conv1D writes it."""
     bias, x, weight, beta, alpha = bind(call, "input mat1 mat2 beta alpha", beta=1, alpha=1)
     fits = (
-        isinstance(bias, Tensor)
+        all(isinstance(value, Tensor) for value in (bias, x, weight))
         and bias.ndim == 1
         and beta == 1
         and alpha == 1
@@ -109,6 +111,8 @@ def einsum(capture: CapturePass, call: Call) -> Result:
     of_weight, of_x, summed, new, lead, out = indices
     x, weight = operands[1 - number], operands[number]
     sizes = dict(zip(of_weight, weight.shape)) | dict(zip(of_x, x.shape))
+    if any(sizes[i] != weight.shape[of_weight.index(i)] for i in summed):  # one of them is 1
+        return general(capture, call)
     x = x.permute([of_x.index(i) for i in (*lead, *summed)]).flatten(len(lead))
     weight = weight.permute([of_weight.index(i) for i in (*summed, *new)]).reshape(x.shape[-1], -1)
     y = (x @ weight).unflatten(-1, [sizes[i] for i in new] or [1])

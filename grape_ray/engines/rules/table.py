@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grape_ray.engines.capture.capture_pass import CapturePass
+from grape_ray.engines.capture.dependence import tensors_in
 from grape_ray.engines.capture.dispatch import Handler, general, shared
 from grape_ray.engines.capture.rule import Rule, rule_of_function
 from grape_ray.engines.capture.tap_function import apply_rule
@@ -36,6 +37,7 @@ HANDLERS: dict[Callable, Handler] = {
     F.conv2d: convolutions.convolution,
     F.conv3d: convolutions.convolution,
     F.embedding: lookups.embedding,
+    torch.embedding: lookups.plain_embedding,
     Tensor.__getitem__: lookups.getitem,
     F.layer_norm: norms.layer_norm,
     torch.layer_norm: norms.layer_norm,
@@ -83,6 +85,13 @@ def _by_rule(rule: Rule, capture: CapturePass, call: Call) -> Result:
             f"operation '{call.name}' on parameter {by_keyword[0].node.label}",
             "a parameter given by keyword",
             "parameters given by position, as a registered rule counts them",
+        )
+    nested = tensors_in((call.kwargs, *(a for a in call.args if not isinstance(a, Tensor))), None)
+    if learned_elsewhere(*nested):
+        raise UnsupportedLayer(
+            f"operation '{call.name}', of a registered rule",
+            "an activation given by keyword or in a list, whose gradient would be lost",
+            "activations as arguments by position",
         )
     first, *others = call.args
     if rule.factors is not None and (isinstance(first, Tracked) or tracked_in(call.args[3:], {})):
