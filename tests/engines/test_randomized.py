@@ -206,7 +206,7 @@ def test_randomized_goes_through_the_noise_line():
         summed,
         NoiseStream(b"n" * 32),
         step=0,
-        grant=granted(probes=engine.probes),
+        grant=granted(probes=engine.probes),  # pyright: ignore[reportAttributeAccessIssue]
         expected_batch_size=6,
     ).noise_std == pytest.approx(0.5 / 6)
     assert projected(

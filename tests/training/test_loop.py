@@ -541,3 +541,11 @@ def test_a_gpu_that_was_asked_for_is_used_without_workers(tmp_path, monkeypatch)
         config = dataclasses.replace(plan.config, performance=performance)
         execute(dataclasses.replace(plan, config=config), Comms.local())
     assert [place.type for place in places] == ["cpu", "cuda"]
+
+
+def test_a_step_is_sampled_no_more_than_it_is_paid_for(tmp_path):
+    plan = plan_run(tiny(), run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+    more = dataclasses.replace(plan, sampling_prob=1.5 * plan.sampling_prob)
+    with pytest.raises(LedgerError, match="sampling of a step"):
+        execute(more, Comms.local())
+    assert execute(plan, Comms.local()).steps == 12
