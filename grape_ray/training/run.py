@@ -168,10 +168,10 @@ def _train(run: ActiveRun, step: Step, start: int) -> Outcome:
 
 
 def interrupted(plan: Plan, step: int) -> Interrupted:
-    """The end of a run that was told to end, with the command that resumes it."""
+    """The end of a run that was interrupted, with the command that resumes it."""
     resume = f"grape-ray resume {plan.folder().url}{words_for(type(plan.config.task).__module__)}"
     return Interrupted(
-        f"run {plan.run} was told to end, and is kept at step {step}",
+        f"run {plan.run} was interrupted, and is kept at step {step}",
         None,
         "",
         f"run `{resume}` to go on",

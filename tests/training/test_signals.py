@@ -1,4 +1,4 @@
-"""A run in this process that is told to end: a checkpoint, a clear word, and a resume that loses
+"""A run in this process that is asked to end: a checkpoint, a clear word, and a resume that loses
 nothing.
 """
 
@@ -65,7 +65,7 @@ def test_a_signal_brings_a_checkpoint_and_resume_goes_on(tmp_path, number):
     cut.send_signal(number)
     _, error = cut.communicate(timeout=60)
     assert cut.returncode == 2
-    assert "told to end" in error.splitlines()[-1]
+    assert "was interrupted" in error.splitlines()[-1]
     assert "grape-ray resume" in error.splitlines()[-1]
     kept = checkpoint.latest(Storage(tmp_path / "runs" / "r"))
     assert 1 <= kept.step < 60
@@ -215,7 +215,7 @@ def test_one_interrupt_ends_two_workers_in_good_order(tmp_path):
     assert cut.returncode == 2, error
     kept = checkpoint.latest(Storage(folder))
     assert (
-        f"run r was told to end, and is kept at step {kept.step}; run `grape-ray resume {folder}"
+        f"run r was interrupted, and is kept at step {kept.step}; run `grape-ray resume {folder}"
         in error.splitlines()[-1]
     )
     assert 1 <= kept.step < 300
