@@ -24,6 +24,7 @@ def run(*words):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_methods_reports_the_promised_shape(tmp_path):
     out = tmp_path / "RESULTS.md"
     facts = run(
@@ -99,6 +100,7 @@ def test_shell_measures_starts_and_steps():
     assert set(facts["start_s"]) == {"0", "1"}
 
 
+@pytest.mark.slow
 def test_comm_counts_what_two_ranks_send():
     facts = run("comm", "--rank", "4")
     assert facts["rank"] == 4

@@ -148,7 +148,8 @@ def survive(tmp_path, seed, kinds, *words):
     return result, prey
 
 
-def test_a_sweep_outlives_its_accountant_a_trial_and_its_driver(tmp_path):
+@pytest.mark.slow
+def test_a_sweep_outlives_its_ledger_actor_a_trial_and_its_driver(tmp_path):
     _, prey = survive(
         tmp_path, 1, ["accountant", "trial", "driver"], "--trials", "3", "--scheduler", "none"
     )

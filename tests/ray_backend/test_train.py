@@ -140,6 +140,7 @@ def test_a_local_cluster_listens_on_the_loopback_interface_alone(ray_cluster):
     assert {node["NodeManagerAddress"] for node in ray.nodes()} == {"127.0.0.1"}
 
 
+@pytest.mark.slow
 def test_the_program_leaves_no_process_behind(tmp_path):
     token = uuid.uuid4().hex
     words = [
