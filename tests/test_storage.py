@@ -12,30 +12,14 @@ from grape_ray.accounting import Mechanism
 from grape_ray.errors import LedgerError, StorageError
 from grape_ray.ledger import Ledger, Study, verify
 from grape_ray.storage import Storage
+from tests.support.bucket import s3_bucket
 
 
 @pytest.fixture(scope="module")
-def s3_bucket():
+def bucket():
     """A bucket on a loopback server that honours conditional writes."""
-    server_module = pytest.importorskip(
-        "moto.server", reason="needs moto[server]: pip install grape-ray[s3]"
-    )
-    boto3 = pytest.importorskip("boto3", reason="needs boto3: pip install grape-ray[s3]")
-    pytest.importorskip("s3fs", reason="needs s3fs: pip install grape-ray[s3]")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    settings = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**settings, "AWS_DEFAULT_REGION": "us-east-1"}.items():
-            patch.setenv(name, value)
-        boto3.client("s3").create_bucket(Bucket="bucket")
-        yield "s3://bucket"
-    server.stop()
+    with s3_bucket() as url:
+        yield url
 
 
 @pytest.fixture(params=["local", "memory", "s3"])
@@ -47,7 +31,7 @@ def url(request, tmp_path):
     return (
         f"memory://{name}"
         if request.param == "memory"
-        else f"{request.getfixturevalue('s3_bucket')}/{name}/deep"
+        else f"{request.getfixturevalue('bucket')}/{name}/deep"
     )
 
 
@@ -185,7 +169,7 @@ def test_an_unwritable_place_is_one_clear_error(tmp_path):
         Storage("")
 
 
-def test_a_missing_bucket_is_one_clear_error(s3_bucket):
+def test_a_missing_bucket_is_one_clear_error(bucket):
     with pytest.raises(StorageError, match="cannot create"):
         Storage("s3://no-such-bucket/x").check_writable()
     with pytest.raises(LedgerError, match="cannot be reached"):

@@ -1,5 +1,5 @@
-"""What a run needs of a ledger, so that the ledger itself and an accountant that keeps it elsewhere
-are interchangeable.
+"""What a run needs of a ledger, so that the ledger itself and the client of a ledger actor are
+interchangeable.
 """
 
 from __future__ import annotations

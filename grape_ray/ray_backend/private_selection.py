@@ -28,7 +28,7 @@ from grape_ray.storage import Json, Storage
 from grape_ray.training.callbacks import RunCallbacks
 from grape_ray.training.planning import plan_run
 from grape_ray.training.private_scores import Terms, described
-from grape_ray.training.result import RESULT_FILE
+from grape_ray.training.result import RESULT_FILE, read_result
 from grape_ray.training.run import execute
 from grape_ray.tuning import price, results
 from grape_ray.tuning.folder import RUNS
@@ -217,14 +217,14 @@ def _release(sweep: Sweep, secret: Storage, trials: Sequence[Sealed]) -> Winner 
     runs, metric = secret.child(RUNS), sweep.study.metric
     scored = []
     for trial in trials:
-        result = json.loads(runs.read(f"{trial.name}/{RESULT_FILE}"))
-        if math.isfinite(result["metrics"].get(metric, math.nan)):
-            scored.append((result["metrics"][metric], trial, result))
+        result = read_result(runs.child(trial.name))
+        if math.isfinite(result.metrics.get(metric, math.nan)):
+            scored.append((result.metrics[metric], trial, result))
     if not scored:
         return None
     score, trial, result = max(scored, key=lambda entry: entry[0])
     mine, out = runs.child(trial.name), sweep.folder().child(RUNS)
-    name = result["checkpoint"].rpartition(f"{trial.name}/")[2]
+    name = result.checkpoint.rpartition(f"{trial.name}/")[2]
     for file in mine.list(f"{name}/"):
         data = mine.read(file)
         if file.endswith("manifest.json"):
@@ -240,7 +240,7 @@ def _release(sweep: Sweep, secret: Storage, trials: Sequence[Sealed]) -> Winner 
     }
     description = {**json.loads(mine.read(RUN_FILE)), **facts}
     out.write(f"{WINNER}/{RUN_FILE}", json.dumps(description, indent=1, sort_keys=True).encode())
-    paid, steps = sweep.steps.paid, result["steps"]
+    paid, steps = sweep.steps.paid, result.steps
     naive = results.naive_epsilon(paid.mechanism, steps, paid.delta)
     return Winner(trial.values, score, WINNER, steps, naive)
 

@@ -34,7 +34,7 @@ class ActiveRun:
     """A run in progress on one rank; its loop (`training.loop`) calls these methods.
 
     Attributes:
-        ledger: opened on rank 0 at the first need; None for the non-private baseline.
+        ledger: on rank 0; None for the non-private baseline.
         earlier_steps: executed before this attempt, as far as is known.
         grant: what the steps at hand are paid with. chunk: how many grants were asked for.
         epsilon: spent by the study so far. tokens_left: of a study that is the run's own.
@@ -50,7 +50,7 @@ class ActiveRun:
     checkpoints: CheckpointManager
     journal: Journal
     earlier_steps: int
-    ledger: LedgerClient | None = None
+    ledger: LedgerClient | None
     grant: Grant | None = None
     chunk: int = 0
     epsilon: float | None = None
@@ -70,7 +70,8 @@ class ActiveRun:
 
     def _charge(self, step: int, count: int) -> Grant:
         plan, number = self.plan, self.attempt.number
-        ledger = self.ledger = self.ledger or self.callbacks.open_ledger(plan)
+        ledger = self.ledger
+        assert ledger is not None
         if plan.study == plan.run and self.tokens_left is None:
             used = sum(each.used for each in ledger.attempts(plan.study, plan.run))
             self.tokens_left = plan.tokens - used
@@ -101,10 +102,11 @@ class ActiveRun:
         """Ends the attempt, on rank 0; gives back `unused` steps, paid for and never started."""
         plan, number = self.plan, self.attempt.number
         # A refund closes the attempt, too.
-        if self.ledger is not None and unused:
+        if self.ledger is None:
+            return
+        if unused:
             self.ledger.refund(plan.study, plan.run, number, self.chunk - 1, unused)
-        elif plan.ledger is not None:
-            self.ledger = self.ledger or self.callbacks.open_ledger(plan)
+        else:
             self.ledger.close_attempt(plan.study, plan.run, number)
 
     @property

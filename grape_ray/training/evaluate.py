@@ -4,8 +4,8 @@ often as one likes.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 
 from grape_ray.config.description import read_run, rebuild_config
@@ -16,7 +16,7 @@ from grape_ray.tasks.metrics import plain
 from grape_ray.tasks.task import loaded
 from grape_ray.training.build import newest_checkpoint, trained_model
 from grape_ray.training.private_scores import rebuilt
-from grape_ray.training.result import RESULT_FILE
+from grape_ray.training.result import RESULT_FILE, read_result
 
 
 def evaluate(run: str, trust: Iterable[str] = ()) -> Json:
@@ -54,11 +54,6 @@ def _update(place: Storage, step: int, metrics: dict[str, float]) -> None:
     """Puts the metrics into the result of a run that ended at this step."""
     if not place.exists(RESULT_FILE):
         return
-    result = json.loads(place.read(RESULT_FILE))
-    if result["steps"] == step:
-        place.write(
-            RESULT_FILE,
-            json.dumps(
-                {**result, "metrics": metrics, "metrics_step": step}, indent=1, sort_keys=True
-            ).encode(),
-        )
+    result = read_result(place)
+    if result.steps == step:
+        replace(result, metrics=metrics, metrics_step=step).save(place)

@@ -110,6 +110,7 @@ def _execute(plan: Plan, comms: Comms, callbacks: RunCallbacks, device: torch.de
         checkpoints,
         journal,
         earlier_steps=restored.executed_steps,
+        ledger=ledger,
     )
     checkpoints.on_commit = run.committed
     outcome = _train(run, step, restored.step)

@@ -108,7 +108,7 @@ def selected(sweep: Sweep, winner: Winner | None) -> SweepResult:
 
 def naive_epsilon(mechanism: Mechanism, steps: int, delta: float) -> float | None:
     """Epsilon of one run's own steps, as if it were all that was tried; None without a step."""
-    return float(calibration.epsilon(mechanism, steps, delta)) if steps else None
+    return calibration.epsilon(mechanism, steps, delta) if steps else None
 
 
 def save(folder: Storage, result: SweepResult) -> None:

@@ -22,6 +22,7 @@ from grape_ray.storage import Storage
 from grape_ray.tuning.options import Options
 from grape_ray.tuning.page import report
 from grape_ray.tuning.results import SweepResult
+from tests.support.bucket import s3_bucket
 from tests.support.quoting import RECORD
 
 pytestmark = pytest.mark.ray
@@ -276,27 +277,12 @@ def test_a_selection_is_never_drawn_twice(sweep, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def bucket(monkeypatch):
+def bucket():
     """An S3 bucket on the loopback interface, found through the environment by whatever is started
     from here.
     """
-    server_module = pytest.importorskip(
-        "moto.server", reason="needs moto[server]: pip install grape-ray[s3]"
-    )
-    boto3 = pytest.importorskip("boto3", reason="needs boto3: pip install grape-ray[s3]")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    settings = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-    }
-    for name, value in {**settings, "AWS_DEFAULT_REGION": "us-east-1"}.items():
-        monkeypatch.setenv(name, value)
-    boto3.client("s3").create_bucket(Bucket="bucket")
-    yield "s3://bucket"
-    server.stop()
+    with s3_bucket() as url:
+        yield url
 
 
 def program(*words):
