@@ -155,6 +155,7 @@ def rebuild_task(description: Json, trust: Iterable[str] = ()) -> Any:
             "do not use a description from strangers",
         )
     known = {field.name for field in dataclasses.fields(kind) if field.init}
+    fields = current_names(kind, fields) if isinstance(fields, dict) else fields
     if not isinstance(fields, dict) or not set(fields) <= known:
         raise ConfigError(
             "the task of the run cannot be rebuilt", reference, "a class with the saved fields", fix
@@ -170,6 +171,14 @@ def rebuild_task(description: Json, trust: Iterable[str] = ()) -> Any:
         raise ConfigError(
             "the task of the run cannot be rebuilt", reference, "a class with the saved fields", fix
         ) from error
+
+
+def current_names(kind: Any, fields: Json) -> Json:
+    """The fields of a task by the names that they have now: a class may say, in an attribute
+    `renamed`, what it called them before.
+    """
+    renamed = getattr(kind, "renamed", {})
+    return {renamed.get(name, name): value for name, value in fields.items()}
 
 
 def _is_task(kind: Any, module: str, qualified: str) -> bool:

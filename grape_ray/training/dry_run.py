@@ -10,6 +10,7 @@ no record: whatever interrupts a dry run, nothing unpaid for is left behind.
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import tempfile
 import time
@@ -163,12 +164,11 @@ def _extremes(config: Config, data: Data) -> tuple[nn.Module, Any, list[Any]]:
     """
     task: Task = config.task
     model = task.build_model(config.seed)
-    order = data.train.by_length(np.arange(len(data.train)))
-    picked = np.unique([order[0], order[-1], np.random.default_rng().choice(order)])
+    picked = sorted({*data.train.extremes(), random.randrange(len(data.train))})
     return (
         model,
-        task.collate(data.train, picked),
-        [task.collate(data.train, picked[i : i + 1]) for i in range(len(picked))],
+        task.collate(data.train, np.array(picked)),
+        [task.collate(data.train, np.array([index])) for index in picked],
     )
 
 

@@ -21,7 +21,7 @@ from grape_ray.ledger.location import RUN_FILE, absolute, ledger_place
 from grape_ray.privacy import keys
 from grape_ray.privacy.redaction import run_redacted
 from grape_ray.storage import Json, Storage
-from grape_ray.tasks.task import Task, loaded
+from grape_ray.tasks.task import Task, loaded, resolved
 from grape_ray.training.checks import check_machine, check_run_name, fresh_name
 from grape_ray.training.dry_run import dry_run, preflight_extremes
 from grape_ray.training.plan import Plan
@@ -79,6 +79,7 @@ def plan_run(
     if scores is not None:
         check_metric(task, scores.metric)
     data = loaded(task)
+    config = replace(config, task=resolved(task, data))
     private, sampling_prob = METHODS[config.method.name].private, sampling_prob_of(config, data)
     # A run that shares a study, as a trial does, was checked when the study began: here and below.
     if study is None:

@@ -197,9 +197,8 @@ def _model_and_engine(
         model = model.to(device)
         return model, build_engine(config, model), loss_of(task, performance.precision, device.type)
     whole = build_engine(config, model)
-    order = data.train.by_length(np.arange(len(data.train)))
     layouts = whole.learn(
-        task.per_example_loss, task.collate(data.train, np.unique(order[[0, -1]]))
+        task.per_example_loss, task.collate(data.train, np.unique(data.train.extremes()))
     )
     half = torch.bfloat16 if performance.precision == "bf16" else None
     sharding.shard(model, device, half, performance.recompute)
