@@ -1,4 +1,4 @@
-"""Which records belong to which privacy unit (a user, a patient, a document), as two flat arrays."""
+"""Which records belong to which privacy unit (a user, a patient, a document): two flat arrays."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Units:
             expected = f"numbers that rise from 0 to the {count} records"
             raise DataError("offsets of privacy units", "others", expected, _FIX)
         seen = np.zeros(count, dtype=bool)
-        if count and 0 <= self.order.min() and self.order.max() < count:
+        if count and self.order.min() >= 0 and self.order.max() < count:
             seen[self.order] = True
         if not seen.all():
             raise DataError("order of privacy units", "another list", "each record once", _FIX)

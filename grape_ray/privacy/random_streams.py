@@ -142,9 +142,7 @@ def picks_within_units(
     return table[np.arange(width) < counts[:, None]], counts
 
 
-def _below(
-    key: bytes, step: int, units: np.ndarray, draw: int, bounds: np.ndarray
-) -> np.ndarray:
+def _below(key: bytes, step: int, units: np.ndarray, draw: int, bounds: np.ndarray) -> np.ndarray:
     """A uniform integer in [0, bound) for each unit, int64: the first word of its own whose
     remainder favours no value.
 

@@ -67,9 +67,11 @@ def preflight(
     key: bytes = b"",
     examples: int = 3,
     alone: Sequence[Any] = (),
+    views: int = 1,
 ) -> Report:
     """Compares an engine with ordinary autograd on the first examples of a batch, in the mode that
-    the model is in.
+    the model is in; where units have several rows (`privacy.unit`, or `views` a record), with two
+    of the rows averaged, too.
 
     Args:
         key: public key of the projections. examples: how many of the batch are compared, at most.
@@ -100,6 +102,10 @@ def preflight(
             set_states(state)
             summed = exact.clipped_sum(per_example_loss, few)
             worst, tensor = _compare(exact, wanted, summed)
+            if count > 1 and (privacy.unit or views > 1):
+                set_states(state)
+                found = _compare_grouped(exact, per_example_loss, few, wanted)
+                worst, tensor = max((worst, tensor), found)
             if twin is not method:  # its estimates cannot be compared, but it must not fail
                 engine.layouts = exact.layouts
                 summed = engine.clipped_sum(per_example_loss, few)
@@ -235,6 +241,17 @@ def _compare(
             "freeze it (requires_grad=False), or teach its operation with grape_ray.register_rule",
         )
     return errors[name], name
+
+
+def _compare_grouped(
+    engine: Engine, loss: PerExampleLoss, batch: Any, references: Sequence[Mapping[str, Tensor]]
+) -> tuple[float, str]:
+    """As `_compare`, with the first two rows as one unit's, whose gradients are averaged first."""
+    first, second, *rest = references
+    average = {name: (grad + second[name]) / 2 for name, grad in first.items()}
+    groups = torch.tensor([0, 0, *range(1, len(rest) + 1)])
+    summed = engine.clipped_sum(loss, batch, groups=groups, units=len(rest) + 1)
+    return _compare(engine, [average, *rest], summed)
 
 
 def _references(

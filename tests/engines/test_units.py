@@ -94,9 +94,7 @@ def test_units_of_one_row_each_are_examples(method):
     model, batch = zoo.build_layer("bare parameters"), zoo.layer_batch(rows=ROWS)
     plain = engine_for(model, method).clipped_sum(zoo.layer_loss, batch)
     groups = torch.arange(ROWS)
-    summed = engine_for(model, method).clipped_sum(
-        zoo.layer_loss, batch, groups=groups, units=ROWS
-    )
+    summed = engine_for(model, method).clipped_sum(zoo.layer_loss, batch, groups=groups, units=ROWS)
     assert worst(summed.tensors, plain.tensors) == 0
 
 
@@ -155,7 +153,7 @@ def test_padding_units_and_micro_batches_change_nothing(method):
     groups, mask = torch.cat([RAGGED, torch.tensor([5, 5, 6])]), torch.arange(7) < 5
     assert worst(engine.clipped_sum(loss, padded, mask=mask, groups=groups, units=7).tensors,
                  whole) < 1e-9  # fmt: skip
-    parts = [(RAGGED == unit).nonzero()[:, 0] for unit in RAGGED.unique()]
+    parts = [(unit == RAGGED).nonzero()[:, 0] for unit in RAGGED.unique()]
     sums = [
         engine.clipped_sum(
             loss,
