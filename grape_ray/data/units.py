@@ -1,4 +1,4 @@
-"""Which records belong to which privacy unit (a user, a patient, a document), as two flat arrays."""
+"""Which records belong to which privacy unit (a user, a patient, a document): two flat arrays."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Units:
         if codes.ndim != 1 or codes.dtype.kind not in "iu":
             got = f"{codes.dtype} of shape {codes.shape}"
             raise DataError("codes of privacy units", got, "one integer a record", _FIX)
-        units = int(codes.max(initial=-1)) + 1 if count is None else count
+        units = (int(codes.max()) + 1 if len(codes) else 0) if count is None else count
         if len(codes) and not 0 <= int(codes.min()) <= int(codes.max()) < units:
             expected = f"integers from 0 to {max(units, 1) - 1}"
             raise DataError("codes of privacy units", "one out of range", expected, "number them")

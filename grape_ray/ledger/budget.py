@@ -43,15 +43,16 @@ def check_share(
         Whether there is a ledger already.
 
     Raises:
-        StorageError, LedgerError, BudgetExceeded: no ledger can be made there, it is another's, or
-            the share exceeds what is left.
+        StorageError, LedgerError, BudgetExceeded: no ledger can be made there, it is another's or
+            of another privacy unit, or the share exceeds what is left.
     """
     existing = storage.exists(entry_name(0))
     if existing:
         state = Ledger.open(storage, dataset_id, *asked, create=False).state
     else:
         storage.check_writable()
-        state = State(epsilon=budget[0], delta=budget[1])
+        state = State(epsilon=budget[0], delta=budget[1], unit=share.unit)
+    state.check_unit(share.unit)
     if share.name not in state.studies and share.name not in state.selections:
         state.check_share(share)
     return existing

@@ -45,7 +45,7 @@ from grape_ray.privacy.noise import grid_and_std, nonprivate_mean
 from grape_ray.privacy.redaction import run_redacted
 from grape_ray.storage import Storage
 from grape_ray.tasks.metrics import plain
-from grape_ray.tasks.task import Data, Task, loss_of
+from grape_ray.tasks.task import Data, Task, loss_of, views_of
 from grape_ray.training.build import build_engine, public_key
 from grape_ray.training.preflight import Report, preflight
 
@@ -150,12 +150,15 @@ def preflight_extremes(config: Config, data: Data) -> tuple[nn.Module, Any, Repo
     the batch, and what it found.
     """
     model, batch, alone = _extremes(config, data)
-    key, loss = public_key(config, "projection"), config.task.per_example_loss
-    return (
-        model,
-        batch,
-        preflight(model, loss, batch, config.privacy, config.method, key, len(alone), alone),
+    key, loss, views = (
+        public_key(config, "projection"),
+        config.task.per_example_loss,
+        views_of(config.task),
     )
+    # Views may be drawn anew for each batch: they are compared with rows of this one.
+    singles, rows = ([] if views > 1 else alone), len(alone) * views
+    report = preflight(model, loss, batch, config.privacy, config.method, key, rows, singles, views)
+    return model, batch, report
 
 
 def _extremes(config: Config, data: Data) -> tuple[nn.Module, Any, list[Any]]:

@@ -58,7 +58,10 @@ class BudgetShare:
         """Makes the ledger where there is none."""
         existing = Storage(self.ledger).exists(entry_name(0))
         ledger = Ledger.open(
-            self.ledger, self.dataset_id, *((None, None) if existing else self.budget)
+            self.ledger,
+            self.dataset_id,
+            *((None, None) if existing else self.budget),
+            unit=self.paid.unit,
         )
         if not self.public and self.identity:
             registry.register(self.identity, self.ledger, ledger.ledger_id, self.dataset)
