@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from torch import nn
+import numpy as np
+from torch import Tensor, nn
 
 from grape_ray.data.arrays import Records
 from grape_ray.data.cache import cached
@@ -238,8 +240,12 @@ def tokenizer_of(name: str, field: str = "task.model") -> Any:
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """What changes when a tokenizer reads a text differently."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules: Json = json.loads(backend.to_str()) if backend is not None else {}
+    for state in ("truncation", "padding"):  # of the last call
+        rules.pop(state, None)
     said = [
-        backend.to_str() if backend is not None else type(tokenizer).__name__,
+        type(tokenizer).__name__,
+        json.dumps(rules, sort_keys=True),
         repr(sorted(tokenizer.special_tokens_map.items())),
         str(getattr(tokenizer, "chat_template", None)),
     ]

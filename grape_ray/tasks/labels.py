@@ -105,12 +105,14 @@ class LabelledTask(DatasetTask):
             fix = "count the labels: the head has a row for each"
             raise ConfigError("task.classes", self.classes, expected, fix)
         if len(set(self.labels)) != len(self.labels) or len(self.labels) == 1:
-            raise ConfigError(
-                "task.labels",
-                ", ".join(self.labels),
-                "two names or more, each once",
-                "correct them",
-            )
+            got = ", ".join(self.labels)
+            raise ConfigError("task.labels", got, "two names or more, each once", "correct them")
+        if any(not 0 <= weight < float("inf") for weight in self.class_weights):
+            got = list(self.class_weights)
+            raise ConfigError("task.class_weights", got, "numbers >= 0", "correct them")
+
+    def check_together(self) -> None:
+        super().check_together()
         if self.labels and self.classes not in (0, len(self.labels)):
             got, fix = f"{self.classes} with {len(self.labels)} task.labels", "unset task.classes"
             raise ConfigError("task.classes", got, "as many as there are names", fix)

@@ -118,8 +118,10 @@ class ActiveRun:
 
     def evaluate(self) -> dict[str, float] | None:
         """Validation metrics of the model as it is; None where they could not be computed, which
-        ends no run: the reason is kept.
+        ends no run: the reason is kept; none where nothing may be told of them.
         """
+        if self.plan.scores is None and not self.data.validation_public:
+            return {}
         task: Task = self.plan.config.task
         try:
             return plain(task.evaluate(self.model, self.data.validation))

@@ -28,7 +28,7 @@ from grape_ray.training.plan import Plan
 from grape_ray.training.pricing import check_mechanism, price, sampling_prob_of
 from grape_ray.training.private_scores import Terms, check_metric, described
 from grape_ray.training.run_budget import check_budget, open_budget
-from grape_ray.training.splits import check_splits
+from grape_ray.training.splits import check_splits, warn_of_silence
 
 
 def plan_run(
@@ -85,7 +85,10 @@ def plan_run(
     if study is None:
         public = data.public and not registry.known(data.identity)
         cautions.check(config, data.unit_count, public, consent)
-    check_splits(data, scores is None, private and study is None and not data.public)
+    if scores is None:
+        warn_of_silence(data)
+    exact, protects = scores is None and data.validation_public, private and study is None
+    check_splits(data, exact, protects and not data.public)
     place = Storage(root, config.performance.storage_timeout_s)
     place.check_writable()
     plan = Plan(
