@@ -6,7 +6,7 @@ import dataclasses
 import json
 import typing
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 from grape_ray.accounting.mechanism import RECORD
 from grape_ray.config.modules import load_module, located
@@ -17,6 +17,7 @@ from grape_ray.errors import CheckpointError, ConfigError
 from grape_ray.ledger.location import RUN_FILE
 from grape_ray.storage import Json, Storage
 
+_Kind = TypeVar("_Kind")
 _RUN = {  # fields of a run's description, and their types
     "run": (str,), "ledger": (str, type(None)), "study": (str,), "seed": (int,), "task": (dict,),
     "privacy": (dict,), "method": (dict,), "performance": (dict,),
@@ -106,8 +107,9 @@ def check_description(config: Config) -> None:
             "decorate its class with @dataclass(frozen=True)",
         )
     for field in (field for field in dataclasses.fields(task) if field.init):
+        value = getattr(task, field.name)
         try:
-            json.dumps(getattr(task, field.name))
+            json.dumps(dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value)  # pyright: ignore[reportArgumentType]
         except (TypeError, ValueError):
             raise _not_kept(field.name, getattr(task, field.name)) from None
     again = rebuild_config(json.loads(json.dumps(describe(config))), (type(task).__module__,))
@@ -171,17 +173,28 @@ def rebuild_task(description: Json, trust: Iterable[str] = ()) -> Any:
         raise ConfigError(
             "the task of the run cannot be rebuilt", reference, "a class with the saved fields", fix
         )
-    hints = typing.get_type_hints(kind)
-    kept = {
-        k: tuple(v) if isinstance(v, list) and typing.get_origin(hints.get(k)) is tuple else v
-        for k, v in fields.items()
-    }
     try:
-        return kind(**kept)
+        return _rebuilt(kind, fields)
     except TypeError as error:
         raise ConfigError(
             "the task of the run cannot be rebuilt", reference, "a class with the saved fields", fix
         ) from error
+
+
+def _rebuilt(kind: type[_Kind], fields: Json) -> _Kind:
+    """A dataclass from its JSON: lists become tuples, and objects groups of fields, where its
+    annotations say so. Raises TypeError for other fields.
+    """
+    hints = typing.get_type_hints(kind)
+    kept: Json = {}
+    for name, value in fields.items():
+        hint: Any = hints.get(name)
+        if isinstance(value, list) and typing.get_origin(hint) is tuple:
+            value = tuple(value)
+        elif isinstance(value, dict) and dataclasses.is_dataclass(hint):
+            value = _rebuilt(hint, value)  # pyright: ignore[reportArgumentType]
+        kept[name] = value
+    return kind(**kept)
 
 
 def current_names(kind: Any, fields: Json) -> Json:

@@ -4,6 +4,7 @@ read, split and kept.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -23,6 +24,7 @@ from grape_ray.data.columns import Table
 from grape_ray.data.prepared import Columns, PreparedSet, Split, prepare
 from grape_ray.data.sources import Source
 from grape_ray.errors import Caution, ConfigError
+from grape_ray.models.adapters import Lora, adapted, is_adapted, merged, save_adapters
 from grape_ray.models.hugging_face import load_tokenizer, save_pretrained
 from grape_ray.storage import Json
 from grape_ray.tasks.task import Data
@@ -31,7 +33,7 @@ _Task = TypeVar("_Task", bound="DatasetTask")
 # Fields that say where things are or how the model learns, not what a prepared set holds.
 _NOT_ENCODED = {
     "name", "public", "model", "data", "validation", "held_out_public", "data_config", "split",
-    "data_format", "trainable", "dropout", "loss",
+    "data_format", "lora", "trainable", "weights", "dropout", "loss", "max_new_tokens",
 }  # fmt: skip
 
 
@@ -56,6 +58,10 @@ class DatasetTask:
         drop_bad_rows: leave rows out that lack a value, instead of refusing them.
         public: whether the training data holds nobody's secrets (a public benchmark), so that each
             run may have a ledger of its own.
+        lora: adapters that are trained in place of the model's own weights.
+        trainable: name patterns (fnmatch) of the weights that are trained, such as `classifier.*`
+            or `*bias`; none trains all, or the adapters alone.
+        weights: `fp32` or `bf16`: of the weights in memory; adapters are fp32 in either.
     """
 
     renamed: ClassVar[Mapping[str, str]] = {"train": "data"}  # fields by their former names
@@ -72,6 +78,9 @@ class DatasetTask:
     validation_limit: int = 0
     drop_bad_rows: bool = False
     public: bool = False
+    lora: Lora = Lora()  # noqa: RUF009  (frozen)
+    trainable: tuple[str, ...] = ()
+    weights: str = "fp32"
 
     def __post_init__(self) -> None:
         self.check_fields()
@@ -158,6 +167,8 @@ class DatasetTask:
         if not 0 <= self.held_out < 1:
             raise ConfigError("task.held_out", self.held_out, "a fraction from 0 to below 1")
         self.check_at_least(limit=0, validation_limit=0)
+        if self.weights not in ("fp32", "bf16"):
+            raise ConfigError("task.weights", self.weights, "fp32 or bf16")
 
     def check_together(self) -> None:
         """Refuses fields that contradict each other; while they are set one by one, they may.
@@ -179,9 +190,21 @@ class DatasetTask:
                     "set another value",
                 )
 
+    def prepared_model(self, model: nn.Module, seed: int) -> nn.Module:
+        """The model in the precision and with the adapters that the fields ask for."""
+        half = model.bfloat16() if self.weights == "bf16" else model
+        return adapted(half, self.lora, self.trainable, seed)
+
     def save(self, model: nn.Module, folder: Path) -> None:
-        """Writes a folder that Hugging Face's AutoModel....from_pretrained loads."""
-        save_pretrained(model, folder)
+        """Writes a folder that Hugging Face's AutoModel....from_pretrained loads, or adapters that
+        peft loads.
+        """
+        if not is_adapted(model):
+            save_pretrained(model, folder)
+        elif self.lora.merge:
+            save_pretrained(merged(copy.deepcopy(model)), folder)
+        else:
+            save_adapters(model, folder)
 
     def _validation_place(self) -> str:
         if not self.validation:
@@ -210,7 +233,7 @@ class TextTask(DatasetTask):
         self.check_at_least(max_tokens=1)
 
     def load_tokenizer(self) -> Any:
-        """The tokenizer that reads the texts."""
+        """The tokenizer that reads the texts; None where bytes are read."""
         return tokenizer_of(self.model)
 
     def reader(self) -> str:
@@ -224,7 +247,9 @@ class TextTask(DatasetTask):
 
     def save(self, model: nn.Module, folder: Path) -> None:
         super().save(model, folder)
-        self.load_tokenizer().save_pretrained(folder)
+        tokenizer = self.load_tokenizer()
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
 
 
 @lru_cache(maxsize=4)

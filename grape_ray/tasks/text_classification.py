@@ -76,7 +76,7 @@ class TextClassification(LabelledTask, TextTask):
         if self.multi_label:
             model.config.problem_type = "multi_label_classification"
         self.name_labels(model)
-        return model
+        return self.prepared_model(model, seed)
 
     def collate(self, records: Records, indices: np.ndarray) -> Mapping[str, Tensor]:
         ids, mask = records.sequences("input_ids").padded(indices, self.pad_token())

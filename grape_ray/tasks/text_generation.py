@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,6 @@ from grape_ray.models.hugging_face import (
     check_vocabulary,
     explaining_long_texts,
     load_causal_lm,
-    save_pretrained,
     tokens_of,
 )
 from grape_ray.storage import Json
@@ -94,7 +92,9 @@ class TextGeneration(TextTask):
         return BYTES if self.tokenizer == BYTES else super().reader()
 
     def load_tokenizer(self) -> Any:
-        """The tokenizer; not of bytes."""
+        """The tokenizer; None of bytes."""
+        if self.tokenizer == BYTES:
+            return None
         if self.tokenizer:
             return tokenizer_of(self.tokenizer, "task.tokenizer")
         return tokenizer_of(self.model)
@@ -129,7 +129,8 @@ class TextGeneration(TextTask):
 
     def build_model(self, seed: int) -> nn.Module:
         tokens = _BYTE_TOKENS if self.tokenizer == BYTES else tokens_of(self.load_tokenizer())
-        return check_vocabulary(load_causal_lm(self.model, seed), tokens, self.model)
+        model = check_vocabulary(load_causal_lm(self.model, seed), tokens, self.model)
+        return self.prepared_model(model, seed)
 
     def collate(self, records: Records, indices: np.ndarray) -> Mapping[str, Tensor]:
         ids, _ = records.sequences("input_ids").padded(indices, _PAD)
@@ -166,11 +167,6 @@ class TextGeneration(TextTask):
         else:
             texts = self.load_tokenizer().batch_decode(answers, skip_special_tokens=True)
         return {"text": list(texts)}
-
-    def save(self, model: nn.Module, folder: Path) -> None:
-        save_pretrained(model, folder)
-        if self.tokenizer != BYTES:
-            self.load_tokenizer().save_pretrained(folder)
 
     def _encoded_texts(self, table: Table) -> tuple[list[list[int]], list[list[int]]]:
         texts = self._ids(table.texts(self.text_column), end=True)
