@@ -169,6 +169,7 @@ class Optimizer:
         self, name: str, weight: Tensor, update: Tensor, rate: float, step: int, period: int
     ) -> None:
         """weight -= rate * (lifted update + weight_decay * weight), in the weight's own memory."""
+        # a copy of one tensor at a time, not of the model
         exact = weight.float() if weight.dtype == torch.bfloat16 else weight
         if self.method.weight_decay:
             exact.mul_(1 - rate * self.method.weight_decay)
@@ -213,6 +214,7 @@ class Optimizer:
                 tensors[name].zero_()
                 continue
             change = self.subspace.change_of_basis(name, old, new, tensors[name])
+            # squares of coordinates, as if these were uncorrelated
             change = change.square() if slot == "second" else change
             tensors[name] = (
                 change.T @ tensors[name]

@@ -183,6 +183,7 @@ class Storage:
             try:
                 self._persist(lambda: self._fs.pipe_file(self._path(name), data, mode="create"))
             except FileExistsError:
+                # what lies there may be this call's own, whose answer was lost
                 if self._persist(lambda: self._fs.cat_file(self._path(name))) != data:
                     raise
 
@@ -298,6 +299,7 @@ class Storage:
         try:
             yield
         finally:
+            # the innermost first, up to where others' begin
             for folder in missing:
                 with contextlib.suppress(OSError):  # another run may be using it by now
                     os.rmdir(folder)
@@ -362,6 +364,7 @@ class Storage:
                     file.write(block)
                 file.flush()
                 os.fsync(file.fileno())
+            # a link refuses a name that is taken, where a rename would replace it
             (os.link if exclusive else os.replace)(temporary, path)
             _sync_folder(path.parent)
         finally:

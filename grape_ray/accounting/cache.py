@@ -29,6 +29,7 @@ def recall(question: dict[str, Any]) -> float | None:
 
     It is a hint: the file could have been edited, so the caller proves it again before it is used.
     """
+    # a damaged answer is no answer
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         answer = json.loads(_path(question).read_text())
         if answer["question"] == _full(question):
@@ -41,12 +42,14 @@ def remember(question: dict[str, Any], answer: float) -> None:
     path = _path(question)
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
+        # a reader sees a whole file, and two writers do not share one
         temporary = path.with_suffix(f".{os.getpid()}")
         temporary.write_text(json.dumps({"question": _full(question), "answer": answer}))
         temporary.replace(path)
 
 
 def _full(question: dict[str, Any]) -> dict[str, Any]:
+    # the figures come out of scipy's functions
     return {**question, "format": _FORMAT, "scipy": version("scipy")}
 
 

@@ -102,8 +102,10 @@ class Distribution:
         """A number of trials, from the operating system's generator, by inversion. It must stay
         secret.
         """
+        # no seed: who could draw it again would know how many trials lost
         uniform, k, mass = secrets.randbits(53) / 2**53, *self._first()
         total = mass
+        # rounding may keep the total below the uniform for ever
         while total <= uniform and mass > 1e-300:
             mass *= self._ratio(k)
             k += 1
@@ -250,6 +252,7 @@ def epsilon(
     trial = dp_event.SelfComposedDpEvent(step, check_count("trial_steps", trial_steps))
     accountant = RdpAccountant(_ORDERS)
     with _quiet():
+        # dp_accounting's word for Poisson is an infinite shape
         shape = math.inf if distribution.name == POISSON else distribution.shape
         accountant.compose(dp_event.RepeatAndSelectDpEvent(trial, distribution.mean, shape))
     found = float(accountant.get_epsilon(check_delta(delta)))
@@ -272,6 +275,7 @@ def noise_multiplier(
         mechanism = replace(most, noise_multiplier=math.exp(log_sigma))
         return epsilon(mechanism, trial_steps, distribution, delta) <= wanted
 
+    # the exponential of the largest logarithm must not round above the largest noise
     least, largest = math.log(MIN_NOISE_MULTIPLIER), math.log(MAX_NOISE_MULTIPLIER) - 1e-12
     high = 0.0
     while not fits(high):

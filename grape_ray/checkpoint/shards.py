@@ -87,6 +87,7 @@ def share(tensors: Mapping[str, Tensor], rank: int, world_size: int) -> dict[str
     """
     total = sum(_size(t) for t in tensors.values())
     taken, mine = [0] * world_size, {}
+    # every rank must come to the same order, ties included
     for name, tensor in sorted(tensors.items(), key=lambda item: (-_size(item[1]), item[0])):
         if (
             world_size > 1
@@ -108,6 +109,7 @@ def share(tensors: Mapping[str, Tensor], rank: int, world_size: int) -> dict[str
 def snapshot(shards: Mapping[str, Shard]) -> dict[str, Shard]:
     """The shards as they are now, copied to host memory."""
     return {
+        # a copy of what lies in host memory as well: training goes on in it
         n: Shard(s.tensor.detach().to("cpu", copy=True).contiguous(), s.global_shape, s.start)
         for n, s in shards.items()
     }
@@ -127,6 +129,7 @@ def write(
     def blocks() -> Iterator[Any]:
         yield header
         for name, shard in shards.items():
+            # anew: a try that broke off has fed the one before
             digests[name] = hashlib.sha256()
             view = shard.tensor.reshape(-1).view(torch.uint8).numpy().data
             for start in range(0, len(view), _BLOCK_BYTES):
@@ -187,6 +190,7 @@ def read(storage: Storage, folder: str, piece: Piece) -> Tensor:
     written.
     """
     where = f"{folder}/{piece.file}"
+    # a bytearray: torch wants memory that it may write to
     data, digest = bytearray(), hashlib.sha256()
     try:
         for start in range(piece.offset, piece.offset + piece.bytes, _BLOCK_BYTES):

@@ -55,6 +55,7 @@ class Comms:
         if self.world_size == 1:
             return flat
         share = -(-flat.numel() // self.world_size)
+        # the collectives want equal shares
         padded = torch.nn.functional.pad(flat, (0, share * self.world_size - flat.numel()))
         mine = torch.empty(share, dtype=flat.dtype, device=flat.device)
         _reduce_scatter(mine, padded)
@@ -91,6 +92,7 @@ class Comms:
         """The largest `value` of all ranks, on every rank."""
         if self.world_size == 1:
             return value
+        # NCCL reaches device memory alone
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
         box = torch.tensor([value], dtype=torch.int32, device=device)
         dist.all_reduce(box, op=dist.ReduceOp.MAX)

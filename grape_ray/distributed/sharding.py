@@ -124,4 +124,5 @@ def rows(param: Tensor) -> slice:
     shape, offset = compute_local_shape_and_global_offset(
         param.shape, param.device_mesh, param.placements
     )
+    # a rank beyond a short tensor's rows holds none, at an offset that says nothing
     return slice(offset[0], offset[0] + shape[0]) if shape[0] else slice(0, 0)

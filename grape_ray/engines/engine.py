@@ -114,6 +114,7 @@ class Engine:
     @property
     def coordinates(self) -> int:
         """Numbers in a clipped sum: what is noised and exchanged a step."""
+        # for its shapes alone
         collector = self.collector_type(self.params, 0, self.subspace, 0)
         return sum(math.prod(collector.shape(name)) for name in self.params)
 
@@ -155,6 +156,7 @@ class Engine:
                 f"{mask.dtype} of shape {tuple(mask.shape)}",
                 f"bool of shape ({examples},), one an example",
             )
+        # frozen or unfrozen since: projections, noise and moments were made for another set
         if owned_parameters(self.model).keys() != self.params.keys():
             raise UnsupportedLayer(
                 "the set of trainable parameters",
@@ -207,6 +209,7 @@ class Engine:
         """The clipped sum of no example: zeros, to be noised like any other; with a step as
         `clipped_sum`, or of any.
         """
+        # that no example came must not show: the noise is the same
         return self._complete({}, {}, step)
 
     def _pass(
@@ -273,6 +276,7 @@ class Engine:
         """The sum with zeros for every tensor that the batch left unused: it is noised all the
         same.
         """
+        # for its shapes alone
         collector = self.collector_type(self.params, 0, self.subspace, 0)
         tensors = {
             name: (

@@ -20,6 +20,7 @@ _BACKENDS: tuple[Any, ...] = (
     _mkldnn.conv,
     _mkldnn.rnn,
 )
+# sums of half-precision products: partial sums would be rounded to half precision too
 _REDUCTIONS = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
 
 

@@ -130,6 +130,7 @@ class Randomized(Ghost):
             shared_probes,
             ESTIMATORS[estimator],
         )
+        # the lemmas are about one estimate for the whole of an example's gradient
         if self.clipping != "flat":
             raise ConfigError(
                 "privacy.clipping with method `randomized`",
@@ -137,6 +138,7 @@ class Randomized(Ghost):
                 "flat, which its accountant covers",
                 "set privacy.clipping=flat",
             )
+        # as a library, without a run's attempt, the engine has a secret of its own
         self.use_secret(os.urandom(32))
 
     @property

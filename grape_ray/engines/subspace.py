@@ -75,6 +75,7 @@ class Subspace:
         see Optimizer, `transfer`.
         """
         plan = self.plan[name]
+        # R^T R is dim / rank times the identity in expectation, so this is its inverse
         return (self.matrix(name, old, like).T @ self.matrix(name, new, like)) * (
             plan.rank / plan.dim
         )
@@ -199,6 +200,7 @@ class Svd(Subspace):
         flat = gradient.view(plan.rows, -1)
         if name not in self._matrices or self._matrices[name][0] != period:
             if name in self._matrices:
+                # moments are moved over from it, once
                 self._before[name] = self._matrices[name][1]
             left, _, right = torch.linalg.svd(flat, full_matrices=False)
             self._matrices[name] = (

@@ -52,6 +52,7 @@ def check_share(
     else:
         storage.check_writable()
         state = State(epsilon=budget[0], delta=budget[1])
+    # one that is registered already was checked then, and is compared when it is opened
     if share.name not in state.studies and share.name not in state.selections:
         state.check_share(share)
     return existing

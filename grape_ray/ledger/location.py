@@ -114,6 +114,7 @@ def salt(folder: str, make: bool) -> bytes:
     except FileExistsError:
         pass
     try:
+        # whole, if it is there: files are created exclusively and at once
         found = place.read(SALT_FILE)
     except FileNotFoundError:
         return fresh

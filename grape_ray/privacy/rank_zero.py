@@ -26,5 +26,6 @@ def on_rank_zero(comms: Comms, call: Callable[[], _Result]) -> _Result:
     both: tuple[Any, Exception | None] = (answer, own and redacted(own))
     answer, error = comms.broadcast_object(both)
     if error is not None:
+        # rank 0 keeps the original, with its traceback
         raise own or error
     return answer

@@ -42,6 +42,7 @@ def run_redacted(call: Callable[[], _Result], public: bool) -> _Result:
 def redacted(error: BaseException) -> Exception:
     """The error as it may be written down anywhere."""
     if isinstance(error, Exception) and is_ours(error):
+        # what caused it may be an exception of the task's, whose text is kept with it
         error.__cause__ = error.__context__ = None
         return error.with_traceback(None)
     frames = where(error)
@@ -49,6 +50,7 @@ def redacted(error: BaseException) -> Exception:
         "its text is kept back, because it may quote a record; on data that its task calls public"
         " it is shown"
     )
+    # places in code, no values: they tell where to look, and nothing of a record
     calls = " < ".join(reversed(frames[-_SAID:]))
     return TaskFailed(
         f"the task failed with {type(error).__name__}",

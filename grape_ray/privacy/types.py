@@ -57,11 +57,13 @@ class ClippedSum:
                 f" {other.step}",
                 "sums made by one engine in one step",
             )
+        # in place: a second sum of the model's size would double what a step holds
         for name, mine in self.tensors.items():
             mine.add_(other.tensors[name])
         joined = {
             k: [*_listed(v), *_listed(other.unprotected[k])]
             for k, v in self.unprotected.items()
+            # diagnostics that one of them lacks would not be one an example any more
             if k in other.unprotected
         }
         return replace(self, unprotected=joined)

@@ -158,6 +158,7 @@ def open_ledgers(sweep: Sweep) -> Iterator[tuple[LedgerActorClient, LedgerActorC
     held: list[LedgerActorClient] = []
 
     def take(share: BudgetShare) -> LedgerActorClient:
+        # the actor opens what exists and makes nothing, so the ledger is made before it starts
         share.open()
         client = LedgerActorClient.start(share.ledger)
         held.append(client)
@@ -170,5 +171,6 @@ def open_ledgers(sweep: Sweep) -> Iterator[tuple[LedgerActorClient, LedgerActorC
     try:
         yield take(sweep.steps), take(sweep.scores) if sweep.scores else None
     finally:
+        # those that were taken before one failed, too
         for client in held:
             client.release()

@@ -66,6 +66,7 @@ class PreemptionWatcher:
         import ray.train
 
         now = time.monotonic()
+        # one rank asks the actor, and the maximum below tells the others
         poll = self._comms.rank == 0 and now - self._polled_s >= _POLL_S
         if poll and is_set(self._stop):
             self.stopped, own = True, Signal.STOP

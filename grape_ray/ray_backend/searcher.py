@@ -39,6 +39,7 @@ def check_domains(space: Space, study: SweepStudy) -> None:
                 "a domain of ray.tune, such as tune.choice([4, 8])",
                 "a grid is no distribution",
             )
+        # the methods of a sweep must share one mechanism, so all of them must be known
         if name == "method.name" and not isinstance(domain, Categorical):
             raise ConfigError(
                 "the domain of method.name",

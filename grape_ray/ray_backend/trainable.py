@@ -205,6 +205,7 @@ class Trial(tune.Trainable):
         if self._thread.is_alive():
             self._channel.answer(False)
             self._channel.close()
+        # the run refunds what never started, which takes a moment
         self._thread.join(_END_S)
         self._reports.close()
 

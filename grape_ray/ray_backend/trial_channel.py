@@ -27,6 +27,7 @@ class TrialChannel:
         self._reports.put((report, answer))
         while not self._closed.is_set():
             try:
+                # in pieces, so that a channel that closes meanwhile is noticed
                 return answer.get(timeout=0.2)
             except queue.Empty:
                 continue
@@ -92,6 +93,7 @@ class RemoteChannel:
 
 def _remote(actor: Any) -> RemoteChannel:
     """The same channel in another process."""
+    # not by the constructor, which would start an actor of its own
     channel = object.__new__(RemoteChannel)
     channel._actor, channel._pending = actor, None
     return channel

@@ -59,6 +59,7 @@ def begin_attempt(plan: Plan, comms: Comms, ledger: LedgerClient | None = None) 
     if comms.rank == 0:
         ledger = ledger or open_ledger(plan)
         master = keys.master_key(plan.key_path)
+        # durable before any key exists: a number that was given out is never given again
         number = ledger.begin_attempt(
             plan.study, plan.run, keys.key_id(master), dataset_id=plan.dataset_id
         )

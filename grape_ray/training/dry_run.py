@@ -121,6 +121,7 @@ def dry_run(
         )
     with place.first_contact().scratch() as folder:
         size = _save_and_load(config, folder, model, optimizer)
+    # one more than are kept: the next is whole before the oldest goes
     _check_room(place, size, config.performance.keep_checkpoints + 1)
     stage("the export of the model", partial(_export, task, model), "correct task.save")
     return DryRun(time.monotonic() - began, report, size, tuple(names))
@@ -164,6 +165,7 @@ def _extremes(config: Config, data: Data) -> tuple[nn.Module, Any, list[Any]]:
     task: Task = config.task
     model = task.build_model(config.seed)
     order = data.train.by_length(np.arange(len(data.train)))
+    # what is extreme in length is where memory, positions and padding fail
     picked = np.unique([order[0], order[-1], np.random.default_rng().choice(order)])
     return (
         model,
@@ -206,6 +208,7 @@ def _evaluate(task: Task, model: nn.Module, records: Records) -> list[str]:
     try:
         return list(plain(task.evaluate(model, records.take(np.unique(order[spread])))))
     except Exception:
+        # as a metric that needs every class among them
         return list(plain(task.evaluate(model, records)))
 
 

@@ -29,6 +29,7 @@ def install() -> Handlers:
 
     def handle(number: int, frame: FrameType | None) -> None:
         _received.set()
+        # a second one finds the handler that was there, which ends the process
         _restore(before)
 
     for number in _SIGNALS:

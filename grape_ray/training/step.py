@@ -77,6 +77,7 @@ class Step:
                 "charge the study of this run's mechanism",
             )
         batch = poisson_batch(self.sampling_key, step, len(self.records), self.sampling_prob)
+        # the batch is the same on every rank, so no rank needs to send another its share
         share = batch[self.comms.rank :: self.comms.world_size]
         largest = -(-len(batch) // self.comms.world_size) if is_sharded(self.model) else len(share)
         self._draw_ahead(step)
@@ -108,6 +109,7 @@ class Step:
             torch.manual_seed(int(words(self.dropout_key, step, place, 1)[0] >> np.uint64(1)))
             own = share[start : start + self.micro_batch_size]
             size = min(self.micro_batch_size, largest - start)
+            # the first record, again and again; the mask leaves it out of the sum
             filler = np.zeros(size - len(own), dtype=own.dtype)
             mask = torch.arange(size, device=self.device) < len(own) if len(filler) else None
             batch = to_device(

@@ -48,6 +48,7 @@ def by_vmap(capture: CapturePass, call: Call) -> Result:
                     "make it batch-first, freeze the parameter (requires_grad=False) or teach it"
                     " with grape_ray.register_rule",
                 )
+            # taken as batch-first; where it is not, the ownership check finds others' gradients
             batched.append(leaf.unflatten(0, (capture.examples, -1)))
         else:
             return leaf
@@ -60,10 +61,12 @@ def by_vmap(capture: CapturePass, call: Call) -> Result:
         return call.func(*args, **kwargs)
 
     try:
+        # a draw of its own for each example, as the proof wants it
         out = torch.vmap(one, randomness="different")(*batched)
         out = tree_map(lambda t: t.flatten(0, 1) if isinstance(t, Tensor) else t, out)
         _check_shapes(out, call.func, call.args, call.kwargs)
         return out
+    # vmap has no error of its own for what it cannot batch
     except (RuntimeError, ValueError, NotImplementedError, IndexError, TypeError) as error:
         raise UnsupportedLayer(
             f"operation '{call.name}' on trainable parameter {label}",

@@ -61,6 +61,7 @@ class Dependence(TorchFunctionMode):
     def __init__(self, examples: int, constants: set[int], tracked_class: type):
         super().__init__()
         self.examples, self._fixed, self._tracked_class = examples, constants, tracked_class
+        # Tensors are held, so that no other storage comes to lie at the same address:
         # storages that were constant until something of the batch was written there
         self._written: dict[int, Tensor] = {}
         self._picks = self._left_torch = False
@@ -132,6 +133,7 @@ class Dependence(TorchFunctionMode):
             self._write(kwargs["out"])
         if name in DRAWS or is_dropout(name, args, kwargs or {}):
             self._draw(name, args, kwargs, out)
+        # made from numbers that may have been the batch's: neither constant nor certain
         elif name in _IMPORTS and self._left_torch:
             pass
         elif name in VALUELESS or self._all_constant(args, kwargs):
@@ -154,6 +156,7 @@ class Dependence(TorchFunctionMode):
     def _write(self, into: Any) -> None:
         if not isinstance(into, self._tracked_class):
             into.__dict__.pop("_constant", None)
+            # by storage, so that views of it are no longer constant either
             self._written[into.untyped_storage().data_ptr()] = into
 
     def _draw(self, name: str, args: tuple, kwargs: dict | None, out: Any) -> None:
@@ -192,6 +195,7 @@ class Dependence(TorchFunctionMode):
             return False
         if isinstance(args[0], self._tracked_class):
             return False
+        # rows of a table are looked up by what a record holds; they become the record's
         if self.constant(args[0]) and name not in WRITES_INTO:
             return False
         return picks(name, args, kwargs, self.examples, self.constant, self.picked)

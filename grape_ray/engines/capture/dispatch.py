@@ -86,6 +86,7 @@ def general(capture: CapturePass, call: Call) -> Result:
     node = first.node if isinstance(first, Tracked) else None
     if name in CASTS:
         return _cast(capture, call)
+    # still the parameter, so that a product with it keeps its gradient a pair of factors
     if name in TRANSPOSES and node is not None and node.root and node.graph.ndim == 2:
         return capture.derive(func, args, kwargs, transposed=not node.transposed)
     if name in COPIES and node is not None:
@@ -101,8 +102,10 @@ def general(capture: CapturePass, call: Call) -> Result:
         return func(*args, **kwargs)
     if name in WRITES and node is None:
         return _write(capture, call)
+    # one copy of the matrix for each of the batch's, as torch broadcasts it
     if name == "matmul" and node is not None and _of_many_matrices(args):
         return func(per_example(capture, args[0], (*args[1].shape[:-2], *args[0].shape)), args[1])
+    # plain tensors from here on: each copy's gradient is split by example, whatever the operation
     if any(t.node.copies is not None for t in tracked_in(args, kwargs)):
         args, kwargs = tree_map(
             lambda a: (
@@ -188,6 +191,7 @@ def _write(capture: CapturePass, call: Call) -> Result:
     position = 1 if name == "copy" else 2
     if len(args) <= position or not isinstance(args[position], Tracked):
         return by_vmap(capture, call)
+    # for its shape alone
     region = args[0] if name == "copy" else args[0].detach()[args[1]]
     values = per_example(capture, args[position], region.shape)
     return func(*args[:position], values, *args[position + 1 :], **kwargs)

@@ -119,6 +119,7 @@ def awake(model: nn.Module) -> Iterator[None]:
         for p in model.parameters()
         if p.requires_grad and p.numel() and not bool(p.detach().any())
     ]
+    # of its own: no random number of the run is consumed
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for param in zeros:
@@ -136,10 +137,13 @@ def _contents(value: Any) -> Any:
     small arrays, members of containers.
     """
     if isinstance(value, Tensor):
+        # inference tensors count no versions
         return None if value.is_inference() else value._version
     if isinstance(value, np.ndarray):
+        # NumPy counts no writes: small ones are compared whole
         return value.tobytes() if value.nbytes <= _SMALL_BYTES else value.shape
     if isinstance(value, (list, deque)):
+        # by identity: to compare members may be dear, or code of the model's own
         return [id(member) for member in value]
     if isinstance(value, (dict, set)) and not isinstance(value, nn.Module):
         return [id(member) for member in (value.values() if isinstance(value, dict) else value)]
@@ -173,6 +177,7 @@ class ModelSnapshot:
             for name, tensor in self._tensors.items()
             if not isinstance(tensor, nn.Parameter)
             and tensor.numel() * tensor.element_size() <= _SMALL_BYTES
+            # to read one from a device would wait for all that is queued there
             and tensor.is_cpu
         ]
         self._versions = {
@@ -205,6 +210,7 @@ class ModelSnapshot:
             now = module.__dict__
             for key in set(now) - set(before):
                 del now[key]
+            # parameters and buffers that were replaced are refused by `check`, not put back
             now.update({key: value for key, value in before.items() if key not in _REGISTRIES})
 
     def check(self) -> None:

@@ -39,5 +39,6 @@ def same_generators(before: list, after: list) -> bool:
     """Whether NumPy's and Python's global generators stand where they stood."""
     (_, numpy_before), (_, python_before) = before[-2:]
     (_, numpy_after), (_, python_after) = after[-2:]
+    # the position first: it moves with each draw, the words behind it now and then
     moved = numpy_before[2] != numpy_after[2] or not np.array_equal(numpy_before[1], numpy_after[1])
     return not moved and python_before == python_after

@@ -33,6 +33,7 @@ _EXPAND = Rule(
 )
 # a value as it is, whose rows belong to examples
 _OWN_ROWS = Rule(
+    # a Function that returns its argument would return a view of it
     forward=lambda args, settings: (args[0].clone(), ()),
     gradient=lambda grad, position, saved, settings: grad,
     per_row=True,
@@ -80,10 +81,12 @@ def per_example(
         return out
     site = len(capture.taps), tuple(node.graph.shape), shape
     along = any(shape[d] % capture.examples == 0 for d in new_dims(node, shape))
+    # what the sizes suggest, or the opposite where its gradients have shown it to be wrong
     if node.graph.ndim and along == (site in capture.inner_sites):
         out = _own_rows(capture, node)
     else:
         out = expanded(capture, node, shape)
+    # a tap that turns out wrong says which guess to revise
     if capture.taps and capture.phase is Phase.FORWARD:
         capture.taps[-1].site = site
     return out

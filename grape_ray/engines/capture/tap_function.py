@@ -72,11 +72,14 @@ class _TapFunction(torch.autograd.Function):
         ctx.nodes, ctx.settings = nodes, settings
         ctx.dtype = getattr(args[0], "dtype", None)
         if rule.casts:
+            # here, so that what is kept for backward is what was computed with
             args = _as_under_autocast(args)
+            # verification then allows for more rounding
             capture.half |= args[0].dtype in _HALF
         out, saved = rule.forward(args, settings)
         kept = _keep(ctx, args[0]) if rule.factors is not None else None
         saved = (kept, *saved)
+        # by torch, so that its hooks (offloading, checkpointing) see them
         ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in saved))
         ctx.others = [None if isinstance(value, Tensor) else value for value in saved]
         return out
@@ -151,6 +154,7 @@ def _deliver_factors(ctx: Any, grad: Tensor, kept: Tensor | None) -> None:
         return
     if bias is not None:
         capture.dense(bias, outputs.sum(1))
+    # of a pair the left side alone may be one-hot
     if weight_name and not (ctx.axis and isinstance(inputs, Index)):
         pair: Any = (outputs, inputs) if ctx.axis else (inputs, outputs)
         capture.collector.pair(weight_name, *pair)
@@ -190,6 +194,7 @@ def _deliver_gradients(ctx: Any, grad: Tensor, saved: tuple) -> None:
         else:
             own = capture.summed(tap, gradient)
         node = ctx.nodes[position]
+        # a rule that a user registered may return anything
         if own.numel() != capture.examples * node.graph.numel():
             raise UnsupportedLayer(
                 f"the rule of operation '{tap.key[1]}' on parameter {node.label}",

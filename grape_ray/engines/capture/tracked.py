@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
+# in this context tracked tensors are plain ones: what the engine itself does is not seen
 no_subclass = torch._C.DisableTorchFunctionSubclass
 
 
@@ -85,6 +86,7 @@ class Tracked(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        # any of them knows the pass: tracked tensors live for one alone
         first = next(t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tracked))
         return first.capture.call(func, args, kwargs)
 

@@ -25,6 +25,7 @@ def exchanged(batch: Batch, others: Tensor, scale: float, masks: bool = False) -
         masks: whether tensors of zeros and ones are exchanged as well; models take other paths
             where nothing is masked.
     """
+    # records that are there, not invented ones, on which a model might fail
     rest = (~others).nonzero().squeeze(1)
     source = torch.arange(len(others))
     source[others] = rest[torch.arange(int(others.sum())) % len(rest)]
@@ -83,11 +84,13 @@ class ExchangedDraws(Dependence):
     def _exchange(self, name: str, drawn: Tensor) -> None:
         if drawn.numel() == 0:
             return
+        # where a dimension has the batch's size, its rows count as the examples'
         axis = next((d for d in range(drawn.ndim) if drawn.shape[d] == self.examples), 0)
         per_example = drawn.ndim > 0 and drawn.shape[axis] % self.examples == 0
         low_high = DRAWS.get(name)
         if name in DROPOUTS:
             extreme = drawn * 2 if self._high else torch.zeros_like(drawn)
+        # within the range of such draws, which the model may rely on
         elif low_high is not None and drawn.dtype != torch.bool:
             extreme = torch.full_like(drawn, low_high[self._high])
         elif drawn.dtype == torch.bool:
@@ -95,6 +98,7 @@ class ExchangedDraws(Dependence):
         elif drawn.numel() == 1:
             extreme = drawn + 1 if self._high else drawn - 1
         else:
+            # no range is known: the same values in other places
             extreme = drawn.reshape(-1).roll(1 if self._high else -1).view_as(drawn)
         if per_example:
             others = self._others.to(drawn.device).repeat_interleave(

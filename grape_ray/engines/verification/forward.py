@@ -52,6 +52,7 @@ class Forward:
         try:
             return capture.dependence.over(self.run, self.batch)
         except RuntimeError as error:
+            # torch has no class for these: its text alone tells
             if "functorch" not in str(error) and "NestedTensor" not in str(error):
                 raise
             raise UnsupportedLayer(
@@ -117,6 +118,7 @@ class Verifier:
             UnsupportedLayer: it mixes examples, remembers earlier ones, or shares random numbers
                 among them; or it may not be verified.
         """
+        # a list, so that `_verify` can let go of its graph before the next is built
         held = [forward.losses(capture)]
         several = capture.examples > 1
         signature = self.layouts.signature(capture, forward.training, is_ragged(forward.batch))
@@ -133,6 +135,7 @@ class Verifier:
         passed = self.layouts.passes.get(signature, 0)
         thorough = not fitted or self._found_unverified
         if self.may_verify and (thorough or passed % VERIFY_EVERY == 0):
+            # the evidence of this pass decides, not what another one showed
             for tap in capture.taps if thorough and several else ():
                 tap.layout = None
             self._verify(capture, forward, held, thorough)
@@ -163,6 +166,7 @@ class Verifier:
         del losses
         repetition = Repetition(capture, forward.run, forward.batch, forward.states, tolerance)
         repetition.check(observed, forward.snapshot, dependence, thorough)
+        # the run's generators go on as if there had been one pass
         after = random_states(capture.device)
         set_states(forward.states)
         capture.restart(forward.new_collector())
