@@ -235,7 +235,7 @@ class Optimizer:
             found |= {f"{slot}/{name}": (shape, self._rows[name].start) for slot in self._state}
         return found
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Tensor | int]:
         """`<slot>/<name>` -> tensor, and the counters `updates` and `period` as ints."""
         tensors = {
             f"{slot}/{name}": t for slot, named in self._state.items() for name, t in named.items()

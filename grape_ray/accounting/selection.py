@@ -13,7 +13,6 @@ import math
 import secrets
 from collections.abc import Generator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 from grape_ray.accounting.mechanism import (
     GAUSSIAN,
@@ -27,12 +26,13 @@ from grape_ray.accounting.mechanism import (
     finite,
 )
 from grape_ray.errors import BudgetExceeded, ConfigError
+from grape_ray.storage import Json
 
 NEGATIVE_BINOMIAL, POISSON = "truncated_negative_binomial", "poisson"
 _PRECISION = 1e-4
 # beyond, the first probabilities leave the range of floats
 _MAX_MEAN = {NEGATIVE_BINOMIAL: 1e4, POISSON: 500.0}
-# Any set of Renyi orders gives an upper bound; with all of dp_accounting's own it is 0.1 % lower,
+# Each set of Renyi orders gives an upper bound; with all of dp_accounting's own it is 0.1 % lower,
 # and takes twice as long.
 _ORDERS = (
     1.25,
@@ -213,7 +213,7 @@ class Selection:
         object.__setattr__(self, "delta", check_delta(self.delta))
         object.__setattr__(self, "trial_tokens", check_count("trial_tokens", self.trial_tokens))
 
-    def payload(self) -> dict[str, Any]:
+    def payload(self) -> Json:
         """The selection as an entry's payload."""
         fields = asdict(self)
         number = fields.pop("distribution")  # `law` is its name in files

@@ -9,13 +9,12 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from grape_ray.errors import CheckpointError
-from grape_ray.storage import Json, Storage
+from grape_ray.storage import Block, Json, Storage
 
 _BLOCK_BYTES = 8 << 20
 _ALIGNMENT = 8
@@ -126,7 +125,7 @@ def write(
     header, pieces = _header(file, shards)
     digests = {name: hashlib.sha256() for name in shards}
 
-    def blocks() -> Iterator[Any]:
+    def blocks() -> Iterator[Block]:
         yield header
         for name, shard in shards.items():
             # anew: a try that broke off has fed the one before

@@ -4,7 +4,7 @@ objects; nothing is sent at world size 1.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -75,18 +75,18 @@ class Comms:
 
     def broadcast_object(self, value: _Value | None) -> _Value:
         """Rank 0's `value`, on every rank; what the others give does not count."""
-        box: list[Any] = [value]
+        box = [value]
         if self.world_size > 1:
             dist.broadcast_object_list(box, src=0)
-        return box[0]
+        return cast(_Value, box[0])
 
     def gather_objects(self, value: _Value) -> list[_Value]:
         """Every rank's `value`, in rank order, on every rank."""
         if self.world_size == 1:
             return [value]
-        boxes: list[Any] = [None] * self.world_size
+        boxes: list[_Value | None] = [None] * self.world_size
         dist.all_gather_object(boxes, value)
-        return boxes
+        return cast(list[_Value], boxes)
 
     def largest(self, value: int) -> int:
         """The largest `value` of all ranks, on every rank."""

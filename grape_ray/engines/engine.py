@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from grape_ray.engines.verification.verified import Layouts
 from grape_ray.errors import ConfigError, UnsupportedLayer
 from grape_ray.privacy.clipping import factors
 from grape_ray.privacy.types import ClippedSum
+from grape_ray.storage import Json
 
 
 class Engine:
@@ -102,7 +102,7 @@ class Engine:
         )
 
     @staticmethod
-    def options(privacy: Privacy, method: Method) -> dict[str, Any]:
+    def options(privacy: Privacy, method: Method) -> Json:
         """The arguments that this engine takes beside those of all, from a run's config."""
         return {}
 

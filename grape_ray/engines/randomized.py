@@ -29,6 +29,7 @@ from grape_ray.engines.norm_routes import norm_route, overridden
 from grape_ray.errors import ConfigError
 from grape_ray.privacy.random_streams import normals
 from grape_ray.privacy.types import ClippedSum
+from grape_ray.storage import Json
 
 ESTIMATORS = {"hutchinson": sketch.hutchinson, "hutch++": sketch.hutch_plus_plus}
 
@@ -147,7 +148,7 @@ class Randomized(Ghost):
         return self.probes, self.shared_probes
 
     @staticmethod
-    def options(privacy: Privacy, method: Method) -> dict[str, Any]:
+    def options(privacy: Privacy, method: Method) -> Json:
         return {
             "probes": privacy.probes,
             "shared_probes": privacy.shared_probes,

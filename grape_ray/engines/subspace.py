@@ -8,7 +8,6 @@ import fnmatch
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +83,7 @@ class Subspace:
         """What cannot be made anew from keys; nothing here."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Restores `state_dict`."""
 
     def matrix_rows(self, name: str, period: int, like: Tensor, rows: slice) -> Tensor:
@@ -213,14 +212,14 @@ class Svd(Subspace):
     def change_of_basis(self, name: str, old: int, new: int, like: Tensor) -> Tensor:
         return self._before[name].T @ self._matrices[name][1]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Tensor]:
         return {
             f"subspace/{period}/{name}": matrix for name, (period, matrix) in self._matrices.items()
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         for key, value in state.items():
-            if key.startswith("subspace/"):
+            if key.startswith("subspace/") and isinstance(value, Tensor):
                 _, period, name = key.split("/", 2)
                 self._matrices[name] = (int(period), value)
 

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import PurePath
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from grape_ray.errors import GrapeRayError, TaskFailed
 
@@ -100,7 +100,7 @@ def _raised_by(place: TracebackType | None) -> str:
     """The module whose code raised it; empty where that is not known, as of an error that came from
     another process.
     """
-    name: Any = ""
+    name: object = ""
     while place is not None:
         name, place = place.tb_frame.f_globals.get("__name__", "?"), place.tb_next
     return str(name)

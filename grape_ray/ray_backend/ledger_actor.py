@@ -58,7 +58,7 @@ class LedgerActor:
         self._users.add(user)
         return found
 
-    def call(self, method: str, *arguments: Any, **named: Any) -> tuple[Any, str]:
+    def call(self, method: str, *arguments: Any, **named: object) -> tuple[object, str]:
         """(What the ledger's method returns, the ledger's head after it)."""
         if method not in _CALLS:
             raise LedgerError(
@@ -129,8 +129,7 @@ def find_or_start(url: str, beat_s: float) -> Any:
     with contextlib.suppress(ValueError):
         return ray.get_actor(name, NAMESPACE)
     on_head = {_HEAD: 0.001} if _HEAD in ray.cluster_resources() else {}
-    actor: Any = ray.remote(LedgerActor)
-    placed = actor.options(
+    placed = ray.remote(LedgerActor).options(
         # detached: other drivers use it; one call at a time, so that their order is the ledger's
         name=name, namespace=NAMESPACE, lifetime="detached", get_if_exists=True,
         num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=1, resources=on_head,

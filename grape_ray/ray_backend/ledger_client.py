@@ -121,11 +121,11 @@ class LedgerActorClient:
             if self._ask("release", self._user):
                 ray.kill(find_or_start(self._url, self._beat_s), no_restart=True)
 
-    def _call(self, method: str, *arguments: Any, **named: Any) -> Any:
+    def _call(self, method: str, *arguments: object, **named: object) -> Any:
         result, self._head = self._ask("call", method, *arguments, **named)
         return result
 
-    def _ask(self, method: str, *arguments: Any, **named: Any) -> Any:
+    def _ask(self, method: str, *arguments: object, **named: object) -> Any:
         """The actor's answer, or its own error; LedgerError for whatever kept it from answering."""
         fix = "nothing was granted; start the sweep again to resume it"
         for _ in range(_TRIES):

@@ -103,7 +103,7 @@ def select(sweep: Sweep, at_once: int, say: Callable[[str], None]) -> SweepResul
     _open_sealed(sweep, secret, trials)
     performance = sweep.study.config.performance
     unit = {"num_gpus": 1} if performance.use_gpu else {"num_cpus": 1}
-    task: Any = ray.remote(_train)
+    task = ray.remote(_train)
     # a task a share: as many tasks as trials would show their number to the cluster
     shares = [trials[n::at_once] for n in range(at_once)]
     waiting = [
@@ -139,7 +139,7 @@ def _drawn(sweep: Sweep, secret: Storage) -> list[Sealed]:
             Path(secret.url).mkdir(parents=True, exist_ok=True, mode=0o700)
         count = sweep.options.distribution()
         # from no seed of the options: who knew it could draw the losers again
-        generator: Any = np.random.default_rng(secrets.randbits(256))
+        generator = np.random.default_rng(secrets.randbits(256))
         values = [
             {name: _plain(d.sample(random_state=generator)) for name, d in sweep.space.items()}
             for _ in range(count.draw())
@@ -251,6 +251,6 @@ def _release(sweep: Sweep, secret: Storage, trials: Sequence[Sealed]) -> Winner 
     return Winner(trial.values, score, WINNER, steps, naive)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any) -> object:
     """A sampled value as JSON has it."""
     return value.item() if hasattr(value, "item") else value

@@ -11,7 +11,7 @@ from ray.tune.schedulers import (
     PopulationBasedTraining,
     TrialScheduler,
 )
-from ray.tune.search import BasicVariantGenerator
+from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
 from ray.tune.search.sample import Categorical, Domain, Float, Integer
 
 from grape_ray.errors import ConfigError
@@ -84,7 +84,9 @@ def scheduler(options: Options, space: Space, study: SweepStudy) -> TrialSchedul
     )
 
 
-def search(options: Options, space: Space, study: SweepStudy, concurrent: int) -> Any:
+def search(
+    options: Options, space: Space, study: SweepStudy, concurrent: int
+) -> SearchAlgorithm | Searcher:
     """The proposals, beginning with the default run where it lies in the space: a sweep should not
     end below it unawares.
 

@@ -61,8 +61,7 @@ class RemoteChannel:
 
     def __init__(self) -> None:
         # Each waiting call holds a thread of the actor; calls of workers that died do, too.
-        actor: Any = ray.remote(TrialChannel)
-        self._actor: Any = actor.options(num_cpus=0, max_concurrency=16).remote()
+        self._actor: Any = ray.remote(TrialChannel).options(num_cpus=0, max_concurrency=16).remote()
         self._pending: Any = None
 
     def ask(self, report: Report) -> bool:
@@ -87,7 +86,7 @@ class RemoteChannel:
         """See TrialChannel.close."""
         ray.get(self._actor.close.remote())
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         return _remote, (self._actor,)
 
 

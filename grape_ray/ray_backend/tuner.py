@@ -163,7 +163,7 @@ class TrialProgress(tune.Callback):
         self._metric = metric
 
     def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: Json, **info: Any
+        self, iteration: int, trials: list[Any], trial: Any, result: Json, **info: object
     ) -> None:
         score = result[self._metric]
         TrialProgress.say(

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from grape_ray.config.schema import Config
 from grape_ray.data.arrays import Records
 from grape_ray.distributed.comms import Comms
 from grape_ray.engines import Engine
+from grape_ray.engines.capture.batches import Batch
 from grape_ray.engines.capture.model_state import awake
 from grape_ray.errors import (
     CheckpointError,
@@ -145,7 +146,7 @@ def _stage(public: bool, what: str, call: Callable[[], _Result], fix: str) -> _R
         ) from error
 
 
-def preflight_extremes(config: Config, data: Data) -> tuple[nn.Module, Any, Report]:
+def preflight_extremes(config: Config, data: Data) -> tuple[nn.Module, Batch, Report]:
     """The preflight on the extremes of all records, in the mode that trains; the model it built,
     the batch, and what it found.
     """
@@ -158,7 +159,7 @@ def preflight_extremes(config: Config, data: Data) -> tuple[nn.Module, Any, Repo
     )
 
 
-def _extremes(config: Config, data: Data) -> tuple[nn.Module, Any, list[Any]]:
+def _extremes(config: Config, data: Data) -> tuple[nn.Module, Batch, list[Batch]]:
     """The task's model, a batch of the shortest, the longest and a random one of all records, and
     each of these as a batch of its own.
     """
@@ -176,7 +177,7 @@ def _extremes(config: Config, data: Data) -> tuple[nn.Module, Any, list[Any]]:
 
 def _step(
     config: Config,
-    batch: Any,
+    batch: Batch,
     model: nn.Module,
     engine: Engine,
     optimizer: Optimizer,

@@ -5,7 +5,6 @@ whatever vmap can batch, and refused by name for the rest.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ def by_vmap(capture: CapturePass, call: Call) -> Result:
     label = ", ".join(t.node.label for t in tracked_in(call.args, call.kwargs))
     batched: list[Tensor] = []
 
-    def place(leaf: Any) -> Any:
+    def place(leaf: object) -> object:
         if isinstance(leaf, Tracked):
             shape = tuple(leaf.node.graph.shape)
             batched.append(expanded(capture, leaf.node, (capture.examples, *shape)))
@@ -56,7 +55,7 @@ def by_vmap(capture: CapturePass, call: Call) -> Result:
 
     slots = tree_map(place, (call.args, call.kwargs))
 
-    def one(*own: Tensor) -> Any:
+    def one(*own: Tensor) -> Result:
         args, kwargs = tree_map(lambda s: own[s.number] if isinstance(s, _Slot) else s, slots)
         return call.func(*args, **kwargs)
 
@@ -76,7 +75,7 @@ def by_vmap(capture: CapturePass, call: Call) -> Result:
         ) from error
 
 
-def _check_shapes(out: Any, func: Callable, args: tuple, kwargs: dict) -> None:
+def _check_shapes(out: object, func: Callable, args: tuple, kwargs: dict) -> None:
     """Raises ValueError where an operation by example has another shape than the operation, which
     is asked without computing it.
     """

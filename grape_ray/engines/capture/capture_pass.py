@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from grape_ray.engines.capture.dependence import Dependence, tensors_in
 from grape_ray.engines.capture.tap import Phase, Site, Tap, UnverifiedUse, bypassed
-from grape_ray.engines.capture.torch_functions import Call, is_in_place, operation
+from grape_ray.engines.capture.torch_functions import Call, Result, is_in_place, operation
 from grape_ray.engines.capture.tracked import (
     Node,
     Tracked,
@@ -27,7 +26,7 @@ from grape_ray.engines.capture.tracked import (
 from grape_ray.engines.collector import Collector
 from grape_ray.errors import UnsupportedLayer
 
-Dispatch = Callable[["CapturePass", Call], Any]
+Dispatch = Callable[["CapturePass", Call], object]
 
 
 class CapturePass:
@@ -106,7 +105,7 @@ class CapturePass:
         tracked.node, tracked.capture = node, self
         return tracked
 
-    def call(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+    def call(self, func: Callable, args: tuple, kwargs: dict) -> object:
         """The result of an operation in which at least one argument is tracked."""
         call = Call(func, operation(func), args, kwargs)
         if is_in_place(func) and args and isinstance(args[0], Tracked):
@@ -241,7 +240,7 @@ class CapturePass:
 
     def derive(
         self, func: Callable, args: tuple, kwargs: dict, transposed: bool | None = None
-    ) -> Any:
+    ) -> Result:
         """The operation on shared values alone; tensors in the result are tracked.
 
         Args:

@@ -10,7 +10,6 @@ the examples. What none of them can do is refused by name.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ from grape_ray.engines.capture.torch_functions import Call, Result, is_in_place,
 from grape_ray.engines.capture.tracked import Tracked, no_subclass, tracked_in, values_of
 from grape_ray.errors import UnsupportedLayer
 
-Handler = Callable[[CapturePass, Call], Any]
+Handler = Callable[[CapturePass, Call], object]
 
 # Operations by their names as `torch_functions.operation` gives them: torch's own alone.
 READS = {
@@ -171,7 +170,7 @@ def _broadcast(capture: CapturePass, call: Call) -> Result:
     with no_subclass():
         shape = torch.broadcast_shapes(*(t.shape for t in tensors))
 
-    def each(value: Any) -> Any:
+    def each(value: object) -> object:
         return per_example(capture, value, shape) if isinstance(value, Tracked) else value
 
     return call.func(*map(each, call.args), **{k: each(v) for k, v in call.kwargs.items()})
@@ -180,7 +179,7 @@ def _broadcast(capture: CapturePass, call: Call) -> Result:
 def _masked_fill(capture: CapturePass, call: Call) -> Result:
     """A shared number at masked places: torch takes one number alone, and not one an example."""
     given = dict(zip(("input", "mask", "value"), call.args)) | call.kwargs
-    x: Any = given.get("input", given.get("self"))
+    x = given["input"] if "input" in given else given["self"]
     out = torch.where(given["mask"], given["value"], x)
     return x.copy_(out) if is_in_place(call.func) else out
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -132,7 +131,7 @@ def awake(model: nn.Module) -> Iterator[None]:
                 param.zero_()
 
 
-def _contents(value: Any) -> Any:
+def _contents(value: object) -> object:
     """What a plain attribute holds, as far as a pass could add to it: versions of tensors, bytes of
     small arrays, members of containers.
     """
@@ -162,7 +161,9 @@ class ModelSnapshot:
     def __init__(self, model: nn.Module):
         self._model = model
         self._modules = list(model.modules())
-        self._attributes: list[dict[str, Any]] = [dict(module.__dict__) for module in self._modules]
+        self._attributes: list[dict[str, object]] = [
+            dict(module.__dict__) for module in self._modules
+        ]
         self._held = [
             (f"{name}.{key}" if name else key, value, seen)
             for name, module in model.named_modules()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ def random_states(device: torch.device) -> list:
     """The states of torch's generators that a pass on `device` draws from, of NumPy's and of
     Python's.
     """
-    found: list[tuple[Callable, Any]] = [(torch.set_rng_state, torch.get_rng_state())]
+    found: list[tuple[Callable, object]] = [(torch.set_rng_state, torch.get_rng_state())]
     if device.type == "cuda":
         found.append(
             (

@@ -7,8 +7,6 @@ that were made for every example). Its sizes suggest which; verification by valu
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -92,6 +90,6 @@ def per_example(
     return out
 
 
-def per_example_as_is(capture: CapturePass, leaf: Any) -> Any:
+def per_example_as_is(capture: CapturePass, leaf: object) -> object:
     """A shared value where it meets the batch in its own shape; all else unchanged."""
     return per_example(capture, leaf, leaf.node.graph.shape) if isinstance(leaf, Tracked) else leaf

@@ -11,7 +11,7 @@ gradient is split by example.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 # in this context tracked tensors are plain ones: what the engine itself does is not seen
 no_subclass = torch._C.DisableTorchFunctionSubclass
+_Tree = TypeVar("_Tree")  # any nest of dicts, lists and tuples
 
 
 class Node:
@@ -74,7 +75,7 @@ class Copies(NamedTuple):
 class Router(Protocol):
     """What a tracked value asks for the result of an operation on it: a `CapturePass`."""
 
-    def call(self, func: Callable, args: tuple, kwargs: dict) -> Any: ...
+    def call(self, func: Callable, args: tuple, kwargs: dict) -> object: ...
 
 
 class Tracked(torch.Tensor):
@@ -96,11 +97,11 @@ def tracked_in(args: tuple, kwargs: dict) -> list[Tracked]:
     return [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tracked)]
 
 
-def values_of(tree: Any) -> Any:
+def values_of(tree: _Tree) -> _Tree:
     """The arguments with every tracked tensor replaced by its plain value."""
     return tree_map(lambda t: t.node.value if isinstance(t, Tracked) else t, tree)
 
 
-def graph_of(leaf: Any) -> Any:
+def graph_of(leaf: object) -> object:
     """A tracked tensor's value with its autograd history; anything else as it is."""
     return leaf.node.graph if isinstance(leaf, Tracked) else leaf

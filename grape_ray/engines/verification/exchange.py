@@ -4,8 +4,7 @@ or dropout is left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from grape_ray.engines.capture.draws import DRAWS, DROPOUT_AT, DROPOUTS, is_drop
 from grape_ray.engines.capture.torch_functions import operation
 
 
-def exchanged(batch: Batch, others: Tensor, scale: float, masks: bool = False) -> Any:
+def exchanged(batch: Batch, others: Tensor, scale: float, masks: bool = False) -> Batch:
     """The batch with each of `others` (B,) replaced by one of the rest, real numbers `scale` times
     as large.
 
@@ -45,8 +44,8 @@ class WithoutDropout(TorchFunctionMode):
     """A pass without dropout, in a model that is otherwise in training mode."""
 
     def __torch_function__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
+        self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         kwargs, name = kwargs or {}, operation(func)
         if is_dropout(name, args, kwargs):
             return args[0] if args else kwargs["input"]
@@ -75,7 +74,7 @@ class ExchangedDraws(Dependence):
         super().__init__(examples, constants, tracked_class)
         self._others, self._high = others, high
 
-    def _draw(self, name: str, args: tuple, kwargs: dict | None, out: Any) -> None:
+    def _draw(self, name: str, args: tuple, kwargs: dict | None, out: Sequence[Tensor]) -> None:
         super()._draw(name, args, kwargs, out)
         own_mask = name not in DRAWS and not self._all_constant(args, kwargs)
         for tensor in () if own_mask else out:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ _ATTEMPTS = 4  # of a pass: as its sizes suggest, as its gradients show, and onc
 # loss.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _HALF_TOLERANCE = 0.1
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Verifier:
         self._tolerance = max(_TOLERANCE.get(dtype, _HALF_TOLERANCE) for dtype in dtypes)
         self._found_unverified = False
 
-    def attempts(self, once: Callable[[], Any], states: list) -> Any:
+    def attempts(self, once: Callable[[], _Result], states: list) -> _Result:
         """The result of `once`, a whole pass, made again where it shows that the batch lies
         elsewhere than was assumed.
 
