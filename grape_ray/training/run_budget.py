@@ -7,10 +7,8 @@ from dataclasses import dataclass, replace
 
 from grape_ray.config import cautions
 from grape_ray.config.cautions import Consent
-from grape_ray.ledger import registry
-from grape_ray.ledger.budget import check_share, made_for
+from grape_ray.ledger.budget import check_share, made_for, open_registered
 from grape_ray.ledger.entries import Study
-from grape_ray.ledger.ledger import Ledger
 from grape_ray.privacy import keys
 from grape_ray.tasks.task import Data, label
 from grape_ray.training.plan import Plan
@@ -56,10 +54,7 @@ def open_budget(plan: Plan, budget: Budget, ledger_at: Callable[[], str]) -> Pla
     """
     keys.master_key(plan.key_path)
     plan = replace(plan, ledger=ledger_at())
-    ledger = Ledger.open(plan.ledger_storage(), plan.dataset_id, *budget.made)
-    if budget.identity:
-        registry.register(
-            budget.identity, plan.ledger_storage().url, ledger.ledger_id, label(plan.config.task)
-        )
+    storage, dataset = plan.ledger_storage(), label(plan.config.task)
+    ledger = open_registered(storage, plan.dataset_id, budget.made, budget.identity, dataset)
     ledger.ensure_study(_study(plan))
     return plan
