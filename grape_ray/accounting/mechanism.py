@@ -14,6 +14,7 @@ from grape_ray.errors import ConfigError
 GAUSSIAN = "poisson_gaussian"
 RANDOMIZED = "poisson_randomized"
 MECHANISMS = (GAUSSIAN, RANDOMIZED)
+RECORD = "record"  # the privacy unit, where no column names another
 
 MIN_DELTA = 1e-11  # the numerics of privacy loss distributions break below it
 MAX_STEPS = 10**6  # the longest composition whose numerics were checked
@@ -62,7 +63,7 @@ def check_delta(value: object, name: str = "delta") -> float:
     """A finite delta in [1e-11, 1), or ConfigError."""
     number = finite(name, value)
     if not MIN_DELTA <= number < 1:
-        fix = "choose it well below one over the number of records"
+        fix = "choose it well below one over the number of records, or of privacy units"
         raise ConfigError(f"{name} is out of range", number, f"{MIN_DELTA:g} <= {name} < 1", fix)
     return number
 
@@ -71,7 +72,7 @@ def check_sampling_prob(value: object) -> float:
     """A sampling probability in (0, 1], or ConfigError."""
     number = finite("sampling_prob", value)
     if not 0 < number <= 1:
-        fix = "it is the expected batch size over the number of records"
+        fix = "it is the expected batch size over the number of records, or of privacy units"
         raise ConfigError("sampling_prob is out of range", number, "0 < sampling_prob <= 1", fix)
     return number
 
@@ -122,8 +123,8 @@ def check_name(field: str, value: object) -> str:
 
 @dataclass(frozen=True)
 class Mechanism:
-    """One step of training as the accountant sees it; adjacency is adding or removing one example,
-    and nothing else.
+    """One step of training as the accountant sees it; adjacency is adding or removing one example
+    (one privacy unit), and nothing else.
 
     The noise has standard deviation ``noise_multiplier * clip_norm`` in every coordinate, where
     ``clip_norm`` bounds what one example adds to the sum, so neither the clip norm, nor the rank of

@@ -18,6 +18,7 @@ from grape_ray.accounting.mechanism import (
     GAUSSIAN,
     MAX_NOISE_MULTIPLIER,
     MIN_NOISE_MULTIPLIER,
+    RECORD,
     Mechanism,
     check_count,
     check_delta,
@@ -187,6 +188,7 @@ class Selection:
         mechanism: what each step of a trial is; exact norms only. epsilon, delta: the share.
         trial_tokens: the most steps of one trial, repeats included. distribution: of the number of
             trials.
+        unit: the privacy unit, by the name of its column; ``record`` where there is none.
 
     Raises:
         ConfigError: a number is out of range, or the mechanism has no Renyi bound.
@@ -198,9 +200,11 @@ class Selection:
     delta: float
     trial_tokens: int
     distribution: Distribution
+    unit: str = RECORD
 
     def __post_init__(self) -> None:
         check_name("selection", self.name)
+        check_name("unit", self.unit)
         if self.mechanism.name != GAUSSIAN:
             expected = "a method with exact norms"
             raise ConfigError(
@@ -217,6 +221,8 @@ class Selection:
         """The selection as an entry's payload."""
         fields = asdict(self)
         number = fields.pop("distribution")  # `law` is its name in files
+        if self.unit == RECORD:  # as files say it by saying nothing
+            del fields["unit"]
         return {**fields, "law": number["name"], "mean": number["mean"], "shape": number["shape"]}
 
     def cost(self) -> float:

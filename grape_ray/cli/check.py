@@ -98,7 +98,7 @@ def _dry_run_report(config: Config) -> Report:
     from grape_ray.training.pricing import sampling_prob_of
     from grape_ray.training.splits import check_splits
 
-    data = loaded(config.task)
+    data = loaded(config.task, config.privacy.unit)
     sampling_prob_of(config, data)
     check_splits(data, True, not data.public)
     with tempfile.TemporaryDirectory(prefix="grape-ray-") as scratch:

@@ -6,6 +6,7 @@ import json
 
 import click
 
+from grape_ray.accounting.mechanism import RECORD
 from grape_ray.errors import ConfigError, GrapeRayError, LedgerError
 from grape_ray.ledger.audit import verify
 from grape_ray.ledger.ledger import Ledger
@@ -67,7 +68,7 @@ def show(place: str, as_json: bool) -> None:
         )
     click.echo(
         f"dataset {found['dataset_id']}: epsilon {found['epsilon']:g}, delta {found['delta']:g},"
-        f" {found['entries']} entries"
+        f" privacy unit {found['unit']}, {found['entries']} entries"
     )
     for extension in found["extensions"]:
         budget = f"epsilon {extension['epsilon']:g}, delta {extension['delta']:g}"
@@ -165,7 +166,15 @@ def _row(known: Known) -> Json:
             ),
         }
     runs = [run for study in found["studies"].values() for run in study["runs"]]
-    fields = ("epsilon", "delta", "epsilon_left", "delta_left", "epsilon_spent", "extensions")
+    fields = (
+        "unit",
+        "epsilon",
+        "delta",
+        "epsilon_left",
+        "delta_left",
+        "epsilon_spent",
+        "extensions",
+    )
     return {
         **row,
         **{name: found[name] for name in fields},
@@ -186,7 +195,8 @@ def _balance(row: Json) -> str:
         else ""
     )
     left = f"{row['epsilon_left']:.4g} left; delta {row['delta']:g}, {row['delta_left']:.3g} left"
-    return f"epsilon {row['epsilon']:g}, {taken}, {left}; {len(row['runs'])} runs{raised}"
+    unit = "" if row["unit"] == RECORD else f"privacy unit {row['unit']}, "
+    return f"{unit}epsilon {row['epsilon']:g}, {taken}, {left}; {len(row['runs'])} runs{raised}"
 
 
 def _run_of(found: Json, run: str) -> Json:

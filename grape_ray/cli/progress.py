@@ -86,7 +86,8 @@ def summary(result: RunResult) -> list[str]:
         guarantee = "NOT PRIVATE: no guarantee for any training record"
     else:
         guarantee = (
-            f"epsilon {result.epsilon:g} at delta {result.delta:g}, noise multiplier"
+            f"epsilon {result.epsilon:g} at delta {result.delta:g} for one {result.unit},"
+            " noise multiplier"
             f" {result.noise_multiplier:.4g}"
         )
     metrics = (

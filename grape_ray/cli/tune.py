@@ -156,7 +156,8 @@ def _summary(result: SweepResult) -> list[str]:
     """The result in lines for a person."""
     best = result.best
     lines = [
-        f"sweep {result.sweep}: epsilon {result.epsilon:g} at delta {result.delta:g} for all of it"
+        f"sweep {result.sweep}: epsilon {result.epsilon:g} at delta {result.delta:g} for one"
+        f" {result.unit}, for all of it"
     ]
     if result.tokens_total is not None:
         tokens = f"{result.tokens_charged} of {result.tokens_total} step tokens charged"

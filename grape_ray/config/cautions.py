@@ -17,7 +17,7 @@ _SMALL_BATCH = 16
 
 @dataclass(frozen=True)
 class Consent:
-    """What the user has said outright: a delta of at least one over the number of records, a run
+    """What the user has said outright: a delta of at least one over the number of units, a run
     without any guarantee on private data.
     """
 
@@ -25,19 +25,20 @@ class Consent:
     not_private: bool = False
 
 
-def check(config: Config, records: int, public: bool, consent: Consent) -> None:
+def check(config: Config, units: int, public: bool, consent: Consent) -> None:
     """Refuses what nobody agreed to, and warns of a weak guarantee and of tiny batches.
 
     Args:
-        records: how many train. public: whether they hold nobody's secrets, and no ledger of the
-            user's says otherwise.
+        units: how many privacy units train. public: whether they hold nobody's secrets, and no
+            ledger of the user's says otherwise.
 
     Raises:
         ConfigError: method `none` on private records, or a delta of at least one over the number of
-            records, without consent.
+            units, without consent.
     """
     if METHODS[config.method.name].private:
-        check_delta("privacy.delta", config.privacy.delta, records, consent)
+        privacy = config.privacy
+        check_delta("privacy.delta", privacy.delta, units, privacy.units_name, consent)
         warn(config.privacy)
     elif not (public or consent.not_private):
         expected = "a private method, or records that their task calls public (task.public=true)"
@@ -48,17 +49,22 @@ def check(config: Config, records: int, public: bool, consent: Consent) -> None:
         raise ConfigError("method.name", config.method.name, expected, fix)
 
 
-def check_delta(name: str, delta: float, records: int, consent: Consent) -> None:
-    """Refuses a delta with which publishing a record in full, chosen at random, would count as
-    private. Raises ConfigError.
+def check_delta(name: str, delta: float, count: int, units: str, consent: Consent) -> None:
+    """Refuses a delta with which publishing a whole unit, chosen at random, would count as private.
+
+    Args:
+        count: how many units there are. units: what they are called (`Privacy.units_name`).
+
+    Raises:
+        ConfigError: the delta is at least 1 / count, without consent.
     """
-    if delta * records >= 1 and not consent.large_delta:
+    if delta * count >= 1 and not consent.large_delta:
         what = (
-            f"{name} is not below one over the number of records: giving a whole record away would"
+            f"{name} is not below one over the number of {units}: giving a whole one away would"
             " be allowed"
         )
-        fix = f"choose {0.1 / records:.1g} or less, or say --allow-large-delta (large_delta=True)"
-        raise ConfigError(what, f"{delta:g}", f"below 1 / {records} = {1 / records:.3g}", fix)
+        fix = f"choose {0.1 / count:.1g} or less, or say --allow-large-delta (large_delta=True)"
+        raise ConfigError(what, f"{delta:g}", f"below 1 / {count} = {1 / count:.3g}", fix)
 
 
 def warn(privacy: Privacy) -> None:

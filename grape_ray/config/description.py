@@ -8,6 +8,7 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
+from grape_ray.accounting.mechanism import RECORD
 from grape_ray.config.modules import load_module, located
 from grape_ray.config.pipelines import TASK_METHODS
 from grape_ray.config.schema import Config, Method, Performance, Privacy
@@ -21,6 +22,8 @@ _RUN = {  # fields of a run's description, and their types
     "privacy": (dict,), "method": (dict,), "performance": (dict,),
 }  # fmt: skip
 _LATER = ("performance",)  # a field that early descriptions lack
+# what else they lack, with what it was then
+_BEFORE_UNITS = {"unit": Privacy.unit, "examples_per_unit": Privacy.examples_per_unit}
 # Tasks of this package that moved: where descriptions of older runs and sweeps say that they live,
 # and where they live.
 _OLD_HOMES = {
@@ -63,8 +66,16 @@ def _parsed(data: bytes) -> Json:
         known["task"].get("fields"), dict
     ):
         raise ValueError("a task without its class and fields")
-    known["task"] = at_home(known["task"])
-    return known
+    return {"unit": RECORD, **up_to_date(known)}
+
+
+def up_to_date(config: Json) -> Json:
+    """The description of a config as this version would write it."""
+    return {
+        **config,
+        "task": at_home(config["task"]),
+        "privacy": {**_BEFORE_UNITS, **config["privacy"]},
+    }
 
 
 def at_home(task: Json) -> Json:
@@ -155,6 +166,7 @@ def rebuild_task(description: Json, trust: Iterable[str] = ()) -> Any:
             "do not use a description from strangers",
         )
     known = {field.name for field in dataclasses.fields(kind) if field.init}
+    fields = current_names(kind, fields) if isinstance(fields, dict) else fields
     if not isinstance(fields, dict) or not set(fields) <= known:
         raise ConfigError(
             "the task of the run cannot be rebuilt", reference, "a class with the saved fields", fix
@@ -170,6 +182,14 @@ def rebuild_task(description: Json, trust: Iterable[str] = ()) -> Any:
         raise ConfigError(
             "the task of the run cannot be rebuilt", reference, "a class with the saved fields", fix
         ) from error
+
+
+def current_names(kind: Any, fields: Json) -> Json:
+    """The fields of a task by the names that they have now: a class may say, in an attribute
+    `renamed`, what it called them before.
+    """
+    renamed = getattr(kind, "renamed", {})
+    return {renamed.get(name, name): value for name, value in fields.items()}
 
 
 def _is_task(kind: Any, module: str, qualified: str) -> bool:
@@ -213,4 +233,6 @@ def describe(config: Config) -> Json:
     not.
     """
     parts = {name: dataclasses.asdict(getattr(config, name)) for name in ("privacy", "method")}
+    if not config.privacy.unit:  # nor does what has no meaning decide anything
+        parts["privacy"]["examples_per_unit"] = Privacy.examples_per_unit
     return {"task": describe_task(config.task), **parts, "seed": config.seed}

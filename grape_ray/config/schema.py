@@ -10,6 +10,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any
 
+from grape_ray.accounting.mechanism import MAX_NAME, RECORD
 from grape_ray.config.methods import METHODS
 from grape_ray.config.overrides import assign
 from grape_ray.errors import ConfigError, nearest
@@ -20,6 +21,7 @@ from grape_ray.errors import ConfigError, nearest
 MIN_CLIP_NORM, MAX_CLIP_NORM = 1e-6, 1e12
 # single precision holds up to 3e38, and Adam's first step multiplies by up to 10 or so
 MAX_RATE = 1e36
+MAX_EXAMPLES_PER_UNIT = 1 << 16  # they go through the model in one micro-batch
 MAX_THREADS = 1024  # with very many, torch ends the process
 
 
@@ -41,9 +43,13 @@ class Privacy:
     """Everything that changes the privacy mechanism.
 
     Attributes:
-        epsilon, delta: the target for the whole run, adding or removing one record.
-        expected_batch_size: mean number of records in a Poisson batch; sampling_prob is this
-            divided by the number of records.
+        epsilon, delta: the target for the whole run, adding or removing one privacy unit.
+        unit: the column that names each record's privacy unit, such as a user, a patient or a
+            document, with all of whose records the guarantee is; empty where it is one record.
+        examples_per_unit: records of a sampled unit that a step takes at most, drawn anew for each
+            step; their gradients are averaged before the clip. Of no meaning without `unit`.
+        expected_batch_size: mean number of units in a Poisson batch; sampling_prob is this divided
+            by the number of units.
         steps: optimizer steps planned.
         spare_steps: extra step tokens for the steps that a restart repeats.
         clip_norm: bound C on each example's contribution in L2 norm, from 1e-6 to 1e12.
@@ -66,6 +72,8 @@ class Privacy:
     noise_multiplier: float | None = None
     probes: int = 32
     shared_probes: bool = False
+    unit: str = ""
+    examples_per_unit: int = 4
 
     def __post_init__(self) -> None:
         fix = "typical values lie between 0.5 and 10"
@@ -109,6 +117,40 @@ class Privacy:
             "None or a finite number > 0",
         )
         _require(_count(self.probes, 1), "privacy.probes", self.probes, "an integer >= 1")
+        self._check_unit()
+
+    def _check_unit(self) -> None:
+        unit, most = self.unit, self.examples_per_unit
+        usable = (
+            isinstance(unit, str) and len(unit) <= MAX_NAME and (not unit or unit.isprintable())
+        )
+        expected = f"a column's name of up to {MAX_NAME} printable characters, or nothing"
+        _require(usable, "privacy.unit", unit, expected, "name the column")
+        fix = "unset it: without it the unit is one record; or rename the column"
+        expected = "a column of units that may have several records"
+        _require(unit != RECORD, "privacy.unit", unit, expected, fix)
+        _require(
+            _count(most, 1) and most <= MAX_EXAMPLES_PER_UNIT,
+            "privacy.examples_per_unit",
+            most,
+            f"an integer from 1 to {MAX_EXAMPLES_PER_UNIT}",
+            "choose how many records of a sampled unit a step takes: 1 to 16 is usual",
+        )
+
+    @property
+    def unit_name(self) -> str:
+        """The privacy unit, as ledgers and results name it."""
+        return self.unit or RECORD
+
+    @property
+    def units_name(self) -> str:
+        """Many of them, in messages."""
+        return f"units ({self.unit})" if self.unit else "records"
+
+    @property
+    def unit_limit(self) -> int | None:
+        """Records of a sampled unit that a step takes at most; None where a unit is a record."""
+        return self.examples_per_unit if self.unit else None
 
 
 @dataclass(frozen=True)
@@ -215,7 +257,8 @@ class Performance:
     """What may change speed and memory but no result (beyond float rounding) and no guarantee.
 
     Attributes:
-        micro_batch_size: examples in one forward and backward pass.
+        micro_batch_size: examples in one forward and backward pass; of units of several records,
+            as many whole units as have so many records together, or one.
         num_workers: Ray Train workers; 0 runs in this process, without Ray; `2:8` lets their number
             follow the cluster.
         use_gpu: one GPU a worker.

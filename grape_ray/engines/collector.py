@@ -30,6 +30,11 @@ class Collector:
     ):
         self.params, self.examples, self.subspace, self.period = params, examples, subspace, period
 
+    @property
+    def kept(self) -> Collector:
+        """The collector that keeps what arrives: this one, or the one that it hands it to."""
+        return self
+
     def compresses(self, name: str, axis: int) -> bool:
         """Whether weight `name` is compressed on `axis`."""
         plan = self.subspace.plan.get(name)

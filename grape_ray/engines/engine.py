@@ -16,6 +16,7 @@ from grape_ray.engines.capture.model_state import ModelSnapshot, awake, check_ki
 from grape_ray.engines.capture.parameter_swap import tracking
 from grape_ray.engines.capture.random_state import random_states
 from grape_ray.engines.collector import Collector, Materialised, sum_dtype
+from grape_ray.engines.grouping import Grouped, Groups
 from grape_ray.engines.losses import PerExampleLoss, losses_of
 from grape_ray.engines.norm_routes import parse_overrides
 from grape_ray.engines.precision import pinned
@@ -129,8 +130,11 @@ class Engine:
         batch: Batch,
         step: int = 0,
         mask: Tensor | None = None,
+        groups: Tensor | None = None,
+        units: int | None = None,
     ) -> ClippedSum:
-        """Sum over the batch's examples of their clipped (projected) gradients.
+        """Sum over the batch's examples of their clipped (projected) gradients; of units, where
+        `groups` says whose the rows are, of the clipped averages of their rows' gradients.
 
         Args:
             per_example_loss: `(model, batch) -> (B,)`, each entry a function of its own example
@@ -138,18 +142,22 @@ class Engine:
             batch: a tensor, or a dict, list or tuple of them; tensors that carry examples have B
                 entries in dimension 0.
             step: the step to be taken: its projections are used, and its noise will be.
-            mask: (B,) bool; False rows are padding and contribute nothing.
+            mask: (B,) bool, or (units,); False ones are padding and contribute nothing.
+            groups: (B,) int64, the unit of each row; None, where each row is an example of its own.
+            units: their number; units without rows contribute zero.
 
-        Guarantees: adding or removing one example moves the sum by at most clip_norm in L2 over all
-        tensors; an example whose gradient is not finite contributes zero; an empty batch gives
-        zeros without running the model.
+        Guarantees: adding or removing one example, or one unit with all its rows, moves the sum by
+        at most clip_norm in L2 over all tensors; an example, or a unit with a row, whose gradient
+        is not finite contributes zero; an empty batch gives zeros without running the model.
 
         Raises:
             UnsupportedLayer: a trainable tensor's per-example gradient cannot be computed.
-            ConfigError: the loss has another shape.
+            ConfigError: the loss, the mask or the groups have another shape.
         """
-        examples = count_examples(batch)
+        rows, device = count_examples(batch), next(iter(self.params.values())).device
         self._check_batch_norms()
+        grouped = None if groups is None else Groups(groups, units, rows, device)
+        examples = rows if grouped is None else grouped.units
         if mask is not None and (mask.dtype != torch.bool or mask.shape != (examples,)):
             raise ConfigError(
                 "mask",
@@ -164,12 +172,12 @@ class Engine:
                 "the same",
                 "make a new engine",
             )
-        if examples == 0:
+        if rows == 0:
             return self.empty_sum(step)
-        states = random_states(next(iter(self.params.values())).device)
+        states = random_states(device)
 
         def once() -> ClippedSum:
-            return self._pass(per_example_loss, batch, step, mask, states)
+            return self._pass(per_example_loss, batch, step, mask, states, grouped)
 
         return self._verifier.attempts(once, states)
 
@@ -219,19 +227,25 @@ class Engine:
         step: int,
         mask: Tensor | None,
         states: list,
+        groups: Groups | None,
     ) -> ClippedSum:
         """One pass; `states`: random states from before it."""
-        snapshot, examples = ModelSnapshot(self.model), count_examples(batch)
+        snapshot, rows = ModelSnapshot(self.model), count_examples(batch)
+
+        def new_collector() -> Collector:
+            made = self._make_collector(rows if groups is None else groups.units, step)
+            return made if groups is None else Grouped(made, groups)
+
         forward = Forward(
             run=lambda some, count: losses_of(per_example_loss, self.model, some, count),
             batch=batch,
             training=self.model.training,
             states=states,
             snapshot=snapshot,
-            new_collector=lambda: self._make_collector(examples, step),
+            new_collector=new_collector,
         )
         capture = CapturePass(
-            examples,
+            rows,
             forward.new_collector(),
             next(iter(self.params.values())).device,
             snapshot.constants(),
@@ -242,9 +256,9 @@ class Engine:
             losses = self._verifier.losses(capture, forward)
             # the forward pass runs under the caller's autocast, norms and sums never do
             with pinned(capture.device.type):
-                self._backward(capture, losses, mask)
+                self._backward(capture, losses if groups is None else losses * groups.shares, mask)
         with pinned(capture.device.type), torch.no_grad():
-            return self._finish(capture.collector, losses, mask, step)
+            return self._finish(capture.collector.kept, losses, mask, step)
 
     def _backward(self, capture: CapturePass, losses: Tensor, mask: Tensor | None) -> None:
         """Brings the gradients of the losses to the collector; subclasses may go back twice."""
@@ -254,18 +268,19 @@ class Engine:
         self, collector: Collector, losses: Tensor, mask: Tensor | None, step: int
     ) -> ClippedSum:
         """The clipped sum, from what the collector holds: norms, factors, sum."""
-        weights, norms = self._factors(collector, losses, mask)
+        weights, norms = self._factors(collector, mask)
         sums = collector.weighted_sum(weights, not_finite(norms))
         return self._complete(sums, {"norms": norms, "losses": losses.detach()}, step)
 
     def _factors(
-        self, collector: Collector, losses: Tensor, mask: Tensor | None
+        self, collector: Collector, mask: Tensor | None
     ) -> tuple[dict[str, Tensor], Tensor]:
         """The clip factor (B,) of each tensor by name, and the examples' norms (B,) over all of
         them, both float64.
         """
         found = collector.squared_norms()
-        zeros = torch.zeros(losses.shape[0], dtype=torch.float64, device=losses.device)
+        device = next(iter(self.params.values())).device
+        zeros = torch.zeros(collector.examples, dtype=torch.float64, device=device)
         complete = {name: found.get(name, zeros) for name in self.params}
         norms = torch.stack(list(complete.values())).sum(0).sqrt()
         return factors(complete, self.clipping, self.clip_norm, mask), norms

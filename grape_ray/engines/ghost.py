@@ -92,13 +92,13 @@ class Ghost(Engine):
     collector_type = TwoPasses
 
     def _backward(self, capture: CapturePass, losses: Tensor, mask: Tensor | None) -> None:
-        collector = capture.collector
+        collector = capture.collector.kept
         assert isinstance(collector, TwoPasses)
         states = random_states(capture.device)
         go_back(capture, losses, retain_graph=True)
         # where backward draws, as a recomputed dropout may, both passes draw the same
         set_states(states)
-        weights, collector.norms = self._factors(collector, losses, mask)
+        weights, collector.norms = self._factors(collector, mask)
         collector.begin_sum(weights, not_finite(collector.norms))
         go_back(capture, losses)
 

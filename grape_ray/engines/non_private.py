@@ -9,6 +9,7 @@ from torch import Tensor
 
 from grape_ray.engines.capture.batches import Batch, count_examples
 from grape_ray.engines.engine import Engine
+from grape_ray.engines.grouping import Groups
 from grape_ray.engines.losses import PerExampleLoss, check_losses
 from grape_ray.privacy.types import ClippedSum
 
@@ -26,13 +27,19 @@ class NonPrivate(Engine):
         batch: Batch,
         step: int = 0,
         mask: Tensor | None = None,
+        groups: Tensor | None = None,
+        units: int | None = None,
     ) -> ClippedSum:
-        examples = count_examples(batch)
-        if examples == 0:
+        rows = count_examples(batch)
+        if rows == 0:
             return self.empty_sum(step)
         with torch.enable_grad():
-            losses = check_losses(per_example_loss(self.model, batch), examples)
-            total = losses.sum() if mask is None else losses[mask].sum()
+            losses = check_losses(per_example_loss(self.model, batch), rows)
+            means = losses
+            if groups is not None:
+                means = losses * Groups(groups, units, rows, losses.device).shares
+                mask = None if mask is None else mask[groups]
+            total = means.sum() if mask is None else means[mask].sum()
             found = torch.autograd.grad(total, list(self.params.values()), allow_unused=True)
         sums = {name: grad for name, grad in zip(self.params, found) if grad is not None}
         return self._complete(sums, {"losses": losses.detach()}, step)

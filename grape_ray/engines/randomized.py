@@ -176,9 +176,9 @@ class Randomized(Ghost):
         return replace(done, unprotected={"losses": done.unprotected["losses"]})
 
     def _factors(
-        self, collector: Collector, losses: Tensor, mask: Tensor | None
+        self, collector: Collector, mask: Tensor | None
     ) -> tuple[dict[str, Tensor], Tensor]:
-        weights, norms = super()._factors(collector, losses, mask)
+        weights, norms = super()._factors(collector, mask)
         seen = norms > 0  # an estimate of zero bounds nothing
         return {
             name: torch.where(seen, w, torch.zeros_like(w)) for name, w in weights.items()

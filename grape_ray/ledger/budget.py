@@ -46,15 +46,16 @@ def check_share(
         Whether there is a ledger already.
 
     Raises:
-        StorageError, LedgerError, BudgetExceeded: no ledger can be made there, it is another's, or
-            the share exceeds what is left.
+        StorageError, LedgerError, BudgetExceeded: no ledger can be made there, it is another's or
+            of another privacy unit, or the share exceeds what is left.
     """
     existing = storage.exists(entry_name(0))
     if existing:
         state = Ledger.open(storage, dataset_id, *asked, create=False).state
     else:
         storage.check_writable()
-        state = State(epsilon=budget[0], delta=budget[1])
+        state = State(epsilon=budget[0], delta=budget[1], unit=share.unit)
+    state.check_unit(share.unit)
     # one that is registered already was checked then, and is compared when it is opened
     if share.name not in state.studies and share.name not in state.selections:
         state.check_share(share)
@@ -65,6 +66,7 @@ def open_registered(
     storage: Storage,
     dataset_id: str,
     made: tuple[float | None, float | None],
+    unit: str,
     identity: Iterable[str],
     dataset: str,
 ) -> Ledger:
@@ -72,14 +74,15 @@ def open_registered(
 
     Args:
         made: (epsilon, delta) that it is made with; None takes a ledger that exists as it is.
+        unit: the privacy unit that it protects.
         identity: all fingerprints of the records; none of public ones, which may have many ledgers.
         dataset: what the user calls the records.
 
     Raises:
-        LedgerError: it is of another dataset or budget, damaged, or out of reach. StorageError: the
-            registry cannot be written.
+        LedgerError: it is of another dataset, budget or unit, damaged, or out of reach.
+        StorageError: the registry cannot be written.
     """
-    ledger = Ledger.open(storage, dataset_id, *made)
+    ledger = Ledger.open(storage, dataset_id, *made, unit=unit)
     if identity:
         registry.register(identity, storage.url, ledger.ledger_id, dataset)
     return ledger

@@ -13,6 +13,7 @@ from typing import cast
 
 from grape_ray.accounting import calibration
 from grape_ray.accounting.mechanism import (
+    RECORD,
     Mechanism,
     check_count,
     check_delta,
@@ -30,6 +31,7 @@ MAX_ENTRY_BYTES = 65536
 MAX_REASON = 1000
 
 # Fields of each kind of entry, with their JSON types; further fields, and missing ones, are errors.
+# `unit` alone may be missing, and means `record` then.
 # fmt: off
 SCHEMA: dict[str, dict[str, type]] = {
     "open": {"format": int, "ledger_id": str, "dataset_id": str, "epsilon": float, "delta": float},
@@ -46,6 +48,8 @@ SCHEMA: dict[str, dict[str, type]] = {
     "close": {"study": str, "run": str, "attempt": int},
 }
 # fmt: on
+_UNIT: dict[str, type] = {"unit": str}
+_WITH_UNIT = ("open", "study", "selection")
 _ENTRY: dict[str, type] = {
     "seq": int,
     "prev": str,
@@ -91,6 +95,7 @@ class Study:
         mechanism: what each step is.
         epsilon, delta: the study's share of the dataset's budget.
         tokens: how many steps all its runs may take together, repeats after a crash included.
+        unit: the privacy unit, by the name of its column; ``record`` where there is none.
 
     Raises:
         ConfigError: a number is out of range.
@@ -101,16 +106,18 @@ class Study:
     epsilon: float
     delta: float
     tokens: int
+    unit: str = RECORD
 
     def __post_init__(self):
         check_name("study", self.name)
+        check_name("unit", self.unit)
         object.__setattr__(self, "epsilon", check_epsilon(self.epsilon))
         object.__setattr__(self, "delta", check_delta(self.delta))
         object.__setattr__(self, "tokens", check_count("tokens", self.tokens))
 
     def payload(self) -> Json:
         """The study as an entry's payload."""
-        return asdict(self)
+        return {k: v for k, v in asdict(self).items() if k != "unit" or v != RECORD}
 
     def epsilon_of(self, steps: int) -> float:
         """An upper bound on the epsilon, at the study's delta, of that many of its steps.
@@ -196,7 +203,8 @@ def decode(name: str, data: bytes) -> Entry:
         fields = _shaped("entry", _DECODER.decode(data.decode()), _ENTRY)
         if fields["kind"] not in SCHEMA:
             raise LedgerError("unknown kind", fields["kind"], ", ".join(SCHEMA))
-        _shaped(fields["kind"], fields["payload"], SCHEMA[fields["kind"]])
+        optional = _UNIT if fields["kind"] in _WITH_UNIT else {}
+        _shaped(fields["kind"], fields["payload"], SCHEMA[fields["kind"]], optional)
         claimed = fields.pop("hash")
         entry = Entry(**fields)
         if entry.hash != claimed:
@@ -228,13 +236,18 @@ _ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=Fal
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
-def _shaped(what: str, value: object, schema: Mapping[str, type]) -> Json:
-    """The dict, if it has exactly the schema's fields, of their types, with numbers in range."""
+def _shaped(
+    what: str, value: object, schema: Mapping[str, type], optional: Mapping[str, type] = {}
+) -> Json:
+    """The dict, if it has exactly the schema's fields, and such as may be missing, of their types,
+    with numbers in range.
+    """
     if not isinstance(value, dict):
         raise LedgerError(f"{what} is no object", type(value).__name__, str(sorted(schema)))
     found = cast(Json, value)
-    if set(found) != set(schema):
+    if set(found) - set(optional) != set(schema):
         raise LedgerError(f"{what} has wrong fields", str(sorted(found)), str(sorted(schema)))
+    schema = {**schema, **{field: kind for field, kind in optional.items() if field in found}}
     for field, kind in schema.items():
         item = found[field]
         accepted = (int, float) if kind is float else (kind,)

@@ -9,7 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from grape_ray.accounting import calibration
-from grape_ray.accounting.mechanism import check_count, check_delta, check_epsilon, check_name
+from grape_ray.accounting.mechanism import (
+    RECORD,
+    check_count,
+    check_delta,
+    check_epsilon,
+    check_name,
+)
 from grape_ray.accounting.selection import Selection
 from grape_ray.errors import BudgetExceeded, LedgerError
 from grape_ray.ledger.chain import Chain, Wanted
@@ -54,6 +60,7 @@ class Ledger:
         epsilon: float | None = None,
         delta: float | None = None,
         create: bool = True,
+        unit: str | None = None,
     ) -> Ledger:
         """The ledger at a folder, made if need be.
 
@@ -63,9 +70,11 @@ class Ledger:
             epsilon, delta: the budget of the dataset over all studies; needed to create, and
                 compared when given.
             create: whether a missing ledger is made.
+            unit: the privacy unit, by the name of its column; None is `record` for a new ledger,
+                and takes an existing one as it is.
 
         Raises:
-            LedgerError: missing, damaged, of another dataset or budget, or out of reach.
+            LedgerError: missing, damaged, of another dataset, budget or unit, or out of reach.
             ConfigError: a number is out of range.
         """
         storage = url if isinstance(url, Storage) else Storage(url)
@@ -82,6 +91,7 @@ class Ledger:
                 "ledger_id": os.urandom(16).hex(),
                 "dataset_id": check_name("dataset_id", dataset_id),
                 **budget,
+                **({} if unit in (None, RECORD) else {"unit": check_name("unit", unit)}),
             }
             ledger._chain.append(
                 # where another creator was faster, its opening is compared below like any other
@@ -90,6 +100,8 @@ class Ledger:
                     None,
                 )
             )
+        if unit is not None:
+            ledger._chain.state.check_unit(unit)
         for name, wanted in (("dataset_id", dataset_id), ("epsilon", epsilon), ("delta", delta)):
             found = getattr(ledger._chain.state, name)
             if wanted is not None and wanted != found:

@@ -8,7 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from grape_ray.accounting.mechanism import check_count, check_delta, check_epsilon, check_name
+from grape_ray.accounting.mechanism import (
+    RECORD,
+    check_count,
+    check_delta,
+    check_epsilon,
+    check_name,
+)
 from grape_ray.accounting.selection import Selection
 from grape_ray.errors import BudgetExceeded, ConfigError, LedgerError, NoiseReuse
 from grape_ray.ledger.charges import Attempt, Charge, StudyState
@@ -44,7 +50,8 @@ class State:
     """Everything a chain of entries says; grows by ``apply`` alone, at a cost that does not depend
     on how many entries came before.
 
-    ``epsilon`` and ``delta`` are the dataset's budget as it is now, after all ``extensions``.
+    ``epsilon`` and ``delta`` are the dataset's budget as it is now, after all ``extensions``, and
+    ``unit`` is what it protects.
     ``taken`` is the sum of all shares: exact, so that it does not matter in which order, and when,
     they were added.
     """
@@ -53,6 +60,7 @@ class State:
     dataset_id: str = ""
     epsilon: float = 0.0
     delta: float = 0.0
+    unit: str = RECORD
     studies: dict[str, StudyState] = field(default_factory=dict[str, StudyState])
     selections: dict[str, Selection] = field(default_factory=dict[str, Selection])
     taken: dict[str, Fraction] = field(
@@ -115,6 +123,18 @@ class State:
                 fix,
             )
 
+    def check_unit(self, unit: str) -> None:
+        """Refuse a share that protects another privacy unit: an epsilon for one record and one for
+        all records of a user do not add up. Raises LedgerError.
+        """
+        if unit != self.unit:
+            raise LedgerError(
+                "the ledger is of another privacy unit",
+                unit,
+                f"{self.unit}, which its budget is for",
+                "set privacy.unit to it, or keep the budgets apart: --ledger PLACE --second-ledger",
+            )
+
     def left(self, unit: str) -> float:
         """What of the budget's ``epsilon`` or ``delta`` no study or selection has taken."""
         return max(0.0, getattr(self, unit) - float(self.taken[unit]))
@@ -170,9 +190,10 @@ class State:
             )
         check_name("dataset_id", payload["dataset_id"])
         epsilon, delta = check_epsilon(payload["epsilon"]), check_delta(payload["delta"])
+        unit = check_name("unit", payload.get("unit", RECORD))
 
         def commit() -> None:
-            self.epsilon, self.delta = epsilon, delta
+            self.epsilon, self.delta, self.unit = epsilon, delta, unit
             self.ledger_id, self.dataset_id = payload["ledger_id"], payload["dataset_id"]
 
         return commit
@@ -234,9 +255,10 @@ class State:
         }
 
     def check_share(self, share: Study | Selection) -> None:
-        """Refuse a name that is taken, and a share above what is left of the dataset's budget.
-        Raises LedgerError, BudgetExceeded.
+        """Refuse a name that is taken, another privacy unit, and a share above what is left of the
+        dataset's budget. Raises LedgerError, BudgetExceeded.
         """
+        self.check_unit(share.unit)
         if share.name in self.studies or share.name in self.selections:
             raise LedgerError(
                 "a study is registered twice", share.name, "one entry a study", _RESTORE

@@ -33,14 +33,18 @@ def summary(ledger: Ledger) -> Json:
             "epsilon_spent": ledger.epsilon_spent(name),
             "runs": runs,
         }
-        studies[name] = {**known.study.payload(), **counts}
-    selections = {name: selection.payload() for name, selection in state.selections.items()}
+        studies[name] = {**known.study.payload(), "unit": known.study.unit, **counts}
+    selections = {
+        name: {**selection.payload(), "unit": selection.unit}
+        for name, selection in state.selections.items()
+    }
     spent = math.fsum(
         [s["epsilon_spent"] for s in studies.values()] + [s["epsilon"] for s in selections.values()]
     )
     return {
         "dataset_id": state.dataset_id,
         "ledger_id": state.ledger_id,
+        "unit": state.unit,
         "epsilon": state.epsilon,
         "delta": state.delta,
         "extensions": [asdict(extension) for extension in state.extensions],

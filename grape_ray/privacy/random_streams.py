@@ -14,6 +14,8 @@ from fractions import Fraction
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
+from grape_ray.privacy.keys import derive
+
 # normals made at a time; fixed, so that a value does not depend on the slice it was asked for in
 _CHUNK = 16384
 _WORD = 1 << 64
@@ -108,6 +110,65 @@ def poisson_batch(key: bytes, step: int, size: int, sampling_prob: float) -> np.
     if threshold >= _WORD:
         return np.arange(size, dtype=np.int64)
     return np.flatnonzero(words(key, step, 0, size) < np.uint64(threshold)).astype(np.int64)
+
+
+def picks_within_units(
+    key: bytes, step: int, units: np.ndarray, sizes: np.ndarray, most: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which records of the units in a step's batch the step takes: all of a unit that has at most
+    `most`, else `most` of them, without replacement, each set of so many with the same probability.
+
+    A function of (key, unit, step) and of the unit's size alone, whatever other units are asked
+    for, so that every rank picks the same.
+
+    Args:
+        key: 32 secret bytes, those of `poisson_batch`; a key of its own is derived from it.
+        units: (L,) numbers below 2^32. sizes: (L,) how many records each has. most: 1 to 2^24.
+
+    Returns:
+        The records' places within their units, ascending in each and one unit after the other; and
+        how many each has, (L,).
+
+    Source of the sampling: R. Floyd in Bentley, "Programming Pearls: A sample of brilliance", 1987.
+    """
+    counts, width = np.minimum(sizes, most), min(most, int(sizes.max(initial=0)))
+    table = np.tile(np.arange(width, dtype=np.int64), (len(units), 1))
+    large = np.flatnonzero(sizes > most)
+    own = derive(key, "records of a unit") if len(large) else b""
+    for draw in range(width if len(large) else 0):
+        last = sizes[large] - most + draw
+        place = _below(own, step, units[large], draw, last + 1)
+        taken = (table[large, :draw] == place[:, None]).any(1)
+        table[large, draw] = np.where(taken, last, place)
+    table[large] = np.sort(table[large], axis=1)
+    return table[np.arange(width) < counts[:, None]], counts
+
+
+def _below(key: bytes, step: int, units: np.ndarray, draw: int, bounds: np.ndarray) -> np.ndarray:
+    """A uniform integer in [0, bound) for each unit, int64: the first word of its own whose
+    remainder favours no value.
+
+    The word of (unit, draw, attempt) is the first of the block of AES-256 whose counter is (step,
+    unit, draw, attempt), of 64, 32, 24 and 8 bits.
+    """
+    cipher, found = Cipher(algorithms.AES256(key), modes.ECB()), np.zeros(len(units), np.int64)
+    sizes, open_ = bounds.astype(np.uint64), np.arange(len(units))
+    for attempt in range(1 << 8):  # one fails once in 2^32 at most, so a second is rare
+        counter = (units[open_].astype(np.uint64) << np.uint64(32)) + np.uint64(
+            (draw << 8) + attempt
+        )
+        blocks = np.empty((len(open_), 2), dtype=">u8")
+        blocks[:, 0], blocks[:, 1] = step, counter
+        stream = cipher.encryptor().update(blocks.tobytes())
+        word = np.frombuffer(stream, dtype="<u8")[::2]
+        size = sizes[open_]
+        # the largest multiple of `size` in 2^64 words is 2^64 - (2^64 mod size)
+        fair = word <= ~((np.uint64(0) - size) % size)
+        found[open_[fair]] = (word % size)[fair].astype(np.int64)
+        open_ = open_[~fair]
+        if not len(open_):
+            break
+    return found
 
 
 def public_normals(

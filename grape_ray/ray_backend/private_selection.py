@@ -166,10 +166,14 @@ def _open_sealed(sweep: Sweep, secret: Storage, trials: Sequence[Sealed]) -> Non
         cost = price.trial_epsilon(paid)
         for trial in trials:
             ledger = Ledger.open(
-                secret.child(part).child(trial.name), share.dataset_id, cost, paid.delta
+                secret.child(part).child(trial.name),
+                share.dataset_id,
+                cost,
+                paid.delta,
+                unit=paid.unit,
             )
             ledger.ensure_study(
-                Study(trial.name, paid.mechanism, cost, paid.delta, paid.trial_tokens)
+                Study(trial.name, paid.mechanism, cost, paid.delta, paid.trial_tokens, paid.unit)
             )
 
 

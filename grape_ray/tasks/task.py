@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 
 from grape_ray.data.arrays import Records
 from grape_ray.data.fingerprints import column_fingerprints
+from grape_ray.data.units import Units
 from grape_ray.errors import ConfigError
 from grape_ray.privacy.redaction import run_redacted
+from grape_ray.storage import Json
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,10 @@ class Data:
         columns: fingerprints of the single columns that `train` was made from, where there is more
             to it than `train` itself, so that a table with some of the columns is not taken for
             another dataset.
+        units: whose the records of `train` are, where the guarantee is for units of several records
+            (`privacy.unit`); None where each record is a unit.
+        validation_public: whether metrics of `validation` may be told without noise.
+        facts: what the task learned of the whole training set, such as the names of its labels.
     """
 
     train: Records
@@ -40,6 +47,14 @@ class Data:
     dataset_id: str
     public: bool = False
     columns: tuple[str, ...] = ()
+    units: Units | None = None
+    validation_public: bool = True
+    facts: Json = field(default_factory=Json)
+
+    @property
+    def unit_count(self) -> int:
+        """The number of privacy units that training samples from."""
+        return len(self.train if self.units is None else self.units)
 
     @cached_property
     def identity(self) -> tuple[str, ...]:
@@ -55,6 +70,7 @@ _PARTS = {
     "dataset_id": str,
     "public": bool,
     "columns": tuple,
+    "units": (Units, type(None)),
 }
 
 
@@ -70,6 +86,10 @@ class Task(Protocol):
     means over the records of a value that lies in [0, 1] with certainty, as whether the answer is
     right does and a loss does not; without it there are none. Only these can be the score of a
     sweep whose validation records are private.
+
+    A class may have an attribute `views`, the number K of rows that `collate` gives a record, such
+    as augmented views of an image, one record's after the other's; without it K is 1. A record's
+    gradient is the average of its views'.
     """
 
     @property
@@ -80,6 +100,9 @@ class Task(Protocol):
     def load(self) -> Data:
         """Read and check the whole dataset. Raises DataError before any work for anything that
         cannot be used.
+
+        A task that knows columns takes `load(unit="column")`, too, which names the privacy unit of
+        a record, and gives `Data.units` then; without it there are none.
         """
         ...
 
@@ -90,7 +113,9 @@ class Task(Protocol):
         ...
 
     def collate(self, records: Records, indices: np.ndarray) -> Mapping[str, Tensor]:
-        """The batch of the records at `indices`: tensors with B = len(indices) in dimension 0."""
+        """The batch of the records at `indices`: tensors with B = len(indices) in dimension 0, or
+        `views` times as many.
+        """
         ...
 
     def per_example_loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -108,13 +133,18 @@ class Task(Protocol):
         ...
 
 
-def loaded(task: Task) -> Data:
+def loaded(task: Task, unit: str = "") -> Data:
     """What a task loads, if it is a dataset.
 
+    Args:
+        unit: `privacy.unit`, the column that names each record's privacy unit; empty where the unit
+            is one record.
+
     Raises:
-        TaskFailed: see `redaction.run_redacted`. ConfigError: it is something else.
+        TaskFailed: see `redaction.run_redacted`. ConfigError: it is something else, or its units
+            are not those that were asked for.
     """
-    data = run_redacted(task.load, public=False)
+    data = run_redacted(partial(load, task, unit), public=False)
     parts = [("task.load returns", data, Data)]
     if isinstance(data, Data):
         parts = [
@@ -126,15 +156,68 @@ def loaded(task: Task) -> Data:
                 "return grape_ray.tasks.task.Data(train, validation, dataset_id), as"
                 " pipelines/digits_vit.py does"
             )
-            raise ConfigError(what, type(part).__name__, f"{kind.__module__}.{kind.__name__}", fix)
+            named = kind if isinstance(kind, type) else kind[0]
+            raise ConfigError(
+                what, type(part).__name__, f"{named.__module__}.{named.__name__}", fix
+            )
+    _check_units(data, unit)
     return data
+
+
+def resolved(task: Any, data: Data) -> Any:
+    """The task with what it read from its data written into its fields, where it has a method
+    `resolved` for that: so that its model can be built where the data is not.
+    """
+    resolve = getattr(task, "resolved", None)
+    return task if resolve is None else run_redacted(lambda: resolve(data), data.public)
+
+
+def load(task: Task, unit: str = "") -> Data:
+    """What a task loads, with the units that a column names.
+
+    Raises:
+        ConfigError: a unit is asked for, and the task's `load` takes none.
+    """
+    if not unit:
+        return task.load()
+    if "unit" not in inspect.signature(task.load).parameters:
+        raise ConfigError(
+            "privacy.unit",
+            unit,
+            f"nothing, because {type(task).__name__}.load takes no unit",
+            "let it take load(unit='') and give Data.units, or unset privacy.unit",
+        )
+    return task.load(unit=unit)  # pyright: ignore[reportCallIssue]
+
+
+def _check_units(data: Data, unit: str) -> None:
+    """Refuses units that were not asked for, none where they were, and those of other records."""
+    if (data.units is None) != (not unit):
+        got = "no units" if data.units is None else "units"
+        expected = f"those of column {unit!r}" if unit else "none, because privacy.unit is not set"
+        raise ConfigError("task.load gives", got, expected, "correct task.load, or privacy.unit")
+    if data.units is not None and len(data.units.order) != len(data.train):
+        raise ConfigError(
+            "task.load's units",
+            f"of {len(data.units.order)} records",
+            f"of the {len(data.train)} training records",
+            "make them from the column of those very rows",
+        )
+
+
+def views_of(task: Task) -> int:
+    """Rows that a task's `collate` gives a record. Raises ConfigError for no positive integer."""
+    views = getattr(task, "views", 1)
+    if not isinstance(views, int) or isinstance(views, bool) or views < 1:
+        raise ConfigError("task.views", views, "an integer >= 1", "say how many rows a record has")
+    return views
 
 
 def label(task: Any) -> str:
     """What a user would call the records of a task: its name, and the table that it trains on where
-    a field `train` says it.
+    a field `data` says it.
     """
-    table = getattr(task, "train", None)
+    table = getattr(task, "data", None)
     if not isinstance(table, str) or not table:
         return str(task.name)
     return f"{task.name} ({Path(table).absolute() if Path(table).exists() else table})"

@@ -34,14 +34,16 @@ def brief(plan: Plan) -> Json:
         "run": plan.run,
         "method": config.method.name,
         "records": plan.records,
-        "unit": "record",
+        "unit": config.privacy.unit_name,
+        "units": plan.units,
+        "examples_per_unit": config.privacy.unit_limit,
         "sampling_prob": plan.sampling_prob,
         "expected_batch_size": config.privacy.expected_batch_size,
         "noise_multiplier": noise,
         "steps": config.privacy.steps,
         "epsilon": plan.target[0] if plan.target else None,
         "delta": plan.target[1] if plan.target else None,
-        "delta_times_records": plan.target[1] * plan.records if plan.target else None,
+        "delta_times_units": plan.target[1] * plan.units if plan.target else None,
         "coordinates": seen.report.coordinates if seen else None,
         "signal_to_noise": signal,
         "workers": performance.num_workers,
@@ -94,7 +96,7 @@ def lines(values: Json) -> list[str]:
         f" {values['device']}"
     ]
     shown.append(
-        f"{values['records']} records, the unit is one record; sampling_prob"
+        f"{_records(values)}; sampling_prob"
         f" {values['sampling_prob']:.4g} (batches of {values['expected_batch_size']} on average),"
         f" {values['steps']} steps"
     )
@@ -105,7 +107,7 @@ def lines(values: Json) -> list[str]:
         signal = "" if ratio is None else f", signal to noise of a step at most {ratio:.3g}"
         shown.append(
             f"epsilon {values['epsilon']:g} at delta {values['delta']:g}"
-            f" ({values['delta_times_records']:.2g} over the records), noise multiplier"
+            f" ({values['delta_times_units']:.2g} over the {_units(values)}), noise multiplier"
             f" {values['noise_multiplier']:.4g}{signal}"
         )
     if values["budget"]:
@@ -128,3 +130,17 @@ def lines(values: Json) -> list[str]:
             f" a checkpoint is {values['checkpoint_bytes'] / 2**20:.1f} MiB"
         )
     return shown
+
+
+def _units(values: Json) -> str:
+    return "records" if values["examples_per_unit"] is None else f"units ({values['unit']})"
+
+
+def _records(values: Json) -> str:
+    """How many records there are, and what the privacy unit is."""
+    if values["examples_per_unit"] is None:
+        return f"{values['records']} records, the unit is one record"
+    return (
+        f"{values['records']} records of {values['units']} {_units(values)}, all records of one of"
+        f" which are protected; at most {values['examples_per_unit']} of them are used in a step"
+    )

@@ -10,6 +10,7 @@ no record: whatever interrupts a dry run, nothing unpaid for is left behind.
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import tempfile
 import time
@@ -45,7 +46,7 @@ from grape_ray.privacy.noise import grid_and_std, nonprivate_mean
 from grape_ray.privacy.redaction import run_redacted
 from grape_ray.storage import Storage
 from grape_ray.tasks.metrics import plain
-from grape_ray.tasks.task import Data, Task, loss_of
+from grape_ray.tasks.task import Data, Task, loss_of, views_of
 from grape_ray.training.build import build_engine, public_key
 from grape_ray.training.preflight import Report, preflight
 
@@ -151,12 +152,15 @@ def preflight_extremes(config: Config, data: Data) -> tuple[nn.Module, Batch, Re
     the batch, and what it found.
     """
     model, batch, alone = _extremes(config, data)
-    key, loss = public_key(config, "projection"), config.task.per_example_loss
-    return (
-        model,
-        batch,
-        preflight(model, loss, batch, config.privacy, config.method, key, len(alone), alone),
+    key, loss, views = (
+        public_key(config, "projection"),
+        config.task.per_example_loss,
+        views_of(config.task),
     )
+    # Views may be drawn anew for each batch: they are compared with rows of this one.
+    singles, rows = ([] if views > 1 else alone), len(alone) * views
+    report = preflight(model, loss, batch, config.privacy, config.method, key, rows, singles, views)
+    return model, batch, report
 
 
 def _extremes(config: Config, data: Data) -> tuple[nn.Module, Batch, list[Batch]]:
@@ -165,13 +169,12 @@ def _extremes(config: Config, data: Data) -> tuple[nn.Module, Batch, list[Batch]
     """
     task: Task = config.task
     model = task.build_model(config.seed)
-    order = data.train.by_length(np.arange(len(data.train)))
     # what is extreme in length is where memory, positions and padding fail
-    picked = np.unique([order[0], order[-1], np.random.default_rng().choice(order)])
+    picked = sorted({*data.train.extremes(), random.randrange(len(data.train))})
     return (
         model,
-        task.collate(data.train, picked),
-        [task.collate(data.train, picked[i : i + 1]) for i in range(len(picked))],
+        task.collate(data.train, np.array(picked)),
+        [task.collate(data.train, np.array([index])) for index in picked],
     )
 
 

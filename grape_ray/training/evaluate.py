@@ -43,7 +43,7 @@ def evaluate(run: str, trust: Iterable[str] = ()) -> Json:
             fix,
         )
     config = rebuild_config(known, trust)
-    newest, data = newest_checkpoint(place), loaded(config.task)
+    newest, data = newest_checkpoint(place), loaded(config.task, config.privacy.unit)
     model = run_redacted(partial(trained_model, config, newest), data.public)
     metrics = run_redacted(lambda: plain(config.task.evaluate(model, data.validation)), data.public)
     _update(place, newest.step, metrics)

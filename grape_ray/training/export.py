@@ -77,15 +77,18 @@ def _statement(config: Config, study: str, step: int) -> Json:
         )
         return {"private": False, "statement": statement, **trained}
     privacy = config.privacy  # a trial's holds the target of its whole sweep
+    unit = f"all training records of one unit ({privacy.unit})" if privacy.unit else ""
     statement = (
-        "(epsilon, delta)-differentially private with respect to adding or removing one training"
-        " record"
+        "(epsilon, delta)-differentially private with respect to adding or removing"
+        f" {unit or 'one training record'}"
     )
     return {
         "private": True,
         "statement": statement,
         "epsilon": privacy.epsilon,
         "delta": privacy.delta,
+        "unit": privacy.unit_name,
+        "examples_per_unit": privacy.unit_limit,
         "study": study,
         **trained,
     }

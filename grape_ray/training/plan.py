@@ -25,14 +25,15 @@ class Plan:
         key_path: file of the master key, on the machine of rank 0; None for the usual place.
         dataset_id: fingerprint of the training records; the ledger alone may keep it.
         target: (epsilon, delta) of the run's study; None for the baseline.
-        sampling_prob: chance of each record to be in a batch. noise_multiplier: noise standard
-            deviation over the sensitivity.
+        sampling_prob: chance of each privacy unit to be in a batch. noise_multiplier: noise
+            standard deviation over the sensitivity.
         tokens: steps that the run's study may take, repeats included; 0 for the baseline.
         origin: (URL of a run's folder, name of its checkpoint) that a new run begins from; None
             begins from the task's own model.
         scores: what may be said of private validation records; None where they are public.
         public: whether all records are public, so that errors may quote them.
-        records: N. dry_run: what the dry run has seen; None where there was none.
+        records: N. units: U, the number of privacy units that they belong to.
+        dry_run: what the dry run has seen; None where there was none.
     """
 
     config: Config
@@ -50,6 +51,7 @@ class Plan:
     scores: Terms | None = None
     public: bool = False
     records: int = 0
+    units: int = 0
     dry_run: DryRun | None = None
 
     @property

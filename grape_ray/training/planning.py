@@ -21,7 +21,7 @@ from grape_ray.ledger.location import RUN_FILE, absolute, ledger_place
 from grape_ray.privacy import keys
 from grape_ray.privacy.redaction import run_redacted
 from grape_ray.storage import Json, Storage
-from grape_ray.tasks.task import Task, loaded
+from grape_ray.tasks.task import Task, loaded, resolved
 from grape_ray.training.checks import check_machine, check_run_name, fresh_name
 from grape_ray.training.dry_run import dry_run, preflight_extremes
 from grape_ray.training.plan import Plan
@@ -77,13 +77,14 @@ def plan_run(
     check_run_name(run)
     check_machine(config)
     if scores is not None:
-        check_metric(task, scores.metric)
-    data = loaded(task)
+        check_metric(task, scores.metric, config.privacy.unit)
+    data, unit = loaded(task, config.privacy.unit), config.privacy.unit_name
+    config = replace(config, task=resolved(task, data))
     private, sampling_prob = METHODS[config.method.name].private, sampling_prob_of(config, data)
     # A run that shares a study, as a trial does, was checked when the study began: here and below.
     if study is None:
         public = data.public and not registry.known(data.identity)
-        cautions.check(config, len(data.train), public, consent)
+        cautions.check(config, data.unit_count, public, consent)
     check_splits(data, scores is None, private and study is None and not data.public)
     place = Storage(root, config.performance.storage_timeout_s)
     place.check_writable()
@@ -103,6 +104,7 @@ def plan_run(
         scores=scores,
         public=data.public and scores is None,
         records=len(data.train),
+        units=data.unit_count,
     )
     ledger_at = partial(ledger_place, ledger, data.dataset_id, data.public, root, run)
     budget = None
@@ -115,7 +117,7 @@ def plan_run(
         if study is None:
             budget = check_budget(plan, data, ledger_budget, consent)
         else:
-            check_mechanism(plan.mechanism(), study)
+            check_mechanism(plan.mechanism(), unit, study)
     elif study is not None:
         fix = "what a study releases is paid for, without exception"
         raise ConfigError("method.name", config.method.name, "a private method", fix)
@@ -178,6 +180,7 @@ def _description(plan: Plan) -> bytes:
     """The config and what else a resumed run must know, as JSON."""
     own: Json = {
         "run": plan.run,
+        "unit": plan.config.privacy.unit_name,
         "ledger": plan.ledger,
         "study": plan.study,
         "validation": described(plan.scores),

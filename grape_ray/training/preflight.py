@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from grape_ray.config.methods import METHODS
-from grape_ray.config.schema import MIN_CLIP_NORM, Method, Privacy
+from grape_ray.config.schema import MAX_CLIP_NORM, MIN_CLIP_NORM, Method, Privacy
 from grape_ray.engines import Engine, from_config
 from grape_ray.engines.capture.batches import Batch, count_examples, mapped
 from grape_ray.engines.capture.model_state import awake
@@ -66,9 +66,11 @@ def preflight(
     key: bytes = b"",
     examples: int = 3,
     alone: Sequence[Batch] = (),
+    views: int = 1,
 ) -> Report:
     """Compares an engine with ordinary autograd on the first examples of a batch, in the mode that
-    the model is in.
+    the model is in; where units have several rows (`privacy.unit`, or `views` a record), with two
+    of the rows averaged, too.
 
     Args:
         key: public key of the projections. examples: how many of the batch are compared, at most.
@@ -99,6 +101,15 @@ def preflight(
             set_states(state)
             summed = exact.clipped_sum(per_example_loss, few)
             worst, tensor = _compare(exact, wanted, summed)
+            if count > 1 and (privacy.unit or views > 1):
+                units = _averaged(wanted)
+                loose = replace(privacy, clip_norm=_loose_norm(units[0], privacy.clip_norm))
+                grouped = from_config(model, loose, twin, key)
+                grouped.layouts = exact.layouts
+                groups = torch.tensor([0, *range(count - 1)])
+                set_states(state)
+                summed = grouped.clipped_sum(per_example_loss, few, groups=groups, units=len(units))
+                worst, tensor = max((worst, tensor), _compare(grouped, units, summed))
             if twin is not method:  # its estimates cannot be compared, but it must not fail
                 engine.layouts = exact.layouts
                 summed = engine.clipped_sum(per_example_loss, few)
@@ -234,6 +245,20 @@ def _compare(
             "freeze it (requires_grad=False), or teach its operation with grape_ray.register_rule",
         )
     return errors[name], name
+
+
+def _averaged(references: Sequence[Mapping[str, Tensor]]) -> list[Mapping[str, Tensor]]:
+    """The gradients of units, where the first two rows are one unit's."""
+    first, second, *rest = references
+    return [{name: (grad + second[name]) / 2 for name, grad in first.items()}, *rest]
+
+
+def _loose_norm(average: Mapping[str, Tensor], otherwise: float) -> float:
+    """A clip norm that leaves an average as it is and would clip a sum of two: under one that clips
+    both they are the same.
+    """
+    norm = 1.5 * math.sqrt(sum(float(g.square().sum()) for g in average.values()))
+    return norm if MIN_CLIP_NORM <= norm <= MAX_CLIP_NORM else otherwise
 
 
 def _references(

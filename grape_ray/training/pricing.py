@@ -15,22 +15,23 @@ from grape_ray.tasks.task import Data
 
 
 def sampling_prob_of(config: Config, data: Data) -> float:
-    """expected_batch_size over the number of records, if that is a probability."""
+    """expected_batch_size over the number of privacy units, if that is a probability."""
     for split in ("train", "validation"):
         if len(getattr(data, split)) == 0:
             raise DataError(
                 f"the {split} split is empty", 0, "at least one record", "check the data"
             )
-    size, records = config.privacy.expected_batch_size, len(data.train)
-    if size > records:
-        got = f"{size} of {records} records, a sampling_prob of {size / records:g}"
+    size, units = config.privacy.expected_batch_size, data.unit_count
+    if size > units:
+        name = config.privacy.units_name
+        got = f"{size} of {units} {name}, a sampling_prob of {size / units:g}"
         raise ConfigError(
             "privacy.expected_batch_size",
             got,
             "a sampling_prob of at most 1",
-            f"choose at most {records}",
+            f"choose at most {units}",
         )
-    return size / records
+    return size / units
 
 
 def mechanism_kind(config: Config) -> Json:
@@ -72,12 +73,15 @@ def price(config: Config, sampling_prob: float) -> tuple[float, int]:
     return privacy.noise_multiplier, tokens
 
 
-def check_mechanism(mechanism: Mechanism, study: Study) -> None:
+def check_mechanism(mechanism: Mechanism, unit: str, study: Study) -> None:
     """Refuses a run whose steps are not those that the study's tokens pay for. Raises ConfigError,
     naming what differs.
+
+    Args:
+        unit: the run's privacy unit.
     """
-    frozen = asdict(study.mechanism)
-    for field, value in asdict(mechanism).items():
+    frozen = {**asdict(study.mechanism), "privacy unit": study.unit}
+    for field, value in {**asdict(mechanism), "privacy unit": unit}.items():
         if value != frozen[field]:
             fix = "all runs of a study share one mechanism: vary what does not change it"
             raise ConfigError(

@@ -37,10 +37,18 @@ class Terms:
     study: str
 
 
-def check_metric(task: object, metric: str) -> None:
-    """Refuses a private metric that the task does not call bounded: the noise would not cover it.
-    Raises ConfigError.
+def check_metric(task: object, metric: str, unit: str) -> None:
+    """Refuses private scores that their noise would not cover: of a metric that the task does not
+    call bounded, or where a privacy unit (`privacy.unit`) may have several validation records, each
+    of which moves the score. Raises ConfigError.
     """
+    if unit:
+        raise ConfigError(
+            "private scores with privacy.unit",
+            unit,
+            "none: their noise covers one validation record, not all those of a unit",
+            "score on public validation records, or unset privacy.unit",
+        )
     bounded = getattr(task, "bounded_metrics", ())
     if metric not in bounded:
         fix = (

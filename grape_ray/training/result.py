@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
+from grape_ray.accounting.mechanism import RECORD
 from grape_ray.storage import Json, Storage
 
 RESULT_FILE = "result.json"
@@ -17,6 +18,8 @@ class RunResult:
     Attributes:
         private: whether the method carries a guarantee.
         epsilon, delta: the target, of the whole study, because its tokens can still be spent.
+        unit: the privacy unit, by the name of its column; `record` where there is none.
+        examples_per_unit: records of it that a step takes at most; None for a record.
         epsilon_spent: by the study's steps so far, for display.
         steps: that the model has taken.
         metrics: on the validation records, at metrics_step.
@@ -54,6 +57,8 @@ class RunResult:
     attempts: int
     steps_per_s: float
     workers: int
+    unit: str = RECORD
+    examples_per_unit: int | None = None
 
     def as_dict(self) -> Json:
         """JSON values by name."""
@@ -70,5 +75,8 @@ def read_result(folder: Storage) -> RunResult:
 
 
 def from_dict(values: Json) -> RunResult:
-    """What `as_dict` gave; a value that an earlier version did not keep is None."""
+    """What `as_dict` gave; a value that an earlier version did not keep is None, and its unit a
+    record.
+    """
+    values = {"unit": RECORD, **values}
     return RunResult(**{name: values.get(name) for name in RunResult.__dataclass_fields__})  # pyright: ignore[reportArgumentType]

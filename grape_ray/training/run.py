@@ -23,7 +23,7 @@ from grape_ray.privacy.noise import NoiseStream
 from grape_ray.privacy.rank_zero import on_rank_zero
 from grape_ray.privacy.redaction import is_ours, run_redacted, where
 from grape_ray.storage import Storage
-from grape_ray.tasks.task import Data, Task, loss_of
+from grape_ray.tasks.task import Data, Task, load, loss_of
 from grape_ray.training.active_run import ActiveRun
 from grape_ray.training.build import build_engine, public_key
 from grape_ray.training.callbacks import RunCallbacks
@@ -90,6 +90,8 @@ def _execute(plan: Plan, comms: Comms, callbacks: RunCallbacks, device: torch.de
         sampling_key=attempt.sampling_key,
         dropout_key=attempt.dropout_key,
         micro_batch_size=performance.micro_batch_size,
+        units=data.units,
+        examples_per_unit=config.privacy.examples_per_unit,
     )
     checkpoints.begin_attempt(attempt.number)
     journal = Journal(plan.folder(), checkpoints.attempt, comms.rank)
@@ -124,8 +126,8 @@ def _execute(plan: Plan, comms: Comms, callbacks: RunCallbacks, device: torch.de
 
 def _loaded(plan: Plan) -> Data:
     """The records. Raises DataError where they are not those that the run was planned with."""
-    data = plan.config.task.load()
-    if data.dataset_id != plan.dataset_id:
+    data = load(plan.config.task, plan.config.privacy.unit)
+    if data.dataset_id != plan.dataset_id or data.unit_count != plan.units:
         expected = "the records that the run was planned with"
         raise DataError(
             "the training data changed", None, expected, "every worker must see the same data"
@@ -206,9 +208,8 @@ def _model_and_engine(
         model = model.to(device)
         return model, build_engine(config, model), loss_of(task, performance.precision, device.type)
     whole = build_engine(config, model)
-    order = data.train.by_length(np.arange(len(data.train)))
     layouts = whole.learn(
-        task.per_example_loss, task.collate(data.train, np.unique(order[[0, -1]]))
+        task.per_example_loss, task.collate(data.train, np.unique(data.train.extremes()))
     )
     half = torch.bfloat16 if performance.precision == "bf16" else None
     sharding.shard(model, device, half, performance.recompute)
@@ -276,6 +277,8 @@ def _result(run: ActiveRun, outcome: Outcome, seconds: float, peak_bytes: int) -
         delta=delta,
         steps=progress.step,
         noise_multiplier=plan.noise_multiplier if run.ledger else None,
+        unit=plan.config.privacy.unit_name,
+        examples_per_unit=plan.config.privacy.unit_limit,
         metrics=dict(progress.metrics),
         metrics_step=progress.metrics_step,
         problems=run.problems,

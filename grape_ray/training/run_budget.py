@@ -26,7 +26,8 @@ class Budget:
 def _study(plan: Plan) -> Study:
     """The run's own study."""
     assert plan.target is not None
-    return Study(plan.study, plan.mechanism(), *plan.target, plan.tokens)
+    unit = plan.config.privacy.unit_name
+    return Study(plan.study, plan.mechanism(), *plan.target, plan.tokens, unit)
 
 
 def check_budget(
@@ -37,7 +38,8 @@ def check_budget(
     """
     assert plan.target is not None
     made = made_for(plan.target, *asked)
-    cautions.check_delta("the delta of the dataset's ledger", made[1], len(data.train), consent)
+    what = "the delta of the dataset's ledger"
+    cautions.check_delta(what, made[1], data.unit_count, plan.config.privacy.units_name, consent)
     existing = check_share(
         plan.ledger_storage().first_contact(), plan.dataset_id, made, _study(plan), asked
     )
@@ -54,7 +56,8 @@ def open_budget(plan: Plan, budget: Budget, ledger_at: Callable[[], str]) -> Pla
     """
     keys.master_key(plan.key_path)
     plan = replace(plan, ledger=ledger_at())
-    storage, dataset = plan.ledger_storage(), label(plan.config.task)
-    ledger = open_registered(storage, plan.dataset_id, budget.made, budget.identity, dataset)
-    ledger.ensure_study(_study(plan))
+    study, storage, dataset = _study(plan), plan.ledger_storage(), label(plan.config.task)
+    made, identity = budget.made, budget.identity
+    ledger = open_registered(storage, plan.dataset_id, made, study.unit, identity, dataset)
+    ledger.ensure_study(study)
     return plan

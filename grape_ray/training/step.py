@@ -1,9 +1,10 @@
-"""One training step: this rank's share of the Poisson batch, clipped sums, the noise line, the
-update.
+"""One training step: this rank's share of the Poisson batch of units, clipped sums, the noise line,
+the update.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from grape_ray.data.arrays import Records
+from grape_ray.data.units import Units
 from grape_ray.distributed.comms import Comms
 from grape_ray.distributed.sharding import is_sharded
 from grape_ray.engines import Engine
@@ -21,7 +23,8 @@ from grape_ray.optim import Optimizer
 from grape_ray.privacy.noise import NoiseStream, nonprivate_mean, privatize
 from grape_ray.privacy.random_streams import poisson_batch, words
 from grape_ray.privacy.types import ClippedSum, NonPrivateGradient, PrivateGradient
-from grape_ray.tasks.task import Task, to_device
+from grape_ray.tasks.task import Task, to_device, views_of
+from grape_ray.training.micro_batches import MicroBatch, common_sizes, micro_batches, share_of
 
 _AHEAD = 1 << 25  # normals drawn ahead at most, 256 MiB
 
@@ -30,18 +33,20 @@ _AHEAD = 1 << 25  # normals drawn ahead at most, 256 MiB
 class Step:
     """The function (model state, key, step) -> model state; every rank calls it for every step.
 
-    Guarantees: each record is in the batch with probability `sampling_prob`, independently,
-    whatever the number of ranks; the noise is drawn once; an empty batch or an empty share is a
-    step like any other.
+    Guarantees: each unit is in the batch with probability `sampling_prob`, independently, whatever
+    the number of ranks, and so are the records that are picked of it; the noise is drawn once; an
+    empty batch or an empty share is a step like any other.
 
     Attributes:
         loss: per-example loss, the task's own or one in lower precision.
+        units: whose the records are; None where each is a unit of its own. examples_per_unit:
+            records that are taken of a sampled unit, at most.
         noise: this attempt's secret stream; None for the non-private baseline.
-        expected_batch_size: the divisor.
+        expected_batch_size: the divisor, in units.
         sampling_key: 32 bytes, secret and of this attempt (of the public seed for the baseline).
         dropout_key: as sampling_key: an example's place in its batch, and so its mask, depends on
             the others.
-        micro_batch_size: examples a pass; changes rounding at most.
+        micro_batch_size: rows a pass, or those of one unit; changes rounding at most.
     """
 
     task: Task
@@ -58,6 +63,8 @@ class Step:
     sampling_key: bytes
     dropout_key: bytes
     micro_batch_size: int
+    units: Units | None = None
+    examples_per_unit: int = 1
 
     def __call__(self, step: int, grant: Grant | None = None) -> None:
         """Takes step `step` (0-based).
@@ -76,13 +83,14 @@ class Step:
                 f"at most {grant.mechanism.sampling_prob:g}, which it is paid for with",
                 "charge the study of this run's mechanism",
             )
-        batch = poisson_batch(self.sampling_key, step, len(self.records), self.sampling_prob)
-        # the batch is the same on every rank, so no rank needs to send another its share
-        share = batch[self.comms.rank :: self.comms.world_size]
-        largest = -(-len(batch) // self.comms.world_size) if is_sharded(self.model) else len(share)
+        batch = poisson_batch(self.sampling_key, step, self._size(), self.sampling_prob)
         self._draw_ahead(step)
-        summed = self._summed(share, largest, step)
+        summed = self._summed(batch, step)
         self.optimizer.step(self._gradient(summed, len(batch), grant))
+
+    def _size(self) -> int:
+        """The number of units that are sampled from."""
+        return len(self.records if self.units is None else self.units)
 
     def _draw_ahead(self, step: int) -> None:
         """Where a GPU computes the gradients, idle cores draw the noise meanwhile: it does not
@@ -94,30 +102,37 @@ class Step:
         if high - low <= _AHEAD:
             self.noise.draw_ahead(step, low, high - low)
 
-    def _summed(self, share: np.ndarray, largest: int, step: int) -> ClippedSum:
-        """The clipped sum over this rank's share, by micro-batches.
-
-        The ranks of a sharded model gather its weights together, so each runs as many micro-batches
-        as the `largest` share needs, of equal sizes; what is missing is made up by rows that are
-        masked out.
-        """
-        total, share = None, self.records.by_length(share)
-        for start in range(0, largest, self.micro_batch_size):
+    def _summed(self, batch: np.ndarray, step: int) -> ClippedSum:
+        """The clipped sum over this rank's share, by micro-batches."""
+        total, place = None, self.comms.rank * self._size()
+        for part in self._micro_batches(batch, step):
             # What a model draws, dropout's masks above all, is a function of (key, step), of the
             # rank and of the place in its share.
-            place = 2 * (self.comms.rank * len(self.records) + start)
-            torch.manual_seed(int(words(self.dropout_key, step, place, 1)[0] >> np.uint64(1)))
-            own = share[start : start + self.micro_batch_size]
-            size = min(self.micro_batch_size, largest - start)
-            # the first record, again and again; the mask leaves it out of the sum
-            filler = np.zeros(size - len(own), dtype=own.dtype)
-            mask = torch.arange(size, device=self.device) < len(own) if len(filler) else None
-            batch = to_device(
-                self.task.collate(self.records, np.concatenate([own, filler])), self.device
+            seed = words(self.dropout_key, step, 2 * (place + part.place), 1)[0] >> np.uint64(1)
+            torch.manual_seed(int(seed))
+            rows = to_device(self.task.collate(self.records, part.records), self.device)
+            mask = None if part.mask is None else part.mask.to(self.device)
+            summed = self.engine.clipped_sum(
+                self.loss, rows, step=step, mask=mask, groups=part.groups, units=part.units
             )
-            part = self.engine.clipped_sum(self.loss, batch, step=step, mask=mask)
-            total = part if total is None else total + part
+            total = summed if total is None else total + summed
         return self.engine.empty_sum(step) if total is None else total
+
+    def _micro_batches(self, batch: np.ndarray, step: int) -> Iterator[MicroBatch]:
+        """Those of this rank's share of the batch, which is every world_size-th unit.
+
+        The ranks of a sharded model gather its weights together, so each runs as many micro-batches
+        as the rank with the most, of equal sizes; what is missing is made up by fillers.
+        """
+        mine, by_record = batch[self.comms.rank :: self.comms.world_size], self.units is None
+        share = share_of(
+            mine, self.records, self.units, self.sampling_key, step, self.examples_per_unit
+        )
+        size, views, sizes = self.micro_batch_size, views_of(self.task), None
+        if is_sharded(self.model):
+            known = len(batch) if by_record else None
+            sizes = common_sizes(share, size, views, self.comms, known)
+        return micro_batches(share, size, views, not by_record or views > 1, sizes)
 
     def _gradient(
         self, summed: ClippedSum, batch_size: int, grant: Grant | None

@@ -7,12 +7,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from grape_ray.accounting.selection import Selection
 from grape_ray.config import cautions
 from grape_ray.config.cautions import Consent
-from grape_ray.config.description import at_home, describe
+from grape_ray.config.description import describe, up_to_date
+from grape_ray.config.schema import Config
 from grape_ray.data.fingerprints import column_fingerprints, fingerprint_records
 from grape_ray.errors import ConfigError
 from grape_ray.ledger.budget import made_for
@@ -45,18 +45,18 @@ def prepare(options: Options, space: Space, study: SweepStudy, name: str | None 
     study = _priced_config(options, study)
     if options.mode == SELECT:
         check_select_config(study.config)
-    data = loaded(study.config.task)
+    privacy = study.config.privacy
+    data = loaded(study.config.task, privacy.unit)
     sampling_prob = sampling_prob_of(study.config, data)
     consent = Consent(large_delta=options.allow_large_delta)
-    cautions.check_delta("the sweep's delta", study.config.privacy.delta, len(data.train), consent)
-    cautions.warn(study.config.privacy)
+    counted = data.unit_count, privacy.units_name, consent
+    cautions.check_delta("the sweep's delta", privacy.delta, *counted)
+    cautions.warn(privacy)
     check_splits(data, study.score_source != PRIVATE, not data.public)
     storage = absolute(options.storage)
     _check_place(Storage(storage).child(name), name)
     steps = _steps(options, study, name, data, storage, sampling_prob)
-    cautions.check_delta(
-        "the delta of the dataset's ledger", steps.budget[1], len(data.train), consent
-    )
+    cautions.check_delta("the delta of the dataset's ledger", steps.budget[1], *counted)
     scores = (
         _scores(options, study, name, data, storage, steps.paid)
         if study.score_source == PRIVATE
@@ -94,16 +94,13 @@ def prepare(options: Options, space: Space, study: SweepStudy, name: str | None 
 
 def resume(described: Json, options: Options, space: Space, study: SweepStudy) -> Sweep:
     """A sweep to continue as it was begun; its price is what was registered."""
-    name, task = described["sweep"], study.config.task
-    steps = _known(described, options.mode, task, lambda data: data.identity)
+    name = described["sweep"]
+    steps = _known(described, options.mode, study.config, lambda data: data.identity)
     scores = described["scores"] and _known(
-        described["scores"], options.mode, task, _validation_identity
+        described["scores"], options.mode, study.config, _validation_identity
     )
     study = _frozen(_priced_config(options, study), steps.paid)
-    mine, theirs = (
-        json.loads(json.dumps(describe(study.config))),
-        {**described["config"], "task": at_home(described["config"]["task"])},
-    )
+    mine, theirs = (json.loads(json.dumps(describe(study.config))), up_to_date(described["config"]))
     differing = sorted(key for key in mine if mine[key] != theirs.get(key)) + [
         key
         for key, value in (("fields", sorted(space)), ("score_source", study.score_source))
@@ -137,7 +134,7 @@ def resume(described: Json, options: Options, space: Space, study: SweepStudy) -
 
 
 def _known(
-    described: Json, mode: str, task: Any, identity: Callable[[Data], tuple[str, ...]]
+    described: Json, mode: str, config: Config, identity: Callable[[Data], tuple[str, ...]]
 ) -> BudgetShare:
     """A share as it was described; the data is read, for its fingerprints, only where the sweep was
     cut off before its ledger was made.
@@ -148,7 +145,7 @@ def _known(
         return BudgetShare(
             paid, where, Ledger.open(where, create=False).state.dataset_id, (budget[0], budget[1])
         )
-    data = loaded(task)
+    data = loaded(config.task, config.privacy.unit)
     found = identity(data)
     return BudgetShare(
         paid,

@@ -60,6 +60,7 @@ def compose(
             epsilon,
             delta,
             tokens,
+            study.config.privacy.unit_name,
         )
     mechanism = Mechanism(**kind, sampling_prob=sampling_prob, noise_multiplier=sigma)
     bought = min(tokens, calibration.steps_within(mechanism, epsilon, delta))
@@ -70,7 +71,7 @@ def compose(
             "enough for one step",
             "raise it, or the budget",
         )
-    return Study(name, mechanism, epsilon, delta, bought)
+    return Study(name, mechanism, epsilon, delta, bought, study.config.privacy.unit_name)
 
 
 def select(
@@ -95,7 +96,8 @@ def select(
     mechanism = Mechanism(
         **mechanism_kind(study.config), sampling_prob=sampling_prob, noise_multiplier=sigma
     )
-    return Selection(name, mechanism, epsilon, delta, trial, distribution)
+    unit = study.config.privacy.unit_name
+    return Selection(name, mechanism, epsilon, delta, trial, distribution, unit)
 
 
 def trial_epsilon(paid: Selection) -> float:

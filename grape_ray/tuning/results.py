@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 
 from grape_ray.accounting import calibration
-from grape_ray.accounting.mechanism import Mechanism
+from grape_ray.accounting.mechanism import RECORD, Mechanism
 from grape_ray.ledger.entries import Study
 from grape_ray.ledger.ledger import Ledger
 from grape_ray.storage import Json, Storage
@@ -45,6 +45,7 @@ class SweepResult:
         best: the winner; None where no score is finite.
         ledger: URL. score_source: `public` or `private`. score_ledger: URL of the ledger of private
             validation records; None where they are public.
+        unit: the privacy unit, by the name of its column; `record` where there is none.
     """
 
     sweep: str
@@ -62,6 +63,7 @@ class SweepResult:
     ledger: str
     score_source: str
     score_ledger: str | None
+    unit: str = RECORD
 
     def as_json(self) -> Json:
         """The fields as JSON values."""
@@ -151,4 +153,5 @@ def _result(
         ledger=sweep.steps.ledger,
         score_source=sweep.study.score_source,
         score_ledger=sweep.scores.ledger if sweep.scores else None,
+        unit=paid.unit,
     )

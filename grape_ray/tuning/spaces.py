@@ -29,6 +29,7 @@ FROZEN = {
     "privacy.spare_steps": "the study's tokens are shared by all trials",
     "privacy.probes": "it changes the mechanism, which the study freezes",
     "privacy.shared_probes": "it changes the mechanism, which the study freezes",
+    "privacy.unit": "it changes what the study's budget protects",
 }
 # What a checkpoint can be continued with: changing anything else would not fit its moments or its
 # model.
@@ -81,7 +82,7 @@ class SweepStudy:
                 "score_source", self.score_source, expected, "say where the score comes from"
             )
         if self.score_source == PRIVATE:
-            check_metric(self.config.task, self.metric)
+            check_metric(self.config.task, self.metric, self.config.privacy.unit)
         if self.reduction_factor < 2:
             raise ConfigError(
                 "reduction_factor", self.reduction_factor, "an integer >= 2", "3 is usual"

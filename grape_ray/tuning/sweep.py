@@ -58,7 +58,7 @@ class BudgetShare:
         storage = Storage(self.ledger)
         made = (None, None) if storage.exists(entry_name(0)) else self.budget
         identity = () if self.public else self.identity
-        open_registered(storage, self.dataset_id, made, identity, self.dataset)
+        open_registered(storage, self.dataset_id, made, self.paid.unit, identity, self.dataset)
 
     def described(self) -> Json:
         """The share as the sweep's description keeps it: without the fingerprint of the records,

@@ -10,6 +10,7 @@ import torch.multiprocessing as mp
 import transformers
 
 from grape_ray import Config, Method, Performance, Privacy, checkpoint
+from grape_ray.data.units import Units
 from grape_ray.distributed import sharding
 from grape_ray.distributed.comms import Comms
 from grape_ray.engines import from_config
@@ -28,6 +29,7 @@ from grape_ray.training.step import Step
 from tests.support.grants import granted
 
 STEPS, CPU = 3, torch.device("cpu")
+UNITS = Units.of(np.arange(16) ** 2 % 11)  # of the texts: 1, 1, 0, 2, 3, 3, 0, 0, 0, 3
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def task(tmp_path_factory):
     where = str(root / "texts.parquet")
     return TextGeneration(
         model=str(root / "opt"),
-        train=where,
+        data=where,
         validation=where,
         tokenizer="bytes",
         max_tokens=32,
@@ -54,7 +56,9 @@ def task(tmp_path_factory):
     )
 
 
-def run(task, comms, method, sharded=False, recompute=False, dtype=torch.float64, micro=3):
+def run(
+    task, comms, method, sharded=False, recompute=False, dtype=torch.float64, micro=3, by_unit=False
+):
     """Three private steps; returns (whole weights, metrics, largest numel held of any parameter
     over the whole's).
     """
@@ -85,7 +89,7 @@ def run(task, comms, method, sharded=False, recompute=False, dtype=torch.float64
         optimizer=make_optimizer(model, engine, config, STEPS, b"rounding"),
         noise=NoiseStream(b"n" * 32), sampling_prob=0.3,
         expected_batch_size=5, sampling_key=b"s" * 32, dropout_key=b"d" * 32,
-        micro_batch_size=micro,
+        micro_batch_size=micro, units=UNITS if by_unit else None, examples_per_unit=3,
     )  # fmt: skip
     for number in range(STEPS):
         step(number, granted(0.5))
@@ -119,8 +123,10 @@ CASES = {  # on this many ranks
         {"method": "bookkeeping"},
         {"method": "dp_adam"},
         BF16,
+        {"method": "grape", "by_unit": True},
+        {"method": "bookkeeping", "by_unit": True},
     ],
-    4: [{"method": "grape"}],
+    4: [{"method": "grape"}, {"method": "grape", "by_unit": True}],
 }
 
 
@@ -139,7 +145,8 @@ def found(tmp_path_factory, task):
     [(w, n) for w, cases in CASES.items() for n, case in enumerate(cases) if case is not BF16],
 )
 def test_a_sharded_model_is_trained_as_a_whole_one(found, task, world, number):
-    weights, metrics, _, _ = run(task, Comms.local(), CASES[world][number]["method"])
+    case = {key: CASES[world][number].get(key, False) for key in ("method", "by_unit")}
+    weights, metrics, _, _ = run(task, Comms.local(), **case)
     for theirs, their_metrics, held, _ in (answers[number] for answers in found[world]):
         assert theirs.keys() == weights.keys()
         for name in weights:

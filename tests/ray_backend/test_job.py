@@ -167,7 +167,7 @@ def opt(tmp_path):
 
 def settings(opt: Path) -> list[str]:
     pairs = {
-        "task.model": opt, "task.tokenizer": "bytes", "task.train": E2E / "train.parquet",
+        "task.model": opt, "task.tokenizer": "bytes", "task.data": E2E / "train.parquet",
         "task.validation": E2E / "validation.parquet", "task.prompt_column": "mr",
         "task.text_column": "ref", "task.limit": 2000, "task.validation_limit": 32,
         "task.public": "true", "privacy.steps": STEPS, "privacy.spare_steps": 16,

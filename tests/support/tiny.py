@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from grape_ray.config.schema import Config, Method, Performance, Privacy
 from grape_ray.data.arrays import Records
-from grape_ray.data.tables import fingerprint_arrays
+from grape_ray.data.fingerprints import fingerprint_arrays
+from grape_ray.data.units import Units
 from grape_ray.tasks.task import Data
 
 
@@ -40,7 +41,8 @@ class Tiny:
     name: str = "tiny"
     bounded_metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
 
-    def load(self) -> Data:
+    def load(self, unit: str = "") -> Data:
+        """With a unit, 101 of them with 0 to 8 records each."""
         from sklearn.datasets import load_digits
 
         images, labels = load_digits(return_X_y=True)
@@ -53,6 +55,7 @@ class Tiny:
             validation,
             fingerprint_arrays(images[: self.records], labels[: self.records]),
             self.public,
+            units=Units.of(np.arange(self.records) ** 2 % 101, 101) if unit else None,
         )
 
     def build_model(self, seed: int) -> nn.Module:
