@@ -42,7 +42,7 @@ def read_run(folder: Storage) -> Json:
         raise CheckpointError(
             "no run there", folder.url, f"a run's folder, with {RUN_FILE}", fix
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # nested a thousand deep, JSON is no JSON
         expected = "the JSON that its beginning wrote"
         raise CheckpointError(
             f"{RUN_FILE} of the run is damaged", str(error), expected, "restore it from a copy"

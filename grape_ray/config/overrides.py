@@ -51,7 +51,7 @@ def assign(node: Any, path: list[str], value: str, key: str) -> Any:
     return dataclasses.replace(node, **{path[0]: _parse(value, hint, key)})
 
 
-def _parse(text: str, hint: Any, key: str) -> Any:
+def _parse(text: str, hint: Any, key: str) -> object:
     """`text` as the annotated type: str as it is, everything else as JSON (`none` and comma lists
     allowed).
     """

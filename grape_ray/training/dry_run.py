@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from grape_ray.config.schema import Config
 from grape_ray.data.arrays import Records
 from grape_ray.distributed.comms import Comms
 from grape_ray.engines import Engine
+from grape_ray.engines.capture.batches import Batch
 from grape_ray.engines.capture.model_state import awake
 from grape_ray.errors import (
     CheckpointError,
@@ -122,6 +123,7 @@ def dry_run(
         )
     with place.first_contact().scratch() as folder:
         size = _save_and_load(config, folder, model, optimizer)
+    # one more than are kept: the next is whole before the oldest goes
     _check_room(place, size, config.performance.keep_checkpoints + 1)
     stage("the export of the model", partial(_export, task, model), "correct task.save")
     return DryRun(time.monotonic() - began, report, size, tuple(names))
@@ -145,7 +147,7 @@ def _stage(public: bool, what: str, call: Callable[[], _Result], fix: str) -> _R
         ) from error
 
 
-def preflight_extremes(config: Config, data: Data) -> tuple[nn.Module, Any, Report]:
+def preflight_extremes(config: Config, data: Data) -> tuple[nn.Module, Batch, Report]:
     """The preflight on the extremes of all records, in the mode that trains; the model it built,
     the batch, and what it found.
     """
@@ -161,12 +163,13 @@ def preflight_extremes(config: Config, data: Data) -> tuple[nn.Module, Any, Repo
     return model, batch, report
 
 
-def _extremes(config: Config, data: Data) -> tuple[nn.Module, Any, list[Any]]:
+def _extremes(config: Config, data: Data) -> tuple[nn.Module, Batch, list[Batch]]:
     """The task's model, a batch of the shortest, the longest and a random one of all records, and
     each of these as a batch of its own.
     """
     task: Task = config.task
     model = task.build_model(config.seed)
+    # what is extreme in length is where memory, positions and padding fail
     picked = sorted({*data.train.extremes(), random.randrange(len(data.train))})
     return (
         model,
@@ -177,7 +180,7 @@ def _extremes(config: Config, data: Data) -> tuple[nn.Module, Any, list[Any]]:
 
 def _step(
     config: Config,
-    batch: Any,
+    batch: Batch,
     model: nn.Module,
     engine: Engine,
     optimizer: Optimizer,
@@ -209,6 +212,7 @@ def _evaluate(task: Task, model: nn.Module, records: Records) -> list[str]:
     try:
         return list(plain(task.evaluate(model, records.take(np.unique(order[spread])))))
     except Exception:
+        # as a metric that needs every class among them
         return list(plain(task.evaluate(model, records)))
 
 

@@ -124,7 +124,7 @@ def plan_run(
     elif study is not None:
         fix = "what a study releases is paid for, without exception"
         raise ConfigError("method.name", config.method.name, "a private method", fix)
-    _check_same_run(plan, place)
+    existing = _check_same_run(plan, place)
     check_workers()
     # What is slow comes last, and what cannot be undone after it.
     if study is not None or not with_dry_run:  # a study's runs had theirs when that began
@@ -135,7 +135,8 @@ def plan_run(
         plan = replace(plan, dry_run=done)
     if budget is not None:
         plan = open_budget(plan, budget, partial(ledger_at, make=True))
-    _register(plan, place)
+    if not existing:
+        _register(plan, place)
     return plan
 
 
@@ -172,8 +173,10 @@ def _check_same_run(plan: Plan, root: Storage) -> bool:
 
 def _register(plan: Plan, root: Storage) -> None:
     """Writes the run's description (`run.json`), from which it is resumed and exported."""
-    if not _check_same_run(plan, root):
+    try:
         root.create(f"{plan.run}/{RUN_FILE}", _description(plan))
+    except FileExistsError:  # another process was faster: it must have begun the same run
+        _check_same_run(plan, root)
 
 
 def _description(plan: Plan) -> bytes:

@@ -80,4 +80,5 @@ def _check_disjoint(data: Data, columns: tuple[str, ...]) -> None:
             f"{common} of {total} validation records are training records, too: what is said of"
             " them is not protected by the guarantee"
         )
+        # the count is said, the rows are not: which they are would be said of private records
         warnings.warn(text, Caution, stacklevel=4)

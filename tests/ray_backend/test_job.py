@@ -112,7 +112,7 @@ class Head:
         return done.stdout + done.stderr
 
     def submit(self, name: str, *words: str) -> None:
-        deadline_s = time.monotonic() + 90
+        deadline_s = time.monotonic() + 300  # until the node's agent takes jobs
         options = [
             "job",
             "submit",
