@@ -64,12 +64,11 @@ def test_units_are_averaged_and_then_clipped(method, clipping, case):
           clipping=clipping)  # fmt: skip
 
 
-@pytest.mark.parametrize("case", ["ragged", "even"])
-@pytest.mark.parametrize("family", ["OPT (tied)", "BERT", "ViT", "T5", "LoRA on GPT-2"])
+@pytest.mark.parametrize("family", ["OPT (tied)", "ViT", "T5", "LoRA on GPT-2"])
 @pytest.mark.parametrize("method", EXACT)
-def test_units_of_whole_models(method, family, case):
+def test_units_of_whole_models(method, family):
     model, loss, make_batch = zoo.build_family(family)
-    check(model, loss, make_batch(rows=ROWS), method, case)
+    check(model, loss, make_batch(rows=ROWS), method, "ragged")
 
 
 @pytest.mark.parametrize("route", ["gram", "instantiate"])
