@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -97,21 +97,19 @@ def preflight(
             engine = from_config(model, privacy, method, key)
             wanted = gradients_of_rows(engine, per_example_loss, few, count)
             twin = method if METHODS[method.name].exact else _exact_twin(method)
-            tight = replace(privacy, clip_norm=_clipping_norm(engine, wanted))
-            exact = from_config(model, tight, twin, key)
+
+            def made(clip_norm: float) -> Engine:
+                return from_config(model, replace(privacy, clip_norm=clip_norm), twin, key)
+
+            exact = made(_clipping_norm(engine, wanted))
             # the engine draws the dropout masks that the references had
             set_states(state)
             summed = exact.clipped_sum(per_example_loss, few)
             worst, tensor = _compare(exact, wanted, summed)
             if count > 1 and (privacy.unit or views > 1):
-                units = averaged(wanted)
-                loose = replace(privacy, clip_norm=_loose_norm(units[0], privacy.clip_norm))
-                grouped = from_config(model, loose, twin, key)
-                grouped.layouts = exact.layouts
-                groups = torch.tensor([0, *range(count - 1)])
                 set_states(state)
-                summed = grouped.clipped_sum(per_example_loss, few, groups=groups, units=len(units))
-                worst, tensor = max((worst, tensor), _compare(grouped, units, summed))
+                found = _compare_units(made, exact, per_example_loss, few, wanted)
+                worst, tensor = max((worst, tensor), found)
             if twin is not method:  # its estimates cannot be compared, but it must not fail
                 engine.layouts = exact.layouts
                 summed = engine.clipped_sum(per_example_loss, few)
@@ -120,7 +118,7 @@ def preflight(
             _check_same_losses(exact, per_example_loss, few, singles)
             if engine.private and METHODS[method.name].exact:
                 for single in singles[:2]:  # of several, contributions could cancel
-                    _check_norm(exact.clipped_sum(per_example_loss, single), tight.clip_norm)
+                    _check_norm(exact.clipped_sum(per_example_loss, single), exact.clip_norm)
     finally:
         set_states(state)
     return Report(
@@ -247,6 +245,25 @@ def _compare(
             "freeze it (requires_grad=False), or teach its operation with grape_ray.register_rule",
         )
     return errors[name], name
+
+
+def _compare_units(
+    made: Callable[[float], Engine],
+    known: Engine,
+    loss: PerExampleLoss,
+    batch: Any,
+    references: Sequence[Mapping[str, Tensor]],
+) -> tuple[float, str]:
+    """As `_compare`, with the first two rows as one unit's.
+
+    Args:
+        made: the engine by its clip norm. known: one that has verified this batch.
+    """
+    units = averaged(references)
+    engine = made(_loose_norm(units[0], known.clip_norm))
+    engine.layouts = known.layouts
+    groups = torch.tensor([0, *range(len(units))])
+    return _compare(engine, units, engine.clipped_sum(loss, batch, groups=groups, units=len(units)))
 
 
 def _loose_norm(average: Mapping[str, Tensor], otherwise: float) -> float:
