@@ -67,8 +67,8 @@ class Groups:
         size = self.largest * factor.shape[1]
         if self.in_place:
             return factor.reshape(self.units, size, *factor.shape[2:])
-        wide = factor[self._table]
-        wide[self._absent] = 0
+        absent = self._absent.view(self.units, self.largest, *[1] * (factor.ndim - 1))
+        wide = factor[self._table].masked_fill_(absent, 0)
         return wide.reshape(self.units, size, *factor.shape[2:])
 
     def summed(self, grads: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from grape_ray.privacy.random_streams import _below, picks_within_units, poisson_batch
+from grape_ray.privacy.random_streams import _below, picks_within_units, poisson_batch, words
 
 KEY = b"u" * 32
 FALSE_ALARM = 1e-6  # of each statistical test; seeds are pinned, so a pass is for ever
@@ -70,6 +70,13 @@ def test_units_are_in_a_batch_independently_with_the_sampling_probability():
     assert (low <= sampled).all()
     assert (sampled <= high).all()
     assert stats.binomtest(together, number, prob**2).pvalue > FALSE_ALARM
+
+
+def test_the_words_of_picks_are_not_those_that_sample_units():
+    size = 2**40
+    for step in range(3):
+        (picked,) = picks(step, [0], [size], 1)[0]
+        assert picked != int(words(KEY, step, 0, 1)[0]) % size
 
 
 def test_picks_are_a_function_of_key_unit_and_step_alone():
