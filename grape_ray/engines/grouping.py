@@ -56,10 +56,7 @@ class Groups:
         table = order[torch.where(present, starts.unsqueeze(1) + slots, 0)]
         self.in_place = bool(present.all()) and torch.equal(table.flatten(), torch.arange(rows))
         self._table, self._absent = table.to(device), (~present).to(device)
-        self._slots = [
-            (table[present[:, slot], slot].to(device), present[:, slot].nonzero()[:, 0].to(device))
-            for slot in range(self.largest)
-        ]
+        self._of = of.to(device)
         self.shares = (1 / counts.double())[of].to(device)
 
     def joined(self, factor: Tensor) -> Tensor:
@@ -78,9 +75,9 @@ class Groups:
         if self.in_place:
             return grads.reshape(self.units, self.largest, *grads.shape[1:]).sum(1)
         total = grads.new_zeros(self.units, *grads.shape[1:])
-        for rows, units in self._slots:
-            total.index_add_(0, units, grads[rows])  # no unit twice, so no order to depend on
-        return total
+        if grads.device.type == "cpu":  # adds one row after the other
+            return total.index_add_(0, self._of, grads)
+        return total.index_put_((self._of,), grads, accumulate=True)  # which sorts the rows
 
 
 class Grouped(Collector):
