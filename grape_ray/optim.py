@@ -169,6 +169,7 @@ class Optimizer:
         self, name: str, weight: Tensor, update: Tensor, rate: float, step: int, period: int
     ) -> None:
         """weight -= rate * (lifted update + weight_decay * weight), in the weight's own memory."""
+        # a copy of one tensor at a time, not of the model
         exact = weight.float() if weight.dtype == torch.bfloat16 else weight
         if self.method.weight_decay:
             exact.mul_(1 - rate * self.method.weight_decay)
@@ -213,6 +214,7 @@ class Optimizer:
                 tensors[name].zero_()
                 continue
             change = self.subspace.change_of_basis(name, old, new, tensors[name])
+            # squares of coordinates, as if these were uncorrelated
             change = change.square() if slot == "second" else change
             tensors[name] = (
                 change.T @ tensors[name]
@@ -233,7 +235,7 @@ class Optimizer:
             found |= {f"{slot}/{name}": (shape, self._rows[name].start) for slot in self._state}
         return found
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Tensor | int]:
         """`<slot>/<name>` -> tensor, and the counters `updates` and `period` as ints."""
         tensors = {
             f"{slot}/{name}": t for slot, named in self._state.items() for name, t in named.items()

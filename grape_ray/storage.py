@@ -31,13 +31,12 @@ _AT_ONCE = 16  # small files of remote storage
 # times that a folder may be removed, by another process's check, before a file is in it
 _RACES = 100
 Json = dict[str, Any]  # an object of the JSON files that are kept here
+Block = bytes | memoryview  # of a file that is uploaded
 _Result = TypeVar("_Result")
 
 # One request ends within s3fs's own 15 s: what is worth another try is decided here, at one place,
 # and not three times over.
-_DRIVER_OPTIONS: dict[str, dict[str, Any]] = {
-    "s3": {"config_kwargs": {"retries": {"total_max_attempts": 1}}}
-}
+_DRIVER_OPTIONS: dict[str, Json] = {"s3": {"config_kwargs": {"retries": {"total_max_attempts": 1}}}}
 _DRIVER_TRIES = 3
 _TRANSIENT = {
     getattr(errno, name)
@@ -183,6 +182,7 @@ class Storage:
             try:
                 self._persist(lambda: self._fs.pipe_file(self._path(name), data, mode="create"))
             except FileExistsError:
+                # what lies there may be this call's own, whose answer was lost
                 if self._persist(lambda: self._fs.cat_file(self._path(name))) != data:
                     raise
 
@@ -196,7 +196,7 @@ class Storage:
             else:
                 self._persist(lambda: self._fs.pipe_file(self._path(name), data))
 
-    def upload(self, name: str, blocks: Callable[[], Iterable[Any]]) -> None:
+    def upload(self, name: str, blocks: Callable[[], Iterable[Block]]) -> None:
         """Make or replace a file of any size from blocks of bytes, in multipart uploads where the
         driver has them.
 
@@ -298,6 +298,7 @@ class Storage:
         try:
             yield
         finally:
+            # the innermost first, up to where others' begin
             for folder in missing:
                 with contextlib.suppress(OSError):  # another run may be using it by now
                     os.rmdir(folder)
@@ -336,7 +337,7 @@ class Storage:
     def _place(
         self,
         name: str,
-        blocks: Callable[[], Iterable[Any]],
+        blocks: Callable[[], Iterable[Block]],
         *,
         exclusive: bool,
         private: bool = False,
@@ -353,7 +354,9 @@ class Storage:
                     raise
             time.sleep(_ROOM_EVERY_S)
 
-    def _place_once(self, name: str, blocks: Iterable[Any], exclusive: bool, private: bool) -> None:
+    def _place_once(
+        self, name: str, blocks: Iterable[Block], exclusive: bool, private: bool
+    ) -> None:
         path = Path(self._path(name))
         temporary = path.with_name(f"{_TEMPORARY}{os.urandom(8).hex()}")
         try:
@@ -362,6 +365,7 @@ class Storage:
                     file.write(block)
                 file.flush()
                 os.fsync(file.fileno())
+            # a link refuses a name that is taken, where a rename would replace it
             (os.link if exclusive else os.replace)(temporary, path)
             _sync_folder(path.parent)
         finally:
@@ -448,7 +452,7 @@ def _begun(path: Path, private: bool) -> IO[bytes]:
                 raise
 
 
-def _give_up(file: IO[Any]) -> None:
+def _give_up(file: IO[bytes]) -> None:
     """Drops what was written to a remote file; closing it would keep a torn one."""
     with contextlib.suppress(Exception):
         file.discard()  # type: ignore[attr-defined]  # of drivers with multipart uploads

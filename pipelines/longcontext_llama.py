@@ -15,13 +15,13 @@ def longcontext_llama() -> Config:
     Wide layers and long texts make exact norms dear: the Gram trick takes T^2 products and an
     instantiated gradient the size of the weight for each example. A text is one example, so the
     guarantee is for a whole document. Your own model and data:
-    `--set task.model=FOLDER --set task.train=FILE --set task.validation=FILE`.
+    `--set task.model=FOLDER --set task.data=FILE --set task.validation=FILE`.
     """
     return Config(
         task=TextGeneration(
             name="longcontext-llama",
             model="meta-llama/Llama-3.2-1B",
-            train="hf://datasets/ccdv/arxiv-summarization/document/train-*.parquet",
+            data="hf://datasets/ccdv/arxiv-summarization/document/train-*.parquet",
             validation="hf://datasets/ccdv/arxiv-summarization/document/validation-*.parquet",
             text_column="article",
             max_tokens=4096,

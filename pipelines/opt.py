@@ -15,14 +15,14 @@ def opt() -> Config:
     The loss is over the answer's tokens alone and an example is clipped whole, never a token. Any
     size from 125M to 66B goes by its hub name or folder, with the paper's ranks 16, 32 and 64 for
     1.3B, 2.7B and 6.7B; your own pairs by two columns of a Parquet file:
-    `--set task.model=facebook/opt-1.3b --set method.rank=16 --set task.train=FILE --set
+    `--set task.model=facebook/opt-1.3b --set method.rank=16 --set task.data=FILE --set
     task.prompt_column=question --set task.text_column=answer`.
     """
     return Config(
         task=TextGeneration(
             name="opt",
             model="facebook/opt-6.7b",
-            train="hf://datasets/tuetschek/e2e_nlg@~parquet/default/train/*.parquet",
+            data="hf://datasets/tuetschek/e2e_nlg@~parquet/default/train/*.parquet",
             validation="hf://datasets/tuetschek/e2e_nlg@~parquet/default/validation/*.parquet",
             prompt_column="meaning_representation",
             text_column="human_reference",

@@ -13,15 +13,16 @@ def sst2() -> Config:
 
     Mind the unit: phrases of one sentence are separate records, so the guarantee is for a phrase,
     not for a review or its author. Data and model can be others:
-    `--set task.train=FILE --set task.validation=FILE --set task.model=FOLDER`.
+    `--set task.data=FILE --set task.validation=FILE --set task.model=FOLDER`.
     """
     return Config(
         task=TextClassification(
             name="sst2",
             model="sentence-transformers/all-MiniLM-L6-v2",
-            train="hf://datasets/nyu-mll/glue/sst2/train-*.parquet",
+            data="hf://datasets/nyu-mll/glue/sst2/train-*.parquet",
             validation="hf://datasets/nyu-mll/glue/sst2/validation-*.parquet",
             text_column="sentence",
+            classes=2,
             max_tokens=64,
         ),
         privacy=Privacy(

@@ -31,7 +31,7 @@ def study() -> SweepStudy:
             task=TextClassification(
                 name="qnli-roberta",
                 model="FacebookAI/roberta-large",
-                train="hf://datasets/nyu-mll/glue/qnli/train-*.parquet",
+                data="hf://datasets/nyu-mll/glue/qnli/train-*.parquet",
                 validation="hf://datasets/nyu-mll/glue/qnli/validation-*.parquet",
                 text_column="question",
                 max_tokens=128,

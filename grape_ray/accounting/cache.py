@@ -6,9 +6,9 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 _FORMAT = 2  # to be raised whenever the accountant's answers change
 
@@ -24,11 +24,12 @@ def folder() -> Path:
     )
 
 
-def recall(question: dict[str, Any]) -> float | None:
+def recall(question: Mapping[str, object]) -> float | None:
     """The number that was remembered for a question, or None.
 
     It is a hint: the file could have been edited, so the caller proves it again before it is used.
     """
+    # a damaged answer is no answer
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         answer = json.loads(_path(question).read_text())
         if answer["question"] == _full(question):
@@ -36,20 +37,22 @@ def recall(question: dict[str, Any]) -> float | None:
     return None
 
 
-def remember(question: dict[str, Any], answer: float) -> None:
+def remember(question: Mapping[str, object], answer: float) -> None:
     """Keeps an answer; a cache that cannot be written is done without."""
     path = _path(question)
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
+        # a reader sees a whole file, and two writers do not share one
         temporary = path.with_suffix(f".{os.getpid()}")
         temporary.write_text(json.dumps({"question": _full(question), "answer": answer}))
         temporary.replace(path)
 
 
-def _full(question: dict[str, Any]) -> dict[str, Any]:
+def _full(question: Mapping[str, object]) -> dict[str, object]:
+    # the figures come out of scipy's functions
     return {**question, "format": _FORMAT, "scipy": version("scipy")}
 
 
-def _path(question: dict[str, Any]) -> Path:
+def _path(question: Mapping[str, object]) -> Path:
     text = json.dumps(_full(question), sort_keys=True)
     return folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"

@@ -109,6 +109,7 @@ def noise_multiplier(
     epsilon, delta, steps = check_epsilon(epsilon), check_delta(delta), check_count("steps", steps)
     most = Mechanism(method, sampling_prob, MAX_NOISE_MULTIPLIER, probes, probes_shared)
     question = {**asdict(most), "epsilon": epsilon, "delta": delta, "steps": steps}
+    # a hint alone, which an edited file could hold: proved below
     known = cache.recall(question)
     if known is not None and MIN_NOISE_MULTIPLIER <= known <= MAX_NOISE_MULTIPLIER:
         at = replace(most, noise_multiplier=known)
@@ -137,6 +138,7 @@ def _least_noise(most: Mechanism, epsilon: float, delta: float, steps: int) -> f
     """The search behind ``noise_multiplier``; `most` is the mechanism at the largest noise."""
 
     def search(start: float, width: float, reach: float, spacing: float | None = None) -> float:
+        # by minus the logarithm of the noise: `boundary` wants a function that increases
         def excess(log_quiet: float) -> float:
             at = replace(
                 most,
@@ -183,6 +185,7 @@ def steps_within(mechanism: Mechanism, epsilon: float, delta: float) -> int:
 
     def search(start: int, width: float, reach: float, spacing: float) -> int:
         def excess(log_steps: float) -> float:
+            # the exponential of a logarithm of n may fall short of n by a rounding
             return _excess(mechanism, int(math.exp(log_steps) + 1e-6), epsilon, delta, spacing)
 
         found = boundary(excess, math.log(start), (0.0, math.log(MAX_STEPS)), width, reach)
@@ -237,6 +240,7 @@ def _composed_epsilon(mechanism: Mechanism, steps: int, spacing: float, delta: f
     return max(composed.epsilon(delta) for composed in _composed(mechanism, steps, spacing))
 
 
+# one search asks for many numbers of steps of one mechanism
 @functools.lru_cache(maxsize=4)
 def _one_step(mechanism: Mechanism, spacing: float) -> tuple[Losses, Losses]:
     """The losses of one step, on multiples of the spacing, for removing and for adding an
@@ -257,6 +261,7 @@ def _first_spacing(mechanism: Mechanism) -> float:
     lose more than they save.
     """
     inverse = 1 / mechanism.noise_multiplier
+    # capped, so that the exponential stays a double; there the other bound is the smaller
     loss = min(mechanism.sampling_prob * math.sqrt(math.expm1(min(inverse**2, 100.0))), inverse)
     return min(_COARSEST, max(_FINEST, loss / 4))
 
@@ -282,6 +287,7 @@ def _gaussian_delta(mu: float, epsilon: float) -> float:
     """
     from scipy.special import log_ndtr
 
+    # in logarithms: e^epsilon overflows, and the tails underflow, long before their product does
     upper = float(log_ndtr(mu / 2 - epsilon / mu))
     lower = epsilon + float(log_ndtr(-mu / 2 - epsilon / mu))
     return math.exp(upper) * -math.expm1(min(0.0, lower - upper))
@@ -292,6 +298,7 @@ def _gaussian_epsilon(mu: float, delta: float) -> float:
     if _gaussian_delta(mu, 0.0) <= delta:
         return 0.0
     low, high = 0.0, 1.0
+    # `high` is what is returned: the end at which delta holds
     while _gaussian_delta(mu, high) > delta:
         low, high = high, 2 * high
     while high - low > 1e-9 * high:

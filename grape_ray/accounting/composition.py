@@ -71,6 +71,7 @@ class Composition:
         with np.errstate(divide="ignore"):
             self._logs = np.log(self._probs)
         self._slip = steps * losses.slip
+        # 1 - (1 - p)^T; as a difference it would lose a small p altogether
         self._infinite = -math.expm1(steps * math.log1p(-min(losses.infinite, 1 - 1e-16)))
 
     def delta(self, epsilon: float) -> float:
@@ -85,6 +86,7 @@ class Composition:
         """An epsilon at which `delta` holds; infinite where rounding or infinite losses leave
         none.
         """
+        # no epsilon covers an infinite loss
         if self._infinite >= delta:
             return math.inf
         theta = self._tilt(np.full_like(_TILTS, -math.log(delta)), divide=True)
@@ -141,12 +143,15 @@ class Composition:
         one, steps = self._one, self._steps
         x = self._numbers * one.spacing
         exponents = theta * x + self._logs
+        # taken out of the exponentials, which would overflow
         top = exponents.max()
         log_mass = float(top + math.log(np.exp(exponents - top).sum()))
         tilted = np.exp(exponents - log_mass)
         first, size = self._window(tilted, x)
         if size > _MOST_CELLS:
             return _Tilted(theta, steps * log_mass, np.zeros(0), np.zeros(0), 0.0, 1e-6)
+        # a cyclic convolution adds up what is alike modulo the window, where the sum itself has
+        # next to nothing outside (`_window`)
         folded = np.bincount(np.arange(len(tilted)) % size, weights=tilted, minlength=size)
         transform = np.asarray(fft.rfft(folded.astype(dtype)))
         cells = np.asarray(fft.irfft(_power(transform, steps), size), dtype=np.float64)
@@ -199,6 +204,7 @@ class Composition:
         """The tilted sum over losses above epsilon as it was computed, and how far the convolution
         may have been off.
         """
+        # true losses may lie higher than their cells by the slip
         level = epsilon - self._slip
         first, count = int(np.searchsorted(tilted.losses, level, side="right")), len(tilted.losses)
         reach = tilted.theta * self._one.spacing

@@ -66,6 +66,7 @@ def gaussian(sigma: float, q: float, spacing: float) -> tuple[Losses, Losses]:
     rise = np.where(x[:-1] < _LARGEST, rise, mixed + mixed_off)
     removing = np.append(mixed + mixed_off - rise, 0.0)
     removing[1:] += rise
+    # the outcomes above the last border count as an infinite loss
     beyond = float((1 - q) * ndtr(-borders[-1] / sigma) + q * ndtr((1 - borders[-1]) / sigma)) * (
         1 + 1e-12
     )
@@ -74,6 +75,7 @@ def gaussian(sigma: float, q: float, spacing: float) -> tuple[Losses, Losses]:
     adding[1:] += without + without_off - rise
     largest = float(np.abs(borders[1:-1]).max(initial=1.0)) / sigma**2 + max(-x[0], x[-1])
     slip = 16 * _UNIT * (2 / (1 - q) + largest)
+    # the loss of adding is minus that of removing, so its cells are read backwards
     return Losses(low, spacing, removing, beyond, slip), Losses(
         -high, spacing, adding[::-1], 0.0, slip
     )
@@ -89,6 +91,7 @@ def _borders(x: np.ndarray, sigma: float, q: float) -> np.ndarray:
         found = sigma**2 * np.where(x < 1, near, far) + 0.5
     found = np.where(np.isnan(found), -np.inf, found)
     found[0] = -np.inf
+    # rounding may not put borders out of their order
     return np.maximum.accumulate(found)
 
 
@@ -98,6 +101,7 @@ def _between(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     left, right = z[:-1], z[1:]
     below = right <= 0
+    # a difference of two upper tails near 1 would be all rounding
     large = np.where(below, ndtr(right), ndtr(-left))
     small = np.where(below, ndtr(left), ndtr(-right))
     # a tail's relative error grows with its exponent

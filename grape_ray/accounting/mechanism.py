@@ -157,6 +157,7 @@ class Mechanism:
             )
         object.__setattr__(self, "sampling_prob", check_sampling_prob(self.sampling_prob))
         object.__setattr__(self, "noise_multiplier", check_noise_multiplier(self.noise_multiplier))
+        # a 1 would compare equal to True, and be another entry in a ledger
         if type(self.probes_shared) is not bool:
             raise ConfigError(
                 "probes_shared is not a truth value",

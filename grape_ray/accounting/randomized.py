@@ -94,6 +94,7 @@ def _shared(
     mean = np.concatenate(
         [_mean_delta(part, nodes, weights, sigma) for part in np.array_split(levels, 8)]
     )
+    # a majorant may exceed 1, a probability does not
     mean = np.minimum(mean, 1.0)
     with np.errstate(divide="ignore"):
         remove = np.log1p(q * np.expm1(levels)), q * mean

@@ -37,6 +37,7 @@ def boundary(
         middle = min(bad - width / 2, max(good + width / 2, middle))
         value = excess(middle)
         if value <= 0:
+            # an end that stays twice is given half its value, or the other alone would move
             good, f_good, f_bad = middle, value, f_bad / 2 if last == 1 else f_bad
             last = 1
         else:

@@ -13,7 +13,6 @@ import math
 import secrets
 from collections.abc import Generator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 from grape_ray.accounting.mechanism import (
     GAUSSIAN,
@@ -28,12 +27,13 @@ from grape_ray.accounting.mechanism import (
     finite,
 )
 from grape_ray.errors import BudgetExceeded, ConfigError
+from grape_ray.storage import Json
 
 NEGATIVE_BINOMIAL, POISSON = "truncated_negative_binomial", "poisson"
 _PRECISION = 1e-4
 # beyond, the first probabilities leave the range of floats
 _MAX_MEAN = {NEGATIVE_BINOMIAL: 1e4, POISSON: 500.0}
-# Any set of Renyi orders gives an upper bound; with all of dp_accounting's own it is 0.1 % lower,
+# Each set of Renyi orders gives an upper bound; with all of dp_accounting's own it is 0.1 % lower,
 # and takes twice as long.
 _ORDERS = (
     1.25,
@@ -103,8 +103,10 @@ class Distribution:
         """A number of trials, from the operating system's generator, by inversion. It must stay
         secret.
         """
+        # no seed: who could draw it again would know how many trials lost
         uniform, k, mass = secrets.randbits(53) / 2**53, *self._first()
         total = mass
+        # rounding may keep the total below the uniform for ever
         while total <= uniform and mass > 1e-300:
             mass *= self._ratio(k)
             k += 1
@@ -215,7 +217,7 @@ class Selection:
         object.__setattr__(self, "delta", check_delta(self.delta))
         object.__setattr__(self, "trial_tokens", check_count("trial_tokens", self.trial_tokens))
 
-    def payload(self) -> dict[str, Any]:
+    def payload(self) -> Json:
         """The selection as an entry's payload."""
         fields = asdict(self)
         number = fields.pop("distribution")  # `law` is its name in files
@@ -256,6 +258,7 @@ def epsilon(
     trial = dp_event.SelfComposedDpEvent(step, check_count("trial_steps", trial_steps))
     accountant = RdpAccountant(_ORDERS)
     with _quiet():
+        # dp_accounting's word for Poisson is an infinite shape
         shape = math.inf if distribution.name == POISSON else distribution.shape
         accountant.compose(dp_event.RepeatAndSelectDpEvent(trial, distribution.mean, shape))
     found = float(accountant.get_epsilon(check_delta(delta)))
@@ -278,6 +281,7 @@ def noise_multiplier(
         mechanism = replace(most, noise_multiplier=math.exp(log_sigma))
         return epsilon(mechanism, trial_steps, distribution, delta) <= wanted
 
+    # the exponential of the largest logarithm must not round above the largest noise
     least, largest = math.log(MIN_NOISE_MULTIPLIER), math.log(MAX_NOISE_MULTIPLIER) - 1e-12
     high = 0.0
     while not fits(high):

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from grape_ray.accounting.mechanism import GAUSSIAN, Mechanism
 from grape_ray.ledger.audit import verify
@@ -15,6 +15,7 @@ from grape_ray.ledger.entries import FORMAT, GENESIS, Entry, Study
 from grape_ray.ledger.ledger import Ledger
 from grape_ray.storage import Json
 
+_Result = TypeVar("_Result")
 _STUDY = Study("study", Mechanism(GAUSSIAN, 1e-3, 2.0), 8.0, 1e-5, 10**6)  # of a million steps
 
 
@@ -50,7 +51,7 @@ def _write(folder: Path, count: int) -> None:
         head = entry.hash
 
 
-def _timed(call: Callable[[], object]) -> tuple[float, Any]:
+def _timed(call: Callable[[], _Result]) -> tuple[float, _Result]:
     """(CPU-seconds of this process, the result)."""
     began = time.process_time()
     result = call()

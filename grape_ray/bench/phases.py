@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,11 @@ from torch.utils._pytree import tree_flatten
 
 from grape_ray.bench.candidates import PrivateStep, Step
 from grape_ray.bench.clock import clock
+from grape_ray.engines.collector import Collector
 from grape_ray.engines.ghost import TwoPasses
+
+_Args = ParamSpec("_Args")
+_Result = TypeVar("_Result")
 
 PHASES = (
     "forward", "backward", "per-example contraction", "projection", "norms", "weighted sum",
@@ -54,10 +58,10 @@ class Stopwatch:
             self._turn()
             self._stack.pop()
 
-    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(self, name: str, function: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
         """The function, timed."""
 
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
             with self.phase(name):
                 return function(*args, **kwargs)
 
@@ -133,7 +137,7 @@ def _making(watch: Stopwatch) -> str:
     return watch.current if watch.current == "optimizer" else "projection"
 
 
-def _wrap_collector(collector: Any, watch: Stopwatch) -> Any:
+def _wrap_collector(collector: Collector, watch: Stopwatch) -> Collector:
     """Wraps the sink's verbs. A sink of two passes takes norms in the first and sums in the second,
     on the spot.
     """

@@ -16,6 +16,8 @@ from torch.utils._pytree import tree_flatten
 
 from grape_ray.bench.candidates import PrivateStep, Step
 from grape_ray.engines.algebra.factor_pairs import Index
+from grape_ray.engines.collector import Collector
+from grape_ray.privacy.types import ClippedSum
 
 
 def measure_holdings(step: Step) -> dict[str, int]:
@@ -50,11 +52,11 @@ def _watch(step: PrivateStep, own: set[int], found: dict[str, int]) -> None:
     engine: Any = step.engine
     make_collector, clipped_sum = engine._make_collector, engine.clipped_sum
 
-    def make(*args: Any) -> Any:
-        collector = make_collector(*args)
+    def make(examples: int, step: int) -> Collector:
+        collector = make_collector(examples, step)
         norms = collector.squared_norms
 
-        def squared_norms() -> Any:
+        def squared_norms() -> dict[str, Tensor]:
             kept = [value for name, value in vars(collector).items() if name != "params"]
             found["kept for norms and sum"] = max(
                 found.get("kept for norms and sum", 0), _bytes(kept, own)
@@ -64,7 +66,7 @@ def _watch(step: PrivateStep, own: set[int], found: dict[str, int]) -> None:
         collector.squared_norms = squared_norms
         return collector
 
-    def summed(*args: Any, **kwargs: Any) -> Any:
+    def summed(*args: Any, **kwargs: Any) -> ClippedSum:
         out = clipped_sum(*args, **kwargs)
         found["clipped sum"] = _bytes(dict(out.tensors), own)
         return out
@@ -77,7 +79,7 @@ def _place(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _leaves(values: Any) -> Iterable[Tensor]:
+def _leaves(values: object) -> Iterable[Tensor]:
     """All tensors of nested containers."""
     for leaf in tree_flatten(values)[0]:
         if isinstance(leaf, Index):
@@ -86,7 +88,7 @@ def _leaves(values: Any) -> Iterable[Tensor]:
             yield leaf
 
 
-def _bytes(values: Any, own: set[int]) -> int:
+def _bytes(values: object, own: set[int]) -> int:
     """Bytes of distinct storages, without the model's own."""
     return sum(
         {

@@ -127,6 +127,7 @@ class Coordinates:
         """Moves the base's weights, in place, to where the sums say that they are."""
         for name in sorted({name for named in self._sums.values() for name in named}):
             weight = weights[name]
+            # f first: the sums f_p S_p are of what was added afterwards
             weight.mul_(self._factor)
             for period, named in self._sums.items():
                 if name in named:

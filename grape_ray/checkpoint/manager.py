@@ -151,6 +151,7 @@ class CheckpointManager:
         self._load(found)
         self.begin_attempt(0)
         own = {**found.metadata, **metadata}
+        # full, and waited for: this run must stand without the other's folder
         self.save(found.step, own, Occasion.LAST)
         return Restored(self.newest, found.step, {"executed_steps": own["executed_steps"]})
 
@@ -185,6 +186,7 @@ class CheckpointManager:
             coordinates.deltas += 1
         self._writer.begin(name, step, self._state(metadata, coordinates if delta else None))
         if coordinates is not None and not delta:
+            # the copy is made by now: what moves from here on is the next delta's
             coordinates.restart(name)
         if occasion is not Occasion.DUE:
             self.flush()
@@ -203,6 +205,7 @@ class CheckpointManager:
             elif not self._writer.ready():
                 return False
         except (CheckpointError, StorageError) as error:
+            # once, as of a disk that was full for a time; twice is no accident
             if self.failure is not None:
                 raise
             self.failure = error

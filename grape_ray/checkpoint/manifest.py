@@ -153,10 +153,12 @@ def retain(storage: Storage, keep: int) -> None:
     kept = set(committed[:keep])
     for name in committed[:keep]:
         try:
+            # a delta is nothing without its base
             kept |= {read_manifest(storage, name).base or name}
         except CheckpointError:
             continue
     for name in folders:
+        # newer ones without a manifest may be uploads in flight
         if name < committed[keep - 1] and name not in kept:
             # first, so that a half-removed checkpoint does not count
             storage.remove(f"{name}/{MANIFEST}")

@@ -58,6 +58,7 @@ class Reader:
 
     def names(self, kind: str) -> list[str]:
         """Names of the tensors of a kind (`model`, `optimizer`, `coordinates`)."""
+        # a delta repeats neither projected nor frozen weights
         inherited = self._base.names(kind) if self._base and kind == "model" else []
         return sorted({piece.name for piece in self.manifest.pieces.get(kind, [])} | set(inherited))
 

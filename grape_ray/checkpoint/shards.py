@@ -9,13 +9,12 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from grape_ray.errors import CheckpointError
-from grape_ray.storage import Json, Storage
+from grape_ray.storage import Block, Json, Storage
 
 _BLOCK_BYTES = 8 << 20
 _ALIGNMENT = 8
@@ -87,6 +86,7 @@ def share(tensors: Mapping[str, Tensor], rank: int, world_size: int) -> dict[str
     """
     total = sum(_size(t) for t in tensors.values())
     taken, mine = [0] * world_size, {}
+    # every rank must come to the same order, ties included
     for name, tensor in sorted(tensors.items(), key=lambda item: (-_size(item[1]), item[0])):
         if (
             world_size > 1
@@ -108,6 +108,7 @@ def share(tensors: Mapping[str, Tensor], rank: int, world_size: int) -> dict[str
 def snapshot(shards: Mapping[str, Shard]) -> dict[str, Shard]:
     """The shards as they are now, copied to host memory."""
     return {
+        # a copy of what lies in host memory as well: training goes on in it
         n: Shard(s.tensor.detach().to("cpu", copy=True).contiguous(), s.global_shape, s.start)
         for n, s in shards.items()
     }
@@ -124,9 +125,10 @@ def write(
     header, pieces = _header(file, shards)
     digests = {name: hashlib.sha256() for name in shards}
 
-    def blocks() -> Iterator[Any]:
+    def blocks() -> Iterator[Block]:
         yield header
         for name, shard in shards.items():
+            # anew: a try that broke off has fed the one before
             digests[name] = hashlib.sha256()
             view = shard.tensor.reshape(-1).view(torch.uint8).numpy().data
             for start in range(0, len(view), _BLOCK_BYTES):
@@ -187,6 +189,7 @@ def read(storage: Storage, folder: str, piece: Piece) -> Tensor:
     written.
     """
     where = f"{folder}/{piece.file}"
+    # a bytearray: torch wants memory that it may write to
     data, digest = bytearray(), hashlib.sha256()
     try:
         for start in range(piece.offset, piece.offset + piece.bytes, _BLOCK_BYTES):

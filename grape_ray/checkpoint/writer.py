@@ -78,6 +78,7 @@ class Writer:
 
     def begin(self, name: str, step: int, state: State) -> None:
         """Copies the state and starts to write it. Call it when `ready` says so."""
+        # the one part that training waits for
         copies = {kind: snapshot(shards) for kind, shards in state.shards.items()}
         upload = self._current = _Upload(name, step, time.monotonic())
         threading.Thread(
@@ -88,6 +89,7 @@ class Writer:
         """Whether no upload is in flight on any rank. Raises CheckpointError or StorageError
         where one has failed on any rank.
         """
+        # agreed, or ranks would begin different checkpoints
         states = self._comms.gather_objects(self._look())
         for rank, (_, error) in enumerate(states):
             if error is not None:
@@ -160,6 +162,7 @@ class Writer:
                 )
             upload.bytes = sum(files.values())
         except Exception as error:
+            # raised on every rank by the next `ready` or `flush`
             upload.error = error
         upload.ended_s = time.monotonic()
         upload.done.set()

@@ -6,12 +6,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from grape_ray.cli.options import as_json, results_file
 from grape_ray.storage import Json
+
+if TYPE_CHECKING:
+    from grape_ray.bench.models import Setting
 
 
 @click.group("bench")
@@ -42,7 +45,7 @@ def _shape(function: Any) -> Any:
     return function
 
 
-def _setting(options: Json) -> Any:
+def _setting(options: Json) -> Setting:
     from grape_ray.bench.models import setting
 
     return setting(
@@ -87,7 +90,7 @@ def _finish(
 @click.option(
     "--steps", type=int, default=1, show_default=True, help="Steps a candidate takes in a round."
 )
-def methods(methods: str, rounds: int, steps: int, **options: Any) -> None:
+def methods(methods: str, rounds: int, steps: int, **options: object) -> None:
     """Seconds a step and peak bytes above the model, in interleaved rounds, as ratios to `none`."""
     from grape_ray.bench.candidates import chosen
     from grape_ray.bench.measure import measure
@@ -126,7 +129,7 @@ def methods(methods: str, rounds: int, steps: int, **options: Any) -> None:
     help="Comma list of method or method:rank.",
 )
 @click.option("--steps", type=int, default=3, show_default=True)
-def profile(methods: str, steps: int, **options: Any) -> None:
+def profile(methods: str, steps: int, **options: object) -> None:
     """Where a step's seconds and bytes go."""
     from grape_ray.bench.candidates import chosen, label
     from grape_ray.bench.processes import Process
@@ -167,7 +170,7 @@ def profile(methods: str, steps: int, **options: Any) -> None:
 )
 @click.option("--lengths", default="256,512,1024,2048,4096", show_default=True)
 @click.option("--steps", type=int, default=1, show_default=True)
-def length(methods: str, lengths: str, steps: int, **options: Any) -> None:
+def length(methods: str, lengths: str, steps: int, **options: object) -> None:
     """Peak bytes and the seconds that norms take, against the number of tokens; ratios to `none` of
     the same length.
     """
@@ -218,7 +221,7 @@ def length(methods: str, lengths: str, steps: int, **options: Any) -> None:
 @command.command("comm")
 @_shape
 @click.option("--rank", type=int, default=16, show_default=True)
-def comm(rank: int, **options: Any) -> None:
+def comm(rank: int, **options: object) -> None:
     """Bytes that a rank sends a step, DP-GRAPE beside full-rank DP-Adam, on two real ranks."""
     from grape_ray.bench.comm import bytes_per_step
 
@@ -262,7 +265,13 @@ def comm(rank: int, **options: Any) -> None:
     help="Steps of a block; blocks with and without checkpoints take turns.",
 )
 def checkpoint(
-    storage: str | None, rank: int, every: int, deltas: int, rounds: int, block: int, **options: Any
+    storage: str | None,
+    rank: int,
+    every: int,
+    deltas: int,
+    rounds: int,
+    block: int,
+    **options: object,
 ) -> None:
     """Rate of steps with checkpoints over the rate without, in interleaved blocks of one run."""
     import contextlib
@@ -314,7 +323,7 @@ def checkpoint(
 @command.command("scaling")
 @_shape
 @click.option("--rank", type=int, default=16, show_default=True)
-def scaling(rank: int, **options: Any) -> None:
+def scaling(rank: int, **options: object) -> None:
     """CPU-seconds an example on one and two real ranks, each with its own batch."""
     from grape_ray.bench.report import environment
     from grape_ray.bench.scaling import weak
@@ -351,7 +360,7 @@ def scaling(rank: int, **options: Any) -> None:
 @click.option("--rounds", type=int, default=3, show_default=True)
 @results_file
 @as_json
-def shell(steps: int, rounds: int, **options: Any) -> None:
+def shell(steps: int, rounds: int, **options: object) -> None:
     """What the program, the loop and Ray add to a step and to a start, on the digits pipeline."""
     from grape_ray.bench.report import environment
     from grape_ray.bench.shell import help_s, runs
@@ -383,7 +392,7 @@ def shell(steps: int, rounds: int, **options: Any) -> None:
 )
 @results_file
 @as_json
-def ledger(entries: str, **options: Any) -> None:
+def ledger(entries: str, **options: object) -> None:
     """CPU-seconds of opening and verifying a ledger in a local folder, against the number of its
     entries.
     """

@@ -9,7 +9,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -17,6 +17,7 @@ from grape_ray.cli import options
 
 if TYPE_CHECKING:
     from grape_ray.config.schema import Config
+    from grape_ray.training.preflight import Report
 
 
 @click.command("check")
@@ -57,7 +58,9 @@ def command(
         click.echo(json.dumps({"target": model_or_pipeline, "ok": True, "reports": reports}))
 
 
-def _target(reference: str, assignments: tuple[str, ...]) -> tuple[Config, Callable[[Config], Any]]:
+def _target(
+    reference: str, assignments: tuple[str, ...]
+) -> tuple[Config, Callable[[Config], Report]]:
     """The config, and what gives a preflight's report for it: of a pipeline by a dry run, of a
     model with a made-up batch.
     """
@@ -87,7 +90,7 @@ def _target(reference: str, assignments: tuple[str, ...]) -> tuple[Config, Calla
     return config, lambda config: preflight(model, loss, batch, config.privacy, config.method)
 
 
-def _dry_run_report(config: Config) -> Any:
+def _dry_run_report(config: Config) -> Report:
     """The report of a dry run, in a folder that is thrown away."""
     from grape_ray.storage import Storage
     from grape_ray.tasks.task import loaded

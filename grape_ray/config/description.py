@@ -6,7 +6,7 @@ import dataclasses
 import json
 import typing
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 from grape_ray.accounting.mechanism import RECORD
 from grape_ray.config.modules import load_module, located
@@ -17,6 +17,7 @@ from grape_ray.errors import CheckpointError, ConfigError
 from grape_ray.ledger.location import RUN_FILE
 from grape_ray.storage import Json, Storage
 
+_Kind = TypeVar("_Kind")
 _RUN = {  # fields of a run's description, and their types
     "run": (str,), "ledger": (str, type(None)), "study": (str,), "seed": (int,), "task": (dict,),
     "privacy": (dict,), "method": (dict,), "performance": (dict,),
@@ -41,7 +42,7 @@ def read_run(folder: Storage) -> Json:
         raise CheckpointError(
             "no run there", folder.url, f"a run's folder, with {RUN_FILE}", fix
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # nested a thousand deep, JSON is no JSON
         expected = "the JSON that its beginning wrote"
         raise CheckpointError(
             f"{RUN_FILE} of the run is damaged", str(error), expected, "restore it from a copy"
@@ -106,8 +107,9 @@ def check_description(config: Config) -> None:
             "decorate its class with @dataclass(frozen=True)",
         )
     for field in (field for field in dataclasses.fields(task) if field.init):
+        value = getattr(task, field.name)
         try:
-            json.dumps(getattr(task, field.name))
+            json.dumps(dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value)  # pyright: ignore[reportArgumentType]
         except (TypeError, ValueError):
             raise _not_kept(field.name, getattr(task, field.name)) from None
     again = rebuild_config(json.loads(json.dumps(describe(config))), (type(task).__module__,))
@@ -166,21 +168,41 @@ def rebuild_task(description: Json, trust: Iterable[str] = ()) -> Any:
             "do not use a description from strangers",
         )
     known = {field.name for field in dataclasses.fields(kind) if field.init}
+    fields = current_names(kind, fields) if isinstance(fields, dict) else fields
     if not isinstance(fields, dict) or not set(fields) <= known:
         raise ConfigError(
             "the task of the run cannot be rebuilt", reference, "a class with the saved fields", fix
         )
-    hints = typing.get_type_hints(kind)
-    kept = {
-        k: tuple(v) if isinstance(v, list) and typing.get_origin(hints.get(k)) is tuple else v
-        for k, v in fields.items()
-    }
     try:
-        return kind(**kept)
+        return _rebuilt(kind, fields)
     except TypeError as error:
         raise ConfigError(
             "the task of the run cannot be rebuilt", reference, "a class with the saved fields", fix
         ) from error
+
+
+def _rebuilt(kind: type[_Kind], fields: Json) -> _Kind:
+    """A dataclass from its JSON: lists become tuples, and objects groups of fields, where its
+    annotations say so. Raises TypeError for other fields.
+    """
+    hints = typing.get_type_hints(kind)
+    kept: Json = {}
+    for name, value in fields.items():
+        hint: Any = hints.get(name)
+        if isinstance(value, list) and typing.get_origin(hint) is tuple:
+            value = tuple(value)
+        elif isinstance(value, dict) and dataclasses.is_dataclass(hint):
+            value = _rebuilt(hint, value)  # pyright: ignore[reportArgumentType]
+        kept[name] = value
+    return kind(**kept)
+
+
+def current_names(kind: Any, fields: Json) -> Json:
+    """The fields of a task by the names that they have now: a class may say, in an attribute
+    `renamed`, what it called them before.
+    """
+    renamed = getattr(kind, "renamed", {})
+    return {renamed.get(name, name): value for name, value in fields.items()}
 
 
 def _is_task(kind: Any, module: str, qualified: str) -> bool:

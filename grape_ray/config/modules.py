@@ -10,11 +10,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TypeVar
 
 from grape_ray.errors import ConfigError, GrapeRayError, nearest
 from grape_ray.privacy.redaction import where
 
+_Result = TypeVar("_Result")
 _MOST_NAMED = 20  # files beside one that is missing
 _FILES: dict[str, str] = {}  # modules that were named by their file, and are not found without it
 
@@ -50,7 +51,7 @@ def load_module(name: str, reference: str, kind: str = "pipeline", here: bool = 
         ) from error
 
 
-def call(function: Callable[[], object], what: str, expected: str) -> Any:
+def call(function: Callable[[], _Result], what: str, expected: str) -> _Result:
     """What a function of such a module returns. Raises ConfigError where it fails."""
     try:
         return function()

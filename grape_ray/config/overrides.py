@@ -26,6 +26,7 @@ def assign(node: Any, path: list[str], value: str, key: str) -> Any:
         ConfigError: an unknown key, with the nearest names; a group; a value of another type.
     """
     names = {f.name: f for f in dataclasses.fields(node)}
+    path = [getattr(node, "renamed", {}).get(path[0], path[0]), *path[1:]]  # a former name
     if path[0] not in names:
         known = {".".join([*key.split(".")[: -len(path)], n]) for n in names}
         raise ConfigError(
@@ -50,7 +51,7 @@ def assign(node: Any, path: list[str], value: str, key: str) -> Any:
     return dataclasses.replace(node, **{path[0]: _parse(value, hint, key)})
 
 
-def _parse(text: str, hint: Any, key: str) -> Any:
+def _parse(text: str, hint: Any, key: str) -> object:
     """`text` as the annotated type: str as it is, everything else as JSON (`none` and comma lists
     allowed).
     """

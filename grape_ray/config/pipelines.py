@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 from grape_ray.config.modules import call, load_module, located
 from grape_ray.config.schema import Config
@@ -38,7 +38,7 @@ def pipeline(reference: str) -> Config:
     raise ConfigError("pipeline has no such function", reference, "module:function", near)
 
 
-def _called(function: Any, reference: str) -> Config:
+def _called(function: Callable[[], object], reference: str) -> Config:
     """What a pipeline's function returns, if it is a Config."""
     config = call(function, f"pipeline {reference}", _RETURNS)
     if not isinstance(config, Config):

@@ -9,11 +9,14 @@ from typing import Any, cast
 
 import fsspec
 
+from grape_ray.data.readers import ENDINGS
 from grape_ray.errors import DataError
 
-_EXPECTED = "a Parquet file, a folder or pattern with some, or a URL"
+_EXPECTED = (
+    "a file of records (CSV, JSON Lines, Parquet, Arrow, plain text), a folder or pattern with"
+    " some, a URL, or a dataset on the Hugging Face hub"
+)
 _WEB = ("http://", "https://")
-_ENDS = (".parquet", ".pq")
 # As files of one dataset are called on the Hugging Face hub and elsewhere.
 _SPLITS = {
     "train": "training", "training": "training", "test": "test", "testing": "test",
@@ -22,11 +25,14 @@ _SPLITS = {
 }  # fmt: skip
 
 
-def found_files(url: str) -> tuple[Any, list[str]]:
+def found_files(url: str, endings: Sequence[str] = tuple(ENDINGS)) -> tuple[Any, list[str]]:
     """The file system of a location, and the files there, sorted.
 
     What lies there under that very name is meant, whatever characters are in it; only where nothing
     does is a name with `*` a pattern.
+
+    Args:
+        endings: of the names of those files in a folder that are meant.
 
     Raises:
         DataError: nothing there, out of reach, or a folder with files of several splits, which are
@@ -35,10 +41,8 @@ def found_files(url: str) -> tuple[Any, list[str]]:
     if not url:
         raise DataError("data has no path", url, _EXPECTED, "name the file")
     try:
-        # What is encoded stays as it is: a signature is over the very address.
-        options = {"encoded": True} if url.startswith(_WEB) and "%" in url else {}
-        fs, path = cast(tuple[Any, str], fsspec.core.url_to_fs(url, **options))
-        files, folder = _files(fs, path)
+        fs, path = file_system(url)
+        files, folder = _files(fs, path, endings)
     except Exception as error:  # a driver may raise anything
         fix = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise DataError("data cannot be reached", url, _EXPECTED, fix) from error
@@ -49,13 +53,21 @@ def found_files(url: str) -> tuple[Any, list[str]]:
     return fs, files
 
 
-def _files(fs: Any, path: str) -> tuple[list[str], bool]:
+def file_system(url: str) -> tuple[Any, str]:
+    """The file system of a location, and its path there."""
+    # What is encoded stays as it is: a signature is over the very address.
+    options = {"encoded": True} if url.startswith(_WEB) and "%" in url else {}
+    return cast(tuple[Any, str], fsspec.core.url_to_fs(url, **options))
+
+
+def _files(fs: Any, path: str, endings: Sequence[str]) -> tuple[list[str], bool]:
     """The files, and whether they were all that a folder holds."""
     # its folders are pages of links, and `*` and `?` are parts of addresses
     if path.startswith(_WEB):
         return ([path] if fs.exists(path) else []), False
     if fs.isdir(path):
-        return sorted(file for file in fs.find(path) if file.endswith(_ENDS)), True
+        found = (file for file in fs.find(path) if file.lower().endswith(tuple(endings)))
+        return sorted(found), True
     if fs.exists(path):
         return [path], False
     return (

@@ -4,7 +4,7 @@ objects; nothing is sent at world size 1.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -55,6 +55,7 @@ class Comms:
         if self.world_size == 1:
             return flat
         share = -(-flat.numel() // self.world_size)
+        # the collectives want equal shares
         padded = torch.nn.functional.pad(flat, (0, share * self.world_size - flat.numel()))
         mine = torch.empty(share, dtype=flat.dtype, device=flat.device)
         _reduce_scatter(mine, padded)
@@ -74,23 +75,24 @@ class Comms:
 
     def broadcast_object(self, value: _Value | None) -> _Value:
         """Rank 0's `value`, on every rank; what the others give does not count."""
-        box: list[Any] = [value]
+        box = [value]
         if self.world_size > 1:
             dist.broadcast_object_list(box, src=0)
-        return box[0]
+        return cast(_Value, box[0])
 
     def gather_objects(self, value: _Value) -> list[_Value]:
         """Every rank's `value`, in rank order, on every rank."""
         if self.world_size == 1:
             return [value]
-        boxes: list[Any] = [None] * self.world_size
+        boxes: list[_Value | None] = [None] * self.world_size
         dist.all_gather_object(boxes, value)
-        return boxes
+        return cast(list[_Value], boxes)
 
     def largest(self, value: int) -> int:
         """The largest `value` of all ranks, on every rank."""
         if self.world_size == 1:
             return value
+        # NCCL reaches device memory alone
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
         box = torch.tensor([value], dtype=torch.int32, device=device)
         dist.all_reduce(box, op=dist.ReduceOp.MAX)

@@ -28,16 +28,16 @@ class Gate:
             computes the rest again.
     """
 
-    def __init__(self, forward: Callable[..., Any], recompute: bool = False):
+    def __init__(self, forward: Callable[..., object], recompute: bool = False):
         self._forward, self._recompute = forward, recompute
         self.watcher: Callable[[], None] | None = None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: Any) -> object:
         if self._recompute and torch.is_grad_enabled():
             return checkpoint(self._enter, *args, use_reentrant=False, **kwargs)
         return self._enter(*args, **kwargs)
 
-    def _enter(self, *args: Any, **kwargs: Any) -> Any:
+    def _enter(self, *args: object, **kwargs: object) -> object:
         if self.watcher is not None:
             self.watcher()
         return self._forward(*args, **kwargs)
@@ -91,7 +91,8 @@ def gates(model: nn.Module) -> Iterator[tuple[nn.Module, Gate]]:
     """The sharded modules of a model, with their gates; none where it is not sharded."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            gate: Any = module.forward
+            gate = module.forward
+            assert isinstance(gate, Gate)
             yield module, gate
 
 
@@ -124,4 +125,5 @@ def rows(param: Tensor) -> slice:
     shape, offset = compute_local_shape_and_global_offset(
         param.shape, param.device_mesh, param.placements
     )
+    # a rank beyond a short tensor's rows holds none, at an offset that says nothing
     return slice(offset[0], offset[0] + shape[0]) if shape[0] else slice(0, 0)

@@ -59,6 +59,7 @@ class Tape(Collector):
         )
         if small is None and len(uses) == 1 and isinstance(left, Index):
             return factor_pairs.lookup_squared_norms(*factor_pairs.wide(left, right))  # pyright: ignore[reportArgumentType]
+        # a part that came as whole gradients is added to the others before any norm
         if small is None and route == "gram":
             return factor_pairs.gram_squared_norms(uses)
         return factor_pairs.outer_squared_norms(uses, small)

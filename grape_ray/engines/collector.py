@@ -104,6 +104,7 @@ class Materialised(Collector):
     def pair(self, name: str, left: Left, right: Tensor) -> None:
         plan = self.subspace.plan.get(name)
         if plan is None:
+            # until a second use comes (`_add`)
             if isinstance(left, Index) and name not in self.stored and name not in self.lookups:
                 self.lookups[name] = (left, factor_pairs.wide(left, right)[1])
             else:

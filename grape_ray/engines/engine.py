@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from grape_ray.engines.verification.verified import Layouts
 from grape_ray.errors import ConfigError, UnsupportedLayer
 from grape_ray.privacy.clipping import factors
 from grape_ray.privacy.types import ClippedSum
+from grape_ray.storage import Json
 
 
 class Engine:
@@ -103,7 +103,7 @@ class Engine:
         )
 
     @staticmethod
-    def options(privacy: Privacy, method: Method) -> dict[str, Any]:
+    def options(privacy: Privacy, method: Method) -> Json:
         """The arguments that this engine takes beside those of all, from a run's config."""
         return {}
 
@@ -115,6 +115,7 @@ class Engine:
     @property
     def coordinates(self) -> int:
         """Numbers in a clipped sum: what is noised and exchanged a step."""
+        # for its shapes alone
         collector = self.collector_type(self.params, 0, self.subspace, 0)
         return sum(math.prod(collector.shape(name)) for name in self.params)
 
@@ -163,6 +164,7 @@ class Engine:
                 f"{mask.dtype} of shape {tuple(mask.shape)}",
                 f"bool of shape ({examples},), one an example",
             )
+        # frozen or unfrozen since: projections, noise and moments were made for another set
         if owned_parameters(self.model).keys() != self.params.keys():
             raise UnsupportedLayer(
                 "the set of trainable parameters",
@@ -215,6 +217,7 @@ class Engine:
         """The clipped sum of no example: zeros, to be noised like any other; with a step as
         `clipped_sum`, or of any.
         """
+        # that no example came must not show: the noise is the same
         return self._complete({}, {}, step)
 
     def _pass(
@@ -288,6 +291,7 @@ class Engine:
         """The sum with zeros for every tensor that the batch left unused: it is noised all the
         same.
         """
+        # for its shapes alone
         collector = self.collector_type(self.params, 0, self.subspace, 0)
         tensors = {
             name: (

@@ -57,6 +57,7 @@ class TwoPasses(Tape):
                 ),
             )
         elif self._expected[name] == 1:
+            # the only use there will be: its norm is known, and nothing is kept
             self._squares[name] = self._squared(name, [(left, right)], None)
         else:
             super().pair(name, left, right)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ def losses_of(loss: PerExampleLoss, model: nn.Module, batch: Batch, examples: in
         return check_losses(loss(model, batch), examples)
 
 
-def check_losses(losses: Any, examples: int) -> Tensor:
+def check_losses(losses: object, examples: int) -> Tensor:
     """The losses, if they are one an example."""
     if not isinstance(losses, Tensor) or losses.shape != (examples,):
         raise ConfigError(
@@ -34,7 +33,7 @@ def check_losses(losses: Any, examples: int) -> Tensor:
     return losses
 
 
-def _uncompiled() -> contextlib.AbstractContextManager[Any]:
+def _uncompiled() -> contextlib.AbstractContextManager[object]:
     """What torch.compile has compiled runs as it was written: a compiled graph would show no use of
     a parameter.
     """

@@ -6,20 +6,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
-_cudnn: Any = torch.backends.cudnn
-_mkldnn: Any = torch.backends.mkldnn
-_BACKENDS: tuple[Any, ...] = (
+_BACKENDS = (
     torch.backends.cuda.matmul,
-    _cudnn.conv,
-    _cudnn.rnn,
-    _mkldnn.matmul,
-    _mkldnn.conv,
-    _mkldnn.rnn,
+    *(getattr(torch.backends.cudnn, name) for name in ("conv", "rnn")),
+    *(getattr(torch.backends.mkldnn, name) for name in ("matmul", "conv", "rnn")),
 )
+# sums of half-precision products: partial sums would be rounded to half precision too
 _REDUCTIONS = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
 
 

@@ -29,6 +29,7 @@ from grape_ray.engines.norm_routes import norm_route, overridden
 from grape_ray.errors import ConfigError
 from grape_ray.privacy.random_streams import normals
 from grape_ray.privacy.types import ClippedSum
+from grape_ray.storage import Json
 
 ESTIMATORS = {"hutchinson": sketch.hutchinson, "hutch++": sketch.hutch_plus_plus}
 
@@ -130,6 +131,7 @@ class Randomized(Ghost):
             shared_probes,
             ESTIMATORS[estimator],
         )
+        # the lemmas are about one estimate for the whole of an example's gradient
         if self.clipping != "flat":
             raise ConfigError(
                 "privacy.clipping with method `randomized`",
@@ -137,6 +139,7 @@ class Randomized(Ghost):
                 "flat, which its accountant covers",
                 "set privacy.clipping=flat",
             )
+        # as a library, without a run's attempt, the engine has a secret of its own
         self.use_secret(os.urandom(32))
 
     @property
@@ -145,7 +148,7 @@ class Randomized(Ghost):
         return self.probes, self.shared_probes
 
     @staticmethod
-    def options(privacy: Privacy, method: Method) -> dict[str, Any]:
+    def options(privacy: Privacy, method: Method) -> Json:
         return {
             "probes": privacy.probes,
             "shared_probes": privacy.shared_probes,

@@ -8,7 +8,6 @@ import fnmatch
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +74,7 @@ class Subspace:
         see Optimizer, `transfer`.
         """
         plan = self.plan[name]
+        # R^T R is dim / rank times the identity in expectation, so this is its inverse
         return (self.matrix(name, old, like).T @ self.matrix(name, new, like)) * (
             plan.rank / plan.dim
         )
@@ -83,7 +83,7 @@ class Subspace:
         """What cannot be made anew from keys; nothing here."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Restores `state_dict`."""
 
     def matrix_rows(self, name: str, period: int, like: Tensor, rows: slice) -> Tensor:
@@ -199,6 +199,7 @@ class Svd(Subspace):
         flat = gradient.view(plan.rows, -1)
         if name not in self._matrices or self._matrices[name][0] != period:
             if name in self._matrices:
+                # moments are moved over from it, once
                 self._before[name] = self._matrices[name][1]
             left, _, right = torch.linalg.svd(flat, full_matrices=False)
             self._matrices[name] = (
@@ -211,14 +212,14 @@ class Svd(Subspace):
     def change_of_basis(self, name: str, old: int, new: int, like: Tensor) -> Tensor:
         return self._before[name].T @ self._matrices[name][1]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Tensor]:
         return {
             f"subspace/{period}/{name}": matrix for name, (period, matrix) in self._matrices.items()
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         for key, value in state.items():
-            if key.startswith("subspace/"):
+            if key.startswith("subspace/") and isinstance(value, Tensor):
                 _, period, name = key.split("/", 2)
                 self._matrices[name] = (int(period), value)
 

@@ -81,6 +81,7 @@ def _load(storage: Storage) -> tuple[dict[int, Entry], list[str]]:
         ) from error
     entries: dict[int, Entry] = {}
     problems: list[str] = []
+    # by all names up to the last, so that a gap is named and not passed over
     for name in (entry_name(seq) for seq in range(int(names[-1][:8]) + 1)):
         data = content.get(name)
         if data is None:

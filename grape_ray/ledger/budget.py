@@ -4,7 +4,10 @@ granted.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from grape_ray.accounting.selection import Selection
+from grape_ray.ledger import registry
 from grape_ray.ledger.entries import Study, entry_name
 from grape_ray.ledger.ledger import Ledger
 from grape_ray.ledger.state import State
@@ -53,6 +56,33 @@ def check_share(
         storage.check_writable()
         state = State(epsilon=budget[0], delta=budget[1], unit=share.unit)
     state.check_unit(share.unit)
+    # one that is registered already was checked then, and is compared when it is opened
     if share.name not in state.studies and share.name not in state.selections:
         state.check_share(share)
     return existing
+
+
+def open_registered(
+    storage: Storage,
+    dataset_id: str,
+    made: tuple[float | None, float | None],
+    unit: str,
+    identity: Iterable[str],
+    dataset: str,
+) -> Ledger:
+    """The dataset's ledger, made if need be, and known to the user's registry from now on.
+
+    Args:
+        made: (epsilon, delta) that it is made with; None takes a ledger that exists as it is.
+        unit: the privacy unit that it protects.
+        identity: all fingerprints of the records; none of public ones, which may have many ledgers.
+        dataset: what the user calls the records.
+
+    Raises:
+        LedgerError: it is of another dataset, budget or unit, damaged, or out of reach.
+        StorageError: the registry cannot be written.
+    """
+    ledger = Ledger.open(storage, dataset_id, *made, unit=unit)
+    if identity:
+        registry.register(identity, storage.url, ledger.ledger_id, dataset)
+    return ledger

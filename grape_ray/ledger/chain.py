@@ -56,6 +56,7 @@ class Chain:
                 reach, damaged, or always outrun.
         """
         with self._lock:
+            # decided anew each time: what another wrote may have used up what was to be granted
             for _ in range(_MAX_RACES):
                 self._refresh()
                 wanted, result = decide(self.state)
@@ -73,6 +74,7 @@ class Chain:
         entry = Entry(
             self.state.next_seq, self.state.head, kind, payload, time.time(), os.urandom(8).hex()
         )
+        # as a reader will find it: what could not be read back, or breaks a rule, is never written
         self.state.check(decode(entry.name, entry.encode()))
         try:
             self.storage.create(entry.name, entry.encode(), private=True)
@@ -85,6 +87,7 @@ class Chain:
 
     def _refresh(self, thorough: bool = False) -> None:
         if self.state.next_seq > 0:
+            # a process that lives through a rollback would grant steps a second time
             self._check_head()
         self._extend()
         while thorough and (beyond := self._beyond()):
@@ -146,6 +149,7 @@ def entries(storage: Storage, first: int = 0) -> Iterator[Entry]:
     Raises:
         LedgerError: out of reach, or an entry is damaged.
     """
+    # mostly there is nothing new, and one question finds that out
     ahead = 1
     while True:
         names = [entry_name(seq) for seq in range(first, first + ahead)]

@@ -195,6 +195,7 @@ def decode(name: str, data: bytes) -> Entry:
             a hash that does not fit.
     """
     try:
+        # before it is parsed: anyone may have made the file
         if len(data) > MAX_ENTRY_BYTES:
             raise LedgerError(
                 "entry is too long", f"{len(data)} bytes", f"at most {MAX_ENTRY_BYTES}"
@@ -209,6 +210,7 @@ def decode(name: str, data: bytes) -> Entry:
         if entry.hash != claimed:
             raise LedgerError("its content does not fit its hash", claimed[:12], entry.hash[:12])
         return entry
+    # deeply nested JSON exhausts the parser's recursion
     except (ValueError, RecursionError, GrapeRayError) as error:
         fix = (
             "the ledger was damaged or edited: restore it from a copy, and spend nothing from it"
@@ -229,6 +231,7 @@ def _refuse_constant(text: str) -> float:
     raise ValueError(f"{text} is not a number")
 
 
+# one text for one value: the hash is of it
 _ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
@@ -248,6 +251,7 @@ def _shaped(
     for field, kind in schema.items():
         item = found[field]
         accepted = (int, float) if kind is float else (kind,)
+        # in Python True is an int
         if not isinstance(item, accepted) or (isinstance(item, bool) and kind is not bool):
             raise LedgerError(
                 f"{what}.{field} has a wrong type", type(item).__name__, kind.__name__

@@ -45,6 +45,7 @@ class Lease:
             now = self._read()
             if now != seen:
                 seen, changes, quiet_since = now, changes + 1, time.monotonic()
+            # one change may be the last beat of a holder that died while this one looked
             if seen is not None and changes >= 2:
                 got = f"process {seen['pid']} on {seen['host']}"
                 fix = (
@@ -64,6 +65,7 @@ class Lease:
     def release(self) -> None:
         """Give the ledger up, so that the next cluster need not wait."""
         self._over.set()
+        # another cluster's lease is not this one's to remove
         if self._mine(self._read()):
             self._storage.remove(LEASE_FILE)
 

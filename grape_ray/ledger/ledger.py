@@ -79,6 +79,7 @@ class Ledger:
         """
         storage = url if isinstance(url, Storage) else Storage(url)
         ledger = cls(storage)
+        # a gap is looked for once: to list the folder takes longer with every entry
         if ledger._chain.refreshed(thorough=True).next_seq == 0:
             if dataset_id is None or epsilon is None or delta is None or not create:
                 fix = "check the location, or name dataset_id, epsilon and delta to make one"
@@ -93,6 +94,7 @@ class Ledger:
                 **({} if unit in (None, RECORD) else {"unit": check_name("unit", unit)}),
             }
             ledger._chain.append(
+                # where another creator was faster, its opening is compared below like any other
                 lambda state: (
                     None if state.next_seq else ("open", {"format": FORMAT, **fields}),
                     None,
@@ -245,6 +247,7 @@ class Ledger:
         def decide(state: State):
             return ("epoch", {"epoch": state.epoch + 1, "holder": holder}), state.epoch + 1
 
+        # not fenced: this is what takes the ledger from an earlier holder
         epoch = self._chain.append(decide)
         self._holder = holder
         return epoch
@@ -270,6 +273,7 @@ class Ledger:
         check_name("key_id", key_id)
 
         def decide(state: State):
+            # in the decision itself, so that no entry is written for other records
             state.check_dataset(dataset_id)
             number = len(state.study(study).runs.get(run, [])) + 1
             return (
@@ -334,6 +338,7 @@ class Ledger:
                     )
                 return None, granted(known.first_step, known.steps)
             first = live.next_step if first_step is None else first_step
+            # fewer than asked for is an answer, not an error: the run ends where its budget does
             count = min(steps, owner.left)
             if count == 0:
                 return None, granted(first, 0)
@@ -407,6 +412,7 @@ class Ledger:
     def _append(self, decide: Callable[[State], tuple[Wanted, _Result]]) -> _Result:
         """Extend the chain, unless another holder has taken the ledger over."""
 
+        # asked between reading and writing, so that who was overtaken learns it before the write
         def fenced(state: State) -> tuple[Wanted, _Result]:
             if self._holder is not None and state.holder != self._holder:
                 got = f"epoch {state.epoch} of {state.holder}"

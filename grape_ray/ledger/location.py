@@ -88,7 +88,7 @@ def ledger_of(place: str) -> tuple[str, str | None]:
             raise TypeError("a run and its ledger are named by texts")
     except FileNotFoundError:
         return place, None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise StorageError(
             f"{RUN_FILE} of the run is damaged", place, "its own JSON", "restore it from a copy"
         ) from error
@@ -114,6 +114,7 @@ def salt(folder: str, make: bool) -> bytes:
     except FileExistsError:
         pass
     try:
+        # whole, if it is there: files are created exclusively and at once
         found = place.read(SALT_FILE)
     except FileNotFoundError:
         return fresh

@@ -49,6 +49,7 @@ def ledgers() -> list[Known]:
     found: dict[tuple[str, str], Known] = {}
     for entry, _ in _entries():
         key = (entry.place, entry.ledger_id)
+        # of several entries that in which the user gave the records a name
         found[key] = max(found.get(key, entry), entry, key=lambda one: one.dataset)
     return [found[key] for key in sorted(found)]
 
@@ -97,6 +98,7 @@ def register(identity: Iterable[str], ledger: str, ledger_id: str, dataset: str 
         "ledger_id": ledger_id,
         "names": sorted(set(_names(identity, make=True))),
     }
+    # the same registration again is the same file
     name = f"{hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()[:32]}.json"
     _folder().write(name, json.dumps({**entry, "dataset": dataset}).encode(), private=True)
 

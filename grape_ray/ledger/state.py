@@ -97,6 +97,7 @@ class State:
                 "a ledger starts with its only opening", entry.kind, "open at seq 0 alone", _RESTORE
             )
         try:
+            # a method for each kind in SCHEMA, which `decode` has held the kind against
             commit = getattr(self, f"_{entry.kind}")(entry.payload)
         except ConfigError as error:
             raise LedgerError(f"the entry holds what no ledger may: {error}") from error
@@ -313,6 +314,7 @@ class State:
                 f"at most {charge.asked}",
                 _RESTORE,
             )
+        # a lower number is a repetition, which `Ledger.charge` answers without an entry
         last = attempt.last.chunk if attempt.last else -1
         if charge.chunk <= last:
             expected = f"above {last}"
@@ -322,6 +324,7 @@ class State:
                 expected,
                 "number the chunks of an attempt upwards",
             )
+        # the same key and step would be the same noise under another sum
         if charge.first_step < attempt.next_step:
             fix = "begin a new attempt, which has a new key"
             raise NoiseReuse(
@@ -341,6 +344,7 @@ class State:
     def _refund(self, payload: Payload) -> Callable[[], None]:
         attempt = self.live_attempt(payload["study"], payload["run"], payload["attempt"])
         last, steps = attempt.last, payload["steps"]
+        # only the last chunk can hold steps that never started
         if last is None or payload["chunk"] != last.chunk or last.chunk in attempt.refunds:
             what = f"chunk {payload['chunk']} cannot be refunded"
             raise LedgerError(

@@ -8,7 +8,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import transformers
@@ -17,6 +17,9 @@ from torch import nn
 from grape_ray.errors import ConfigError
 from grape_ray.storage import Json
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _T = TypeVar("_T")
 # parts below the base model that a checkpoint of it may lack, because a classifier's own head holds
 # them
@@ -24,7 +27,7 @@ _HEADS = ("pooler", "summary")
 _SOURCE = "a hub name, or a folder with config.json and weights"
 
 
-def load_tokenizer(name: str, field: str = "task.model") -> Any:
+def load_tokenizer(name: str, field: str = "task.model") -> PreTrainedTokenizerBase:
     """The fast tokenizer of a hub name or folder.
 
     Where a folder has none, transformers makes one up for some families, with special tokens alone:
@@ -37,7 +40,7 @@ def load_tokenizer(name: str, field: str = "task.model") -> Any:
         ConfigError: there is none.
     """
 
-    def build(place: str) -> Any:
+    def build(place: str) -> PreTrainedTokenizerBase:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             place, use_fast=True, trust_remote_code=False
         )
@@ -150,7 +153,7 @@ def load_as_saved(name: str) -> nn.Module:
 
 def check_vocabulary(model: nn.Module, tokens: int, name: str) -> nn.Module:
     """The model, if its embedding has a row for each of so many tokens. Raises ConfigError."""
-    rows: Any = model.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportCallIssue]
+    rows = model.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportCallIssue]
     if tokens > rows:
         fix = (
             "save the model after model.resize_token_embeddings(len(tokenizer)), or use the"
@@ -165,7 +168,7 @@ def check_vocabulary(model: nn.Module, tokens: int, name: str) -> nn.Module:
     return model
 
 
-def tokens_of(tokenizer: Any) -> int:
+def tokens_of(tokenizer: PreTrainedTokenizerBase) -> int:
     """How many ids a tokenizer may give, from 0 on."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 

@@ -10,11 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from grape_ray.engines.losses import PerExampleLoss
 from grape_ray.errors import ConfigError
 from grape_ray.models.hugging_face import load_as_saved
 
 
-def sample(name: str, rows: int = 3, length: int = 12) -> tuple[nn.Module, Any, dict[str, Tensor]]:
+def sample(
+    name: str, rows: int = 3, length: int = 12
+) -> tuple[nn.Module, PerExampleLoss, dict[str, Tensor]]:
     """The model in its own architecture, a per-example loss and a batch of random inputs.
 
     Args:

@@ -18,6 +18,7 @@ AUTOMATIC_GAMMA = 0.01
 
 
 def _bounded(squared: Tensor, bound: float) -> Tensor:
+    # clamped below the division: the factor is never above 1, and a norm of 0 divides nothing
     return bound / squared.sqrt().clamp(min=bound)
 
 
@@ -58,12 +59,14 @@ def factors(
         name -> (B,) float64 in [0, inf); exactly 0 for padding, for examples any of whose norms is
         not finite, and below 2^-100.
     """
+    # one tensor that is not finite silences the example in all: the rest of it is no better
     alive = torch.isfinite(_total(squared))
     if mask is not None:
         alive = alive & mask.to(alive.device)
     made: dict[int, Tensor] = {}
     out: dict[str, Tensor] = {}
     for name, factor in POLICIES[policy](squared, clip_norm).items():
+        # flat policies give all tensors one and the same factor
         if id(factor) not in made:
             made[id(factor)] = torch.where(
                 alive & (factor >= _LEAST), factor, torch.zeros_like(factor)

@@ -72,6 +72,7 @@ def _read(path: Path) -> bytes:
                 "mode 0600",
                 "chmod 600 it",
             )
+        # a byte more, so that a longer file shows
         key = file.read(KEY_BYTES + 1)
     if len(key) != KEY_BYTES:
         fix = "restore it from a copy, or move it away to have a new one made"
@@ -85,6 +86,7 @@ def key_id(key: bytes) -> str:
     """A name of 16 hexadecimal digits that tells keys apart and tells nothing else about them
     (SHA-256).
     """
+    # a domain of its own, so that no derived key can be this
     return hashlib.sha256(_SALT + b"/id" + key).hexdigest()[:16]
 
 
@@ -158,6 +160,7 @@ def check_outside(path: Path | str, *folders: str) -> None:
     Raises:
         ConfigError: the key lies inside one of the folders.
     """
+    # resolved: a symbolic link into the folder is inside it
     place = Path(path).expanduser().resolve()
     for folder in folders:
         scheme, separator, rest = folder.partition("://")

@@ -89,6 +89,7 @@ class NoiseStream:
     def normals(self, step: int, start: int, count: int) -> Tensor:
         """Standard normals `start .. start+count` of a step's noise vector, float64."""
         if self._ahead is not None and self._ahead[0] == step:
+            # the same function of the same key: drawn ahead or now, the values are alike
             drawn, first = self._ahead[2].result(), self._ahead[1]
             if first <= start and start + count <= first + len(drawn):
                 return torch.as_tensor(drawn[start - first : start - first + count])
@@ -150,6 +151,7 @@ def privatize(
         )
     step = step_of(summed, step)
     _check_mechanism(summed, grant.mechanism)
+    # before anything is drawn: whatever fails from here on, the step is spent
     grant.claim(step, stream.name)
     stream.claim(step)
     noise_multiplier = grant.mechanism.noise_multiplier
@@ -163,6 +165,7 @@ def privatize(
             part.copy_(on_grid(part.double(), noise, std, grid).div_(expected_batch_size))
         return mine
 
+    # the noise meets a slice on the rank that owns it, before any rank has the whole sum
     tensors = _by_slices(summed.tensors, comms or Comms.local(), release)
     return PrivateGradient(tensors, step, std / expected_batch_size, summed.period, _PRIVATIZE)
 
@@ -206,6 +209,7 @@ def grid_and_std(sensitivity: float, noise_multiplier: float, count: int) -> tup
     power = math.frexp(sensitivity)[1] - 1 - _BELOW_SENSITIVITY
     if std > 0:
         power = max(power, math.frexp(std)[1] - 1 - _BELOW_STD)
+    # a power of two, so that dividing and multiplying by it rounds nothing
     grid = math.ldexp(1.0, power)
     return grid, noise_multiplier * (sensitivity + grid * math.sqrt(count))
 
@@ -240,7 +244,10 @@ def nonprivate_mean(
     `batch_size`, no noise, no guarantee.
     """
     tensors = _by_slices(
-        summed.tensors, comms or Comms.local(), lambda mine, _: mine.div_(max(batch_size, 1))
+        # an empty batch has a sum of zeros
+        summed.tensors,
+        comms or Comms.local(),
+        lambda mine, _: mine.div_(max(batch_size, 1)),
     )
     return NonPrivateGradient(tensors, step_of(summed, step), period=summed.period)
 

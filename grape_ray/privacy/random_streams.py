@@ -33,6 +33,7 @@ def words(key: bytes, step: int, first: int, count: int) -> np.ndarray:
     Returns:
         `count` uint64.
     """
+    # a block of AES is two words
     block = step.to_bytes(8, "big") + (first // 2).to_bytes(8, "big")
     stream = Cipher(algorithms.AES256(key), modes.CTR(block)).encryptor()
     return np.frombuffer(stream.update(bytes(16 * ((count + 1) // 2))), dtype="<u8")[:count]
@@ -105,6 +106,7 @@ def poisson_batch(key: bytes, step: int, size: int, sampling_prob: float) -> np.
     batch[rank::world_size].
     """
     threshold = int(Fraction(sampling_prob) * _WORD)
+    # 2^64, for a q of 1, is no uint64
     if threshold >= _WORD:
         return np.arange(size, dtype=np.int64)
     return np.flatnonzero(words(key, step, 0, size) < np.uint64(threshold)).astype(np.int64)
@@ -215,12 +217,14 @@ def _by_blocks(
 ) -> np.ndarray:
     """Rows of a matrix of random numbers, each block of rows from a Philox stream of its own."""
     start, stop, _ = rows.indices(shape[0])
+    # an empty part, so that no rows have a type, too
     parts = [draw(np.random.default_rng(0), (0, shape[1]))]
     for block in range(start // _BLOCK_ROWS, -(-stop // _BLOCK_ROWS)):
         first = block * _BLOCK_ROWS
         digest = hashlib.sha256(
             b"|".join([key, label.encode(), str(number).encode(), str(block).encode()])
         ).digest()
+        # a stream of its own for each block, so that a rank makes its rows without the rows before
         stream = np.random.Generator(np.random.Philox(key=np.frombuffer(digest[:16], dtype="<u8")))
         parts.append(
             draw(stream, (min(_BLOCK_ROWS, shape[0] - first), shape[1]))[

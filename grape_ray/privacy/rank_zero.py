@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 from grape_ray.distributed.comms import Comms
 from grape_ray.privacy.redaction import redacted
@@ -23,8 +23,9 @@ def on_rank_zero(comms: Comms, call: Callable[[], _Result]) -> _Result:
             answer = call()
         except Exception as caught:
             own = caught
-    both: tuple[Any, Exception | None] = (answer, own and redacted(own))
+    both: tuple[_Result | None, Exception | None] = (answer, own and redacted(own))
     answer, error = comms.broadcast_object(both)
     if error is not None:
+        # rank 0 keeps the original, with its traceback
         raise own or error
-    return answer
+    return cast(_Result, answer)

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import PurePath
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from grape_ray.errors import GrapeRayError, TaskFailed
 
@@ -42,6 +42,7 @@ def run_redacted(call: Callable[[], _Result], public: bool) -> _Result:
 def redacted(error: BaseException) -> Exception:
     """The error as it may be written down anywhere."""
     if isinstance(error, Exception) and is_ours(error):
+        # what caused it may be an exception of the task's, whose text is kept with it
         error.__cause__ = error.__context__ = None
         return error.with_traceback(None)
     frames = where(error)
@@ -49,6 +50,7 @@ def redacted(error: BaseException) -> Exception:
         "its text is kept back, because it may quote a record; on data that its task calls public"
         " it is shown"
     )
+    # places in code, no values: they tell where to look, and nothing of a record
     calls = " < ".join(reversed(frames[-_SAID:]))
     return TaskFailed(
         f"the task failed with {type(error).__name__}",
@@ -98,7 +100,7 @@ def _raised_by(place: TracebackType | None) -> str:
     """The module whose code raised it; empty where that is not known, as of an error that came from
     another process.
     """
-    name: Any = ""
+    name: object = ""
     while place is not None:
         name, place = place.tb_frame.f_globals.get("__name__", "?"), place.tb_next
     return str(name)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from grape_ray.errors import GrapeRayError
 from grape_ray.storage import Json
@@ -57,11 +57,13 @@ class ClippedSum:
                 f" {other.step}",
                 "sums made by one engine in one step",
             )
+        # in place: a second sum of the model's size would double what a step holds
         for name, mine in self.tensors.items():
             mine.add_(other.tensors[name])
         joined = {
             k: [*_listed(v), *_listed(other.unprotected[k])]
             for k, v in self.unprotected.items()
+            # diagnostics that one of them lacks would not be one an example any more
             if k in other.unprotected
         }
         return replace(self, unprotected=joined)
@@ -85,8 +87,8 @@ def step_of(carrier: ClippedSum | PrivateGradient | NonPrivateGradient, step: in
     return known
 
 
-def _listed(value: object) -> list[Any]:
-    return cast(list[Any], value) if isinstance(value, list) else [value]
+def _listed(value: object) -> list[object]:
+    return cast(list[object], value) if isinstance(value, list) else [value]
 
 
 _PRIVATIZE = object()  # what `privatize` alone passes on

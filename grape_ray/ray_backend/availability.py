@@ -31,6 +31,7 @@ def check_workers(config: Config) -> None:
     """
     performance = config.performance
     fewest, most = performance.workers
+    # a cluster that grows by itself may have none of them yet: Ray waits for it
     if most == 0 or find_cluster(performance.start_timeout_s):
         return
     cpus, gpus = os.cpu_count() or 1, torch.cuda.device_count()
@@ -82,6 +83,7 @@ def find_cluster(deadline_s: float) -> bool:
                 os.environ["RAY_AUTH_MODE"] = mode
             return True
         reason = reason or found
+        # another mode helps only where the token was refused
         if "uthentication" not in found:
             break
     raise not_reached(address, reason)

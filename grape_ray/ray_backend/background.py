@@ -30,5 +30,6 @@ class Background:
     def _run(self) -> None:
         try:
             self._call()
+        # whoever waits decides what an exit or an interrupt means
         except BaseException as error:
             self.error = error

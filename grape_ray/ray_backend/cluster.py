@@ -40,6 +40,7 @@ def set_defaults(start_timeout_s: float) -> None:
     What the user has set stays as it is, but for the deadline after which a group of workers that
     cannot be started is given up.
     """
+    # another's cluster has its own settings, and a Ray that was imported has read its own
     local = {} if os.environ.get("RAY_ADDRESS") or "ray" in sys.modules else _LOCAL_DEFAULTS
     for name, value in {**_DEFAULTS, **local}.items():
         os.environ.setdefault(name, value)

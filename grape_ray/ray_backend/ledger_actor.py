@@ -19,6 +19,7 @@ from grape_ray.ray_backend.metrics import StudyGauges
 from grape_ray.storage import Storage
 
 NAMESPACE = "grape-ray"
+# what workers may ask for: opening, extending and taking over are not
 _CALLS = frozenset(
     {
         "ensure_study",
@@ -57,7 +58,7 @@ class LedgerActor:
         self._users.add(user)
         return found
 
-    def call(self, method: str, *arguments: Any, **named: Any) -> tuple[Any, str]:
+    def call(self, method: str, *arguments: Any, **named: object) -> tuple[object, str]:
         """(What the ledger's method returns, the ledger's head after it)."""
         if method not in _CALLS:
             raise LedgerError(
@@ -67,6 +68,7 @@ class LedgerActor:
         result = getattr(ledger, method)(*arguments, **named)
         if method in ("charge", "refund"):
             self._show_tokens(ledger, arguments[0])
+        # its whole state would travel to whoever needs to know that it is there
         return None if method == "ensure_study" else result, ledger.head
 
     def counts(self, study: str) -> tuple[Study, int]:
@@ -94,6 +96,7 @@ class LedgerActor:
             ledger = Ledger.open(self._url, create=False)
             lease = Lease(Storage(self._url), self._cluster, self._beat_s)
             lease.take()
+            # other than in an earlier life of this actor, which may still be about to write
             ledger.take_over(f"{self._cluster}/{os.getpid()}-{secrets.token_hex(4)}")
             self._ledger, self._lease = ledger, lease
             threading.Thread(target=self._show_epsilon, daemon=True).start()
@@ -126,8 +129,8 @@ def find_or_start(url: str, beat_s: float) -> Any:
     with contextlib.suppress(ValueError):
         return ray.get_actor(name, NAMESPACE)
     on_head = {_HEAD: 0.001} if _HEAD in ray.cluster_resources() else {}
-    actor: Any = ray.remote(LedgerActor)
-    placed = actor.options(
+    placed = ray.remote(LedgerActor).options(
+        # detached: other drivers use it; one call at a time, so that their order is the ledger's
         name=name, namespace=NAMESPACE, lifetime="detached", get_if_exists=True,
         num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=1, resources=on_head,
         scheduling_strategy="DEFAULT",

@@ -121,11 +121,11 @@ class LedgerActorClient:
             if self._ask("release", self._user):
                 ray.kill(find_or_start(self._url, self._beat_s), no_restart=True)
 
-    def _call(self, method: str, *arguments: Any, **named: Any) -> Any:
+    def _call(self, method: str, *arguments: object, **named: object) -> Any:
         result, self._head = self._ask("call", method, *arguments, **named)
         return result
 
-    def _ask(self, method: str, *arguments: Any, **named: Any) -> Any:
+    def _ask(self, method: str, *arguments: object, **named: object) -> Any:
         """The actor's answer, or its own error; LedgerError for whatever kept it from answering."""
         fix = "nothing was granted; start the sweep again to resume it"
         for _ in range(_TRIES):
@@ -158,6 +158,7 @@ def open_ledgers(sweep: Sweep) -> Iterator[tuple[LedgerActorClient, LedgerActorC
     held: list[LedgerActorClient] = []
 
     def take(share: BudgetShare) -> LedgerActorClient:
+        # the actor opens what exists and makes nothing, so the ledger is made before it starts
         share.open()
         client = LedgerActorClient.start(share.ledger)
         held.append(client)
@@ -170,5 +171,6 @@ def open_ledgers(sweep: Sweep) -> Iterator[tuple[LedgerActorClient, LedgerActorC
     try:
         yield take(sweep.steps), take(sweep.scores) if sweep.scores else None
     finally:
+        # those that were taken before one failed, too
         for client in held:
             client.release()

@@ -26,13 +26,13 @@ class SignalTorchConfig(TorchConfig):
     """
 
     @property
-    def backend_cls(self) -> Any:
+    def backend_cls(self) -> type:
         return _with_handlers(super().backend_cls)
 
 
-def _with_handlers(torch_backend: Any) -> Any:
+def _with_handlers(torch_backend: Any) -> type:
     class SignalBackend(torch_backend):
-        def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
+        def on_training_start(self, worker_group: Any, backend_config: object) -> None:
             super().on_training_start(worker_group, backend_config)
             worker_group.execute(_install_handlers)
 
@@ -59,13 +59,14 @@ class PreemptionWatcher:
     def __init__(self, comms: Comms, stop: Any):
         self._comms, self._stop = comms, stop
         self._polled_s = time.monotonic()
-        self._known_drain: Any = None
+        self._known_drain: object = None
         self.stopped = False
 
     def __call__(self, own: Signal) -> Signal:
         import ray.train
 
         now = time.monotonic()
+        # one rank asks the actor, and the maximum below tells the others
         poll = self._comms.rank == 0 and now - self._polled_s >= _POLL_S
         if poll and is_set(self._stop):
             self.stopped, own = True, Signal.STOP

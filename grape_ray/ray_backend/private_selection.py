@@ -103,7 +103,8 @@ def select(sweep: Sweep, at_once: int, say: Callable[[str], None]) -> SweepResul
     _open_sealed(sweep, secret, trials)
     performance = sweep.study.config.performance
     unit = {"num_gpus": 1} if performance.use_gpu else {"num_cpus": 1}
-    task: Any = ray.remote(_train)
+    task = ray.remote(_train)
+    # a task a share: as many tasks as trials would show their number to the cluster
     shares = [trials[n::at_once] for n in range(at_once)]
     waiting = [
         task.options(**unit, max_retries=_RETRIES, name="sealed").remote(
@@ -123,6 +124,7 @@ def select(sweep: Sweep, at_once: int, say: Callable[[str], None]) -> SweepResul
     # durable before the draw goes: without either, the selection could neither end nor be resumed
     results.save(sweep.folder(), result)
     secret.remove(_DRAW)
+    # the losers are no part of what the selection releases
     for part in (RUNS, _LEDGER, _SCORES):
         secret.remove(part)
     return result
@@ -136,7 +138,8 @@ def _drawn(sweep: Sweep, secret: Storage) -> list[Sealed]:
         if secret.local:
             Path(secret.url).mkdir(parents=True, exist_ok=True, mode=0o700)
         count = sweep.options.distribution()
-        generator: Any = np.random.default_rng(secrets.randbits(256))
+        # from no seed of the options: who knew it could draw the losers again
+        generator = np.random.default_rng(secrets.randbits(256))
         values = [
             {name: _plain(d.sample(random_state=generator)) for name, d in sweep.space.items()}
             for _ in range(count.draw())
@@ -195,6 +198,7 @@ def _train(study: SweepStudy, parts: _Parts, trials: Sequence[Sealed]) -> None:
     secret = Storage(parts.sealed)
     for trial in trials:
         runs = secret.child(RUNS)
+        # a task that was started again goes on with the trials that are left
         if runs.exists(f"{trial.name}/{RESULT_FILE}"):
             continue
         ledger = secret.child(_LEDGER).child(trial.name).url
@@ -222,6 +226,7 @@ def _release(sweep: Sweep, secret: Storage, trials: Sequence[Sealed]) -> Winner 
     scored = []
     for trial in trials:
         result = read_result(runs.child(trial.name))
+        # NaN compares with nothing, and would win or lose by its place
         if math.isfinite(result.metrics.get(metric, math.nan)):
             scored.append((result.metrics[metric], trial, result))
     if not scored:
@@ -233,6 +238,7 @@ def _release(sweep: Sweep, secret: Storage, trials: Sequence[Sealed]) -> Winner 
         data = mine.read(file)
         if file.endswith("manifest.json"):
             manifest = json.loads(data)
+            # the trial's name, attempts and ledger stay sealed
             manifest["facts"] |= {"run": WINNER, "attempt": 1, "ledger_head": None}
             data = json.dumps(manifest, indent=1, sort_keys=True).encode()
         out.write(f"{WINNER}/{file}", data)
@@ -249,6 +255,6 @@ def _release(sweep: Sweep, secret: Storage, trials: Sequence[Sealed]) -> Winner 
     return Winner(trial.values, score, WINNER, steps, naive)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any) -> object:
     """A sampled value as JSON has it."""
     return value.item() if hasattr(value, "item") else value

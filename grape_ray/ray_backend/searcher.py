@@ -11,7 +11,7 @@ from ray.tune.schedulers import (
     PopulationBasedTraining,
     TrialScheduler,
 )
-from ray.tune.search import BasicVariantGenerator
+from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
 from ray.tune.search.sample import Categorical, Domain, Float, Integer
 
 from grape_ray.errors import ConfigError
@@ -39,6 +39,7 @@ def check_domains(space: Space, study: SweepStudy) -> None:
                 "a domain of ray.tune, such as tune.choice([4, 8])",
                 "a grid is no distribution",
             )
+        # the methods of a sweep must share one mechanism, so all of them must be known
         if name == "method.name" and not isinstance(domain, Categorical):
             raise ConfigError(
                 "the domain of method.name",
@@ -83,7 +84,9 @@ def scheduler(options: Options, space: Space, study: SweepStudy) -> TrialSchedul
     )
 
 
-def search(options: Options, space: Space, study: SweepStudy, concurrent: int) -> Any:
+def search(
+    options: Options, space: Space, study: SweepStudy, concurrent: int
+) -> SearchAlgorithm | Searcher:
     """The proposals, beginning with the default run where it lies in the space: a sweep should not
     end below it unawares.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
@@ -46,7 +46,7 @@ def make_stop_signal() -> Any:
     """A StopSignal as an actor that takes no CPU; it lives as long as this process or whoever holds
     it.
     """
-    return cast(Any, ray.remote(StopSignal)).options(num_cpus=0).remote()
+    return ray.remote(StopSignal).options(num_cpus=0).remote()
 
 
 def is_set(stop: Any) -> bool:

@@ -11,7 +11,6 @@ import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ray import tune
 
@@ -137,7 +136,7 @@ class Trial(tune.Trainable):
         """A pointer to the run's newest checkpoint, which itself stays where it is; JSON, because
         Ray Tune would pickle a dict.
         """
-        pointer: Any = self._pointer
+        pointer = self._pointer
         if self._last_step:
             facts = {
                 "run": self._plan.run,
@@ -205,6 +204,7 @@ class Trial(tune.Trainable):
         if self._thread.is_alive():
             self._channel.answer(False)
             self._channel.close()
+        # the run refunds what never started, which takes a moment
         self._thread.join(_END_S)
         self._reports.close()
 

@@ -57,7 +57,9 @@ def fit(
     from grape_ray.ray_backend.preemption import SignalTorchConfig
     from grape_ray.ray_backend.stop_signal import call_until_stopped, make_stop_signal
 
+    # its own lines would bury the run's progress
     logging.getLogger("ray.train").setLevel(logging.ERROR)
+    # an earlier launch's: its being there is how this one's end is known
     plan.folder().remove(RESULT_FILE)
     fewest, most = performance.workers
     with cluster(most), _watching(plan, on_progress):
@@ -170,6 +172,7 @@ def _translated(error: Exception, plan: Plan) -> GrapeRayError:
         f for f in getattr(error, "worker_failures", {}).values() if isinstance(f, Exception)
     ]
     causes = [getattr(failure, "cause", failure) for failure in failures]
+    # one rank's own error says more than that the others lost their peer
     for cause in causes:
         if isinstance(cause, GrapeRayError) and not isinstance(cause, TaskFailed):
             return cause

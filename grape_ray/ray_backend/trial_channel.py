@@ -27,6 +27,7 @@ class TrialChannel:
         self._reports.put((report, answer))
         while not self._closed.is_set():
             try:
+                # in pieces, so that a channel that closes meanwhile is noticed
                 return answer.get(timeout=0.2)
             except queue.Empty:
                 continue
@@ -60,8 +61,7 @@ class RemoteChannel:
 
     def __init__(self) -> None:
         # Each waiting call holds a thread of the actor; calls of workers that died do, too.
-        actor: Any = ray.remote(TrialChannel)
-        self._actor: Any = actor.options(num_cpus=0, max_concurrency=16).remote()
+        self._actor: Any = ray.remote(TrialChannel).options(num_cpus=0, max_concurrency=16).remote()
         self._pending: Any = None
 
     def ask(self, report: Report) -> bool:
@@ -86,12 +86,13 @@ class RemoteChannel:
         """See TrialChannel.close."""
         ray.get(self._actor.close.remote())
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         return _remote, (self._actor,)
 
 
 def _remote(actor: Any) -> RemoteChannel:
     """The same channel in another process."""
+    # not by the constructor, which would start an actor of its own
     channel = object.__new__(RemoteChannel)
     channel._actor, channel._pending = actor, None
     return channel

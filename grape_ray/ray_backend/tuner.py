@@ -32,6 +32,7 @@ _MAX_FAILURES = 3
 _ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_SYNCER": "1",
+    # a driver that is killed forgets no more than so many seconds
     "TUNE_GLOBAL_CHECKPOINT_S": "3",
 }
 
@@ -45,6 +46,7 @@ def compose(sweep: Sweep, concurrent: int, say: Callable[[str], None]) -> SweepR
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # it would tell of every trial again, in its own words
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     with open_ledgers(sweep) as (ledger, score_ledger):
         paid = sweep.steps.paid
@@ -132,6 +134,7 @@ def _tuner(sweep: Sweep, settings: TrialSettings, concurrent: int) -> tune.Tuner
             metric=sweep.study.metric,
             mode="max",
             num_samples=options.trials,
+            # random search has a limit of its own
             max_concurrent_trials=concurrent if options.search == "optuna" else None,
             search_alg=search(options, sweep.space, sweep.study, concurrent),
             scheduler=scheduler(options, sweep.space, sweep.study),
@@ -160,7 +163,7 @@ class TrialProgress(tune.Callback):
         self._metric = metric
 
     def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: Json, **info: Any
+        self, iteration: int, trials: list[Any], trial: Any, result: Json, **info: object
     ) -> None:
         score = result[self._metric]
         TrialProgress.say(

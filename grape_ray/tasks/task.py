@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -19,6 +19,7 @@ from grape_ray.data.fingerprints import column_fingerprints
 from grape_ray.data.units import Units
 from grape_ray.errors import ConfigError
 from grape_ray.privacy.redaction import run_redacted
+from grape_ray.storage import Json
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Data:
             another dataset.
         units: whose the records of `train` are, where the guarantee is for units of several records
             (`privacy.unit`); None where each record is a unit.
+        validation_public: whether metrics of `validation` may be told without noise.
+        facts: what the task learned of the whole training set, such as the names of its labels.
     """
 
     train: Records
@@ -45,6 +48,8 @@ class Data:
     public: bool = False
     columns: tuple[str, ...] = ()
     units: Units | None = None
+    validation_public: bool = True
+    facts: Json = field(default_factory=Json)
 
     @property
     def unit_count(self) -> int:
@@ -159,6 +164,14 @@ def loaded(task: Task, unit: str = "") -> Data:
     return data
 
 
+def resolved(task: Any, data: Data) -> Any:
+    """The task with what it read from its data written into its fields, where it has a method
+    `resolved` for that: so that its model can be built where the data is not.
+    """
+    resolve = getattr(task, "resolved", None)
+    return task if resolve is None else run_redacted(lambda: resolve(data), data.public)
+
+
 def load(task: Task, unit: str = "") -> Data:
     """What a task loads, with the units that a column names.
 
@@ -202,9 +215,9 @@ def views_of(task: Task) -> int:
 
 def label(task: Any) -> str:
     """What a user would call the records of a task: its name, and the table that it trains on where
-    a field `train` says it.
+    a field `data` says it.
     """
-    table = getattr(task, "train", None)
+    table = getattr(task, "data", None)
     if not isinstance(table, str) or not table:
         return str(task.name)
     return f"{task.name} ({Path(table).absolute() if Path(table).exists() else table})"

@@ -1,147 +1,189 @@
-"""A task: fine-tune a causal language model on prompts and answers, or on plain texts, from Parquet
-data.
-"""
+"""A task: fine-tune a causal language model on plain texts, on prompts and answers, or on chats."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grape_ray.data import tables
 from grape_ray.data.arrays import Ragged, Records
-from grape_ray.errors import DataError
+from grape_ray.data.columns import Table
+from grape_ray.data.prepared import Columns
+from grape_ray.errors import ConfigError
 from grape_ray.models.hugging_face import (
     check_vocabulary,
     explaining_long_texts,
     load_causal_lm,
-    save_pretrained,
     tokens_of,
 )
-from grape_ray.tasks.task import Data, evaluating, to_device
-from grape_ray.tasks.text_tables import TextTables, tokenizer_of
+from grape_ray.storage import Json
+from grape_ray.tasks import chats
+from grape_ray.tasks.batches import batches
+from grape_ray.tasks.dataset_task import TextTask, tokenizer_of
+from grape_ray.tasks.generation import generated
 
 BYTES = "bytes"
 _PAD, _BEGIN, _END, _FIRST_BYTE = 0, 1, 2, 3
 _BYTE_TOKENS = _FIRST_BYTE + 256
 _IGNORE = -100
 _EVALUATE_ROWS = 8
+_LOSSES = ("mean", "sum")
 
 
 @dataclass(frozen=True)
-class TextGeneration(TextTables):
-    """The model is a decoder. An example's tokens are summed into one loss and clipped together;
-    the other fields are those of TextTables.
+class TextGeneration(TextTask):
+    """The model is a decoder. An example's tokens give one loss and are clipped together; the
+    other fields are those of TextTask.
 
     Attributes:
         tokenizer: hub name or folder; empty is the model's own; `bytes` reads UTF-8 (259 ids),
             which no data had to be seen for.
         prompt_column: read but not learned; empty where texts are learned whole.
+        messages_column: in place of texts, a column of chats: lists of messages with `role` and
+            `content`, written by the tokenizer's own template; what the assistant says is learned.
         max_tokens: longer examples are cut at the end, and lose no more than that: a prompt too
             long leaves no text and is refused.
-        validation_limit: keep the first so many validation rows; 0 keeps all.
+        loss: `mean` over an example's learned tokens, or their `sum`.
+        max_new_tokens: of a text that `predict` generates.
     """
 
     tokenizer: str = ""
     prompt_column: str = ""
+    messages_column: str = ""
     max_tokens: int = 1024
-    validation_limit: int = 0
+    loss: str = "mean"
+    max_new_tokens: int = 128
     name: str = "text-generation"
 
-    def __post_init__(self) -> None:
-        self.check_at_least(max_tokens=2, limit=0, validation_limit=0)
+    def check_fields(self) -> None:
+        super().check_fields()
+        self.check_at_least(max_tokens=2, max_new_tokens=1)
+        if self.loss not in _LOSSES:
+            raise ConfigError("task.loss", self.loss, "one of " + ", ".join(_LOSSES))
 
-    def load(self) -> Data:
-        train, validation = self._table(self.train), self._table(self.validation)
-        return Data(
-            train=self._records(_first(train, self.limit), self.train),
-            validation=self._records(_first(validation, self.validation_limit), self.validation),
-            # a part of the table spends from the whole table's budget
-            dataset_id=tables.fingerprint(train),
-            public=self.public,
-            columns=tables.fingerprint_columns(train),
+    def check_together(self) -> None:
+        super().check_together()
+        if self.messages_column and (self.prompt_column or self.tokenizer == BYTES):
+            got = "task.prompt_column" if self.prompt_column else "task.tokenizer=bytes"
+            fix = "unset one: chats are written by the tokenizer's own template"
+            raise ConfigError(f"task.messages_column with {got}", None, "one of them", fix)
+
+    @property
+    def columns(self) -> Columns:
+        if self.messages_column:
+            return Columns((self.messages_column,), filled=(self.messages_column,))
+        named = tuple(filter(None, [self.prompt_column, self.text_column]))
+        return Columns(named, named)
+
+    @property
+    def input_columns(self) -> Columns:
+        """The columns from which `predict` generates."""
+        if self.messages_column:
+            return self.columns
+        named = (self.prompt_column or self.text_column,)
+        return Columns(named, named)
+
+    def reader(self) -> str:
+        return BYTES if self.tokenizer == BYTES else super().reader()
+
+    def load_tokenizer(self) -> Any:
+        """The tokenizer; None of bytes."""
+        if self.tokenizer == BYTES:
+            return None
+        if self.tokenizer:
+            return tokenizer_of(self.tokenizer, "task.tokenizer")
+        return tokenizer_of(self.model)
+
+    def encode(self, table: Table, facts: Json) -> Records:
+        """Token ids, and which of them are learned."""
+        if self.messages_column:
+            whole, learned = chats.encoded(table, self.messages_column, self.load_tokenizer())
+        else:
+            whole, learned = self._encoded_texts(table)
+        whole = [ids[: self.max_tokens] for ids in whole]
+        learned = [marks[: self.max_tokens] for marks in learned]
+        lost = np.array([i for i, marks in enumerate(learned) if not any(marks)])
+        table.refuse_rows(
+            "nothing to learn",
+            lost,
+            f"a prompt of fewer than max_tokens = {self.max_tokens} tokens, and a text after it",
+            "raise task.max_tokens, or drop those rows",
         )
+        return Records({"input_ids": Ragged.of(whole), "learned": Ragged.of(learned, np.uint8)})
+
+    def inputs(self, table: Table) -> dict[str, Ragged]:
+        """Token ids of what `predict` reads: a prompt, or a chat up to the assistant's turn."""
+        if self.messages_column:
+            return {
+                "input_ids": Ragged.of(
+                    chats.prompts(table, self.messages_column, self.load_tokenizer())
+                )
+            }
+        texts = table.texts(self.input_columns.named[0])
+        return {"input_ids": Ragged.of([[*self._begin(), *ids] for ids in self._ids(texts, False)])}
 
     def build_model(self, seed: int) -> nn.Module:
-        tokens = _BYTE_TOKENS if self.tokenizer == BYTES else tokens_of(self._read_by())
-        return check_vocabulary(load_causal_lm(self.model, seed), tokens, self.model)
+        tokens = _BYTE_TOKENS if self.tokenizer == BYTES else tokens_of(self.load_tokenizer())
+        model = check_vocabulary(load_causal_lm(self.model, seed), tokens, self.model)
+        return self.prepared_model(model, seed)
 
     def collate(self, records: Records, indices: np.ndarray) -> Mapping[str, Tensor]:
-        ids, mask = records.sequences("input_ids").padded(indices, _PAD)
-        position = torch.arange(ids.shape[1])
-        learned = mask.bool() & (
-            position >= torch.from_numpy(records.array("starts")[indices])[:, None]
-        )
-        return {"input_ids": ids, "learned": learned}
+        ids, _ = records.sequences("input_ids").padded(indices, _PAD)
+        return {
+            "input_ids": ids,
+            "learned": records.sequences("learned").padded(indices, 0)[0].bool(),
+        }
 
     def per_example_loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         losses, learned = _token_losses(model, batch)
-        return losses.sum(1) / learned.sum(1).clamp(min=1)
+        total = losses.sum(1)
+        return total if self.loss == "sum" else total / learned.sum(1).clamp(min=1)
 
     def evaluate(self, model: nn.Module, records: Records) -> dict[str, float]:
         """Mean cross-entropy a learned token, in nats, and its exponential."""
         total, count = 0.0, 0
-        device = next(model.parameters()).device
-        with evaluating(model), torch.no_grad():
-            order = records.by_length(np.arange(len(records)))
-            for start in range(0, len(order), _EVALUATE_ROWS):
-                losses, learned = _token_losses(
-                    model,
-                    to_device(self.collate(records, order[start : start + _EVALUATE_ROWS]), device),
-                )
-                total, count = total + float(losses.double().sum()), count + int(learned.sum())
+        for _, batch in batches(self, model, records, _EVALUATE_ROWS):
+            losses, learned = _token_losses(model, batch)
+            total, count = total + float(losses.double().sum()), count + int(learned.sum())
         loss = total / max(count, 1)
         return {"loss": loss, "perplexity": math.exp(min(loss, 50.0))}
 
-    def save(self, model: nn.Module, folder: Path) -> None:
-        save_pretrained(model, folder)
-        if self.tokenizer != BYTES:
-            self._read_by().save_pretrained(folder)
+    def predict(self, model: nn.Module, records: Records) -> dict[str, list]:
+        """The text that the model writes after each prompt, by the most likely token each time."""
+        ids = records.sequences("input_ids")
+        prompts = [ids[index].tolist() for index in range(len(records))]
+        end = _END if self.tokenizer == BYTES else self.load_tokenizer().eos_token_id
+        answers = generated(model, prompts, self.max_new_tokens, end)
+        if self.tokenizer == BYTES:
+            texts = [
+                bytes(t - _FIRST_BYTE for t in ids if t >= _FIRST_BYTE).decode(errors="replace")
+                for ids in answers
+            ]
+        else:
+            texts = self.load_tokenizer().batch_decode(answers, skip_special_tokens=True)
+        return {"text": list(texts)}
 
-    def _read_by(self) -> Any:
-        """The tokenizer; not of bytes."""
+    def _encoded_texts(self, table: Table) -> tuple[list[list[int]], list[list[int]]]:
+        texts = self._ids(table.texts(self.text_column), end=True)
+        prompts: Sequence[list[int]] = [[]] * len(texts)
+        if self.prompt_column:
+            prompts = self._ids(table.texts(self.prompt_column), end=False)
+        begin = self._begin()
+        heads = [[*begin, *prompt] for prompt in prompts]
         return (
-            tokenizer_of(self.tokenizer, "task.tokenizer")
-            if self.tokenizer
-            else tokenizer_of(self.model)
+            [[*head, *text] for head, text in zip(heads, texts)],
+            [[0] * len(head) + [1] * len(text) for head, text in zip(heads, texts)],
         )
 
-    def _table(self, url: str) -> pa.Table:
-        return tables.read_table(url, [c for c in (self.prompt_column, self.text_column) if c])
-
-    def _records(self, table: pa.Table, url: str) -> Records:
-        """Token ids, and for each example where its learned part begins."""
-        texts = self._ids(tables.texts(table, self.text_column, url), end=True)
-        prompts = (
-            self._ids(tables.texts(table, self.prompt_column, url), end=False)
-            if self.prompt_column
-            else [[]] * len(texts)
-        )
-        begin = [_BEGIN] if self.tokenizer == BYTES else _begin(self._read_by())
-        whole, starts = [], []
-        for row, (prompt, text) in enumerate(zip(prompts, texts)):
-            start = len(begin) + len(prompt)
-            if start >= self.max_tokens:
-                fix = "raise task.max_tokens, or drop the row"
-                raise DataError(
-                    f"row {row} of {url}",
-                    f"a prompt of {start} tokens",
-                    f"fewer than max_tokens = {self.max_tokens}",
-                    fix,
-                )
-            whole.append([*begin, *prompt, *text][: self.max_tokens])
-            starts.append(start)
-        return Records(
-            {"input_ids": Ragged.of(whole), "starts": np.asarray(starts, dtype=np.int64)}
-        )
+    def _begin(self) -> list[int]:
+        """The token that the tokenizer puts before a text, if it has one."""
+        token = _BEGIN if self.tokenizer == BYTES else self.load_tokenizer().bos_token_id
+        return [] if token is None else [token]
 
     def _ids(self, texts: list[str], end: bool) -> list[list[int]]:
         """Token ids without special tokens, but for the last one if `end`."""
@@ -149,16 +191,12 @@ class TextGeneration(TextTables):
             return [
                 [b + _FIRST_BYTE for b in text.encode()] + ([_END] if end else []) for text in texts
             ]
-        tokenizer = self._read_by()
+        tokenizer = self.load_tokenizer()
         found = tokenizer(
             texts, add_special_tokens=False, truncation=True, max_length=self.max_tokens
         )["input_ids"]
         last = [tokenizer.eos_token_id] if end and tokenizer.eos_token_id is not None else []
         return [[*ids, *last] for ids in found]
-
-
-def _first(table: pa.Table, limit: int) -> pa.Table:
-    return table.slice(0, limit) if limit else table
 
 
 def _token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -175,9 +213,3 @@ def _token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor
         logits.flatten(0, 1), targets.flatten(), ignore_index=_IGNORE, reduction="none"
     )
     return losses.view(targets.shape), targets != _IGNORE
-
-
-def _begin(tokenizer: Any) -> list[int]:
-    """The token that the tokenizer puts before a text, if it has one."""
-    token = tokenizer.bos_token_id
-    return [] if token is None else [token]

@@ -86,6 +86,7 @@ class ActiveRun:
             dataset_id=self.data.dataset_id,
         )
         self.chunk += 1
+        # of the whole study, which other runs may charge as well
         self.epsilon = ledger.epsilon_spent(plan.study)
         if self.tokens_left is not None:
             self.tokens_left -= grant.steps
@@ -118,10 +119,13 @@ class ActiveRun:
 
     def evaluate(self) -> dict[str, float] | None:
         """Validation metrics of the model as it is; None where they could not be computed, which
-        ends no run: the reason is kept.
+        ends no run: the reason is kept; none where nothing may be told of them.
         """
+        if self.plan.scores is None and not self.data.validation_public:
+            return {}
         task: Task = self.plan.config.task
         try:
+            # the model is released: whatever is asked of it costs nothing more
             return plain(task.evaluate(self.model, self.data.validation))
         except Exception as error:
             self._note_problem("an evaluation failed", error)

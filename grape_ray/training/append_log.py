@@ -62,6 +62,7 @@ class AppendLog:
             if len(self._flushed) > _PART_BYTES:
                 self._part, self._flushed = self._part + 1, b""
         with self._lock:
+            # lines that came meanwhile stay
             self._waiting = self._waiting[taken:]
 
     def close(self) -> None:

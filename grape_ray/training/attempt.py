@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 from grape_ray.distributed.comms import Comms
 from grape_ray.ledger.interface import LedgerClient
 from grape_ray.ledger.ledger import Ledger
 from grape_ray.privacy import keys
+from grape_ray.privacy.rank_zero import on_rank_zero
 from grape_ray.storage import Storage
 from grape_ray.training.build import public_key
 from grape_ray.training.plan import Plan
@@ -55,14 +57,17 @@ def begin_attempt(plan: Plan, comms: Comms, ledger: LedgerClient | None = None) 
     """
     if plan.ledger is None:
         return Attempt(0, public_key(plan.config, "sampling"), public_key(plan.config, "dropout"))
-    attempt = None
-    if comms.rank == 0:
-        ledger = ledger or open_ledger(plan)
-        master = keys.master_key(plan.key_path)
-        number = ledger.begin_attempt(
-            plan.study, plan.run, keys.key_id(master), dataset_id=plan.dataset_id
-        )
-        own = keys.of_attempt(master, ledger.ledger_id, plan.study, plan.run, number)
-        streams = [keys.derive(own, name) for name in ("sampling", "dropout", "noise", "probes")]
-        attempt = Attempt(number, *streams)
-    return comms.broadcast_object(attempt)
+    return on_rank_zero(comms, partial(_begun, plan, ledger))
+
+
+def _begun(plan: Plan, ledger: LedgerClient | None) -> Attempt:
+    """`begin_attempt` on rank 0."""
+    ledger = ledger or open_ledger(plan)
+    master = keys.master_key(plan.key_path)
+    # durable before any key exists: a number that was given out is never given again
+    number = ledger.begin_attempt(
+        plan.study, plan.run, keys.key_id(master), dataset_id=plan.dataset_id
+    )
+    own = keys.of_attempt(master, ledger.ledger_id, plan.study, plan.run, number)
+    streams = [keys.derive(own, name) for name in ("sampling", "dropout", "noise", "probes")]
+    return Attempt(number, *streams)

@@ -42,5 +42,6 @@ def newest_checkpoint(folder: Storage) -> Checkpoint:
 def trained_model(config: Config, found: Checkpoint) -> nn.Module:
     """The task's model with the weights of a checkpoint."""
     model = config.task.build_model(config.seed)
+    # a full checkpoint is weights alone; a delta needs the projections that it was made in
     checkpoint.restore(model, found, build_engine(config, model).subspace if found.base else None)
     return model

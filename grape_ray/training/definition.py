@@ -6,19 +6,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from grape_ray.engines import Engine
-from grape_ray.engines.capture.batches import mapped
+from grape_ray.engines.capture.batches import Batch, mapped
 from grape_ray.engines.engine import PerExampleLoss
 from grape_ray.engines.subspace import Subspace
 
 
 def gradients_of_rows(
-    engine: Engine, loss: PerExampleLoss, batch: Any, rows: int
+    engine: Engine, loss: PerExampleLoss, batch: Batch, rows: int
 ) -> list[dict[str, Tensor]]:
     """The definition, by ordinary autograd: each example's gradient in float64, projected; of one
     pass, so that masks are the same.

@@ -10,6 +10,7 @@ no record: whatever interrupts a dry run, nothing unpaid for is left behind.
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import tempfile
 import time
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from grape_ray.config.schema import Config
 from grape_ray.data.arrays import Records
 from grape_ray.distributed.comms import Comms
 from grape_ray.engines import Engine
+from grape_ray.engines.capture.batches import Batch
 from grape_ray.engines.capture.model_state import awake
 from grape_ray.errors import (
     CheckpointError,
@@ -121,6 +123,7 @@ def dry_run(
         )
     with place.first_contact().scratch() as folder:
         size = _save_and_load(config, folder, model, optimizer)
+    # one more than are kept: the next is whole before the oldest goes
     _check_room(place, size, config.performance.keep_checkpoints + 1)
     stage("the export of the model", partial(_export, task, model), "correct task.save")
     return DryRun(time.monotonic() - began, report, size, tuple(names))
@@ -144,7 +147,7 @@ def _stage(public: bool, what: str, call: Callable[[], _Result], fix: str) -> _R
         ) from error
 
 
-def preflight_extremes(config: Config, data: Data) -> tuple[nn.Module, Any, Report]:
+def preflight_extremes(config: Config, data: Data) -> tuple[nn.Module, Batch, Report]:
     """The preflight on the extremes of all records, in the mode that trains; the model it built,
     the batch, and what it found.
     """
@@ -160,24 +163,24 @@ def preflight_extremes(config: Config, data: Data) -> tuple[nn.Module, Any, Repo
     return model, batch, report
 
 
-def _extremes(config: Config, data: Data) -> tuple[nn.Module, Any, list[Any]]:
+def _extremes(config: Config, data: Data) -> tuple[nn.Module, Batch, list[Batch]]:
     """The task's model, a batch of the shortest, the longest and a random one of all records, and
     each of these as a batch of its own.
     """
     task: Task = config.task
     model = task.build_model(config.seed)
-    order = data.train.by_length(np.arange(len(data.train)))
-    picked = np.unique([order[0], order[-1], np.random.default_rng().choice(order)])
+    # what is extreme in length is where memory, positions and padding fail
+    picked = sorted({*data.train.extremes(), random.randrange(len(data.train))})
     return (
         model,
-        task.collate(data.train, picked),
-        [task.collate(data.train, picked[i : i + 1]) for i in range(len(picked))],
+        task.collate(data.train, np.array(picked)),
+        [task.collate(data.train, np.array([index])) for index in picked],
     )
 
 
 def _step(
     config: Config,
-    batch: Any,
+    batch: Batch,
     model: nn.Module,
     engine: Engine,
     optimizer: Optimizer,
@@ -209,6 +212,7 @@ def _evaluate(task: Task, model: nn.Module, records: Records) -> list[str]:
     try:
         return list(plain(task.evaluate(model, records.take(np.unique(order[spread])))))
     except Exception:
+        # as a metric that needs every class among them
         return list(plain(task.evaluate(model, records)))
 
 

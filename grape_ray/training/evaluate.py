@@ -17,6 +17,7 @@ from grape_ray.tasks.task import loaded
 from grape_ray.training.build import newest_checkpoint, trained_model
 from grape_ray.training.private_scores import rebuilt
 from grape_ray.training.result import RESULT_FILE, read_result
+from grape_ray.training.splits import private_validation
 
 
 def evaluate(run: str, trust: Iterable[str] = ()) -> Json:
@@ -44,6 +45,8 @@ def evaluate(run: str, trust: Iterable[str] = ()) -> Json:
         )
     config = rebuild_config(known, trust)
     newest, data = newest_checkpoint(place), loaded(config.task, config.privacy.unit)
+    if not data.validation_public:
+        raise private_validation()
     model = run_redacted(partial(trained_model, config, newest), data.public)
     metrics = run_redacted(lambda: plain(config.task.evaluate(model, data.validation)), data.public)
     _update(place, newest.step, metrics)

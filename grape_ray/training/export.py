@@ -51,6 +51,7 @@ def export(run: str, folder: str | os.PathLike[str], trust: Iterable[str] = ()) 
     model = trained_model(config, newest)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        # beside the target, so that the move is a rename
         with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as scratch:
             config.task.save(model, Path(scratch, "model"))
             Path(scratch, "model", PRIVACY_FILE).write_text(

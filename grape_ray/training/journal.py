@@ -9,7 +9,6 @@ import json
 import os
 import socket
 import threading
-from typing import Any
 
 from grape_ray.errors import GrapeRayError
 from grape_ray.storage import Storage
@@ -47,7 +46,7 @@ class Journal:
         self._thread = threading.Thread(target=self._keep_writing, name="journal", daemon=True)
         self._thread.start()
 
-    def note(self, event: str, **values: Any) -> None:
+    def note(self, event: str, **values: object) -> None:
         """Notes an event with JSON values."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         self._log.add(json.dumps({"time": now, "event": event, **self._always, **values}))

@@ -61,6 +61,7 @@ def run_loop(
                 stopped = not run.should_continue(progress)
                 stopped = stopped or (performance.stop_on_nan and bool(progress.diverged))
     interrupted = signal is Signal.STOP and progress.step < total
+    # before the evaluation, which may fail
     if saved != progress.step:
         run.checkpoint(progress, Occasion.LAST)
     if progress.metrics_step != progress.step and not interrupted:

@@ -21,14 +21,14 @@ from grape_ray.ledger.location import RUN_FILE, absolute, ledger_place
 from grape_ray.privacy import keys
 from grape_ray.privacy.redaction import run_redacted
 from grape_ray.storage import Json, Storage
-from grape_ray.tasks.task import Task, loaded
+from grape_ray.tasks.task import Task, loaded, resolved
 from grape_ray.training.checks import check_machine, check_run_name, fresh_name
 from grape_ray.training.dry_run import dry_run, preflight_extremes
 from grape_ray.training.plan import Plan
 from grape_ray.training.pricing import check_mechanism, price, sampling_prob_of
 from grape_ray.training.private_scores import Terms, check_metric, described
 from grape_ray.training.run_budget import check_budget, open_budget
-from grape_ray.training.splits import check_splits
+from grape_ray.training.splits import check_splits, warn_of_silence
 
 
 def plan_run(
@@ -79,12 +79,16 @@ def plan_run(
     if scores is not None:
         check_metric(task, scores.metric, config.privacy.unit)
     data, unit = loaded(task, config.privacy.unit), config.privacy.unit_name
+    config = replace(config, task=resolved(task, data))
     private, sampling_prob = METHODS[config.method.name].private, sampling_prob_of(config, data)
     # A run that shares a study, as a trial does, was checked when the study began: here and below.
     if study is None:
         public = data.public and not registry.known(data.identity)
         cautions.check(config, data.unit_count, public, consent)
-    check_splits(data, scores is None, private and study is None and not data.public)
+    if scores is None:
+        warn_of_silence(data)
+    exact, protects = scores is None and data.validation_public, private and study is None
+    check_splits(data, exact, protects and not data.public)
     place = Storage(root, config.performance.storage_timeout_s)
     place.check_writable()
     plan = Plan(
@@ -120,7 +124,7 @@ def plan_run(
     elif study is not None:
         fix = "what a study releases is paid for, without exception"
         raise ConfigError("method.name", config.method.name, "a private method", fix)
-    _check_same_run(plan, place)
+    existing = _check_same_run(plan, place)
     check_workers()
     # What is slow comes last, and what cannot be undone after it.
     if study is not None or not with_dry_run:  # a study's runs had theirs when that began
@@ -131,7 +135,8 @@ def plan_run(
         plan = replace(plan, dry_run=done)
     if budget is not None:
         plan = open_budget(plan, budget, partial(ledger_at, make=True))
-    _register(plan, place)
+    if not existing:
+        _register(plan, place)
     return plan
 
 
@@ -168,8 +173,10 @@ def _check_same_run(plan: Plan, root: Storage) -> bool:
 
 def _register(plan: Plan, root: Storage) -> None:
     """Writes the run's description (`run.json`), from which it is resumed and exported."""
-    if not _check_same_run(plan, root):
+    try:
         root.create(f"{plan.run}/{RUN_FILE}", _description(plan))
+    except FileExistsError:  # another process was faster: it must have begun the same run
+        _check_same_run(plan, root)
 
 
 def _description(plan: Plan) -> bytes:

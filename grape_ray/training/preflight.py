@@ -13,7 +13,6 @@ import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from grape_ray.config.methods import METHODS
 from grape_ray.config.schema import MAX_CLIP_NORM, MIN_CLIP_NORM, Method, Privacy
 from grape_ray.engines import Engine, from_config
-from grape_ray.engines.capture.batches import count_examples, mapped
+from grape_ray.engines.capture.batches import Batch, count_examples, mapped
 from grape_ray.engines.capture.model_state import awake
 from grape_ray.engines.capture.random_state import random_states, set_states
 from grape_ray.engines.engine import PerExampleLoss
@@ -62,12 +61,12 @@ class Report:
 def preflight(
     model: nn.Module,
     per_example_loss: PerExampleLoss,
-    batch: Any,
+    batch: Batch,
     privacy: Privacy,
     method: Method,
     key: bytes = b"",
     examples: int = 3,
-    alone: Sequence[Any] = (),
+    alone: Sequence[Batch] = (),
     views: int = 1,
 ) -> Report:
     """Compares an engine with ordinary autograd on the first examples of a batch, in the mode that
@@ -153,7 +152,7 @@ def _exact_twin(method: Method) -> Method:
     return Method(name="ghost", routes=tuple(r for r in method.routes if not r.endswith(":sketch")))
 
 
-def _picked(batch: Any, examples: slice) -> Any:
+def _picked(batch: Batch, examples: slice) -> Batch:
     """Some examples of a batch, padded as they are there."""
     return mapped(batch, lambda t: t[examples])
 
@@ -186,7 +185,7 @@ def _check_norm(summed: ClippedSum, clip_norm: float) -> None:
 
 @torch.no_grad()
 def _check_same_losses(
-    engine: Engine, loss: PerExampleLoss, together: Any, singles: Sequence[Any]
+    engine: Engine, loss: PerExampleLoss, together: Batch, singles: Sequence[Batch]
 ) -> None:
     """Refuses a loss whose value in a batch differs from its value alone; in eval mode where the
     training mode draws at random.
@@ -206,7 +205,7 @@ def _check_same_losses(
         )
 
 
-def _draws(engine: Engine, loss: PerExampleLoss, batch: Any) -> bool:
+def _draws(engine: Engine, loss: PerExampleLoss, batch: Batch) -> bool:
     """Whether two passes of one batch differ by the random numbers that they draw."""
     first, second = (loss(engine.model, mapped(batch)) for _ in range(2))
     return not torch.equal(torch.nan_to_num(first), torch.nan_to_num(second))
@@ -251,7 +250,7 @@ def _compare_units(
     made: Callable[[float], Engine],
     known: Engine,
     loss: PerExampleLoss,
-    batch: Any,
+    batch: Batch,
     references: Sequence[Mapping[str, Tensor]],
 ) -> tuple[float, str]:
     """As `_compare`, with the first two rows as one unit's.

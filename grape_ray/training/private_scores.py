@@ -147,6 +147,7 @@ class PrivateScore:
         self._given += 1
         grid, std = grid_and_std(1.0, self._terms.noise_multiplier, 1)
         released = on_grid(torch.tensor([value * records], dtype=torch.float64), noise, std, grid)
+        # six digits are post-processing, and more would be noise
         return {self._terms.metric: float(f"{float(released) / records:.6g}")}
 
     def _begin(self) -> None:

@@ -17,6 +17,7 @@ from grape_ray.engines import Engine
 from grape_ray.engines.engine import PerExampleLoss
 from grape_ray.errors import CheckpointError, DataError, Interrupted, LedgerError, StorageError
 from grape_ray.ledger.audit import verify
+from grape_ray.ledger.interface import LedgerClient
 from grape_ray.optim import make_optimizer
 from grape_ray.privacy.noise import NoiseStream
 from grape_ray.privacy.rank_zero import on_rank_zero
@@ -70,7 +71,7 @@ def _execute(plan: Plan, comms: Comms, callbacks: RunCallbacks, device: torch.de
     )
     checkpoints = CheckpointManager(config, comms, plan.folder(), model, optimizer)
     restored = _restored(plan, comms, checkpoints)
-    ledger = callbacks.open_ledger(plan) if plan.ledger and comms.rank == 0 else None
+    ledger = _opened_ledger(plan, comms, callbacks)
     attempt = callbacks.begin_attempt(plan, comms, ledger)
     if attempt.probe_key:
         engine.use_secret(attempt.probe_key, comms.rank)
@@ -132,6 +133,14 @@ def _loaded(plan: Plan) -> Data:
             "the training data changed", None, expected, "every worker must see the same data"
         )
     return data
+
+
+def _opened_ledger(plan: Plan, comms: Comms, callbacks: RunCallbacks) -> LedgerClient | None:
+    """The ledger, on rank 0 alone; what keeps it from being opened is raised on every rank."""
+    held: list[LedgerClient] = []
+    if plan.ledger is not None:
+        on_rank_zero(comms, lambda: held.append(callbacks.open_ledger(plan)))
+    return held[0] if held else None
 
 
 def _train(run: ActiveRun, step: Step, start: int) -> Outcome:
@@ -199,9 +208,8 @@ def _model_and_engine(
         model = model.to(device)
         return model, build_engine(config, model), loss_of(task, performance.precision, device.type)
     whole = build_engine(config, model)
-    order = data.train.by_length(np.arange(len(data.train)))
     layouts = whole.learn(
-        task.per_example_loss, task.collate(data.train, np.unique(order[[0, -1]]))
+        task.per_example_loss, task.collate(data.train, np.unique(data.train.extremes()))
     )
     half = torch.bfloat16 if performance.precision == "bf16" else None
     sharding.shard(model, device, half, performance.recompute)

@@ -7,10 +7,8 @@ from dataclasses import dataclass, replace
 
 from grape_ray.config import cautions
 from grape_ray.config.cautions import Consent
-from grape_ray.ledger import registry
-from grape_ray.ledger.budget import check_share, made_for
+from grape_ray.ledger.budget import check_share, made_for, open_registered
 from grape_ray.ledger.entries import Study
-from grape_ray.ledger.ledger import Ledger
 from grape_ray.privacy import keys
 from grape_ray.tasks.task import Data, label
 from grape_ray.training.plan import Plan
@@ -58,11 +56,8 @@ def open_budget(plan: Plan, budget: Budget, ledger_at: Callable[[], str]) -> Pla
     """
     keys.master_key(plan.key_path)
     plan = replace(plan, ledger=ledger_at())
-    study = _study(plan)
-    ledger = Ledger.open(plan.ledger_storage(), plan.dataset_id, *budget.made, unit=study.unit)
-    if budget.identity:
-        registry.register(
-            budget.identity, plan.ledger_storage().url, ledger.ledger_id, label(plan.config.task)
-        )
+    study, storage, dataset = _study(plan), plan.ledger_storage(), label(plan.config.task)
+    made, identity = budget.made, budget.identity
+    ledger = open_registered(storage, plan.dataset_id, made, study.unit, identity, dataset)
     ledger.ensure_study(study)
     return plan

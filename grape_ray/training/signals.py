@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
 
 from grape_ray.training.loop import Signal
 
 # What ends a machine, and ^C: a run does the same for both.
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _received = threading.Event()
-Handlers = dict[signal.Signals, Any]  # what `signal.getsignal` gives
+# what `signal.getsignal` gives
+Handlers = dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None]
 
 
 def install() -> Handlers:
@@ -29,6 +29,7 @@ def install() -> Handlers:
 
     def handle(number: int, frame: FrameType | None) -> None:
         _received.set()
+        # a second one finds the handler that was there, which ends the process
         _restore(before)
 
     for number in _SIGNALS:

@@ -12,6 +12,17 @@ from grape_ray.ledger import registry
 from grape_ray.tasks.task import Data
 
 
+def warn_of_silence(data: Data) -> None:
+    """Says that no metric will be told, where the validation records are private."""
+    if not data.validation_public:
+        text = (
+            "the held-out records are private, so no metric of them is told: say"
+            " task.held_out_public=true if they are not, name public records with task.validation,"
+            " or let a sweep with score_source='private' pay for its scores"
+        )
+        warnings.warn(text, Caution, stacklevel=3)
+
+
 def check_splits(data: Data, exact_metrics: bool, protects: bool) -> None:
     """Refuses validation records of which a run would say what it must not.
 
@@ -29,6 +40,8 @@ def check_splits(data: Data, exact_metrics: bool, protects: bool) -> None:
     columns = column_fingerprints(data.validation)
     if protects:
         _check_disjoint(data, columns)
+    if exact_metrics and not data.validation_public:
+        raise private_validation()
     if exact_metrics and registry.known((fingerprint_records(data.validation), *columns)):
         fix = (
             "use other validation records, or a sweep with score_source='private', which pays for"
@@ -40,6 +53,16 @@ def check_splits(data: Data, exact_metrics: bool, protects: bool) -> None:
             "public ones, for metrics without noise",
             fix,
         )
+
+
+def private_validation() -> DataError:
+    """The error for an exact metric of records that are private."""
+    return DataError(
+        "the held-out records are private",
+        None,
+        "public ones, for metrics without noise",
+        "say task.held_out_public=true if they are, or use score_source='private' in a sweep",
+    )
 
 
 def _check_disjoint(data: Data, columns: tuple[str, ...]) -> None:
@@ -57,4 +80,5 @@ def _check_disjoint(data: Data, columns: tuple[str, ...]) -> None:
             f"{common} of {total} validation records are training records, too: what is said of"
             " them is not protected by the guarantee"
         )
+        # the count is said, the rows are not: which they are would be said of private records
         warnings.warn(text, Caution, stacklevel=4)

@@ -7,7 +7,6 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from importlib.resources import files
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -175,7 +174,7 @@ def _parquet(table: pa.Table) -> bytes:
     return buffer.getvalue()
 
 
-def _page(**context: Any) -> str:
+def _page(**context: object) -> str:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(

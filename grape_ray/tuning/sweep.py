@@ -11,9 +11,8 @@ from grape_ray.accounting.selection import Selection
 from grape_ray.config.description import describe
 from grape_ray.config.trust import remember_sweep
 from grape_ray.ledger import registry
-from grape_ray.ledger.budget import check_share
+from grape_ray.ledger.budget import check_share, open_registered
 from grape_ray.ledger.entries import Study, entry_name
-from grape_ray.ledger.ledger import Ledger
 from grape_ray.storage import Json, Storage
 from grape_ray.training.private_scores import Terms
 from grape_ray.tuning.folder import SWEEP_FILE
@@ -56,15 +55,10 @@ class BudgetShare:
 
     def open(self) -> None:
         """Makes the ledger where there is none."""
-        existing = Storage(self.ledger).exists(entry_name(0))
-        ledger = Ledger.open(
-            self.ledger,
-            self.dataset_id,
-            *((None, None) if existing else self.budget),
-            unit=self.paid.unit,
-        )
-        if not self.public and self.identity:
-            registry.register(self.identity, self.ledger, ledger.ledger_id, self.dataset)
+        storage = Storage(self.ledger)
+        made = (None, None) if storage.exists(entry_name(0)) else self.budget
+        identity = () if self.public else self.identity
+        open_registered(storage, self.dataset_id, made, self.paid.unit, identity, self.dataset)
 
     def described(self) -> Json:
         """The share as the sweep's description keeps it: without the fingerprint of the records,

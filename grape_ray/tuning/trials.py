@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from grape_ray.ledger.charges import Attempt
 from grape_ray.ledger.ledger import Ledger
@@ -59,7 +58,7 @@ def _row(run_folder: Storage, run: str, sweep: Json, attempts: list[Attempt]) ->
     described = json.loads(run_folder.read(RUN_FILE))
     values = {}
     for name in sweep["fields"]:
-        node: Any = described
+        node = described
         for part in name.split("."):
             node = node["fields"][part] if part not in node and "fields" in node else node[part]
         values[name] = node

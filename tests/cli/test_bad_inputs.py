@@ -58,7 +58,7 @@ MODELS = [
     ),
     (
         "fewer positions than tokens",
-        ["task.model=W/models/short", "task.train=W/tables/long.parquet"],
+        ["task.model=W/models/short", "task.data=W/tables/long.parquet"],
         "at most its 16 positions",
     ),
     (
@@ -77,7 +77,7 @@ MODELS = [
 ]
 TABLES = [
     *(
-        (f"train: {name}", [f"task.train=W/tables/{path}"], part)
+        (f"train: {name}", [f"task.data=W/tables/{path}"], part)
         for name, path, part in [
             ("lists", "lists.parquet", "expected strings"),
             ("structs", "structs.parquet", "expected strings"),
@@ -85,7 +85,7 @@ TABLES = [
             ("bytes", "bytes.parquet", "strings"),
             ("not UTF-8", "notutf8.parquet", "UTF-8"),
             ("a null", "nullrow.parquet", "1 missing values"),
-            ("nulls alone", "nulls.parquet", "expected strings"),
+            ("nulls alone", "nulls.parquet", "60 missing values"),
             ("two columns of a name", "twice.parquet", "2 columns of that name"),
             ("no rows", "norows.parquet", "no rows"),
             ("no columns", "nocolumns.parquet", "column missing"),
@@ -111,9 +111,9 @@ TABLES = [
             ("folders of two splits", "nested", "several splits"),
         ]
     ),
-    ("train: no path", ["task.train="], "no path"),
-    ("train: no driver", ["task.train=nosuch://x/y"], "cannot be reached"),
-    ("train: no server", ["task.train=http://127.0.0.1:9/x.parquet?a=*"], "data"),
+    ("train: no path", ["task.data="], "no path"),
+    ("train: no driver", ["task.data=nosuch://x/y"], "cannot be reached"),
+    ("train: no server", ["task.data=http://127.0.0.1:9/x.parquet?a=*"], "data"),
     ("validation: no file", ["task.validation=W/tables/none.parquet"], "not found"),
     ("validation: a null", ["task.validation=W/tables/nullrow.parquet"], "1 missing values"),
     ("validation: no rows", ["task.validation=W/tables/norows.parquet"], "no rows"),
@@ -341,7 +341,7 @@ def training(world, assignments=(), pipeline="pipelines.sst2", model="good"):
     """The words that train on good inputs, but for what is assigned."""
     own = [
         f"task.model={world}/models/{model}",
-        f"task.train={world}/tables/good.parquet",
+        f"task.data={world}/tables/good.parquet",
         f"task.validation={world}/tables/validation.parquet",
     ]
     own += [
@@ -425,7 +425,7 @@ def test_the_matrix_is_large():
     [
         (["tests.support.tiny:tiny", "--workers", "1"], {"RAY_ADDRESS": "nonsense"}, "RAY_ADDRESS"),
         (["tests.support.tiny:tiny", "--workers", "1000"], {}, "performance.num_workers"),
-        (training("W", ["task.train=W/tables/hugelabel.parquet"])[1:], {}, "expected 0 to 1"),
+        (training("W", ["task.data=W/tables/hugelabel.parquet"])[1:], {}, "expected 0 to 1"),
         (["W/code/raises.py"], {}, "ZeroDivisionError"),
     ],
 )
@@ -547,10 +547,13 @@ def test_no_process_that_refuses_a_table_aborts_at_its_end(world):
     right after reading.
     """
     code = (
-        "import sys\nfrom grape_ray.data.tables import labels, read_table\nfrom grape_ray.errors"
-        " import DataError\ntry:\n   "
-        f" labels(read_table({str(world / 'tables' / 'hugelabel.parquet')!r}, ['text', 'label']),"
-        " 'label', 'x', 2)\nexcept DataError:\n    sys.exit(2)\n"
+        "import pathlib, sys, tempfile\nfrom grape_ray.data.columns import Table\n"
+        "from grape_ray.data.sources import Source\nfrom grape_ray.data.tables import read_table\n"
+        "from grape_ray.errors import DataError\nwith tempfile.TemporaryDirectory() as folder:\n"
+        f"    place = {str(world / 'tables' / 'hugelabel.parquet')!r}\n"
+        "    rows = read_table(Source(place), ['text', 'label'], pathlib.Path(folder))\n"
+        "    try:\n        Table(rows, place).labels('label', '01')\n"
+        "    except DataError:\n        sys.exit(2)\n"
     )
 
     def call(_):

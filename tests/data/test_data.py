@@ -13,12 +13,22 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
 from grape_ray.data.arrays import Ragged, Records
-from grape_ray.data.tables import fingerprint, labels, read_table, texts
+from grape_ray.data.columns import Table
+from grape_ray.data.content import fingerprint
+from grape_ray.data.sources import Source
+from grape_ray.data.tables import read_table as read
 from grape_ray.errors import ConfigError, DataError
 from grape_ray.models.hugging_face import load_sequence_classifier
 from grape_ray.tasks.text_classification import TextClassification
 
 SST2 = Path(__file__).parents[3] / "shared" / "data" / "sst2"
+
+
+@pytest.fixture
+def read_table(tmp_path_factory):
+    """The named columns of the records at a place, mapped from a folder of the test's own."""
+    scratch = tmp_path_factory.mktemp("scratch")
+    return lambda place, columns: read(Source(place), columns, scratch)
 
 
 def write(path, text=("a", "b", "c"), label=(0, 1, 1), **more):
@@ -27,20 +37,16 @@ def write(path, text=("a", "b", "c"), label=(0, 1, 1), **more):
     return str(path)
 
 
-def test_a_file_a_folder_and_a_pattern_are_read(tmp_path):
+def test_a_file_a_folder_and_a_pattern_are_read(tmp_path, read_table):
     one, two = write(tmp_path / "a-1.parquet"), write(tmp_path / "a-2.parquet", ("d",), (0,))
     assert read_table(one, ["text"]).num_rows == 3
     assert read_table(str(tmp_path), ["text", "label"]).num_rows == 4
-    assert texts(read_table(f"{tmp_path}/a-*.parquet", ["text"]), "text", "x") == [
-        "a",
-        "b",
-        "c",
-        "d",
-    ]
+    table = read_table(f"{tmp_path}/a-*.parquet", ["text"])
+    assert Table(table, "x").texts("text") == ["a", "b", "c", "d"]
     assert read_table(f"file://{two}", ["label"]).num_rows == 1
 
 
-def test_what_lies_there_under_its_very_name_is_no_pattern(tmp_path):
+def test_what_lies_there_under_its_very_name_is_no_pattern(tmp_path, read_table):
     folder = tmp_path / "data[v1]?"
     folder.mkdir()
     star = write(folder / "a*.parquet")
@@ -50,7 +56,7 @@ def test_what_lies_there_under_its_very_name_is_no_pattern(tmp_path):
     assert read_table(f"{tmp_path}/data*/ab.parquet", ["text"]).num_rows == 1
 
 
-def test_a_signed_address_is_read_as_it_is(tmp_path):
+def test_a_signed_address_is_read_as_it_is(tmp_path, read_table):
     """Signatures hold `*` and `?`; the server answers for the whole address alone."""
     content = Path(write(tmp_path / "x.parquet")).read_bytes()
     asked = []
@@ -80,7 +86,7 @@ def test_a_signed_address_is_read_as_it_is(tmp_path):
     assert asked
 
 
-def test_a_url_of_the_hub_is_read_through_its_file_system(tmp_path, monkeypatch):
+def test_a_url_of_the_hub_is_read_through_its_file_system(tmp_path, read_table, monkeypatch):
     class Hub(MemoryFileSystem):
         protocol, store, pseudo_dirs = "hf", {}, [""]
 
@@ -102,11 +108,12 @@ def test_a_url_of_the_hub_is_read_through_its_file_system(tmp_path, monkeypatch)
     with pytest.raises(DataError, match="not found"):
         read_table("hf://datasets/owner/name/test-*.parquet", ["text"])
     url = "hf://datasets/owner/name/sst2/train-*.parquet"
-    with pytest.raises(DataError, match=r"row 2 .*got 'another number', expected 0 to 1"):
-        TextClassification("/no/model", url, url).load()
+    monkeypatch.setattr(TextClassification, "reader", lambda self: "no tokenizer")
+    with pytest.raises(DataError, match=r"another label in rows 2, 5', expected 0 to 1"):
+        TextClassification("/no/model", url, url, classes=2).load()
 
 
-def test_what_cannot_be_read_is_one_clear_error(tmp_path):
+def test_what_cannot_be_read_is_one_clear_error(tmp_path, read_table):
     good = write(tmp_path / "good.parquet")
     (tmp_path / "bad.parquet").write_bytes(b"no parquet at all")
     (tmp_path / "cut.parquet").write_bytes(Path(good).read_bytes()[:-20])
@@ -126,20 +133,37 @@ def test_what_cannot_be_read_is_one_clear_error(tmp_path):
         read_table(good, ["txt"])
 
 
-def test_labels_and_texts_are_checked(tmp_path):
-    table = read_table(write(tmp_path / "x.parquet", label=(0, 1, 2)), ["text", "label"])
-    assert labels(table, "label", "x", 3).tolist() == [0, 1, 2]
-    with pytest.raises(DataError, match=r"row 2 .*got 'another number', expected 0 to 1"):
-        labels(table, "label", "x", 2)
-    with pytest.raises(DataError, match="strings"):
-        texts(table, "label", "x")
-    with pytest.raises(DataError, match="integers"):
-        labels(table, "text", "x", 2)
-    holes = pa.table({"text": ["a", None], "label": pa.array([None, 1], pa.int64())})
-    with pytest.raises(DataError, match="missing values"):
-        texts(holes, "text", "x")
-    with pytest.raises(DataError, match="missing values"):
-        labels(holes, "label", "x", 2)
+def test_labels_and_texts_are_checked():
+    rows = {"text": ["a", "b", "c"], "label": pa.array([0, 1, 2], pa.int8()), "x": [0.5, 1, 2]}
+    table = Table(pa.table({**rows, "name": ["no", "yes", "no"], "bool": [True, False, True]}), "x")
+    assert table.labels("label", "012").tolist() == [0, 1, 2]
+    assert table.labels("label", ("no", "yes", "perhaps")).tolist() == [0, 1, 2]
+    assert table.label_names("name") == ("no", "yes")
+    assert table.labels("name", ("yes", "no")).tolist() == [1, 0, 1]
+    assert table.label_names("bool") == ("false", "true")
+    assert Table(pa.table({"x": [10, 9, 10]}), "x").label_names("x") == ("9", "10")
+    with pytest.raises(DataError, match=r"another label in row 2.*0 to 1"):
+        table.labels("label", "01")
+    with pytest.raises(DataError, match="expected strings"):
+        table.texts("label")
+    with pytest.raises(DataError, match=r"double.*whole numbers as integers"):
+        table.label_names("x")
+    with pytest.raises(DataError, match="30 different values in 30 rows"):
+        Table(pa.table({"x": range(30)}), "x").label_names("x")
+
+
+def test_rows_that_cannot_be_used_are_told_by_number_and_left_out_on_demand():
+    holes = pa.table({"text": ["a", None, " \t", "b"], "label": pa.array([None, 1, 2, 0])})
+    table = Table(holes, "x", first=100)
+    bad = table.bad_rows(["text", "label"], ["text"])
+    with pytest.raises(
+        DataError, match=r"missing values of column 'label' in row 100.*empty.*in row 102"
+    ):
+        table.refuse(bad)
+    assert table.without(np.logical_or.reduce(list(bad.values()))).texts("text") == ["b"]
+    many = Table(pa.table({"text": [None] * 9}, schema=pa.schema([("text", pa.string())])), "x")
+    with pytest.raises(DataError, match="rows 0, 1, 2, 3, 4 and 4 more"):
+        many.refuse(many.bad_rows(["text"], []))
 
 
 def test_the_fingerprint_depends_on_content_and_order_alone(tmp_path):
@@ -170,16 +194,19 @@ def test_the_fingerprint_of_floats_sees_their_fractions(tmp_path):
     )
     integers = pa.table({"label": pa.array([0, 1, 1], pa.int8())})
     assert fingerprint(integers) == "d06a0919a754d79412671945fa8eda4f"  # ledgers are found by it
+    nested = [[{"role": "a", "content": "b"}], []]
+    pieces = pa.chunked_array([pa.array(nested[:1]), pa.array(nested[1:], pa.array(nested).type)])
+    assert fingerprint(pa.table({"x": nested})) == fingerprint(pa.table({"x": pieces}))
+    assert fingerprint(pa.table({"x": nested})) != fingerprint(pa.table({"x": nested[::-1]}))
     with pytest.raises(DataError, match="column 'x'"):
-        fingerprint(pa.table({"x": [[1], [2]]}))
+        fingerprint(pa.table({"x": pa.array([1, 2], pa.timestamp("s"))}))
 
 
 def test_a_part_of_a_table_spends_from_the_whole_tables_budget(tmp_path, monkeypatch):
     url = write(tmp_path / "a.parquet")
-    monkeypatch.setattr(
-        TextClassification, "_records", lambda self, texts, labels: Records({"labels": labels})
-    )
-    tasks = [TextClassification("m", url, url, limit=limit) for limit in (0, 2)]
+    monkeypatch.setattr(TextClassification, "reader", lambda self: "no tokenizer")
+    monkeypatch.setattr(TextClassification, "inputs", lambda self, table: {})
+    tasks = [TextClassification("m", url, url, classes=2, limit=limit) for limit in (0, 2)]
     assert [len(task.load().train) for task in tasks] == [3, 2]
     assert tasks[0].load().dataset_id == tasks[1].load().dataset_id
 
@@ -211,9 +238,9 @@ def test_a_missing_model_folder_is_one_clear_error(name):
 @pytest.mark.skipif(
     not SST2.is_dir(), reason="the SST-2 files are not beside the repository (../shared/data/sst2)"
 )
-def test_the_real_sst2_is_read_and_fingerprinted():
+def test_the_real_sst2_is_read_and_fingerprinted(read_table):
     url = str(SST2 / "validation.parquet")
     table = read_table(url, ["sentence", "label"])
     assert table.num_rows == 872
-    assert set(labels(table, "label", url, 2).tolist()) == {0, 1}
+    assert set(Table(table, url).labels("label", "01").tolist()) == {0, 1}
     assert len(fingerprint(table)) == 32

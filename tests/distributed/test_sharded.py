@@ -48,7 +48,7 @@ def task(tmp_path_factory):
     where = str(root / "texts.parquet")
     return TextGeneration(
         model=str(root / "opt"),
-        train=where,
+        data=where,
         validation=where,
         tokenizer="bytes",
         max_tokens=32,

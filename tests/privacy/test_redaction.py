@@ -130,8 +130,8 @@ def test_our_own_errors_are_told_and_what_caused_them_is_not():
 def test_a_label_that_cannot_be_is_not_told(tmp_path):
     import pyarrow as pa
 
-    from grape_ray.data.tables import labels
+    from grape_ray.data.columns import Table
 
     with pytest.raises(DataError, match="label in row 1") as caught:
-        labels(pa.table({"label": [0, 7391, 1]}), "label", "t", 2)
+        Table(pa.table({"label": [0, 7391, 1]}), "t").labels("label", "01")
     assert "7391" not in str(caught.value)

@@ -150,8 +150,9 @@ def survive(tmp_path, seed, kinds, *words):
 
 @pytest.mark.slow
 def test_a_sweep_outlives_its_ledger_actor_a_trial_and_its_driver(tmp_path):
+    # so many trials that the sweep has not ended before its driver's turn, on a slow machine either
     _, prey = survive(
-        tmp_path, 1, ["accountant", "trial", "driver"], "--trials", "3", "--scheduler", "none"
+        tmp_path, 1, ["accountant", "trial", "driver"], "--trials", "6", "--scheduler", "none"
     )
     assert prey.killed == ["accountant", "trial", "driver"]
 

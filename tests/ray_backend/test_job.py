@@ -112,7 +112,7 @@ class Head:
         return done.stdout + done.stderr
 
     def submit(self, name: str, *words: str) -> None:
-        deadline_s = time.monotonic() + 90
+        deadline_s = time.monotonic() + 300  # until the node's agent takes jobs
         options = [
             "job",
             "submit",
@@ -167,7 +167,7 @@ def opt(tmp_path):
 
 def settings(opt: Path) -> list[str]:
     pairs = {
-        "task.model": opt, "task.tokenizer": "bytes", "task.train": E2E / "train.parquet",
+        "task.model": opt, "task.tokenizer": "bytes", "task.data": E2E / "train.parquet",
         "task.validation": E2E / "validation.parquet", "task.prompt_column": "mr",
         "task.text_column": "ref", "task.limit": 2000, "task.validation_limit": 32,
         "task.public": "true", "privacy.steps": STEPS, "privacy.spare_steps": 16,

@@ -53,7 +53,15 @@ def drain(node: Any, address: str) -> None:
         "spot",
     ]
     subprocess.run(
-        ["ray", "drain-node", *words, "--deadline-remaining-seconds", "15"],
+        [
+            sys.executable,
+            "-m",
+            "ray.scripts.scripts",
+            "drain-node",
+            *words,
+            "--deadline-remaining-seconds",
+            "15",
+        ],
         check=True,
         capture_output=True,
     )

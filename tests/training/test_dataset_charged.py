@@ -8,8 +8,7 @@ import pytest
 
 from grape_ray.accounting import Mechanism
 from grape_ray.data.arrays import Records
-from grape_ray.data.fingerprints import fingerprint_records
-from grape_ray.data.tables import fingerprint_arrays
+from grape_ray.data.fingerprints import fingerprint_arrays, fingerprint_records
 from grape_ray.distributed.comms import Comms
 from grape_ray.errors import LedgerError
 from grape_ray.ledger import Ledger, Study

@@ -14,7 +14,7 @@ from grape_ray.accounting import Mechanism
 from grape_ray.accounting.mechanism import MAX_EPSILON
 from grape_ray.checkpoint.manifest import read_manifest
 from grape_ray.distributed.comms import Comms
-from grape_ray.errors import CheckpointError
+from grape_ray.errors import CheckpointError, LedgerError
 from grape_ray.ledger import Ledger, Study
 from grape_ray.privacy import keys
 from grape_ray.privacy.random_streams import normals
@@ -64,12 +64,19 @@ def test_an_attempts_key_is_fresh_and_every_rank_has_it(tmp_path):
     assert keys.of_attempt(master, "l", "s", "r", 1) != keys.of_attempt(master, "l", "s", "r", 1)
 
     class Second(Comms):
+        sent: tuple  # by rank 0: what it has done, and what it has failed with
+
         def broadcast_object(self, value):
-            return value or told
+            return self.sent
 
     plan = plan_run(tiny(), run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
     told = begin_attempt(plan, Comms.local())
-    assert begin_attempt(plan, Second(1, 2)) is told
+    second = Second(1, 2)
+    second.sent = told, None
+    assert begin_attempt(plan, second) is told
+    second.sent = None, LedgerError("the ledger cannot be reached")
+    with pytest.raises(LedgerError, match="reached"):
+        begin_attempt(plan, second)
 
 
 def test_ledgers_are_their_owners_alone(tmp_path):

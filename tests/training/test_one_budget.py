@@ -13,10 +13,9 @@ import pytest
 from click.testing import CliRunner
 
 from grape_ray.cli.main import main
-from grape_ray.data import tables
+from grape_ray.data import content
 from grape_ray.data.arrays import Records
-from grape_ray.data.fingerprints import column_fingerprints, fingerprint_records
-from grape_ray.data.tables import fingerprint_arrays
+from grape_ray.data.fingerprints import column_fingerprints, fingerprint_arrays, fingerprint_records
 from grape_ray.errors import BudgetExceeded, DataError, GrapeRayError, LedgerError
 from grape_ray.ledger import registry
 from grape_ray.ledger.location import canonical, home
@@ -158,17 +157,17 @@ def test_a_tables_columns_are_known_by_their_content():
             "one": [1] * rows,
         }
     )
-    found = tables.fingerprint_columns(table)
+    found = content.fingerprint_columns(table)
     assert len(set(found)) == 2
-    assert set(tables.fingerprint_columns(table.select(["text"]))) < set(found)
-    assert set(tables.fingerprint_columns(table.rename_columns(["a", "b", "c"]))) == set(found)
-    assert set(tables.fingerprint_columns(table.slice(0, 99))).isdisjoint(found)
+    assert set(content.fingerprint_columns(table.select(["text"]))) < set(found)
+    assert set(content.fingerprint_columns(table.rename_columns(["a", "b", "c"]))) == set(found)
+    assert set(content.fingerprint_columns(table.slice(0, 99))).isdisjoint(found)
 
 
 def test_small_tables_are_known_by_their_values_and_row_numbers_tell_nothing():
     texts = [f"a short text about {word}" for word in ("wine", "rain", "stone", "glass", "salt")]
     table = pa.table({"text": texts, "label": [0, 1, 1, 0, 1], "row": range(5)})
-    assert tables.fingerprint_columns(table) == tables.fingerprint_columns(table.select(["text"]))
+    assert content.fingerprint_columns(table) == content.fingerprint_columns(table.select(["text"]))
     rows = np.arange(1000)
     columns = {
         "row": rows,

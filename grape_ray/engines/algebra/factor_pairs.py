@@ -281,6 +281,7 @@ def scaled(left: Left, right: Tensor, factors: Tensor) -> Pair:
     to the narrower side.
     """
     left, right = wide(left, right)
+    # the rounding of the product is the same on either side; one-hot rows stay one-hot
     if isinstance(left, Index) or right.shape[-1] <= left.shape[-1]:
         return left, right * factors.view(-1, 1, 1).to(right.dtype)
     return left * factors.view(-1, 1, 1).to(left.dtype), right
@@ -289,6 +290,7 @@ def scaled(left: Left, right: Tensor, factors: Tensor) -> Pair:
 def without(left: Left, right: Tensor, bad: Tensor) -> Pair:
     """The pair with zeros in the rows `bad`, whose entries are not finite."""
     if bad.numel():
+        # set, not multiplied: NaN times zero is NaN
         right = right.index_fill(0, bad, 0.0)
         left = left if isinstance(left, Index) else left.index_fill(0, bad, 0.0)
     return left, right

@@ -52,6 +52,7 @@ def vector_lengths(vectors: Tensor) -> Tensor:
     """Upper bounds (...) on the lengths of vectors (..., n)."""
     squares = torch.linalg.vector_norm(vectors, dim=-1).square_()
     return (
+        # of a square: (1 + g)^2 is 1 + 2 g, and g^2 less than the spare roundings
         squares.mul_(1 + 2 * gamma(vectors.shape[-1] + _SPARE, vectors.dtype))
         .add_(_underflow(vectors.dtype))
         .sqrt_()

@@ -81,6 +81,7 @@ def hutch_plus_plus(uses: list[Pair], draw: Draw) -> Tensor:
         return sketch(left, right, vectors, True)
 
     pulled = torch.bmm(right.to(seeds.dtype).transpose(1, 2), left.to(seeds.dtype) @ times(seeds))
+    # QR stops at what is not finite; such an example counts as zero later
     finite = torch.isfinite(pulled).flatten(1).all(1).view(-1, 1, 1)
     basis, _ = torch.linalg.qr(torch.where(finite, pulled, torch.zeros_like(pulled)))
     rest = probes - basis @ (basis.transpose(1, 2) @ probes)

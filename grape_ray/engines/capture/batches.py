@@ -27,6 +27,7 @@ def mapped(batch: Batch, change: Callable[[Tensor], Tensor] = lambda t: t) -> Ba
     """The batch in new containers, with every tensor changed; what a forward pass does to its
     containers then ends with it.
     """
+    # the loss may use what the mapping's own class offers, as the attributes of a BatchEncoding
     made = tree_map(lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf, plain(batch))
     return (
         made
@@ -51,6 +52,7 @@ def count_examples(batch: Batch) -> int:
     numbers = [
         leaf
         for leaf in tree_flatten(plain(batch))[0]
+        # a truth value is a switch, as of the model's own options
         if isinstance(leaf, (Number, np.ndarray, np.generic)) and not isinstance(leaf, bool)
     ]
     lengths = {t.shape[0] if t.ndim else None for t in tensors}
@@ -78,6 +80,7 @@ def is_mask(leaf: Tensor) -> bool:
     """Whether a tensor of two or more dimensions holds zeros and ones alone, as attention masks
     do.
     """
+    # in one dimension zeros and ones are as likely labels
     if leaf.ndim < 2 or leaf.is_floating_point() or leaf.is_complex():
         return False
     return leaf.dtype == torch.bool or bool(((leaf == 0) | (leaf == 1)).all())

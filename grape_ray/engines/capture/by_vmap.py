@@ -5,7 +5,6 @@ whatever vmap can batch, and refused by name for the rest.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ def by_vmap(capture: CapturePass, call: Call) -> Result:
     label = ", ".join(t.node.label for t in tracked_in(call.args, call.kwargs))
     batched: list[Tensor] = []
 
-    def place(leaf: Any) -> Any:
+    def place(leaf: object) -> object:
         if isinstance(leaf, Tracked):
             shape = tuple(leaf.node.graph.shape)
             batched.append(expanded(capture, leaf.node, (capture.examples, *shape)))
@@ -48,6 +47,7 @@ def by_vmap(capture: CapturePass, call: Call) -> Result:
                     "make it batch-first, freeze the parameter (requires_grad=False) or teach it"
                     " with grape_ray.register_rule",
                 )
+            # taken as batch-first; where it is not, the ownership check finds others' gradients
             batched.append(leaf.unflatten(0, (capture.examples, -1)))
         else:
             return leaf
@@ -55,15 +55,17 @@ def by_vmap(capture: CapturePass, call: Call) -> Result:
 
     slots = tree_map(place, (call.args, call.kwargs))
 
-    def one(*own: Tensor) -> Any:
+    def one(*own: Tensor) -> Result:
         args, kwargs = tree_map(lambda s: own[s.number] if isinstance(s, _Slot) else s, slots)
         return call.func(*args, **kwargs)
 
     try:
+        # a draw of its own for each example, as the proof wants it
         out = torch.vmap(one, randomness="different")(*batched)
         out = tree_map(lambda t: t.flatten(0, 1) if isinstance(t, Tensor) else t, out)
         _check_shapes(out, call.func, call.args, call.kwargs)
         return out
+    # vmap has no error of its own for what it cannot batch
     except (RuntimeError, ValueError, NotImplementedError, IndexError, TypeError) as error:
         raise UnsupportedLayer(
             f"operation '{call.name}' on trainable parameter {label}",
@@ -73,7 +75,7 @@ def by_vmap(capture: CapturePass, call: Call) -> Result:
         ) from error
 
 
-def _check_shapes(out: Any, func: Callable, args: tuple, kwargs: dict) -> None:
+def _check_shapes(out: object, func: Callable, args: tuple, kwargs: dict) -> None:
     """Raises ValueError where an operation by example has another shape than the operation, which
     is asked without computing it.
     """

@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from grape_ray.engines.capture.dependence import Dependence, tensors_in
 from grape_ray.engines.capture.tap import Phase, Site, Tap, UnverifiedUse, bypassed
-from grape_ray.engines.capture.torch_functions import Call, is_in_place, operation
+from grape_ray.engines.capture.torch_functions import Call, Result, is_in_place, operation
 from grape_ray.engines.capture.tracked import (
     Node,
     Tracked,
@@ -27,7 +26,7 @@ from grape_ray.engines.capture.tracked import (
 from grape_ray.engines.collector import Collector
 from grape_ray.errors import UnsupportedLayer
 
-Dispatch = Callable[["CapturePass", Call], Any]
+Dispatch = Callable[["CapturePass", Call], object]
 
 
 class CapturePass:
@@ -63,6 +62,8 @@ class CapturePass:
         self.dependence = Dependence(examples, constants, Tracked)
         self.phase, self.taps, self.half = Phase.FORWARD, list[Tap](), False
         self._pending: dict[int, tuple[Node, Tensor]] = {}
+        # answers of the forward pass: a recomputed block asks again on a thread of autograd's,
+        # where no mode follows the tensors
         self._depends: dict[tuple, bool | None] = {}
         self._leaks: list[str] = []
         self._unsure: Site | None = None
@@ -81,6 +82,7 @@ class CapturePass:
         """
         before = self.taps, self.dependence, self.examples
         self.taps, self.dependence, self.examples = [], dependence, dependence.examples
+        # collectors count announced uses, and a repetition brings them nothing
         self._announcing = False
         try:
             yield self.taps
@@ -94,6 +96,7 @@ class CapturePass:
         """
         with no_subclass():
             differentiable = node.graph.is_floating_point() or node.graph.is_complex()
+            # a gradient that arrives here came through no tap, and would be lost
             tracked = torch.Tensor._make_subclass(Tracked, node.value, differentiable)
             if differentiable:
                 tracked.register_post_accumulate_grad_hook(
@@ -102,7 +105,7 @@ class CapturePass:
         tracked.node, tracked.capture = node, self
         return tracked
 
-    def call(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+    def call(self, func: Callable, args: tuple, kwargs: dict) -> object:
         """The result of an operation in which at least one argument is tracked."""
         call = Call(func, operation(func), args, kwargs)
         if is_in_place(func) and args and isinstance(args[0], Tracked):
@@ -140,8 +143,11 @@ class CapturePass:
         origins = [t for t in plain if not self.dependence.constant(t)]
         answer = bool(origins)
         if origins and not any(self.dependence.certain(t) for t in origins):
+            # of unknown origin, as from a cache: taken for the batch's, unless the gradients of an
+            # earlier try have shown that they are not
             self._unsure = len(self.taps), key[2], ()
             answer = self._unsure not in self.inner_sites
+        # None: calls that look alike had two answers
         self._depends[key] = answer if self._depends.get(key, answer) == answer else None
         by = next((p for t in plain if (p := self.dependence.picked(t)) is not None), None)
         if answer and by is not None:
@@ -209,6 +215,7 @@ class CapturePass:
             tap.add_evidence(grad)
             return False
         if tap.layout is None:
+            # zeros are nobody's, and need no layout
             if not bool((grad != 0).any()):
                 return False
             if tap.recorded:
@@ -233,7 +240,7 @@ class CapturePass:
 
     def derive(
         self, func: Callable, args: tuple, kwargs: dict, transposed: bool | None = None
-    ) -> Any:
+    ) -> Result:
         """The operation on shared values alone; tensors in the result are tracked.
 
         Args:
@@ -274,6 +281,7 @@ class CapturePass:
             leaves = list(node.leaves.items())
             pulled = torch.autograd.grad(
                 node.graph, [leaf for _, leaf in leaves], grads.to(node.graph.dtype),
+                # kept: ghost clipping comes through a second time
                 is_grads_batched=True, retain_graph=True, allow_unused=True,
             )  # fmt: skip
             for (name, _), grad in zip(leaves, pulled):

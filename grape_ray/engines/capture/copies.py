@@ -30,9 +30,11 @@ def copied(capture: CapturePass, call: Call) -> Result:
     if shape is None:
         return out
     viewed, expanded = shape
+    # only what is certain to be copies and nothing else
     if math.prod(expanded) == math.prod(out.node.graph.shape):
         source = value.node
         if call.name not in _EXPANDS:
+            # repeat and tile expand a view with a dimension of 1 before each of the value's
             source = capture.derive(torch.reshape, (value, viewed), {}).node
         back = (torch.reshape, (tuple(out.node.graph.shape),), {})
         out.node.copies = Copies(source, tuple(expanded), (back,))

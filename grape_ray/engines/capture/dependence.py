@@ -9,8 +9,7 @@ alone, or computed from constants.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -61,6 +60,7 @@ class Dependence(TorchFunctionMode):
     def __init__(self, examples: int, constants: set[int], tracked_class: type):
         super().__init__()
         self.examples, self._fixed, self._tracked_class = examples, constants, tracked_class
+        # Tensors are held, so that no other storage comes to lie at the same address:
         # storages that were constant until something of the batch was written there
         self._written: dict[int, Tensor] = {}
         self._picks = self._left_torch = False
@@ -99,8 +99,8 @@ class Dependence(TorchFunctionMode):
         return tensor.__dict__.get("_picked_by") if self._picks else None
 
     def __torch_function__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
+        self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         out = func(*args, **(kwargs or {}))
         name = operation(func)
         if may_mask(name, kwargs):
@@ -122,16 +122,19 @@ class Dependence(TorchFunctionMode):
     def _all_constant(self, args: tuple, kwargs: dict | None) -> bool:
         return all(self.constant(t) for t in tensors_in(args, kwargs))
 
-    def _note(self, func: Callable, args: tuple, kwargs: dict | None, out: Any) -> None:
+    def _note(
+        self, func: Callable, args: tuple, kwargs: dict | None, out: Sequence[Tensor]
+    ) -> None:
         name = operation(func)
         into = args[0] if args and isinstance(args[0], Tensor) else None
         in_place = into is not None and is_in_place(func)
-        if in_place and not self._all_constant(args[1:], kwargs):
+        if into is not None and in_place and not self._all_constant(args[1:], kwargs):
             self._write(into)
         if kwargs and isinstance(kwargs.get("out"), Tensor) and not self._all_constant(args, None):
             self._write(kwargs["out"])
         if name in DRAWS or is_dropout(name, args, kwargs or {}):
             self._draw(name, args, kwargs, out)
+        # made from numbers that may have been the batch's: neither constant nor certain
         elif name in _IMPORTS and self._left_torch:
             pass
         elif name in VALUELESS or self._all_constant(args, kwargs):
@@ -142,21 +145,22 @@ class Dependence(TorchFunctionMode):
             if not isinstance(t, self._tracked_class)
         ):
             for tensor in out:
-                tensor._batch_in = self
+                vars(tensor)["_batch_in"] = self
         if self._picks or name in MAY_PICK:
             self._follow_picks(name, args, kwargs, out, in_place)
 
-    def _mark(self, out: Any) -> None:
+    def _mark(self, out: Sequence[Tensor]) -> None:
         for tensor in out:
             if not tensor.requires_grad and not isinstance(tensor, self._tracked_class):
-                tensor._constant = True
+                vars(tensor)["_constant"] = True
 
-    def _write(self, into: Any) -> None:
+    def _write(self, into: Tensor) -> None:
         if not isinstance(into, self._tracked_class):
-            into.__dict__.pop("_constant", None)
+            vars(into).pop("_constant", None)
+            # by storage, so that views of it are no longer constant either
             self._written[into.untyped_storage().data_ptr()] = into
 
-    def _draw(self, name: str, args: tuple, kwargs: dict | None, out: Any) -> None:
+    def _draw(self, name: str, args: tuple, kwargs: dict | None, out: Sequence[Tensor]) -> None:
         """A draw is constant as far as the batch is concerned; a mask that is laid over the batch
         is not.
         """
@@ -166,7 +170,7 @@ class Dependence(TorchFunctionMode):
                 self._mark(out)
 
     def _follow_picks(
-        self, name: str, args: tuple, kwargs: dict | None, out: Any, in_place: bool
+        self, name: str, args: tuple, kwargs: dict | None, out: Sequence[Tensor], in_place: bool
     ) -> None:
         by = name if self._picks_now(name, args, kwargs or {}) else None
         if by is None and self._picks:
@@ -179,7 +183,7 @@ class Dependence(TorchFunctionMode):
             self._picks = True
             for tensor in out:
                 if not isinstance(tensor, self._tracked_class):
-                    tensor._picked_by = by
+                    vars(tensor)["_picked_by"] = by
 
     def _picks_now(self, name: str, args: tuple, kwargs: dict) -> bool:
         """Whether this call mixes up whose rows are whose by what they hold."""
@@ -192,6 +196,7 @@ class Dependence(TorchFunctionMode):
             return False
         if isinstance(args[0], self._tracked_class):
             return False
+        # rows of a table are looked up by what a record holds; they become the record's
         if self.constant(args[0]) and name not in WRITES_INTO:
             return False
         return picks(name, args, kwargs, self.examples, self.constant, self.picked)

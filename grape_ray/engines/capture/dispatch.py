@@ -10,7 +10,6 @@ the examples. What none of them can do is refused by name.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ from grape_ray.engines.capture.torch_functions import Call, Result, is_in_place,
 from grape_ray.engines.capture.tracked import Tracked, no_subclass, tracked_in, values_of
 from grape_ray.errors import UnsupportedLayer
 
-Handler = Callable[[CapturePass, Call], Any]
+Handler = Callable[[CapturePass, Call], object]
 
 # Operations by their names as `torch_functions.operation` gives them: torch's own alone.
 READS = {
@@ -86,6 +85,7 @@ def general(capture: CapturePass, call: Call) -> Result:
     node = first.node if isinstance(first, Tracked) else None
     if name in CASTS:
         return _cast(capture, call)
+    # still the parameter, so that a product with it keeps its gradient a pair of factors
     if name in TRANSPOSES and node is not None and node.root and node.graph.ndim == 2:
         return capture.derive(func, args, kwargs, transposed=not node.transposed)
     if name in COPIES and node is not None:
@@ -101,8 +101,10 @@ def general(capture: CapturePass, call: Call) -> Result:
         return func(*args, **kwargs)
     if name in WRITES and node is None:
         return _write(capture, call)
+    # one copy of the matrix for each of the batch's, as torch broadcasts it
     if name == "matmul" and node is not None and _of_many_matrices(args):
         return func(per_example(capture, args[0], (*args[1].shape[:-2], *args[0].shape)), args[1])
+    # plain tensors from here on: each copy's gradient is split by example, whatever the operation
     if any(t.node.copies is not None for t in tracked_in(args, kwargs)):
         args, kwargs = tree_map(
             lambda a: (
@@ -168,7 +170,7 @@ def _broadcast(capture: CapturePass, call: Call) -> Result:
     with no_subclass():
         shape = torch.broadcast_shapes(*(t.shape for t in tensors))
 
-    def each(value: Any) -> Any:
+    def each(value: object) -> object:
         return per_example(capture, value, shape) if isinstance(value, Tracked) else value
 
     return call.func(*map(each, call.args), **{k: each(v) for k, v in call.kwargs.items()})
@@ -177,7 +179,7 @@ def _broadcast(capture: CapturePass, call: Call) -> Result:
 def _masked_fill(capture: CapturePass, call: Call) -> Result:
     """A shared number at masked places: torch takes one number alone, and not one an example."""
     given = dict(zip(("input", "mask", "value"), call.args)) | call.kwargs
-    x: Any = given.get("input", given.get("self"))
+    x = given["input"] if "input" in given else given["self"]
     out = torch.where(given["mask"], given["value"], x)
     return x.copy_(out) if is_in_place(call.func) else out
 
@@ -188,6 +190,7 @@ def _write(capture: CapturePass, call: Call) -> Result:
     position = 1 if name == "copy" else 2
     if len(args) <= position or not isinstance(args[position], Tracked):
         return by_vmap(capture, call)
+    # for its shape alone
     region = args[0] if name == "copy" else args[0].detach()[args[1]]
     values = per_example(capture, args[position], region.shape)
     return func(*args[:position], values, *args[position + 1 :], **kwargs)

@@ -10,6 +10,7 @@ DROPOUTS = {
 DROPOUT_AT = {"multi_head_attention_forward": 10, "lstm": 5, "gru": 5, "rnn_tanh": 5, "rnn_relu": 5}
 # Draws and, where they are bounded or usual, a low and a high value of theirs.
 DRAWS: dict[str, tuple[float, float] | None] = {
+    # a uniform ends at the last float below 1
     "rand": (0.0, 1 - 2**-24), "rand_like": (0.0, 1 - 2**-24), "bernoulli": (0.0, 1.0),
     "uniform": None, "randn": (-3.0, 3.0), "randn_like": (-3.0, 3.0), "normal": None,
     "randint": None, "randint_like": None, "randperm": None, "random": None, "binomial": None,

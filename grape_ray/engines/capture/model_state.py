@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -119,6 +118,7 @@ def awake(model: nn.Module) -> Iterator[None]:
         for p in model.parameters()
         if p.requires_grad and p.numel() and not bool(p.detach().any())
     ]
+    # of its own: no random number of the run is consumed
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for param in zeros:
@@ -131,15 +131,18 @@ def awake(model: nn.Module) -> Iterator[None]:
                 param.zero_()
 
 
-def _contents(value: Any) -> Any:
+def _contents(value: object) -> object:
     """What a plain attribute holds, as far as a pass could add to it: versions of tensors, bytes of
     small arrays, members of containers.
     """
     if isinstance(value, Tensor):
+        # inference tensors count no versions
         return None if value.is_inference() else value._version
     if isinstance(value, np.ndarray):
+        # NumPy counts no writes: small ones are compared whole
         return value.tobytes() if value.nbytes <= _SMALL_BYTES else value.shape
     if isinstance(value, (list, deque)):
+        # by identity: to compare members may be dear, or code of the model's own
         return [id(member) for member in value]
     if isinstance(value, (dict, set)) and not isinstance(value, nn.Module):
         return [id(member) for member in (value.values() if isinstance(value, dict) else value)]
@@ -158,7 +161,9 @@ class ModelSnapshot:
     def __init__(self, model: nn.Module):
         self._model = model
         self._modules = list(model.modules())
-        self._attributes: list[dict[str, Any]] = [dict(module.__dict__) for module in self._modules]
+        self._attributes: list[dict[str, object]] = [
+            dict(module.__dict__) for module in self._modules
+        ]
         self._held = [
             (f"{name}.{key}" if name else key, value, seen)
             for name, module in model.named_modules()
@@ -173,6 +178,7 @@ class ModelSnapshot:
             for name, tensor in self._tensors.items()
             if not isinstance(tensor, nn.Parameter)
             and tensor.numel() * tensor.element_size() <= _SMALL_BYTES
+            # to read one from a device would wait for all that is queued there
             and tensor.is_cpu
         ]
         self._versions = {
@@ -205,6 +211,7 @@ class ModelSnapshot:
             now = module.__dict__
             for key in set(now) - set(before):
                 del now[key]
+            # parameters and buffers that were replaced are refused by `check`, not put back
             now.update({key: value for key, value in before.items() if key not in _REGISTRIES})
 
     def check(self) -> None:

@@ -35,9 +35,11 @@ def _swap_in(capture: CapturePass, slots: list[Slot]) -> None:
     made: dict[int, Tracked] = {}
     for slot in slots:
         value = slot.module._parameters[slot.key]
+        # rows that are not gathered yet: their turn comes when their block is entered
         if value is None or isinstance(value, (Tracked, DTensor)):
             continue
         if id(value) not in made:
+            # shares the parameter's memory, and takes gradients in its place
             leaf = value.detach().requires_grad_()
             made[id(value)] = capture.track(Node(leaf, {slot.name: leaf}, slot.name))
         slot.module._parameters[slot.key] = made[id(value)]  # pyright: ignore[reportArgumentType]
@@ -68,6 +70,7 @@ def tracking(
     gated = dict(sharding.gates(model))
     try:
         for param in params.values():
+            # so that a gradient found afterwards is of this pass, which went past the engine
             param.grad = None
         # inner blocks come later and win
         owners = {part: gate for module, gate in gated.items() for part in module.modules()}
@@ -90,6 +93,7 @@ def tracking(
             param.grad = grads[name]
         if not gated:  # FSDP keeps state of its own in attributes
             snapshot.restore_attributes()
+    # only now, when the model is the user's again, whatever is raised
     capture.check_leaks()
     if leaked:
         raise bypassed(f"'{leaked[0]}'")

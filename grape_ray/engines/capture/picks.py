@@ -24,6 +24,7 @@ _SELECTIONS = {
 # Those that pick along one dimension: its position among the arguments, and its default.
 _ALONG: dict[str, tuple[int, int | None]] = {
     "index_select": (1, None), "gather": (1, None), "take_along_dim": (2, None), "sort": (1, -1),
+    # msort has no such argument: nothing stands at position 9
     "argsort": (1, -1), "topk": (2, -1), "msort": (9, 0), "kthvalue": (2, -1),
 }  # fmt: skip
 _BY_INDEX = {"index_select": 2, "gather": 2, "take_along_dim": 1}  # and where the index stands
@@ -54,6 +55,7 @@ def picks(
         repeats = kwargs.get("repeats", args[1] if len(args) > 1 else None)
         return isinstance(repeats, Tensor) and not constant(repeats)
     if name == "where":
+        # with a condition alone it is `nonzero`
         return len(args) == 1 and not kwargs
     position, default = _ALONG[name]
     dim = kwargs.get("dim", args[position] if len(args) > position else default)
@@ -96,9 +98,11 @@ def _index_picks(source: Tensor, index: Any, examples: int, constant: Constant) 
         return False
     if source.shape[0] != examples or not all(isinstance(p, (Tensor, slice)) for p in places):
         return True
+    # a mask uses up as many dimensions as it has
     used = max(
         1, sum(p.ndim if isinstance(p, Tensor) and p.dtype == torch.bool else 1 for p in places)
     )
+    # the examples' numbers, indexed like their rows, say whose each picked row is
     number = torch.arange(examples, device=source.device).view(-1, *[1] * (used - 1))
     owner = number.expand(source.shape[:used])[index].reshape(-1)
     if owner.numel() % examples:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ def random_states(device: torch.device) -> list:
     """The states of torch's generators that a pass on `device` draws from, of NumPy's and of
     Python's.
     """
-    found: list[tuple[Callable, Any]] = [(torch.set_rng_state, torch.get_rng_state())]
+    found: list[tuple[Callable, object]] = [(torch.set_rng_state, torch.get_rng_state())]
     if device.type == "cuda":
         found.append(
             (
@@ -39,5 +38,6 @@ def same_generators(before: list, after: list) -> bool:
     """Whether NumPy's and Python's global generators stand where they stood."""
     (_, numpy_before), (_, python_before) = before[-2:]
     (_, numpy_after), (_, python_after) = after[-2:]
+    # the position first: it moves with each draw, the words behind it now and then
     moved = numpy_before[2] != numpy_after[2] or not np.array_equal(numpy_before[1], numpy_after[1])
     return not moved and python_before == python_after

@@ -76,6 +76,7 @@ class Layout:
         if self.only is not None:
             return self.by_example(tensor, dims, examples).sum(1)
         split = tensor.unflatten(self.axis, (self.outer, examples, self.inner))
+        # a sum over a dimension of 1 would be a copy
         rest = [d for d in range(dims + 2) if d != self.axis + 1 and split.shape[d] != 1]
         kept = split.sum(rest, keepdim=True) if rest else split
         return kept.reshape(examples, *tensor.shape[dims:])
@@ -125,6 +126,7 @@ def consistent(evidence: Tensor, groups: Tensor) -> list[Layout]:
         for c in candidates(tuple(evidence.shape[1:]), groups.shape[1])
         if agrees(c, evidence, groups)
     ]
+    # all zeros but in one example's rows fits a regular layout as well, which says more
     return [c for c in found if c.only is None] or found
 
 
@@ -144,6 +146,7 @@ def random_halves(examples: int) -> Tensor:
     """A random half of the examples and the rest, (2, B); of two examples it tells apart every
     other pair.
     """
+    # not by torch's generator, whose numbers are the run's
     order = sorted(range(examples), key=lambda _: secrets.randbits(32))
     half = torch.zeros(examples, dtype=torch.bool)
     half[order[: (examples + 1) // 2]] = True

@@ -7,8 +7,6 @@ that were made for every example). Its sizes suggest which; verification by valu
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -33,6 +31,7 @@ _EXPAND = Rule(
 )
 # a value as it is, whose rows belong to examples
 _OWN_ROWS = Rule(
+    # a Function that returns its argument would return a view of it
     forward=lambda args, settings: (args[0].clone(), ()),
     gradient=lambda grad, position, saved, settings: grad,
     per_row=True,
@@ -80,15 +79,17 @@ def per_example(
         return out
     site = len(capture.taps), tuple(node.graph.shape), shape
     along = any(shape[d] % capture.examples == 0 for d in new_dims(node, shape))
+    # what the sizes suggest, or the opposite where its gradients have shown it to be wrong
     if node.graph.ndim and along == (site in capture.inner_sites):
         out = _own_rows(capture, node)
     else:
         out = expanded(capture, node, shape)
+    # a tap that turns out wrong says which guess to revise
     if capture.taps and capture.phase is Phase.FORWARD:
         capture.taps[-1].site = site
     return out
 
 
-def per_example_as_is(capture: CapturePass, leaf: Any) -> Any:
+def per_example_as_is(capture: CapturePass, leaf: object) -> object:
     """A shared value where it meets the batch in its own shape; all else unchanged."""
     return per_example(capture, leaf, leaf.node.graph.shape) if isinstance(leaf, Tracked) else leaf

@@ -79,6 +79,8 @@ class Tap:
         wide = grad if features else grad.unsqueeze(-1)
         features = features or [-1]
         sums = (
+            # magnitudes show what is exactly zero, where a sum may cancel; sums tell gradients
+            # apart
             wide.sum(features, dtype=torch.float64),
             wide.abs().sum(features, dtype=torch.float64),
         )

@@ -11,7 +11,7 @@ Shapes: B examples, T positions, I in, O out, *lead the dimensions along which t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,11 +26,36 @@ from grape_ray.errors import UnsupportedLayer
 _HALF = (torch.float16, torch.bfloat16)
 
 
+class _Context(Protocol):
+    """What one call of the Function keeps from forward to backward: torch's own context, and on it
+    the tap's attributes.
+
+    Attributes:
+        dtype: of the input before any cast. others: what is saved and is no tensor.
+        projected: whether the input's projection was kept in its place. axis: the side of the
+            weight on which the input lies.
+    """
+
+    capture: CapturePass
+    tap: Tap
+    rule: Rule
+    nodes: tuple[Node | None, ...]
+    settings: Settings
+    dtype: torch.dtype | None
+    others: list[Any]
+    projected: bool
+    axis: int
+    saved_tensors: tuple[Tensor | None, ...]
+    needs_input_grad: tuple[bool, ...]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+
 def apply_rule(
     capture: CapturePass,
     rule: Rule,
     name: str,
-    args: Sequence[Any],
+    args: Sequence[object],
     lead: Sequence[int],
     settings: Settings | None = None,
 ) -> Tensor:
@@ -59,7 +84,7 @@ class _TapFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _Context,
         dummy: Tensor,
         capture: CapturePass,
         tap: Tap,
@@ -72,17 +97,20 @@ class _TapFunction(torch.autograd.Function):
         ctx.nodes, ctx.settings = nodes, settings
         ctx.dtype = getattr(args[0], "dtype", None)
         if rule.casts:
+            # here, so that what is kept for backward is what was computed with
             args = _as_under_autocast(args)
+            # verification then allows for more rounding
             capture.half |= args[0].dtype in _HALF
         out, saved = rule.forward(args, settings)
         kept = _keep(ctx, args[0]) if rule.factors is not None else None
         saved = (kept, *saved)
+        # by torch, so that its hooks (offloading, checkpointing) see them
         ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in saved))
         ctx.others = [None if isinstance(value, Tensor) else value for value in saved]
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: _Context, grad: Tensor):  # type: ignore[override]
         kept, *saved = (
             other if tensor is None else tensor
             for tensor, other in zip(ctx.saved_tensors, ctx.others)
@@ -113,7 +141,7 @@ def _as_under_autocast(args: tuple) -> tuple:
     )
 
 
-def _keep(ctx: Any, x: Tensor) -> Tensor | None:
+def _keep(ctx: _Context, x: Tensor) -> Tensor | None:
     """What forward keeps of the input for the weight's gradient: on a compressed side its
     projection (*lead, R), so that x itself is freed.
     """
@@ -134,11 +162,12 @@ def _keep(ctx: Any, x: Tensor) -> Tensor | None:
         return rule.project(x, matrix, ctx.settings)
 
 
-def _deliver_factors(ctx: Any, grad: Tensor, kept: Tensor | None) -> None:
+def _deliver_factors(ctx: _Context, grad: Tensor, kept: Tensor | None) -> None:
     """Gives the collector one use of a weight, of its bias, or of both."""
     capture, rule = ctx.capture, ctx.rule
     if not capture.arriving(ctx.tap, grad):
         return
+    assert rule.factors is not None
     outputs, inputs = rule.factors(grad, None if ctx.projected else kept, ctx.settings)
     # read once for weight and bias; of a rearranged gradient the sum alone is cheaper
     together = outputs is grad
@@ -151,45 +180,49 @@ def _deliver_factors(ctx: Any, grad: Tensor, kept: Tensor | None) -> None:
         return
     if bias is not None:
         capture.dense(bias, outputs.sum(1))
+    # of a pair the left side alone may be one-hot
     if weight_name and not (ctx.axis and isinstance(inputs, Index)):
-        pair: Any = (outputs, inputs) if ctx.axis else (inputs, outputs)
+        pair = (outputs, inputs) if ctx.axis else (inputs, outputs)
         capture.collector.pair(weight_name, *pair)
     elif weight is not None:  # a computed weight, as it was used
         pair: Any = (outputs, inputs) if rule.outputs_first else (inputs, outputs)
         capture.dense(weight, outer(*pair))
 
 
-def _by_example(ctx: Any, factor: Any) -> Any:
+def _by_example(ctx: _Context, factor: Any) -> Any:
     """(*lead, *positions, D) -> (B, T, D), of one-hot factors their ids; None stays None."""
     if isinstance(factor, Index):
         return Index(ctx.capture.by_example(ctx.tap, factor.ids), factor.size)
     return factor if factor is None else ctx.capture.by_example(ctx.tap, factor).flatten(1, -2)
 
 
-def _deliver_gradients(ctx: Any, grad: Tensor, saved: tuple) -> None:
+def _deliver_gradients(ctx: _Context, grad: Tensor, saved: tuple) -> None:
     """Gives the collector each example's gradient of every parameter."""
     capture, tap, rule, lead = ctx.capture, ctx.tap, ctx.rule, len(ctx.tap.lead)
+    gradient_of = rule.gradient
+    assert gradient_of is not None
 
-    def found() -> dict[int, Tensor]:
-        return {
-            position: rule.gradient(grad, position, saved, ctx.settings)
+    def found() -> list[tuple[Node, Tensor]]:
+        return [
+            (node, gradient_of(grad, position, saved, ctx.settings))
             for position, node in enumerate(ctx.nodes)
             if node is not None
-        }
+        ]
 
     rows, gradients = grad, None
     if rule.lead_of == "gradient":
         gradients = found()
-        parts = list(gradients.values())
+        parts = [gradient for _, gradient in gradients]
         rows = parts[0] if len(parts) == 1 else torch.cat([p.flatten(lead) for p in parts], lead)
     if not capture.arriving(tap, rows):
         return
-    for position, gradient in (found() if gradients is None else gradients).items():
+    for node, gradient in found() if gradients is None else gradients:
         if rule.per_row:
+            assert tap.layout is not None
             own = tap.layout.own_rows(gradient, capture.examples)
         else:
             own = capture.summed(tap, gradient)
-        node = ctx.nodes[position]
+        # a rule that a user registered may return anything
         if own.numel() != capture.examples * node.graph.numel():
             raise UnsupportedLayer(
                 f"the rule of operation '{tap.key[1]}' on parameter {node.label}",
@@ -200,7 +233,7 @@ def _deliver_gradients(ctx: Any, grad: Tensor, saved: tuple) -> None:
 
 
 def _input_gradients_by_torch(
-    ctx: Any, grad: Tensor, args: list, wanted: Sequence[bool]
+    ctx: _Context, grad: Tensor, args: list, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
     """The gradients of the arguments that need one, by computing the operation again."""
     grads: list[Tensor | None] = [None] * len(wanted)

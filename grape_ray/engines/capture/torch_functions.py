@@ -38,7 +38,7 @@ def _known() -> dict[Callable, str]:
     """Every function, method and attribute getter of torch -> its name."""
     objects = [value for home in _HOMES for value in vars(home).values()]
     for name in dir(torch.Tensor):
-        value: Any = getattr(torch.Tensor, name)
+        value = getattr(torch.Tensor, name)
         objects.append(value.__get__ if hasattr(value, "__set__") else value)
     names: dict[Callable, str] = {}
     for value in objects:

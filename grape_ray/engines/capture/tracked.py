@@ -11,13 +11,15 @@ gradient is split by example.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
+# in this context tracked tensors are plain ones: what the engine itself does is not seen
 no_subclass = torch._C.DisableTorchFunctionSubclass
+_Tree = TypeVar("_Tree")  # any nest of dicts, lists and tuples
 
 
 class Node:
@@ -73,7 +75,7 @@ class Copies(NamedTuple):
 class Router(Protocol):
     """What a tracked value asks for the result of an operation on it: a `CapturePass`."""
 
-    def call(self, func: Callable, args: tuple, kwargs: dict) -> Any: ...
+    def call(self, func: Callable, args: tuple, kwargs: dict) -> object: ...
 
 
 class Tracked(torch.Tensor):
@@ -85,6 +87,7 @@ class Tracked(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        # any of them knows the pass: tracked tensors live for one alone
         first = next(t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tracked))
         return first.capture.call(func, args, kwargs)
 
@@ -94,11 +97,11 @@ def tracked_in(args: tuple, kwargs: dict) -> list[Tracked]:
     return [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tracked)]
 
 
-def values_of(tree: Any) -> Any:
+def values_of(tree: _Tree) -> _Tree:
     """The arguments with every tracked tensor replaced by its plain value."""
     return tree_map(lambda t: t.node.value if isinstance(t, Tracked) else t, tree)
 
 
-def graph_of(leaf: Any) -> Any:
+def graph_of(leaf: object) -> object:
     """A tracked tensor's value with its autograd history; anything else as it is."""
     return leaf.node.graph if isinstance(leaf, Tracked) else leaf

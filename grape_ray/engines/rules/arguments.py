@@ -10,7 +10,7 @@ from grape_ray.engines.capture.torch_functions import Call
 from grape_ray.engines.capture.tracked import Tracked
 
 
-def bind(call: Call, names: str, **defaults: Any) -> list[Any]:
+def bind(call: Call, names: str, **defaults: object) -> list[Any]:
     """The values of a call's arguments, in the order of `names`, given by position or by keyword.
 
     Args:
@@ -22,7 +22,7 @@ def bind(call: Call, names: str, **defaults: Any) -> list[Any]:
     return [given.get(name, defaults.get(name)) for name in listed]
 
 
-def learned_elsewhere(*values: Any) -> bool:
+def learned_elsewhere(*values: object) -> bool:
     """Whether a weight that is not tracked has a gradient of its own, such as one that the batch
     itself computes.
     """

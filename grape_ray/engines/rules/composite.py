@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +26,7 @@ _attention = types.FunctionType(
     {**F.__dict__, "has_torch_function": lambda _: False},
     argdefs=F.multi_head_attention_forward.__defaults__,
 )
-State = Any  # a tuple of tensors: (hidden,) or (hidden, cell)
+State = tuple[Tensor, ...]  # (hidden,) or (hidden, cell)
 Step = Callable[[Tensor, Tensor, State], State]
 
 
@@ -89,7 +88,7 @@ def cell(capture: CapturePass, call: Call) -> Result:
     out = _STEPS[call.name.removesuffix("_cell")](
         F.linear(x, w_ih, b_ih), F.linear(state[0], w_hh, b_hh), state
     )
-    return out if len(out) > 1 else out[0]
+    return out[0] if len(out) == 1 else out
 
 
 def recurrent(capture: CapturePass, call: Call) -> Result:

@@ -45,6 +45,7 @@ def _project(x: Tensor, matrix: Tensor, settings: Settings) -> Tensor:
 def _input_gradient(grad: Tensor, saved: Saved, settings: Settings) -> Tensor:
     stride, padding, dilation = settings["spec"]
     return torch.ops.aten.convolution_backward(
+        # of the input backward needs the shape alone: its values serve the weight's gradient
         grad, grad.new_empty(settings["x_shape"]), saved[0], None, stride, padding, dilation, False,
         [0] * len(stride), 1, [True, False, False],
     )[0]  # fmt: skip

@@ -54,6 +54,8 @@ def embedding(capture: CapturePass, call: Call) -> Result:
     if isinstance(table, Tracked) and capture.depends(call):
         return _look_up(ids, table.node, padding_idx, call.name, capture)
     out = shared(capture, call)
+    # positions are looked up at ids that all share; where they meet the batch, rows may be
+    # examples' (`Node.look_up`)
     if isinstance(table, Tracked) and not isinstance(ids, Tracked):
         out.node.look_up = functools.partial(_look_up, ids, table.node, padding_idx, "embedding")
     return out

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -58,7 +56,7 @@ def layer_norm(capture: CapturePass, call: Call) -> Result:
     return y.to(dtype) if dtype == x.dtype else y
 
 
-def _per_channel(y: Tensor, weight: Any, bias: Any) -> Tensor:
+def _per_channel(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """y * weight + bias with one of each a channel (dimension 1), which is broadcast like any other
     shared value.
     """

@@ -62,6 +62,7 @@ def linear(capture: CapturePass, call: Call) -> Result:
     if learned_elsewhere(weight, bias):
         if not isinstance(weight, Tracked):
             return call.func(x, weight) + bias
+        # its gradient belongs to what computed it: autograd brings it there
         bias, late = None, bias
     out = apply_rule(capture, LINEAR, call.name, (x, weight, bias), x.shape[:-1])
     return out if late is None else out + late

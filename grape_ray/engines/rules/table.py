@@ -94,8 +94,10 @@ def _by_rule(rule: Rule, capture: CapturePass, call: Call) -> Result:
             "activations as arguments by position",
         )
     first, *others = call.args
+    # factors are those of an operation on a plain x, a weight and a bias
     if rule.factors is not None and (isinstance(first, Tracked) or tracked_in(call.args[3:], {})):
         return general(capture, call)
+    # such a rule gives the gradient of its first argument, and of no other activation
     if rule.input_gradient is not None and learned_elsewhere(*others):
         return general(capture, call)
     lead = first.shape[:1] if rule.lead_of == "output" else (capture.examples,)

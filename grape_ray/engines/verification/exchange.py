@@ -4,8 +4,7 @@ or dropout is left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from grape_ray.engines.capture.draws import DRAWS, DROPOUT_AT, DROPOUTS, is_drop
 from grape_ray.engines.capture.torch_functions import operation
 
 
-def exchanged(batch: Batch, others: Tensor, scale: float, masks: bool = False) -> Any:
+def exchanged(batch: Batch, others: Tensor, scale: float, masks: bool = False) -> Batch:
     """The batch with each of `others` (B,) replaced by one of the rest, real numbers `scale` times
     as large.
 
@@ -25,6 +24,7 @@ def exchanged(batch: Batch, others: Tensor, scale: float, masks: bool = False) -
         masks: whether tensors of zeros and ones are exchanged as well; models take other paths
             where nothing is masked.
     """
+    # records that are there, not invented ones, on which a model might fail
     rest = (~others).nonzero().squeeze(1)
     source = torch.arange(len(others))
     source[others] = rest[torch.arange(int(others.sum())) % len(rest)]
@@ -44,8 +44,8 @@ class WithoutDropout(TorchFunctionMode):
     """A pass without dropout, in a model that is otherwise in training mode."""
 
     def __torch_function__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
+        self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         kwargs, name = kwargs or {}, operation(func)
         if is_dropout(name, args, kwargs):
             return args[0] if args else kwargs["input"]
@@ -74,7 +74,7 @@ class ExchangedDraws(Dependence):
         super().__init__(examples, constants, tracked_class)
         self._others, self._high = others, high
 
-    def _draw(self, name: str, args: tuple, kwargs: dict | None, out: Any) -> None:
+    def _draw(self, name: str, args: tuple, kwargs: dict | None, out: Sequence[Tensor]) -> None:
         super()._draw(name, args, kwargs, out)
         own_mask = name not in DRAWS and not self._all_constant(args, kwargs)
         for tensor in () if own_mask else out:
@@ -83,11 +83,13 @@ class ExchangedDraws(Dependence):
     def _exchange(self, name: str, drawn: Tensor) -> None:
         if drawn.numel() == 0:
             return
+        # where a dimension has the batch's size, its rows count as the examples'
         axis = next((d for d in range(drawn.ndim) if drawn.shape[d] == self.examples), 0)
         per_example = drawn.ndim > 0 and drawn.shape[axis] % self.examples == 0
         low_high = DRAWS.get(name)
         if name in DROPOUTS:
             extreme = drawn * 2 if self._high else torch.zeros_like(drawn)
+        # within the range of such draws, which the model may rely on
         elif low_high is not None and drawn.dtype != torch.bool:
             extreme = torch.full_like(drawn, low_high[self._high])
         elif drawn.dtype == torch.bool:
@@ -95,6 +97,7 @@ class ExchangedDraws(Dependence):
         elif drawn.numel() == 1:
             extreme = drawn + 1 if self._high else drawn - 1
         else:
+            # no range is known: the same values in other places
             extreme = drawn.reshape(-1).roll(1 if self._high else -1).view_as(drawn)
         if per_example:
             others = self._others.to(drawn.device).repeat_interleave(

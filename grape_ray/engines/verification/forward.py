@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ _ATTEMPTS = 4  # of a pass: as its sizes suggest, as its gradients show, and onc
 # loss.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _HALF_TOLERANCE = 0.1
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Forward:
         try:
             return capture.dependence.over(self.run, self.batch)
         except RuntimeError as error:
+            # torch has no class for these: its text alone tells
             if "functorch" not in str(error) and "NestedTensor" not in str(error):
                 raise
             raise UnsupportedLayer(
@@ -80,7 +82,7 @@ class Verifier:
         self._tolerance = max(_TOLERANCE.get(dtype, _HALF_TOLERANCE) for dtype in dtypes)
         self._found_unverified = False
 
-    def attempts(self, once: Callable[[], Any], states: list) -> Any:
+    def attempts(self, once: Callable[[], _Result], states: list) -> _Result:
         """The result of `once`, a whole pass, made again where it shows that the batch lies
         elsewhere than was assumed.
 
@@ -117,6 +119,7 @@ class Verifier:
             UnsupportedLayer: it mixes examples, remembers earlier ones, or shares random numbers
                 among them; or it may not be verified.
         """
+        # a list, so that `_verify` can let go of its graph before the next is built
         held = [forward.losses(capture)]
         several = capture.examples > 1
         signature = self.layouts.signature(capture, forward.training, is_ragged(forward.batch))
@@ -133,6 +136,7 @@ class Verifier:
         passed = self.layouts.passes.get(signature, 0)
         thorough = not fitted or self._found_unverified
         if self.may_verify and (thorough or passed % VERIFY_EVERY == 0):
+            # the evidence of this pass decides, not what another one showed
             for tap in capture.taps if thorough and several else ():
                 tap.layout = None
             self._verify(capture, forward, held, thorough)
@@ -163,6 +167,7 @@ class Verifier:
         del losses
         repetition = Repetition(capture, forward.run, forward.batch, forward.states, tolerance)
         repetition.check(observed, forward.snapshot, dependence, thorough)
+        # the run's generators go on as if there had been one pass
         after = random_states(capture.device)
         set_states(forward.states)
         capture.restart(forward.new_collector())

@@ -50,6 +50,7 @@ def ownership(
     whole = gradient_sums(capture, capture.taps, losses, torch.ones(capture.examples))
     if capture.examples == 1:
         return whole
+    # neighbouring weights must lie further apart than rounding reaches
     by_weight = thorough and _FEW < capture.examples <= _MOST and tolerance < 1 / _MOST
     groups = (
         row_layout.every_pair(capture.examples)
@@ -57,6 +58,7 @@ def ownership(
         else row_layout.random_halves(capture.examples)
     )
     kept = [gradient_sums(capture, capture.taps, losses, group) for group in groups]
+    # from 1 up to 2, so that no example drowns in another's rounding
     weights = 1 + torch.arange(capture.examples) / capture.examples
     weighted = gradient_sums(capture, capture.taps, losses, weights) if by_weight else whole
     weights = weights if by_weight else torch.ones(capture.examples)
@@ -72,6 +74,7 @@ def ownership(
             fits = row_layout.agrees(tap.layout, evidence, groups) and reached(tap.layout)
         if not fits:
             wrong.append(tap)
+    # what was tried both ways already is refused
     sites = {tap.site for tap in wrong if tap.site is not None} - capture.inner_sites
     if sites:
         raise RetryPass(sites)
@@ -128,6 +131,7 @@ def gradient_sums(
         tap.evidence.clear()
     phase, capture.phase = capture.phase, Phase.VERIFY
     try:
+        # the taps keep evidence while they verify, and hand nothing to the collector
         torch.autograd.backward(losses, group.to(losses.device, losses.dtype), retain_graph=True)
     except RuntimeError as error:
         raise UnsupportedLayer(
@@ -171,6 +175,7 @@ def same_gradients(
                 else mine.view(*[-1 if d == layout.axis else 1 for d in range(len(tap.lead))])
             )
         own = own.to(a.device)
+        # relative to the magnitudes: terms that cancel leave rounding of their own size
         excess = (a[0] - b[0]).abs() - tolerance * torch.maximum(a[1], b[1])
         if bool(((excess > 0) & own).any()):
             raise UnsupportedLayer(

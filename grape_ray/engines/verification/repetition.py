@@ -85,6 +85,7 @@ class Repetition:
         """
         before = random_states(self._capture.device)
         try:
+            # bit by bit: writes past torch (`.data`, NumPy) leave versions as they were
             contents = snapshot.contents()
             self._compare(observed, seen, thorough)
             for name, content in snapshot.contents().items():
@@ -94,6 +95,7 @@ class Repetition:
             set_states(before)
 
     def _compare(self, observed: Observation, seen: Dependence, thorough: bool) -> None:
+        # of one example there are no others, but memory and generators are looked at all the same
         halves = (
             row_layout.random_halves(self._examples)
             if self._examples > 1
@@ -102,6 +104,7 @@ class Repetition:
         used = list(enumerate(halves))[: 2 if thorough else 1]
         for number, others in used:
             self._beside_exchanged(observed, others, number, seen)
+        # after passes over other examples: whatever a model keeps of them shows now
         plain = self._losses(self._batch)
         if not same_generators(self._state, random_states(self._capture.device)):
             raise UnsupportedLayer(
@@ -164,6 +167,7 @@ class Repetition:
         gives, with less exchanged.
         """
         constants, high = self._capture.constants, bool(number)
+        # a model may rightly fail on numbers that no record holds
         for scale in (_EXTREMES[number], 1.0):
             mode = (
                 ExchangedDraws(self._examples, constants, Tracked, others, high)

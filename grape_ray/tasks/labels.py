@@ -1,0 +1,189 @@
+"""What the tasks of classification have in common: labels and their names, losses of logits,
+metrics, predictions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from grape_ray.data.arrays import Records
+from grape_ray.data.columns import Table, is_text
+from grape_ray.errors import ConfigError, DataError
+from grape_ray.storage import Json
+from grape_ray.tasks.batches import batches
+from grape_ray.tasks.dataset_task import DatasetTask, warn_of_labels
+from grape_ray.tasks.task import Data
+
+_MOST_CLASSES = 1_000_000
+_Task = TypeVar("_Task", bound="LabelledTask")
+
+
+@dataclass(frozen=True)
+class LabelledTask(DatasetTask):
+    """Each row has a label, or several; the other fields are those of DatasetTask.
+
+    Attributes:
+        label_column: name of the column of labels: texts, integers or booleans; with `multi_label`
+            lists of texts.
+        labels: their names, in the model's order; none has them read from the training records:
+            they are public then, like the model that holds them.
+        classes: in place of names, the number of labels that are integers from 0 on.
+        multi_label: whether a row may have any number of labels, each learned by itself.
+        class_weights: a factor of the loss for each label; none is 1 for all.
+    """
+
+    bounded_metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
+
+    label_column: str = "label"
+    labels: tuple[str, ...] = ()
+    classes: int = 0
+    multi_label: bool = False
+    class_weights: tuple[float, ...] = ()
+
+    def facts(self, train: Table, names: Callable[[str], Sequence[str]]) -> Json:
+        declared = self.declared_labels()
+        if self.multi_label:
+            found = declared or _names_in_lists(train, self.label_column)
+        else:
+            found = declared or names(self.label_column) or train.label_names(self.label_column)
+        if len(found) < 2:
+            got, fix = f"{len(found)} label", "name the column of labels"
+            raise DataError(f"column '{self.label_column}'", got, "at least two labels", fix)
+        return {"labels": list(found)}
+
+    def check(self, table: Table, facts: Json) -> None:
+        if self.classes and not self.labels and not table.holds_integers(self.label_column):
+            what = f"column '{self.label_column}' of {table.place}"
+            expected = f"integers from 0 to {self.classes - 1}, as task.classes says"
+            fix = "set task.classes=0 to have the names of the labels read"
+            raise DataError(what, "labels of another type", expected, fix)
+        self.targets(table, facts)
+
+    def targets(self, table: Table, facts: Json) -> dict[str, np.ndarray]:
+        """The labels of some rows: int64 (N,), or float32 (N, L) of zeros and ones."""
+        names = facts["labels"]
+        if not self.multi_label:
+            return {"labels": table.labels(self.label_column, names)}
+        place = {name: index for index, name in enumerate(names)}
+        rows = table.lists(self.label_column, is_text, "texts")
+        unknown = [i for i, row in enumerate(rows) if not place.keys() >= set(row)]
+        fix = "name all labels in task.labels, or correct the rows"
+        table.refuse_rows("another label", np.array(unknown), "labels that have a name", fix)
+        found = np.zeros((len(rows), len(names)), np.float32)
+        for index, row in enumerate(rows):
+            found[index, [place[name] for name in row]] = 1.0
+        return {"labels": found}
+
+    def resolved(self: _Task, data: Data) -> _Task:
+        if self.declared_labels():
+            return self
+        labels = tuple(data.facts["labels"])
+        warn_of_labels(self, labels)
+        return dataclasses.replace(self, labels=labels)
+
+    def declared_labels(self) -> tuple[str, ...]:
+        """The names that the fields say."""
+        return self.labels or tuple(str(label) for label in range(self.classes))
+
+    def label_names(self) -> tuple[str, ...]:
+        """The names of the labels; read from the records where no field says them."""
+        return self.declared_labels() or tuple(self.prepared().facts["labels"])
+
+    def check_fields(self) -> None:
+        super().check_fields()
+        self.check_at_least(classes=0)
+        if self.classes == 1 or self.classes > _MOST_CLASSES:
+            expected = f"0, or at least 2 and at most {_MOST_CLASSES}"
+            fix = "count the labels: the head has a row for each"
+            raise ConfigError("task.classes", self.classes, expected, fix)
+        if len(set(self.labels)) != len(self.labels) or len(self.labels) == 1:
+            got = ", ".join(self.labels)
+            raise ConfigError("task.labels", got, "two names or more, each once", "correct them")
+        if any(not 0 <= weight < float("inf") for weight in self.class_weights):
+            got = list(self.class_weights)
+            raise ConfigError("task.class_weights", got, "numbers >= 0", "correct them")
+
+    def check_together(self) -> None:
+        super().check_together()
+        if self.labels and self.classes not in (0, len(self.labels)):
+            got, fix = f"{self.classes} with {len(self.labels)} task.labels", "unset task.classes"
+            raise ConfigError("task.classes", got, "as many as there are names", fix)
+        weights, count = self.class_weights, len(self.declared_labels())
+        if weights and count and len(weights) != count:
+            raise ConfigError(
+                "task.class_weights", len(weights), f"a factor for each of {count} labels", "count"
+            )
+
+    def name_labels(self, model: Any) -> None:
+        """Writes the labels' names into a Hugging Face model's configuration."""
+        names = self.label_names()
+        if names != tuple(str(label) for label in range(len(names))):
+            model.config.id2label = dict(enumerate(names))
+            model.config.label2id = {name: index for index, name in enumerate(names)}
+
+    def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """(B, L) of a batch, whose `labels` are not looked at."""
+        return model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+
+    def per_example_loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        return self.loss_of_logits(self.logits(model, batch), batch["labels"])
+
+    def loss_of_logits(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """(B,): cross-entropy, or for several labels a row the mean of theirs, by class weight."""
+        weights = None
+        if self.class_weights:
+            weights = torch.tensor(self.class_weights, device=logits.device, dtype=logits.dtype)
+        if not self.multi_label:
+            return F.cross_entropy(logits, labels, weights, reduction="none")
+        losses = F.binary_cross_entropy_with_logits(logits, labels, weights, reduction="none")
+        return losses.mean(1)
+
+    def evaluate(self, model: nn.Module, records: Records) -> dict[str, float]:
+        """Accuracy, macro-averaged F1 and mean loss; accuracy of several labels a row is the share
+        of labels that are right.
+        """
+        from sklearn.metrics import f1_score
+
+        truth, said, loss = [], [], 0.0
+        for _, batch in batches(self, model, records):
+            logits, labels = self.logits(model, batch).float(), batch["labels"]
+            loss += float(self.loss_of_logits(logits, labels).double().sum())
+            chosen = (logits > 0).long() if self.multi_label else logits.argmax(-1)
+            truth.append(labels.long().cpu().numpy())
+            said.append(chosen.cpu().numpy())
+        silent: Any = {"zero_division": 0}  # its type stubs know of texts alone
+        right, guessed = np.concatenate(truth), np.concatenate(said)
+        return {
+            "accuracy": float((right == guessed).mean()),
+            "f1": float(f1_score(right, guessed, average="macro", **silent)),
+            "loss": loss / len(records),
+        }
+
+    def predict(self, model: nn.Module, records: Records) -> dict[str, list]:
+        """For each record its label, or list of labels, and the probability of each label by
+        name.
+        """
+        names = self.label_names()
+        labels: list[Any] = [None] * len(records)
+        chances: list[Any] = [None] * len(records)
+        for indices, batch in batches(self, model, records):
+            logits = self.logits(model, batch).float()
+            found = logits.sigmoid() if self.multi_label else logits.softmax(-1)
+            for index, row in zip(indices, found.cpu().tolist()):
+                likely = [name for name, p in zip(names, row) if p > 0.5]
+                labels[index] = likely if self.multi_label else names[int(np.argmax(row))]
+                chances[index] = dict(zip(names, row))
+        return {"label": labels, "probabilities": chances}
+
+
+def _names_in_lists(table: Table, column: str) -> tuple[str, ...]:
+    rows = table.lists(column, is_text, "texts")
+    return tuple(sorted({name for row in rows for name in row}))
