@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from grape_ray.config.schema import Config, Method, Performance, Privacy
 from grape_ray.data.arrays import Records
-from grape_ray.data.tables import fingerprint_arrays
+from grape_ray.data.fingerprints import fingerprint_arrays
 from grape_ray.data.units import Units
 from grape_ray.errors import ConfigError, nearest
 from grape_ray.tasks.task import Data
