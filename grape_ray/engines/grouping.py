@@ -54,7 +54,7 @@ class Groups:
         slots = torch.arange(self.largest)
         present = slots < counts.unsqueeze(1)
         table = order[torch.where(present, starts.unsqueeze(1) + slots, 0)]
-        self.in_place = bool(present.all()) and torch.equal(table.flatten(), torch.arange(rows))
+        self.in_place = torch.equal(table.flatten(), torch.arange(rows))
         self._table, self._absent = table.to(device), (~present).to(device)
         self._of = of.to(device)
         self.shares = (1 / counts.double())[of].to(device)

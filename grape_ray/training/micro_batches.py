@@ -121,8 +121,8 @@ def cut(counts: np.ndarray, size: int) -> list[int]:
     """Where micro-batches of at most `size` records, or of one unit, begin and end, from 0 to the
     number of units.
 
-    >>> cut(np.array([1, 2, 2, 9, 1]), 4)
-    [0, 2, 3, 4, 5]
+    >>> cut(np.array([1, 2, 2, 9, 1]), 5)
+    [0, 3, 4, 5]
     """
     ends, cuts = np.cumsum(counts), [0]
     while cuts[-1] < len(counts):

@@ -27,14 +27,14 @@ def picks(step, units, sizes, most, key=KEY):
 @pytest.mark.statistical
 def test_each_set_of_records_of_a_unit_is_as_likely_as_any_other():
     units = np.arange(100_000)
-    found = picks(3, units, np.full(len(units), 5), 3)
-    sets = {chosen: 0 for chosen in combinations(range(5), 3)}
+    found = picks(3, units, np.full(len(units), 6), 3)
+    sets = {chosen: 0 for chosen in combinations(range(6), 3)}
     for chosen in found:
         sets[chosen] += 1  # three different ones, ascending
     assert even(list(sets.values()))
-    # the test has power: of a set of 10, one that is a tenth likelier shows
-    tilted = np.full(10, 10_000)
-    tilted[0] = 11_000
+    # the test has power: of 20 sets, one that is an eighth likelier shows
+    tilted = np.full(20, 5000)
+    tilted[0] = 5625
     assert not even(tilted)
 
 
