@@ -14,7 +14,7 @@ from grape_ray.cli.main import main
 from grape_ray.data.arrays import Ragged, Records
 from grape_ray.data.units import Units
 from grape_ray.distributed.comms import Comms
-from grape_ray.errors import ConfigError, Interrupted, LedgerError, UnsupportedLayer
+from grape_ray.errors import ConfigError, DataError, Interrupted, LedgerError, UnsupportedLayer
 from grape_ray.ledger.ledger import Ledger
 from grape_ray.privacy.random_streams import poisson_batch
 from grape_ray.storage import Storage
@@ -289,6 +289,11 @@ def test_a_study_of_another_unit_pays_for_no_run(plan):
     privacy = dataclasses.replace(config.privacy, noise_multiplier=1.0)
     with pytest.raises(ConfigError, match=r"another privacy unit than study 'r', got 'user'"):
         plan(dataclasses.replace(config, privacy=privacy), run="t", study=same, ledger=made.ledger)
+
+
+def test_a_worker_that_sees_other_units_is_refused(plan):
+    with pytest.raises(DataError, match="the training data changed"):
+        execute(dataclasses.replace(plan(), units=UNITS - 1), Comms.local())
 
 
 def test_what_counts_are_units(plan, tmp_path):
