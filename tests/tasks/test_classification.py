@@ -134,6 +134,16 @@ def test_what_is_held_out_depends_on_each_record_alone(folder, tmp_path):
     assert 20 < len(less.validation) < 80
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_csv_trains_by_the_column_of_its_users_and_quotes_none(folder, tmp_path):
+    own = config(task(folder), unit="who", expected_batch_size=8, examples_per_unit=3)
+    result = train(own, run="r", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+    assert (result.unit, result.examples_per_unit, result.steps) == ("who", 3, 2)
+    kept = [file.read_bytes() for file in (tmp_path / "runs").rglob("*.json*")]
+    assert kept
+    assert not any(f'"u{number}"'.encode() in text for text in kept for number in range(25))
+
+
 def test_units_are_held_out_whole(folder, tmp_path):
     units = task(folder).load(unit="who").units
     assert 10 < len(units) < 25
