@@ -79,26 +79,28 @@ def _has_its_files(place: str, names: dict[str, str]) -> bool:
     return not names or there("tokenizer.json") or (bool(own) and all(map(there, own)))
 
 
-def load_sequence_classifier(
-    name: str, classes: int, seed: int, dropout: bool = False
+def load_classifier(
+    name: str, classes: int, seed: int, dropout: bool = False, of: str = "SequenceClassification"
 ) -> nn.Module:
-    """An encoder or decoder with a fresh classification head, or with the one that the weights hold
-    for as many classes.
+    """A model with a fresh classification head, or with the one that the weights hold for as many
+    classes.
 
     Args:
-        name: hub name, or a folder with config.json and weights. classes: number of labels.
+        name: hub name, or a folder with config.json and weights. classes: number of labels; 1 is a
+            head for a number.
         seed: public seed of the new head. dropout: whether the model stays in training mode;
             otherwise its dropout is off.
+        of: what is classified, as transformers ends the names of its classes: also
+            `TokenClassification` and `ImageClassification`.
 
     Raises:
-        ConfigError: no such model, it cannot classify sequences, its weights are not whole, or its
+        ConfigError: no such model, it cannot classify these, its weights are not whole, or its
             head is for other classes.
     """
+    kind = getattr(transformers, f"AutoModelFor{of}")
 
     def build(place: str) -> nn.Module:
-        model, found = _weights(
-            transformers.AutoModelForSequenceClassification, place, seed, num_labels=classes
-        )
+        model, found = _weights(kind, place, seed, num_labels=classes)
         prefix = f"{model.base_model_prefix}."
         inner = [
             key
@@ -107,11 +109,12 @@ def load_sequence_classifier(
         ]
         for key, theirs, mine in sorted(found["mismatched_keys"]):
             if not key.startswith(prefix) and theirs[:1] != mine[:1] == (classes,):
-                fix = f"set task.classes={theirs[0]}, or save the model without its head"
+                fix = "save the model without its head"
+                fix = f"set task.classes={theirs[0]}, or {fix}" if classes > 1 else fix
                 raise ConfigError(
                     f"the head of task.model {name}",
                     f"{theirs[0]} labels",
-                    f"task.classes = {classes}",
+                    f"task.classes = {classes}" if classes > 1 else "one number",
                     fix,
                 )
         return _whole(name, model, {**found, "missing_keys": inner})
@@ -119,19 +122,26 @@ def load_sequence_classifier(
     return _load(name, build).train(dropout)
 
 
-def load_causal_lm(name: str, seed: int) -> nn.Module:
-    """A decoder with its language-modelling head, fp32, dropout off.
+def load_language_model(name: str, seed: int, kind: str = "CausalLM") -> nn.Module:
+    """A model with its pretrained language-modelling head, fp32, dropout off.
 
     Args:
         name: hub name, or a folder with config.json and weights. seed: public seed of what is drawn
-            while the model is built.
+            while the model is built. kind: as transformers ends the names of its classes: also
+            `MaskedLM` and `Seq2SeqLM`.
 
     Raises:
-        ConfigError: no such model, it does not generate text, or its weights are not whole.
+        ConfigError: no such model, it has no such head, or its weights are not whole.
     """
+    auto = getattr(transformers, f"AutoModelFor{kind}")
+    return _load(name, lambda place: _whole(name, *_weights(auto, place, seed))).eval()
+
+
+def load_config(name: str) -> Any:
+    """The configuration of a model. Raises ConfigError: none there."""
     return _load(
-        name, lambda place: _whole(name, *_weights(transformers.AutoModelForCausalLM, place, seed))
-    ).eval()
+        name, lambda place: transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
+    )
 
 
 def load_as_saved(name: str) -> nn.Module:

@@ -16,7 +16,7 @@ from grape_ray.data.prepared import Columns
 from grape_ray.models.hugging_face import (
     check_vocabulary,
     explaining_long_texts,
-    load_sequence_classifier,
+    load_classifier,
     tokens_of,
 )
 from grape_ray.storage import Json
@@ -69,7 +69,7 @@ class TextClassification(LabelledTask, TextTask):
 
     def build_model(self, seed: int) -> nn.Module:
         classes = len(self.label_names())
-        model: Any = load_sequence_classifier(self.model, classes, seed, self.dropout)
+        model: Any = load_classifier(self.model, classes, seed, self.dropout)
         check_vocabulary(model, tokens_of(self.load_tokenizer()), self.model)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = self.pad_token()
