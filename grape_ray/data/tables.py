@@ -57,6 +57,7 @@ def read_table(
 def _mapped(batches: Iterator[pa.RecordBatch], folder: Path) -> pa.Table:
     """The batches, copied to a file and mapped."""
     path = folder / f"table-{secrets.token_hex(4)}.arrow"
+    batches = map(_with_images, batches)
     first = next(batches, None)
     if first is None:
         return pa.table({})
@@ -66,6 +67,18 @@ def _mapped(batches: Iterator[pa.RecordBatch], folder: Path) -> pa.Table:
             if batch.num_rows:
                 writer.write_batch(batch.cast(schema) if batch.schema != schema else batch)
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
+def _with_images(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch with images as their bytes alone, where they are kept as `datasets` does, beside
+    their path.
+    """
+    for place, field in enumerate(batch.schema):
+        names = {part.name for part in field.type} if pa.types.is_struct(field.type) else set()
+        if names == {"bytes", "path"}:
+            found = batch.column(place).flatten()[field.type.get_field_index("bytes")]
+            batch = batch.set_column(place, field.name, found.cast(pa.large_binary()))
+    return batch
 
 
 def _plain_type(kind: pa.DataType) -> pa.DataType:

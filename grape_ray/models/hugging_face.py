@@ -54,7 +54,7 @@ def load_tokenizer(name: str, field: str = "task.model") -> PreTrainedTokenizerB
             )
         return tokenizer
 
-    return _load(name, build, field)
+    return load_with(name, build, field)
 
 
 def _has_its_files(place: str, names: dict[str, str]) -> bool:
@@ -119,7 +119,7 @@ def load_classifier(
                 )
         return _whole(name, model, {**found, "missing_keys": inner})
 
-    return _load(name, build).train(dropout)
+    return load_with(name, build).train(dropout)
 
 
 def load_language_model(name: str, seed: int, kind: str = "CausalLM") -> nn.Module:
@@ -134,12 +134,12 @@ def load_language_model(name: str, seed: int, kind: str = "CausalLM") -> nn.Modu
         ConfigError: no such model, it has no such head, or its weights are not whole.
     """
     auto = getattr(transformers, f"AutoModelFor{kind}")
-    return _load(name, lambda place: _whole(name, *_weights(auto, place, seed))).eval()
+    return load_with(name, lambda place: _whole(name, *_weights(auto, place, seed))).eval()
 
 
 def load_config(name: str) -> Any:
     """The configuration of a model. Raises ConfigError: none there."""
-    return _load(
+    return load_with(
         name, lambda place: transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
     )
 
@@ -158,7 +158,7 @@ def load_as_saved(name: str) -> nn.Module:
         )
         return _whole(name, *_weights(kind, place, 0))
 
-    return _load(name, build).eval()
+    return load_with(name, build).eval()
 
 
 def check_vocabulary(model: nn.Module, tokens: int, name: str) -> nn.Module:
@@ -274,7 +274,7 @@ def _whole(name: str, model: nn.Module, found: Json) -> nn.Module:
     return model
 
 
-def _load(name: str, build: Callable[[str], _T], field: str = "task.model") -> _T:
+def load_with(name: str, build: Callable[[str], _T], field: str = "task.model") -> _T:
     """`build` on the hub name or expanded folder, with one clear error for all that can be wrong
     with it: no record is read here.
     """

@@ -34,7 +34,7 @@ _Task = TypeVar("_Task", bound="DatasetTask")
 _NOT_ENCODED = {
     "name", "public", "model", "data", "validation", "held_out_public", "data_config", "split",
     "data_format", "lora", "trainable", "weights", "dropout", "loss", "max_new_tokens",
-    "evaluate_generations",
+    "evaluate_generations", "views", "crop_padding", "flip",
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from grape_ray.tasks.extras import needed
+from grape_ray.models.extras import needed
 
 _BY = "task.evaluate_generations"
 _OTHERWISE = "set task.evaluate_generations=0"

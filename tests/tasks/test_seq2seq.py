@@ -12,8 +12,8 @@ import transformers
 from grape_ray.data.arrays import Records
 from grape_ray.data.columns import Table
 from grape_ray.errors import ConfigError, DataError
+from grape_ray.models import extras
 from grape_ray.models.adapters import Lora
-from grape_ray.tasks import extras
 from grape_ray.tasks.seq2seq import Seq2Seq
 from grape_ray.tasks.text_metrics import generation_metrics
 from tests.support.tasks import TOKENS, WORDS, save_tokenizer, trained

@@ -1,4 +1,4 @@
-"""Libraries that only some tasks need: imported when they do."""
+"""Libraries that only some models and metrics need: imported when they do."""
 
 from __future__ import annotations
 
