@@ -27,14 +27,14 @@ _HEADS = ("pooler", "summary")
 _SOURCE = "a hub name, or a folder with config.json and weights"
 
 
-def load_tokenizer(name: str, field: str = "task.model") -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, field: str = "task.model", **options: Any) -> PreTrainedTokenizerBase:
     """The fast tokenizer of a hub name or folder.
 
     Where a folder has none, transformers makes one up for some families, with special tokens alone:
     that is refused, too.
 
     Args:
-        field: what the configuration calls it.
+        field: what the configuration calls it. options: of the tokenizer.
 
     Raises:
         ConfigError: there is none.
@@ -42,7 +42,7 @@ def load_tokenizer(name: str, field: str = "task.model") -> PreTrainedTokenizerB
 
     def build(place: str) -> PreTrainedTokenizerBase:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            place, use_fast=True, trust_remote_code=False
+            place, use_fast=True, trust_remote_code=False, **options
         )
         if not _has_its_files(place, type(tokenizer).vocab_files_names):
             fix = f"save it there: AutoTokenizer.from_pretrained(ORIGIN).save_pretrained({name!r})"
@@ -242,8 +242,8 @@ def _weights(kind: Any, place: str, seed: int, **options: Any) -> tuple[Any, Jso
 
 
 def _whole(name: str, model: nn.Module, found: Json) -> nn.Module:
-    """The model, if all its weights came from its files. Raises ConfigError: one drawn in its place
-    would pass for pretrained.
+    """The model, if all its weights came from its files; else ConfigError: drawn weights would pass
+    for pretrained.
     """
     expected = "weights of the architecture that its config.json names"
     fix = "save it whole again, or correct its config.json"
@@ -275,9 +275,7 @@ def _whole(name: str, model: nn.Module, found: Json) -> nn.Module:
 
 
 def load_with(name: str, build: Callable[[str], _T], field: str = "task.model") -> _T:
-    """`build` on the hub name or expanded folder, with one clear error for all that can be wrong
-    with it: no record is read here.
-    """
+    """`build` on the hub name or expanded folder. Raises ConfigError for all that can be wrong."""
     place = os.path.expanduser(name)
     looks_local = (
         not name or name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(place).exists()

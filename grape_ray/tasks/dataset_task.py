@@ -264,13 +264,13 @@ class TextTask(TokenizedTask):
 
 
 @lru_cache(maxsize=4)
-def tokenizer_of(name: str, field: str = "task.model") -> Any:
+def tokenizer_of(name: str, field: str = "task.model", **options: Any) -> Any:
     """The tokenizer of a hub name or folder; each is loaded once a process, which takes a second.
 
     Args:
-        field: the task's field that names it, for errors.
+        field: the task's field that names it, for errors. options: of the tokenizer.
     """
-    return load_tokenizer(name, field)
+    return load_tokenizer(name, field, **options)
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
