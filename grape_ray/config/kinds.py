@@ -25,8 +25,19 @@ KINDS: dict[str, TaskKind] = {
     "text-classification": TaskKind(
         "text_classification:TextClassification", "texts, or pairs of texts, and labels"
     ),
+    "prompt-classification": TaskKind(
+        "prompt_classification:PromptClassification", "texts in a template, label words scored"
+    ),
+    "regression": TaskKind("regression:Regression", "texts, or pairs of texts, and numbers"),
+    "token-classification": TaskKind(
+        "token_classification:TokenClassification", "words and a tag for each"
+    ),
     "text-generation": TaskKind(
         "text_generation:TextGeneration", "texts, prompts and answers, or chats, for a decoder"
+    ),
+    "seq2seq": TaskKind("seq2seq:Seq2Seq", "texts to texts, for an encoder with a decoder"),
+    "image-classification": TaskKind(
+        "image_classification:ImageClassification", "images and labels"
     ),
 }
 
