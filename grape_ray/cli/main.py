@@ -21,6 +21,7 @@ COMMANDS = {
     "check": "See whether a model or pipeline can be trained, before anything is paid for.",
     "init": "Write a run file for your data, with what is found in it.",
     "fields": "List the fields of a pipeline and what they mean.",
+    "prepare": "Encode a dataset once, for a cluster.",
     "train": "Run a pipeline or run file, privately and paid for.",
     "resume": "Resume a run that was cut off.",
     "evaluate": "Evaluate a run's newest checkpoint again, free of privacy cost.",
