@@ -62,13 +62,13 @@ def _take_in(digest: _Hash, column: pa.ChunkedArray, name: str) -> None:
     """Adds a column's content; of lists and structures that of their parts."""
     kind = column.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or _is_binary(kind):
-        lengths = pc.call_function("binary_length", [column]).to_numpy()
+        lengths = pc.call_function("binary_length", [column]).fill_null(-1).to_numpy()
         digest.update(lengths.astype("<i8").tobytes())
         for chunk in column.chunks:
             digest.update(b"".join(value.as_buffer() for value in chunk if value.is_valid))
         return
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        lengths = pc.call_function("list_value_length", [column]).to_numpy()
+        lengths = pc.call_function("list_value_length", [column]).fill_null(-1).to_numpy()
         digest.update(b"list|" + lengths.astype("<i8").tobytes())
         flat = [chunk.flatten() for chunk in column.chunks]
         _take_in(digest, pa.chunked_array(flat, kind.value_type), name)

@@ -187,6 +187,7 @@ def _usable(
     if not split.drop_bad_rows:
         table.refuse(bad)
     kept = table.without(np.logical_or.reduce(list(bad.values()))) if bad else table
+    kept.check_texts(columns.texts)
     if not len(kept):
         got, fix = f"{len(table)} rows that cannot be used", "look at its columns"
         raise DataError(f"data of {source.place}", got, "at least one record", fix)

@@ -88,9 +88,12 @@ class Source:
             yield batches_of(fs, file, format_of(file, self.format), columns, texts)
 
     def label_names(self, column: str) -> tuple[str, ...]:
-        """The names of a column's classes, where the dataset itself says them; otherwise none."""
+        """The names of a column's classes, or of those in its lists, where the dataset itself says
+        them; otherwise none.
+        """
         dataset = self._dataset()
         feature = dataset.features.get(column) if dataset is not None else None
+        feature = getattr(feature, "feature", feature)
         return tuple(getattr(feature, "names", None) or ())
 
     def holds_images(self) -> bool:

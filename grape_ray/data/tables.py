@@ -9,8 +9,11 @@ import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from grape_ray.data.columns import is_list
 from grape_ray.data.sources import Source
 from grape_ray.errors import DataError
 
@@ -57,6 +60,7 @@ def read_table(
 def _mapped(batches: Iterator[pa.RecordBatch], folder: Path) -> pa.Table:
     """The batches, copied to a file and mapped."""
     path = folder / f"table-{secrets.token_hex(4)}.arrow"
+    batches = map(_with_images, batches)
     first = next(batches, None)
     if first is None:
         return pa.table({})
@@ -68,6 +72,18 @@ def _mapped(batches: Iterator[pa.RecordBatch], folder: Path) -> pa.Table:
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
+def _with_images(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch with images as their bytes alone, where they are kept as `datasets` does, beside
+    their path.
+    """
+    for place, field in enumerate(batch.schema):
+        names = {part.name for part in field.type} if pa.types.is_struct(field.type) else set()
+        if names == {"bytes", "path"}:
+            found = batch.column(place).flatten()[field.type.get_field_index("bytes")]
+            batch = batch.set_column(place, field.name, found.cast(pa.large_binary()))
+    return batch
+
+
 def _plain_type(kind: pa.DataType) -> pa.DataType:
     """The type of the values where a column holds categories, as pandas keeps them."""
     return kind.value_type if pa.types.is_dictionary(kind) else kind
@@ -76,6 +92,16 @@ def _plain_type(kind: pa.DataType) -> pa.DataType:
 def _named(table: pa.Table, column: str, names: Sequence[str]) -> pa.Table:
     """The table with the names of a column's classes in place of their numbers."""
     found = pa.array(names, pa.string())
-    chunks = [found.take(chunk) for chunk in table[column].chunks]
+    chunks = [_taken(found, chunk) for chunk in table[column].chunks]
     place = table.column_names.index(column)
-    return table.set_column(place, column, pa.chunked_array(chunks, pa.string()))
+    return table.set_column(place, column, pa.chunked_array(chunks))
+
+
+def _taken(names: pa.Array, places: pa.Array) -> pa.Array:
+    """The names at some places, or in lists at the places in lists."""
+    if not is_list(places.type):
+        return names.take(places)
+    lengths = pc.call_function("list_value_length", [places]).fill_null(0).to_numpy()
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+    mask = places.is_null() if places.null_count else None
+    return pa.LargeListArray.from_arrays(offsets, names.take(places.flatten()), mask=mask)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from grape_ray.errors import ConfigError, nearest
+from grape_ray.models.extras import needed
 
 _PREFIX = "base_model.model."  # before each name, once a model has adapters
 
@@ -94,11 +95,7 @@ def is_adapted(model: nn.Module) -> bool:
 
 
 def _with_adapters(model: nn.Module, lora: Lora, seed: int) -> nn.Module:
-    try:
-        import peft
-    except ModuleNotFoundError as error:
-        fix = "pip install 'grape-ray[lora]'"
-        raise ConfigError("task.lora needs peft", "no such module", "peft", fix) from error
+    peft = needed("peft", "task.lora", "lora")
     base: Any = model
     linear = [n.rpartition(".")[2] for n, m in base.named_modules() if isinstance(m, nn.Linear)]
     for target in lora.targets:
@@ -107,7 +104,7 @@ def _with_adapters(model: nn.Module, lora: Lora, seed: int) -> nn.Module:
             raise ConfigError("task.lora.targets", target, "the name of a layer", fix)
     options = peft.LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]  (peft divides it by r)
+        lora_alpha=lora.alpha,
         target_modules=list(lora.targets) or "all-linear",
         lora_dropout=lora.dropout,
         task_type=_task_type(base),

@@ -27,14 +27,14 @@ _HEADS = ("pooler", "summary")
 _SOURCE = "a hub name, or a folder with config.json and weights"
 
 
-def load_tokenizer(name: str, field: str = "task.model") -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, field: str = "task.model", **options: Any) -> PreTrainedTokenizerBase:
     """The fast tokenizer of a hub name or folder.
 
     Where a folder has none, transformers makes one up for some families, with special tokens alone:
     that is refused, too.
 
     Args:
-        field: what the configuration calls it.
+        field: what the configuration calls it. options: of the tokenizer.
 
     Raises:
         ConfigError: there is none.
@@ -42,7 +42,7 @@ def load_tokenizer(name: str, field: str = "task.model") -> PreTrainedTokenizerB
 
     def build(place: str) -> PreTrainedTokenizerBase:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            place, use_fast=True, trust_remote_code=False
+            place, use_fast=True, trust_remote_code=False, **options
         )
         if not _has_its_files(place, type(tokenizer).vocab_files_names):
             fix = f"save it there: AutoTokenizer.from_pretrained(ORIGIN).save_pretrained({name!r})"
@@ -54,7 +54,7 @@ def load_tokenizer(name: str, field: str = "task.model") -> PreTrainedTokenizerB
             )
         return tokenizer
 
-    return _load(name, build, field)
+    return load_with(name, build, field)
 
 
 def _has_its_files(place: str, names: dict[str, str]) -> bool:
@@ -79,26 +79,28 @@ def _has_its_files(place: str, names: dict[str, str]) -> bool:
     return not names or there("tokenizer.json") or (bool(own) and all(map(there, own)))
 
 
-def load_sequence_classifier(
-    name: str, classes: int, seed: int, dropout: bool = False
+def load_classifier(
+    name: str, classes: int, seed: int, dropout: bool = False, of: str = "SequenceClassification"
 ) -> nn.Module:
-    """An encoder or decoder with a fresh classification head, or with the one that the weights hold
-    for as many classes.
+    """A model with a fresh classification head, or with the one that the weights hold for as many
+    classes.
 
     Args:
-        name: hub name, or a folder with config.json and weights. classes: number of labels.
+        name: hub name, or a folder with config.json and weights. classes: number of labels; 1 is a
+            head for a number.
         seed: public seed of the new head. dropout: whether the model stays in training mode;
             otherwise its dropout is off.
+        of: what is classified, as transformers ends the names of its classes: also
+            `TokenClassification` and `ImageClassification`.
 
     Raises:
-        ConfigError: no such model, it cannot classify sequences, its weights are not whole, or its
+        ConfigError: no such model, it cannot classify these, its weights are not whole, or its
             head is for other classes.
     """
+    kind = getattr(transformers, f"AutoModelFor{of}")
 
     def build(place: str) -> nn.Module:
-        model, found = _weights(
-            transformers.AutoModelForSequenceClassification, place, seed, num_labels=classes
-        )
+        model, found = _weights(kind, place, seed, num_labels=classes)
         prefix = f"{model.base_model_prefix}."
         inner = [
             key
@@ -107,31 +109,39 @@ def load_sequence_classifier(
         ]
         for key, theirs, mine in sorted(found["mismatched_keys"]):
             if not key.startswith(prefix) and theirs[:1] != mine[:1] == (classes,):
-                fix = f"set task.classes={theirs[0]}, or save the model without its head"
+                fix = "save the model without its head"
+                fix = f"set task.classes={theirs[0]}, or {fix}" if classes > 1 else fix
                 raise ConfigError(
                     f"the head of task.model {name}",
                     f"{theirs[0]} labels",
-                    f"task.classes = {classes}",
+                    f"task.classes = {classes}" if classes > 1 else "one number",
                     fix,
                 )
         return _whole(name, model, {**found, "missing_keys": inner})
 
-    return _load(name, build).train(dropout)
+    return load_with(name, build).train(dropout)
 
 
-def load_causal_lm(name: str, seed: int) -> nn.Module:
-    """A decoder with its language-modelling head, fp32, dropout off.
+def load_language_model(name: str, seed: int, kind: str = "CausalLM") -> nn.Module:
+    """A model with its pretrained language-modelling head, fp32, dropout off.
 
     Args:
         name: hub name, or a folder with config.json and weights. seed: public seed of what is drawn
-            while the model is built.
+            while the model is built. kind: as transformers ends the names of its classes: also
+            `MaskedLM` and `Seq2SeqLM`.
 
     Raises:
-        ConfigError: no such model, it does not generate text, or its weights are not whole.
+        ConfigError: no such model, it has no such head, or its weights are not whole.
     """
-    return _load(
-        name, lambda place: _whole(name, *_weights(transformers.AutoModelForCausalLM, place, seed))
-    ).eval()
+    auto = getattr(transformers, f"AutoModelFor{kind}")
+    return load_with(name, lambda place: _whole(name, *_weights(auto, place, seed))).eval()
+
+
+def load_config(name: str) -> Any:
+    """The configuration of a model. Raises ConfigError: none there."""
+    return load_with(
+        name, lambda place: transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
+    )
 
 
 def load_as_saved(name: str) -> nn.Module:
@@ -148,7 +158,7 @@ def load_as_saved(name: str) -> nn.Module:
         )
         return _whole(name, *_weights(kind, place, 0))
 
-    return _load(name, build).eval()
+    return load_with(name, build).eval()
 
 
 def check_vocabulary(model: nn.Module, tokens: int, name: str) -> nn.Module:
@@ -232,8 +242,8 @@ def _weights(kind: Any, place: str, seed: int, **options: Any) -> tuple[Any, Jso
 
 
 def _whole(name: str, model: nn.Module, found: Json) -> nn.Module:
-    """The model, if all its weights came from its files. Raises ConfigError: one drawn in its place
-    would pass for pretrained.
+    """The model, if all its weights came from its files; else ConfigError: drawn weights would pass
+    for pretrained.
     """
     expected = "weights of the architecture that its config.json names"
     fix = "save it whole again, or correct its config.json"
@@ -264,10 +274,8 @@ def _whole(name: str, model: nn.Module, found: Json) -> nn.Module:
     return model
 
 
-def _load(name: str, build: Callable[[str], _T], field: str = "task.model") -> _T:
-    """`build` on the hub name or expanded folder, with one clear error for all that can be wrong
-    with it: no record is read here.
-    """
+def load_with(name: str, build: Callable[[str], _T], field: str = "task.model") -> _T:
+    """`build` on the hub name or expanded folder. Raises ConfigError for all that can be wrong."""
     place = os.path.expanduser(name)
     looks_local = (
         not name or name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(place).exists()

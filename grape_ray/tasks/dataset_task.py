@@ -34,6 +34,7 @@ _Task = TypeVar("_Task", bound="DatasetTask")
 _NOT_ENCODED = {
     "name", "public", "model", "data", "validation", "held_out_public", "data_config", "split",
     "data_format", "lora", "trainable", "weights", "dropout", "loss", "max_new_tokens",
+    "evaluate_generations", "views", "crop_padding", "flip",
 }  # fmt: skip
 
 
@@ -218,14 +219,13 @@ class DatasetTask:
 
 
 @dataclass(frozen=True)
-class TextTask(DatasetTask):
-    """A task on texts; the other fields are those of DatasetTask.
+class TokenizedTask(DatasetTask):
+    """A task whose model has a tokenizer; the other fields are those of DatasetTask.
 
     Attributes:
-        text_column: name of the column of texts. max_tokens: longer texts are cut.
+        max_tokens: longer texts are cut.
     """
 
-    text_column: str = "text"
     max_tokens: int = 128
 
     def check_fields(self) -> None:
@@ -252,14 +252,25 @@ class TextTask(DatasetTask):
             tokenizer.save_pretrained(folder)
 
 
+@dataclass(frozen=True)
+class TextTask(TokenizedTask):
+    """A task on a column of texts; the other fields are those of TokenizedTask.
+
+    Attributes:
+        text_column: name of the column of texts.
+    """
+
+    text_column: str = "text"
+
+
 @lru_cache(maxsize=4)
-def tokenizer_of(name: str, field: str = "task.model") -> Any:
+def tokenizer_of(name: str, field: str = "task.model", **options: Any) -> Any:
     """The tokenizer of a hub name or folder; each is loaded once a process, which takes a second.
 
     Args:
-        field: the task's field that names it, for errors.
+        field: the task's field that names it, for errors. options: of the tokenizer.
     """
-    return load_tokenizer(name, field)
+    return load_tokenizer(name, field, **options)
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

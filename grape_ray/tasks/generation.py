@@ -15,7 +15,8 @@ _ROWS = 16
 def generated(
     model: nn.Module, prompts: list[list[int]], max_new_tokens: int, end: int | None
 ) -> list[list[int]]:
-    """The tokens that a Hugging Face decoder writes after each prompt, up to `end` or so many.
+    """The tokens that a Hugging Face decoder writes after each prompt, or an encoder-decoder for
+    each source, up to `end` or so many.
 
     Prompts of a batch are of one length, so none is padded: a model that looks at padding writes
     the same.
@@ -23,14 +24,16 @@ def generated(
     found: list[list[int]] = [[] for _ in prompts]
     device = next(model.parameters()).device
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    generate: Any = model.generate
+    writer: Any = model
     with evaluating(model), torch.no_grad():
         while order:
             length = len(prompts[order[0]])
             some = [i for i in order[:_ROWS] if len(prompts[i]) == length]
             order = order[len(some) :]
             ids = torch.tensor([prompts[i] for i in some], device=device)
-            written = generate(
+            # an encoder-decoder repeats no prompt, only the token that its answers begin with
+            before = 1 if writer.config.is_encoder_decoder else length
+            written = writer.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=max_new_tokens,
@@ -38,7 +41,7 @@ def generated(
                 num_beams=1,
                 eos_token_id=end,
                 pad_token_id=0 if end is None else end,
-            )[:, length:].tolist()
+            )[:, before:].tolist()
             for index, tokens in zip(some, written):
                 found[index] = tokens[: tokens.index(end)] if end in tokens else tokens
     return found

@@ -1,52 +1,39 @@
-"""What the tasks of classification have in common: labels and their names, losses of logits,
-metrics, predictions.
+"""What the tasks of classification have in common: labels of rows, losses of logits, metrics,
+predictions.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grape_ray.data.arrays import Records
 from grape_ray.data.columns import Table, is_text
-from grape_ray.errors import ConfigError, DataError
+from grape_ray.errors import DataError
 from grape_ray.storage import Json
 from grape_ray.tasks.batches import batches
-from grape_ray.tasks.dataset_task import DatasetTask, warn_of_labels
-from grape_ray.tasks.task import Data
-
-_MOST_CLASSES = 1_000_000
-_Task = TypeVar("_Task", bound="LabelledTask")
+from grape_ray.tasks.label_names import NamedLabels
 
 
 @dataclass(frozen=True)
-class LabelledTask(DatasetTask):
-    """Each row has a label, or several; the other fields are those of DatasetTask.
+class LabelledTask(NamedLabels):
+    """Each row has a label, or several; the other fields are those of NamedLabels.
 
     Attributes:
         label_column: name of the column of labels: texts, integers or booleans; with `multi_label`
             lists of texts.
-        labels: their names, in the model's order; none has them read from the training records:
-            they are public then, like the model that holds them.
-        classes: in place of names, the number of labels that are integers from 0 on.
         multi_label: whether a row may have any number of labels, each learned by itself.
-        class_weights: a factor of the loss for each label; none is 1 for all.
     """
 
     bounded_metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
 
     label_column: str = "label"
-    labels: tuple[str, ...] = ()
-    classes: int = 0
     multi_label: bool = False
-    class_weights: tuple[float, ...] = ()
 
     def facts(self, train: Table, names: Callable[[str], Sequence[str]]) -> Json:
         declared = self.declared_labels()
@@ -82,53 +69,6 @@ class LabelledTask(DatasetTask):
             found[index, [place[name] for name in row]] = 1.0
         return {"labels": found}
 
-    def resolved(self: _Task, data: Data) -> _Task:
-        if self.declared_labels():
-            return self
-        labels = tuple(data.facts["labels"])
-        warn_of_labels(self, labels)
-        return dataclasses.replace(self, labels=labels)
-
-    def declared_labels(self) -> tuple[str, ...]:
-        """The names that the fields say."""
-        return self.labels or tuple(str(label) for label in range(self.classes))
-
-    def label_names(self) -> tuple[str, ...]:
-        """The names of the labels; read from the records where no field says them."""
-        return self.declared_labels() or tuple(self.prepared().facts["labels"])
-
-    def check_fields(self) -> None:
-        super().check_fields()
-        self.check_at_least(classes=0)
-        if self.classes == 1 or self.classes > _MOST_CLASSES:
-            expected = f"0, or at least 2 and at most {_MOST_CLASSES}"
-            fix = "count the labels: the head has a row for each"
-            raise ConfigError("task.classes", self.classes, expected, fix)
-        if len(set(self.labels)) != len(self.labels) or len(self.labels) == 1:
-            got = ", ".join(self.labels)
-            raise ConfigError("task.labels", got, "two names or more, each once", "correct them")
-        if any(not 0 <= weight < float("inf") for weight in self.class_weights):
-            got = list(self.class_weights)
-            raise ConfigError("task.class_weights", got, "numbers >= 0", "correct them")
-
-    def check_together(self) -> None:
-        super().check_together()
-        if self.labels and self.classes not in (0, len(self.labels)):
-            got, fix = f"{self.classes} with {len(self.labels)} task.labels", "unset task.classes"
-            raise ConfigError("task.classes", got, "as many as there are names", fix)
-        weights, count = self.class_weights, len(self.declared_labels())
-        if weights and count and len(weights) != count:
-            raise ConfigError(
-                "task.class_weights", len(weights), f"a factor for each of {count} labels", "count"
-            )
-
-    def name_labels(self, model: Any) -> None:
-        """Writes the labels' names into a Hugging Face model's configuration."""
-        names = self.label_names()
-        if names != tuple(str(label) for label in range(len(names))):
-            model.config.id2label = dict(enumerate(names))
-            model.config.label2id = {name: index for index, name in enumerate(names)}
-
     def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """(B, L) of a batch, whose `labels` are not looked at."""
         return model(**{k: v for k, v in batch.items() if k != "labels"}).logits
@@ -138,9 +78,7 @@ class LabelledTask(DatasetTask):
 
     def loss_of_logits(self, logits: Tensor, labels: Tensor) -> Tensor:
         """(B,): cross-entropy, or for several labels a row the mean of theirs, by class weight."""
-        weights = None
-        if self.class_weights:
-            weights = torch.tensor(self.class_weights, device=logits.device, dtype=logits.dtype)
+        weights = self.label_weights(logits)
         if not self.multi_label:
             return F.cross_entropy(logits, labels, weights, reduction="none")
         losses = F.binary_cross_entropy_with_logits(logits, labels, weights, reduction="none")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from grape_ray.errors import ConfigError
 from grape_ray.models.hugging_face import (
     check_vocabulary,
     explaining_long_texts,
-    load_causal_lm,
+    load_language_model,
     tokens_of,
 )
 from grape_ray.storage import Json
@@ -26,6 +25,7 @@ from grape_ray.tasks import chats
 from grape_ray.tasks.batches import batches
 from grape_ray.tasks.dataset_task import TextTask, tokenizer_of
 from grape_ray.tasks.generation import generated
+from grape_ray.tasks.text_metrics import by_source, generation_metrics, token_metrics
 
 BYTES = "bytes"
 _PAD, _BEGIN, _END, _FIRST_BYTE = 0, 1, 2, 3
@@ -49,7 +49,10 @@ class TextGeneration(TextTask):
         max_tokens: longer examples are cut at the end, and lose no more than that: a prompt too
             long leaves no text and is refused.
         loss: `mean` over an example's learned tokens, or their `sum`.
-        max_new_tokens: of a text that `predict` generates.
+        max_new_tokens: of a text that is generated.
+        evaluate_generations: after so many different prompts of the validation records a text is
+            generated, and compared with all their texts, as they were cut, by BLEU and ROUGE-L; 0
+            does neither.
     """
 
     tokenizer: str = ""
@@ -58,11 +61,12 @@ class TextGeneration(TextTask):
     max_tokens: int = 1024
     loss: str = "mean"
     max_new_tokens: int = 128
+    evaluate_generations: int = 0
     name: str = "text-generation"
 
     def check_fields(self) -> None:
         super().check_fields()
-        self.check_at_least(max_tokens=2, max_new_tokens=1)
+        self.check_at_least(max_tokens=2, max_new_tokens=1, evaluate_generations=0)
         if self.loss not in _LOSSES:
             raise ConfigError("task.loss", self.loss, "one of " + ", ".join(_LOSSES))
 
@@ -72,6 +76,10 @@ class TextGeneration(TextTask):
             got = "task.prompt_column" if self.prompt_column else "task.tokenizer=bytes"
             fix = "unset one: chats are written by the tokenizer's own template"
             raise ConfigError(f"task.messages_column with {got}", None, "one of them", fix)
+        if self.evaluate_generations and not self.prompt_column:
+            fix = "name the column of prompts, or set task.evaluate_generations=0"
+            got = f"{self.evaluate_generations} without prompts"
+            raise ConfigError("task.evaluate_generations", got, "task.prompt_column", fix)
 
     @property
     def columns(self) -> Columns:
@@ -129,7 +137,7 @@ class TextGeneration(TextTask):
 
     def build_model(self, seed: int) -> nn.Module:
         tokens = _BYTE_TOKENS if self.tokenizer == BYTES else tokens_of(self.load_tokenizer())
-        model = check_vocabulary(load_causal_lm(self.model, seed), tokens, self.model)
+        model = check_vocabulary(load_language_model(self.model, seed), tokens, self.model)
         return self.prepared_model(model, seed)
 
     def collate(self, records: Records, indices: np.ndarray) -> Mapping[str, Tensor]:
@@ -145,28 +153,40 @@ class TextGeneration(TextTask):
         return total if self.loss == "sum" else total / learned.sum(1).clamp(min=1)
 
     def evaluate(self, model: nn.Module, records: Records) -> dict[str, float]:
-        """Mean cross-entropy a learned token, in nats, and its exponential."""
-        total, count = 0.0, 0
-        for _, batch in batches(self, model, records, _EVALUATE_ROWS):
-            losses, learned = _token_losses(model, batch)
-            total, count = total + float(losses.double().sum()), count + int(learned.sum())
-        loss = total / max(count, 1)
-        return {"loss": loss, "perplexity": math.exp(min(loss, 50.0))}
+        """Mean cross-entropy a learned token, in nats, its exponential, and what the texts that the
+        model writes are worth.
+        """
+        found = token_metrics(
+            _token_losses(model, batch)
+            for _, batch in batches(self, model, records, _EVALUATE_ROWS)
+        )
+        if not self.evaluate_generations:
+            return found
+        ids = records.sequences("input_ids")
+        starts = [int(records.sequences("learned")[i].argmax()) for i in range(len(records))]
+        prompts = [ids[i][:start] for i, start in enumerate(starts)]
+        groups = by_source([prompt.tobytes() for prompt in prompts], self.evaluate_generations)
+        texts = self._written(model, [prompts[group[0]].tolist() for group in groups])
+        told = [self._texts([ids[i][starts[i] :].tolist() for i in group]) for group in groups]
+        return {**found, **generation_metrics(texts, told)}
 
     def predict(self, model: nn.Module, records: Records) -> dict[str, list]:
         """The text that the model writes after each prompt, by the most likely token each time."""
         ids = records.sequences("input_ids")
-        prompts = [ids[index].tolist() for index in range(len(records))]
+        return {"text": self._written(model, [ids[index].tolist() for index in range(len(ids))])}
+
+    def _written(self, model: nn.Module, prompts: list[list[int]]) -> list[str]:
         end = _END if self.tokenizer == BYTES else self.load_tokenizer().eos_token_id
-        answers = generated(model, prompts, self.max_new_tokens, end)
-        if self.tokenizer == BYTES:
-            texts = [
-                bytes(t - _FIRST_BYTE for t in ids if t >= _FIRST_BYTE).decode(errors="replace")
-                for ids in answers
-            ]
-        else:
-            texts = self.load_tokenizer().batch_decode(answers, skip_special_tokens=True)
-        return {"text": list(texts)}
+        return self._texts(generated(model, prompts, self.max_new_tokens, end))
+
+    def _texts(self, answers: list[list[int]]) -> list[str]:
+        """Tokens as texts, without special ones."""
+        if self.tokenizer != BYTES:
+            return list(self.load_tokenizer().batch_decode(answers, skip_special_tokens=True))
+        return [
+            bytes(t - _FIRST_BYTE for t in ids if t >= _FIRST_BYTE).decode(errors="replace")
+            for ids in answers
+        ]
 
     def _encoded_texts(self, table: Table) -> tuple[list[list[int]], list[list[int]]]:
         texts = self._ids(table.texts(self.text_column), end=True)

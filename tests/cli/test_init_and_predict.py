@@ -6,36 +6,18 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-import torch
-import transformers
 import yaml
 from click.testing import CliRunner
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from grape_ray.cli.main import main
 from grape_ray.config.pipelines import pipeline
-
-WORDS = ["grape", "wine", "rain", "stone", "glass", "salt", "tree", "fish", "milk", "corn"]
+from tests.support.word_model import WORDS, save_encoder
 
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
     """A tiny encoder with random weights and a tokenizer of whole words."""
-    root = tmp_path_factory.mktemp("bert")
-    vocabulary = {word: place for place, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]"
-    ).save_pretrained(root)
-    torch.manual_seed(0)
-    transformers.BertModel(
-        transformers.BertConfig(
-            vocab_size=12, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-            intermediate_size=64, max_position_embeddings=32,
-        )
-    ).save_pretrained(root)  # fmt: skip
-    return root
+    return save_encoder(tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture

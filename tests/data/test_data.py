@@ -18,7 +18,7 @@ from grape_ray.data.content import fingerprint
 from grape_ray.data.sources import Source
 from grape_ray.data.tables import read_table as read
 from grape_ray.errors import ConfigError, DataError
-from grape_ray.models.hugging_face import load_sequence_classifier
+from grape_ray.models.hugging_face import load_classifier
 from grape_ray.tasks.text_classification import TextClassification
 
 SST2 = Path(__file__).parents[3] / "shared" / "data" / "sst2"
@@ -232,7 +232,7 @@ def test_records_order_by_length_and_refuse_a_ragged_table():
 @pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "~/nowhere-at-all"])
 def test_a_missing_model_folder_is_one_clear_error(name):
     with pytest.raises(ConfigError, match=r"task\.model.*config\.json"):
-        load_sequence_classifier(name, 2, 0)
+        load_classifier(name, 2, 0)
 
 
 @pytest.mark.skipif(

@@ -15,6 +15,7 @@ from grape_ray.config.pipelines import pipeline
 from grape_ray.config.schema import Config, Method, Performance, Privacy
 from grape_ray.errors import ConfigError, DataError
 from grape_ray.ray_backend.train import train
+from grape_ray.tasks import text_generation
 from grape_ray.tasks.text_generation import TextGeneration
 from grape_ray.training.export import export
 
@@ -88,6 +89,26 @@ def test_evaluation_counts_tokens_not_examples(folder):
         float((losses.detach() * lengths).sum() / lengths.sum()), rel=1e-4
     )
     assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+
+
+def test_texts_that_are_written_are_compared_with_all_of_a_prompts_texts(folder, monkeypatch):
+    one = task(folder, evaluate_generations=3, max_new_tokens=8)
+    records, net = one.load().train, one.build_model(0)
+    asked, scores = {}, text_generation.generation_metrics
+    monkeypatch.setattr(
+        text_generation,
+        "generation_metrics",
+        lambda texts, told: asked.update(texts=texts, told=told) or scores(texts, told),
+    )
+    assert set(one.evaluate(net, records)) == {"loss", "perplexity", "bleu", "rouge_l"}
+    assert asked["told"] == [[answer] for _, answer in PAIRS[:3]]
+    ids = torch.tensor([[1, *(b + 3 for b in PAIRS[1][0].encode())]])
+    written = net.generate(  # pyright: ignore[reportCallIssue]
+        input_ids=ids, max_new_tokens=8, do_sample=False, eos_token_id=2
+    )
+    assert asked["texts"][1] == one._texts(written[:, ids.shape[1] :].tolist())[0]
+    with pytest.raises(ConfigError, match=r"evaluate_generations.*prompt_column"):
+        task(folder, evaluate_generations=3, prompt_column="").load()
 
 
 def test_texts_are_cut_and_prompts_too_long_are_refused(folder):
