@@ -1,6 +1,7 @@
 """From a file of records to answers: init, train, export, predict."""
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -82,6 +83,21 @@ def test_from_a_csv_to_answers(here, bert):
     answers = pq.read_table("answers.parquet").to_pylist()
     assert [line["label"] for line in lines] == [answer["label"] for answer in answers]
     assert all(sum(line["probabilities"].values()) == pytest.approx(1) for line in lines)
+
+
+@pytest.mark.ray
+def test_names_below_this_folder_are_found_by_workers(here, bert):
+    tickets(here / "tickets.csv", 80)
+    shutil.copytree(bert, here / "model")
+    assert (
+        call("init", "text-classification", "--data", "tickets.csv", "--model", "model").exit_code
+        == 0
+    )
+    own = ["method.rank=4", "privacy.steps=1", "privacy.expected_batch_size=4"]
+    words = [word for assignment in own for word in ("--set", assignment)]
+    done = call("train", "run.yaml", *words, "--workers", "2", "--key-file", here / "home" / "key")
+    assert done.exit_code == 0, done.output
+    assert "2 workers" in done.output
 
 
 @pytest.mark.parametrize(
