@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 
-from grape_ray.data.arrays import Records
+from grape_ray.data.arrays import Ragged, Records
 from grape_ray.data.columns import Table
 from grape_ray.data.content import fingerprint, fingerprint_columns
 from grape_ray.data.fingerprints import row_hashes
@@ -202,7 +202,7 @@ def _encode_train(
     codes: list[np.ndarray] = []
     for part in _parts(train, "train"):
         records = encoder.encode(part, facts)
-        marks = _unit_hashes(part.rows[split.unit]) if split.unit else row_hashes(records)
+        marks = _unit_hashes(part.rows[split.unit]) if split.unit else row_hashes(_read(records))
         held = _uniform(marks) < split.held_out if split.held_out else np.zeros(len(marks), bool)
         if held.any():
             writers[_VALIDATION].append(records.take(np.flatnonzero(held)))
@@ -221,6 +221,18 @@ def _parts(table: Table, name: str) -> Iterator[Table]:
     quiet = len(table) < 4 * _ROWS or not sys.stderr.isatty()
     for start in tqdm(starts, f"encoding {name}", unit_scale=_ROWS, unit=" rows", disable=quiet):
         yield table.slice(start, _ROWS)
+
+
+def _read(records: Records) -> Records:
+    """The records without numbers that may have been computed, as by a reference model, whose last
+    bits another machine may compute in another way.
+    """
+    whole = {
+        name: column
+        for name, column in records.columns.items()
+        if isinstance(column, Ragged) or column.dtype.kind != "f"
+    }
+    return Records(whole) if whole else records
 
 
 def _unit_hashes(values: pa.ChunkedArray) -> np.ndarray:
