@@ -1,5 +1,5 @@
-"""A task: fine-tune a causal language model on pairs of answers of which one was preferred, by direct
-preference optimization (DPO).
+"""A task: fine-tune a causal language model on pairs of answers of which one was preferred, by
+direct preference optimization (DPO).
 """
 
 from __future__ import annotations
@@ -100,10 +100,8 @@ class Preference(DecoderTask):
             torch.stack([F.pad(t, (0, longest - t.shape[1]), value=PAD) for t in parts], 1)
             for parts in zip(*found)
         )
-        batch = {
-            "ids": ids,
-            "learned": (torch.arange(longest) >= starts.view(-1, 1, 1)) & (real > 0),
-        }
+        answers = torch.arange(longest) >= starts.view(-1, 1, 1)
+        batch = {"ids": ids, "learned": answers & (real > 0)}
         if "reference" in records.columns:
             batch["reference"] = torch.from_numpy(records.array("reference")[indices])
         return batch
@@ -130,8 +128,9 @@ class Preference(DecoderTask):
         They are rounded, so that records alike have the same ones whatever they are padded with.
         The model is loaded anew for some thousand records, so that none stays in memory.
         """
-        model = load_language_model(self.model, 0)
-        model = model.bfloat16() if self.weights == "bf16" else model
+        model: nn.Module = load_language_model(self.model, 0)
+        if self.weights == "bf16":
+            model = model.bfloat16()
         model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         found = np.empty((len(records), 2), dtype=np.float32)
         for indices, batch in batches(self, model, records, _ROWS):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -48,7 +49,7 @@ def test_trains_is_exported_and_generates(folder, tmp_path, fields):
     one = task(folder, **fields)
     result, out = trained(one, tmp_path)
     assert set(result.metrics) == {"accuracy", "margin", "loss"}
-    again = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+    again: Any = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
     found = one.evaluate(again, one.load().validation)
     assert found == pytest.approx(dict(result.metrics), rel=1e-3, abs=1e-5)
     table = Table(pa.table({"prompt": ["q1", "q"]}), "here")
