@@ -12,10 +12,11 @@ if TYPE_CHECKING:
     from grape_ray.ledger import Ledger, Study
     from grape_ray.optim import make_optimizer
     from grape_ray.privacy.noise import NoiseStream, privatize
+    from grape_ray.ray_backend.fit import fit
 
 __all__ = [
     "Config", "Ledger", "Mechanism", "Method", "NoiseStream", "Performance", "Privacy", "Study",
-    "make_engine", "make_optimizer", "privatize", "register_rule",
+    "fit", "make_engine", "make_optimizer", "privatize", "register_rule",
 ]  # fmt: skip
 
 _HOMES = {
@@ -25,6 +26,7 @@ _HOMES = {
     "privacy.noise": ("NoiseStream", "privatize"),
     "engines": ("make_engine", "register_rule"),
     "optim": ("make_optimizer",),
+    "ray_backend.fit": ("fit",),
 }
 
 

@@ -57,11 +57,11 @@ class DigitsVit:
         order = np.random.default_rng(self.split_seed).permutation(len(digits.target))
         images = (digits.images[order].astype(np.float32) / 8.0) - 1.0
         labels = digits.target[order].astype(np.int64)
-        windows = _windows(images)
+        pixels = windows(images)
         train, held = slice(0, TRAIN_RECORDS), slice(TRAIN_RECORDS, None)
         return Data(
-            train=Records({"pixel_values": windows[train], "labels": labels[train]}),
-            validation=Records({"pixel_values": windows[held], "labels": labels[held]}),
+            train=Records({"pixel_values": pixels[train], "labels": labels[train]}),
+            validation=Records({"pixel_values": pixels[held], "labels": labels[held]}),
             dataset_id=fingerprint_arrays(images[train], labels[train]),
             public=True,
         )
@@ -104,7 +104,7 @@ class DigitsVit:
         save_pretrained(model, folder)
 
 
-def _windows(images: np.ndarray) -> np.ndarray:
+def windows(images: np.ndarray) -> np.ndarray:
     """Images (N, 8, 8) as overlapping windows: (N, 16 pixels of a window, 4, 4 places), with a
     border of paper around the image.
     """

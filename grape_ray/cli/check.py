@@ -9,6 +9,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
@@ -93,12 +94,13 @@ def _target(
 def _dry_run_report(config: Config) -> Report:
     """The report of a dry run, in a folder that is thrown away."""
     from grape_ray.storage import Storage
-    from grape_ray.tasks.task import loaded
+    from grape_ray.tasks.task import loaded, resolved
     from grape_ray.training.dry_run import dry_run
     from grape_ray.training.pricing import sampling_prob_of
     from grape_ray.training.splits import check_splits
 
     data = loaded(config.task, config.privacy.unit)
+    config = replace(config, task=resolved(config.task, data))
     sampling_prob_of(config, data)
     check_splits(data, True, not data.public)
     with tempfile.TemporaryDirectory(prefix="grape-ray-") as scratch:

@@ -13,12 +13,13 @@ from grape_ray.cli import options
 @click.command("export")
 @click.argument("run")
 @click.argument("folder")
+@click.option("--push-to-hub", "name", help="Put the folder on the hub, as private OWNER/NAME.")
 @options.trust_module
-def command(run, folder, trust) -> None:
+def command(run, folder, name, trust) -> None:
     """Write the model of RUN (a run's folder or URL) to FOLDER, for
     AutoModel....from_pretrained.
     """
-    from grape_ray.training.export import PRIVACY_FILE, export
+    from grape_ray.training.export import PRIVACY_FILE, export, push
 
     step = export(run, folder, trust)
     stated = json.loads(Path(folder, PRIVACY_FILE).read_text())
@@ -26,3 +27,5 @@ def command(run, folder, trust) -> None:
         f"{folder}: the model after step {step}"
         + ("" if stated["private"] else f"; {stated['statement']}")
     )
+    if name:
+        click.echo(push(folder, name))

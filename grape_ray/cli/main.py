@@ -19,12 +19,16 @@ COMMANDS = {
     "account": "Noise, epsilon or number of steps, each from the others.",
     "ledger": "List, show, verify or extend the ledgers of datasets.",
     "check": "See whether a model or pipeline can be trained, before anything is paid for.",
-    "train": "Run a pipeline, privately and paid for.",
+    "init": "Write a run file for your data, with what is found in it.",
+    "fields": "List the fields of a pipeline and what they mean.",
+    "prepare": "Encode a dataset once, for a cluster.",
+    "train": "Run a pipeline or run file, privately and paid for.",
     "resume": "Resume a run that was cut off.",
     "evaluate": "Evaluate a run's newest checkpoint again, free of privacy cost.",
     "tune": "Sweep a tune space under one privacy budget.",
     "report": "Make a page and a table of a sweep.",
     "bench": "Measure time, memory and traffic of every method.",
+    "predict": "Let a trained model answer for new records.",
     "export": "Write a run's model as a folder that Hugging Face loads.",
 }
 

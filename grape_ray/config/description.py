@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import typing
@@ -23,8 +24,6 @@ _RUN = {  # fields of a run's description, and their types
     "privacy": (dict,), "method": (dict,), "performance": (dict,),
 }  # fmt: skip
 _LATER = ("performance",)  # a field that early descriptions lack
-# what else they lack, with what it was then
-_BEFORE_UNITS = {"unit": Privacy.unit, "examples_per_unit": Privacy.examples_per_unit}
 # Tasks of this package that moved: where descriptions of older runs and sweeps say that they live,
 # and where they live.
 _OLD_HOMES = {
@@ -67,16 +66,18 @@ def _parsed(data: bytes) -> Json:
         known["task"].get("fields"), dict
     ):
         raise ValueError("a task without its class and fields")
-    return {"unit": RECORD, **up_to_date(known)}
+    return {"unit": RECORD, **known, "task": at_home(known["task"])}
 
 
-def up_to_date(config: Json) -> Json:
-    """The description of a config as this version would write it."""
-    return {
-        **config,
-        "task": at_home(config["task"]),
-        "privacy": {**_BEFORE_UNITS, **config["privacy"]},
-    }
+def up_to_date(description: Json, config: Config) -> Json:
+    """The description of a config as this version would write it, with the names and fields that
+    are known today; as it is where it describes another task than that of `config`.
+    """
+    trust = (type(config.task).__module__,)
+    with contextlib.suppress(ConfigError):
+        again = rebuild_config({**description, "task": at_home(description["task"])}, trust)
+        return {**description, **json.loads(json.dumps(describe(again)))}
+    return description
 
 
 def at_home(task: Json) -> Json:

@@ -16,11 +16,11 @@ from grape_ray.errors import ConfigError, nearest
 _NOT_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 
 
-def assign(node: Any, path: list[str], value: str, key: str) -> Any:
+def assign(node: Any, path: list[str], value: str, key: str, place: str = "--set") -> Any:
     """A copy of the dataclass `node` in which the field at `path` is parsed from `value`.
 
     Args:
-        key: the whole path as the user wrote it, for errors.
+        key: the whole path as the user wrote it, and place: where, for errors.
 
     Raises:
         ConfigError: an unknown key, with the nearest names; a group; a value of another type.
@@ -30,25 +30,37 @@ def assign(node: Any, path: list[str], value: str, key: str) -> Any:
     if path[0] not in names:
         known = {".".join([*key.split(".")[: -len(path)], n]) for n in names}
         raise ConfigError(
-            "--set: unknown key", key, "a field of the configuration", nearest(key, known)
+            f"{_at(place)} unknown key", key, "a field of the configuration", nearest(key, known)
         )
     current = getattr(node, path[0])
     if len(path) > 1:
         if not dataclasses.is_dataclass(current):
             raise ConfigError(
-                "--set: unknown key",
+                f"{_at(place)} unknown key",
                 key,
                 f"{path[0]} has no fields of its own",
                 "name the field itself",
             )
-        return dataclasses.replace(node, **{path[0]: assign(current, path[1:], value, key)})
+        return dataclasses.replace(node, **{path[0]: assign(current, path[1:], value, key, place)})
     if dataclasses.is_dataclass(current):
         inner = ", ".join(f"{key}.{f.name}" for f in dataclasses.fields(current))
         raise ConfigError(
-            "--set: a group is not a value", key, f"one of {inner}", "set its fields one by one"
+            f"{_at(place)} a group is not a value",
+            key,
+            f"one of {inner}",
+            "set its fields one by one",
         )
     hint = typing.get_type_hints(type(node))[path[0]]
-    return dataclasses.replace(node, **{path[0]: _parse(value, hint, key)})
+    return dataclasses.replace(node, **{path[0]: _parse(value, hint, f"{place} {key}")})
+
+
+def parse(value: str, kind: type, field: str, place: str) -> Any:
+    """A text as the value of a dataclass's field. Raises ConfigError for another type."""
+    return _parse(value, typing.get_type_hints(kind)[field], f"{place}.{field}")
+
+
+def _at(place: str) -> str:
+    return place if place.endswith(":") else f"{place}:"
 
 
 def _parse(text: str, hint: Any, key: str) -> object:
@@ -80,9 +92,7 @@ def _parse(text: str, hint: Any, key: str) -> object:
         if isinstance(value, origin) and isinstance(value, bool) == (origin is bool):
             return value
     names = " or ".join(getattr(o, "__name__", str(o)) for o in options)
-    raise ConfigError(
-        f"--set {key}", text, f"a value of type {names}", "write it as in Python or JSON"
-    )
+    raise ConfigError(key, text, f"a value of type {names}", "write it as in Python or JSON")
 
 
 def _parts(text: str) -> list[str]:

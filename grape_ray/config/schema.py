@@ -173,8 +173,8 @@ class Method:
         estimator: of method `randomized`: `hutchinson` or `hutch++`.
         routes: `pattern:route` texts (fnmatch on names) that overrule how a layer's norm is
             computed: gram, instantiate or sketch.
-        optimizer: `adam` or `sgd`; learning_rate, betas, eps, momentum, weight_decay (decoupled)
-            are its own.
+        optimizer: `adam` or `sgd`. learning_rate: its step size. betas, eps: of Adam. momentum: of
+            SGD. weight_decay: decoupled, times the learning rate, a step.
         warmup_steps, schedule: linear warm-up, then `constant`, `linear` or `cosine` decay to zero
             at the last step.
         correct_noise_bias: subtract the known noise variance from Adam's second moment.

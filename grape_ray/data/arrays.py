@@ -95,10 +95,13 @@ class Records:
     Attributes:
         digests: of these very columns, where they are known; None has them computed when asked for
             (`data.fingerprints`).
+        starts: (S + 1,) the first record of each shard, where they lie in shards that not every
+            node holds; None where every node holds them all.
     """
 
     columns: Mapping[str, np.ndarray | Ragged]
     digests: Digests | None = None
+    starts: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         lengths = {name: len(column) for name, column in self.columns.items()}
@@ -130,6 +133,12 @@ class Records:
             if start == 0 or lengths[high] >= last[0]:
                 last = (int(lengths[high]), start + high)
         return first[1], last[1]
+
+    def owners(self, indices: np.ndarray, world_size: int) -> np.ndarray:
+        """For records in shards, the rank that holds each: a rank holds consecutive shards."""
+        assert self.starts is not None
+        shards = np.searchsorted(self.starts, indices, side="right") - 1
+        return shards * world_size // (len(self.starts) - 1)
 
     def take(self, indices: np.ndarray) -> Records:
         """The records at `indices`, copied, in that order."""

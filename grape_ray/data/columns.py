@@ -34,9 +34,14 @@ class Table:
         """Some rows, without a copy."""
         return Table(self.rows.slice(start, count), self.place, self.first + start)
 
+    def check_texts(self, columns: Sequence[str]) -> None:
+        """Refuses columns of another type than texts. Raises DataError."""
+        for column in columns:
+            self._check_type(column, is_text, "strings", "name the column of texts")
+
     def texts(self, column: str) -> list[str]:
         """A column of texts. Raises DataError for another type, or bytes that are no text."""
-        self._check_type(column, is_text, "strings", "name the column of texts")
+        self.check_texts([column])
         try:
             return self.rows[column].to_pylist()
         except UnicodeDecodeError:  # its text quotes the record

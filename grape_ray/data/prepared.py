@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 
-from grape_ray.data.arrays import Ragged, Records
+from grape_ray.data.arrays import Records
 from grape_ray.data.columns import Table
 from grape_ray.data.content import fingerprint, fingerprint_columns
 from grape_ray.data.fingerprints import row_hashes
@@ -28,8 +28,8 @@ from grape_ray.data.units import Units
 from grape_ray.errors import DataError
 from grape_ray.storage import Json
 
-_INDEX, _TRAIN, _VALIDATION = "index.json", "train.arrow", "validation.arrow"
-_UNITS = ("unit_offsets.npy", "unit_records.npy")
+INDEX, TRAIN, VALIDATION = "index.json", "train.arrow", "validation.arrow"
+UNITS = ("unit_offsets.npy", "unit_records.npy")
 _ROWS = 4096  # encoded at a time
 
 
@@ -40,11 +40,14 @@ class Columns:
     Attributes:
         named: all columns, each of which must hold a value in every row. texts: of them, those of
             texts. filled: of them, those of texts or lists that must not be empty.
+        computed: of the records that are made of it, the columns that a model has computed: their
+            last bits may be others on another machine, so no split is made by them.
     """
 
     named: tuple[str, ...]
     texts: tuple[str, ...] = ()
     filled: tuple[str, ...] = ()
+    computed: tuple[str, ...] = ()
 
 
 class Encoder(Protocol):
@@ -111,14 +114,14 @@ class PreparedSet:
 
 def open_prepared(folder: Path) -> PreparedSet:
     """The prepared set in a folder, mapped: opening it takes milliseconds, whatever its size."""
-    index = json.loads((folder / _INDEX).read_text())
+    index = json.loads((folder / INDEX).read_text())
     units = None
     if index["unit"]:
-        offsets, order = (np.load(folder / name, mmap_mode="r") for name in _UNITS)
+        offsets, order = (np.load(folder / name, mmap_mode="r") for name in UNITS)
         units = Units(offsets, order)
     return PreparedSet(
-        read_records(folder / _TRAIN),
-        read_records(folder / _VALIDATION),
+        read_records(folder / TRAIN),
+        read_records(folder / VALIDATION),
         index["dataset_id"],
         tuple(index["columns"]),
         index["facts"],
@@ -140,6 +143,41 @@ def prepare(split: Split, encoder: Encoder, folder: Path) -> None:
 
 
 def _prepare(split: Split, encoder: Encoder, folder: Path, scratch: Path) -> None:
+    tables = checked_tables(split, encoder, scratch)
+    writers = {name: RecordsWriter(folder / name) for name in (TRAIN, VALIDATION)}
+    marks = encode_train(split, encoder, tables, writers)
+    encode_validation(encoder, tables, writers[VALIDATION])
+    for name, writer in writers.items():
+        writer.finish()
+        check_not_empty(name, (folder / name).exists())
+    if split.unit:
+        units = Units.of(np.unique(marks, return_inverse=True)[1])
+        for name, array in zip(UNITS, (units.offsets, units.order)):
+            np.save(folder / name, array)
+    (folder / INDEX).write_text(json.dumps(tables.index))
+
+
+@dataclass(frozen=True)
+class CheckedTables:
+    """A dataset's tables, of which every row can be used.
+
+    Attributes:
+        train, validation: the latter None where records are held out of the former. index: what an
+            index holds: the dataset's fingerprints, the unit, what the task found out.
+    """
+
+    train: Table
+    validation: Table | None
+    index: Json
+
+    @property
+    def facts(self) -> Json:
+        """See `Encoder.facts`."""
+        return self.index["facts"]
+
+
+def checked_tables(split: Split, encoder: Encoder, scratch: Path) -> CheckedTables:
+    """The tables of a dataset, mapped from `scratch`. Raises DataError."""
     train = _usable(split, split.train, encoder.columns, scratch)
     identity = train.rows.select(dict.fromkeys(encoder.columns.named))
     index: Json = {
@@ -154,22 +192,21 @@ def _prepare(split: Split, encoder: Encoder, folder: Path, scratch: Path) -> Non
     if split.validation is not None:
         validation = _usable(split, split.validation, encoder.columns, scratch, validation=True)
         encoder.check(validation, facts)
-    writers = {name: RecordsWriter(folder / name) for name in (_TRAIN, _VALIDATION)}
-    codes = _encode_train(split, encoder, train, facts, writers)
-    if validation is not None:
-        for part in _parts(validation, "validation"):
-            writers[_VALIDATION].append(encoder.encode(part, facts))
-    for name, writer in writers.items():
-        writer.finish()
-        if not (folder / name).exists():
-            got = "no record"
-            fix = "give more records, or another task.held_out or task.validation"
-            raise DataError(f"the {name.partition('.')[0]} split", got, "at least one", fix)
-    if split.unit:
-        units = Units.of(np.unique(np.concatenate(codes), return_inverse=True)[1])
-        for name, array in zip(_UNITS, (units.offsets, units.order)):
-            np.save(folder / name, array)
-    (folder / _INDEX).write_text(json.dumps(index))
+    return CheckedTables(train, validation, index)
+
+
+def encode_validation(encoder: Encoder, tables: CheckedTables, writer: RecordsWriter) -> None:
+    """Writes the validation records, where they have a table of their own."""
+    if tables.validation is not None:
+        for part in _parts(tables.validation, "validation"):
+            writer.append(encoder.encode(part, tables.facts))
+
+
+def check_not_empty(name: str, there: bool) -> None:
+    """Refuses a split without a record. Raises DataError."""
+    if not there:
+        fix = "give more records, or another task.held_out or task.validation"
+        raise DataError(f"the {name.partition('.')[0]} split", "no record", "at least one", fix)
 
 
 def _usable(
@@ -187,30 +224,32 @@ def _usable(
     if not split.drop_bad_rows:
         table.refuse(bad)
     kept = table.without(np.logical_or.reduce(list(bad.values()))) if bad else table
+    kept.check_texts(columns.texts)
     if not len(kept):
         got, fix = f"{len(table)} rows that cannot be used", "look at its columns"
         raise DataError(f"data of {source.place}", got, "at least one record", fix)
     return kept
 
 
-def _encode_train(
-    split: Split, encoder: Encoder, train: Table, facts: Json, writers: Mapping[str, RecordsWriter]
-) -> list[np.ndarray]:
-    """Writes the training records, and those held out of them; returns the hashes of the units of
-    the former.
+def encode_train(
+    split: Split, encoder: Encoder, tables: CheckedTables, writers: Mapping[str, RecordsWriter]
+) -> np.ndarray:
+    """Writes the training records, and those held out of them; returns the hash (N,) of each of the
+    former's unit.
     """
-    codes: list[np.ndarray] = []
-    for part in _parts(train, "train"):
-        records = encoder.encode(part, facts)
-        marks = _unit_hashes(part.rows[split.unit]) if split.unit else row_hashes(_read(records))
-        held = _uniform(marks) < split.held_out if split.held_out else np.zeros(len(marks), bool)
+    marks = [np.empty(0, dtype=np.uint64)]
+    for part in _parts(tables.train, "train"):
+        records = encoder.encode(part, tables.facts)
+        read = _read(records, encoder.columns.computed)
+        own = unit_hashes(part.rows[split.unit]) if split.unit else row_hashes(read)
+        held = _uniform(own) < split.held_out if split.held_out else np.zeros(len(own), bool)
         if held.any():
-            writers[_VALIDATION].append(records.take(np.flatnonzero(held)))
-            records, marks = records.take(np.flatnonzero(~held)), marks[~held]
+            writers[VALIDATION].append(records.take(np.flatnonzero(held)))
+            records, own = records.take(np.flatnonzero(~held)), own[~held]
         if len(records):
-            writers[_TRAIN].append(records)
-            codes.append(marks)
-    return codes
+            writers[TRAIN].append(records)
+            marks.append(own)
+    return np.concatenate(marks)
 
 
 def _parts(table: Table, name: str) -> Iterator[Table]:
@@ -223,19 +262,12 @@ def _parts(table: Table, name: str) -> Iterator[Table]:
         yield table.slice(start, _ROWS)
 
 
-def _read(records: Records) -> Records:
-    """The records without numbers that may have been computed, as by a reference model, whose last
-    bits another machine may compute in another way.
-    """
-    whole = {
-        name: column
-        for name, column in records.columns.items()
-        if isinstance(column, Ragged) or column.dtype.kind != "f"
-    }
-    return Records(whole) if whole else records
+def _read(records: Records, computed: tuple[str, ...]) -> Records:
+    """The records without the columns that a model has computed."""
+    return Records({n: column for n, column in records.columns.items() if n not in computed})
 
 
-def _unit_hashes(values: pa.ChunkedArray) -> np.ndarray:
+def unit_hashes(values: pa.ChunkedArray) -> np.ndarray:
     """(N,) uint64, a hash of each unit's name. Two units with one hash, of which there is a chance
     of 1e-8 among a million, are protected as one.
     """

@@ -108,14 +108,14 @@ class Materialised(Collector):
             if isinstance(left, Index) and name not in self.stored and name not in self.lookups:
                 self.lookups[name] = (left, factor_pairs.wide(left, right)[1])
             else:
-                self._add(name, outer(left, right).view(self.examples, *self.params[name].shape))
+                self.add(name, outer(left, right).view(self.examples, *self.params[name].shape))
         elif plan.axis == 0:
             projected = self._project(name, left)
-            self._add(name, outer(projected, right.to(projected.dtype)))
+            self.add(name, outer(projected, right.to(projected.dtype)))
         elif isinstance(left, Tensor):
-            self._add(name, outer(self._project(name, right), left))
+            self.add(name, outer(self._project(name, right), left))
         else:
-            self._add(name, outer(left, self._project(name, right)).transpose(1, 2))
+            self.add(name, outer(left, self._project(name, right)).transpose(1, 2))
 
     def affine(self, name: str, bias: str, left: Tensor, right: Tensor) -> None:
         if not self.compresses(name, 1) or bias in self.subspace.plan:
@@ -123,15 +123,15 @@ class Materialised(Collector):
             return
         projected = self._project(name, right)
         both = outer(torch.cat([projected, projected.new_ones(*projected.shape[:2], 1)], 2), left)
-        self._add(name, both[:, :-1])
-        self._add(bias, both[:, -1])
+        self.add(name, both[:, :-1])
+        self.add(bias, both[:, -1])
 
     def dense(self, name: str, grads: Tensor) -> None:
         plan = self.subspace.plan.get(name)
         if plan is not None:
             flat = grads.reshape(self.examples, plan.rows, -1)
             grads = self.matrix(name, grads).T @ (flat if plan.axis == 0 else flat.transpose(1, 2))
-        self._add(name, grads)
+        self.add(name, grads)
 
     def _project(self, name: str, factor: Left) -> Tensor:
         """(B,T,R) of a factor on the compressed side, which forward may have projected already."""
@@ -140,7 +140,8 @@ class Materialised(Collector):
             return factor.project(self.subspace.matrix(name, self.period, self.params[name]))
         return factor if factor.shape[-1] == plan.rank else factor @ self.matrix(name, factor)
 
-    def _add(self, name: str, grads: Tensor) -> None:
+    def add(self, name: str, grads: Tensor) -> None:
+        """Adds per-example gradients (B,...) of a use, in coordinates where the weight has some."""
         # a second use of a table, as of a tied head: now it needs its full gradient
         if name in self.lookups:
             grads = grads + outer(*self.lookups.pop(name)).view(grads.shape)

@@ -16,7 +16,7 @@ from grape_ray.engines.capture.model_state import ModelSnapshot, awake, check_ki
 from grape_ray.engines.capture.parameter_swap import tracking
 from grape_ray.engines.capture.random_state import random_states
 from grape_ray.engines.collector import Collector, Materialised, sum_dtype
-from grape_ray.engines.grouping import Grouped, Groups
+from grape_ray.engines.grouping import Groups, grouped
 from grape_ray.engines.losses import PerExampleLoss, losses_of
 from grape_ray.engines.norm_routes import parse_overrides
 from grape_ray.engines.precision import pinned
@@ -156,8 +156,8 @@ class Engine:
         """
         rows, device = count_examples(batch), next(iter(self.params.values())).device
         self._check_batch_norms()
-        grouped = None if groups is None else Groups(groups, units, rows, device)
-        examples = rows if grouped is None else grouped.units
+        of_units = None if groups is None else Groups(groups, units, rows, device)
+        examples = rows if of_units is None else of_units.units
         if mask is not None and (mask.dtype != torch.bool or mask.shape != (examples,)):
             raise ConfigError(
                 "mask",
@@ -177,7 +177,7 @@ class Engine:
         states = random_states(device)
 
         def once() -> ClippedSum:
-            return self._pass(per_example_loss, batch, step, mask, states, grouped)
+            return self._pass(per_example_loss, batch, step, mask, states, of_units)
 
         return self._verifier.attempts(once, states)
 
@@ -234,7 +234,7 @@ class Engine:
 
         def new_collector() -> Collector:
             made = self._make_collector(rows if groups is None else groups.units, step)
-            return made if groups is None else Grouped(made, groups)
+            return made if groups is None else grouped(made, groups)
 
         forward = Forward(
             run=lambda some, count: losses_of(per_example_loss, self.model, some, count),

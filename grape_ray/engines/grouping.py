@@ -3,7 +3,8 @@ views of an image, the two answers of a preference pair.
 
 A unit's loss is the mean of its rows' losses, so its gradient is the average of theirs, and its
 rows' positions are positions of one example: the factors (B,T,d) of B rows become (U,k*T,d) of U
-units of up to k rows, and every method goes on as ever.
+units of up to k rows, and every method goes on as ever. Coordinates, which are small, are summed
+instead where units have different numbers of rows.
 """
 
 from __future__ import annotations
@@ -14,12 +15,18 @@ import torch
 from torch import Tensor
 
 from grape_ray.engines.algebra.factor_pairs import Index, Left
-from grape_ray.engines.collector import Collector, sum_dtype
+from grape_ray.engines.collector import Collector, Materialised, sum_dtype
 from grape_ray.errors import ConfigError
 
 
 class Groups:
     """Which rows of a batch are one unit's.
+
+    Attributes:
+        units: U. rows: B. largest: k, the most rows of a unit. shares: (B,) float64, of each row in
+            its unit's mean.
+        in_place: whether all units have as many rows, one unit's after the other's, so that nothing
+            has to be moved.
 
     Args:
         of: (B,) int64, the unit of each row. units: U; units without rows contribute zero.
@@ -40,41 +47,37 @@ class Groups:
             got = f"{of.dtype} of shape {tuple(of.shape)}, with units={units}"
             expected = f"int64 of shape ({rows},), the unit of each row, below units"
             raise ConfigError("groups", got, expected, "number the units of a batch from 0")
-        self.units, counts = units, torch.bincount(of, minlength=units)
-        self.largest = int(counts.max()) if rows else 0  # k
+        self.units, self.rows, counts = units, rows, torch.bincount(of, minlength=units)
+        self.largest = int(counts.max()) if rows else 0
         # row table[u, j] is the j-th of unit u, where present[u, j]
         order, starts = of.argsort(stable=True), counts.cumsum(0) - counts
         slots = torch.arange(self.largest)
         present = slots < counts.unsqueeze(1)
         table = order[torch.where(present, starts.unsqueeze(1) + slots, 0)]
-        # equally many rows each, one unit after the other: nothing has to be moved
-        self._in_place = bool(present.all()) and torch.equal(table.flatten(), torch.arange(rows))
+        self.in_place = torch.equal(table.flatten(), torch.arange(rows))
         self._table, self._absent = table.to(device), (~present).to(device)
-        self._slots = [
-            (table[present[:, slot], slot].to(device), present[:, slot].nonzero()[:, 0].to(device))
-            for slot in range(self.largest)
-        ]
-        self.shares = (1 / counts.double())[of].to(device)  # (B,) of each row in its unit's mean
+        self._of = of.to(device)
+        self.shares = (1 / counts.double())[of].to(device)
 
     def joined(self, factor: Tensor) -> Tensor:
         """(B,T,...) -> (U,k*T,...): the positions of a unit's rows, zeros where it has fewer."""
         size = self.largest * factor.shape[1]
-        if self._in_place:
+        if self.in_place:
             return factor.reshape(self.units, size, *factor.shape[2:])
-        wide = factor[self._table]
-        wide[self._absent] = 0
+        absent = self._absent.view(self.units, self.largest, *[1] * (factor.ndim - 1))
+        wide = factor[self._table].masked_fill_(absent, 0)
         return wide.reshape(self.units, size, *factor.shape[2:])
 
     def summed(self, grads: Tensor) -> Tensor:
         """(B,...) -> (U,...), the sum over each unit's rows, always in the same order: ghost
         clipping's two passes must agree to the last bit.
         """
-        if self._in_place:
+        if self.in_place:
             return grads.reshape(self.units, self.largest, *grads.shape[1:]).sum(1)
         total = grads.new_zeros(self.units, *grads.shape[1:])
-        for rows, units in self._slots:
-            total.index_add_(0, units, grads[rows])  # no unit twice, so no order to depend on
-        return total
+        if grads.device.type == "cpu":  # adds one row after the other
+            return total.index_add_(0, self._of, grads)
+        return total.index_put_((self._of,), grads, accumulate=True)  # which sorts the rows
 
 
 class Grouped(Collector):
@@ -114,3 +117,41 @@ class Grouped(Collector):
         if isinstance(left, Index):
             return Index(self._groups.joined(left.ids), left.size)
         return self._groups.joined(left)
+
+
+class GroupedCoordinates(Grouped):
+    """Of weights that are kept in coordinates, contracts row by row and sums over each unit's rows:
+    cheaper than rows of zeros for the units that have fewer.
+    """
+
+    _kept: Materialised
+
+    def pair(self, name: str, left: Left, right: Tensor) -> None:
+        if name not in self.subspace.plan:
+            super().pair(name, left, right)
+            return
+        rows = self._of_rows()
+        rows.pair(name, left, right)
+        self._add(rows)
+
+    def affine(self, name: str, bias: str, left: Tensor, right: Tensor) -> None:
+        if name not in self.subspace.plan:
+            super().affine(name, bias, left, right)
+            return
+        rows = self._of_rows()
+        rows.affine(name, bias, left, right)
+        self._add(rows)
+
+    def _of_rows(self) -> Materialised:
+        return Materialised(self.params, self._groups.rows, self.subspace, self.period)
+
+    def _add(self, rows: Materialised) -> None:
+        for name, grads in rows.stored.items():
+            self._kept.add(name, self._groups.summed(grads))
+
+
+def grouped(kept: Collector, groups: Groups) -> Grouped:
+    """The collector of rows that suits a method's collector of units."""
+    if isinstance(kept, Materialised) and not groups.in_place:
+        return GroupedCoordinates(kept, groups)
+    return Grouped(kept, groups)

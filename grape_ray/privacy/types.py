@@ -20,16 +20,16 @@ class ClippedSum:
     """SENSITIVE: the sum over examples of clipped per-example gradients; never log, save or step
     with it.
 
-    Guarantees: adding or removing one example moves `tensors`, taken as one flat vector, by at most
-    `sensitivity` in L2 norm.
+    Guarantees: adding or removing one example (one unit, with all its rows) moves `tensors`, taken
+    as one flat vector, by at most `sensitivity` in L2 norm.
 
     Attributes:
         tensors: parameter name -> sum, fp32 or fp64; shape of the parameter, or of its coordinates
             where a subspace projects it.
         sensitivity: L2 sensitivity under add/remove of one example; the noise's standard deviation
             is noise_multiplier * sensitivity.
-        unprotected: per-example diagnostics of shape (B,), e.g. `norms` and `losses`; outside every
-            guarantee.
+        unprotected: diagnostics, e.g. `norms` of examples or units and `losses` (B,) of rows;
+            outside every guarantee.
         step: the step it was summed for; None leaves it to `privatize`. period: of the projections
             that its coordinates belong to; None where nothing is projected.
         estimated: (number of probes, whether all examples share them) where norms are estimates,

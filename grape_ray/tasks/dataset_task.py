@@ -22,6 +22,7 @@ from grape_ray.data.arrays import Records
 from grape_ray.data.cache import cached
 from grape_ray.data.columns import Table
 from grape_ray.data.prepared import Columns, PreparedSet, Split, prepare
+from grape_ray.data.shards import is_sharded_set, open_sharded_set
 from grape_ray.data.sources import Source
 from grape_ray.errors import Caution, ConfigError
 from grape_ray.models.adapters import Lora, adapted, is_adapted, merged, save_adapters
@@ -134,9 +135,33 @@ class DatasetTask:
 
     def prepared(self, unit: str = "") -> PreparedSet:
         """The prepared set; see `load`."""
+        if is_sharded_set(self.data):
+            return open_sharded_set(self.data, self.encoding(unit))
+        split = self.division(unit)
+        identity = {
+            # first, because a file that is not there is found out at once
+            "train": split.train.identity(),
+            "validation": split.validation.identity() if split.validation else None,
+            **self.encoding(unit),
+        }
+        return cached(identity, partial(prepare, split, self))
+
+    def encoding(self, unit: str) -> Json:
+        """What decides how a row is encoded, and what becomes of it."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        encoded = {k: v for k, v in fields.items() if k not in _NOT_ENCODED}
+        return {
+            "task": type(self).__qualname__,
+            "fields": json.loads(json.dumps(encoded)),
+            "unit": unit,
+            "reader": self.reader(),
+        }
+
+    def division(self, unit: str) -> Split:
+        """Where the records come from, and how they are split."""
         train = Source(self.data, self.data_config, self.split, self.data_format)
         validation = None if self.held_out else train.other(self._validation_place())
-        split = Split(
+        return Split(
             train,
             validation,
             self.held_out,
@@ -145,17 +170,6 @@ class DatasetTask:
             self.validation_limit,
             self.drop_bad_rows,
         )
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        identity = {
-            # first, because a file that is not there is found out at once
-            "train": train.identity(),
-            "validation": validation.identity() if validation else None,
-            "task": type(self).__qualname__,
-            "fields": {k: v for k, v in fields.items() if k not in _NOT_ENCODED},
-            "unit": unit,
-            "reader": self.reader(),
-        }
-        return cached(identity, partial(prepare, split, self))
 
     def resolved(self: _Task, data: Data) -> _Task:
         """The task with what is read from the data written into its fields, so that the model can

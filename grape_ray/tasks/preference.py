@@ -58,7 +58,8 @@ class Preference(DecoderTask):
     @property
     def columns(self) -> Columns:
         answers = (self.chosen_column, self.rejected_column)
-        return Columns((self.prompt_column, *answers), (self.prompt_column, *answers), answers)
+        named = (self.prompt_column, *answers)
+        return Columns(named, named, answers, computed=("reference",))
 
     @property
     def input_columns(self) -> Columns:

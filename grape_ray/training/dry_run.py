@@ -203,6 +203,8 @@ def _evaluate(task: Task, model: nn.Module, records: Records) -> list[str]:
     """Names of the metrics of a few records, the shortest and the longest among them; of all, where
     a few have none.
     """
+    if not len(records):
+        return []
     order = records.by_length(np.arange(len(records)))
     spread = (
         np.linspace(0, len(order) - 1, min(_VALIDATION_RECORDS, len(order)))

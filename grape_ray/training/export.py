@@ -12,9 +12,12 @@ from pathlib import Path
 from grape_ray.config.description import read_run, rebuild_config
 from grape_ray.config.methods import METHODS
 from grape_ray.config.schema import Config
-from grape_ray.errors import StorageError
+from grape_ray.errors import ConfigError, StorageError
 from grape_ray.storage import Json, Storage
 from grape_ray.training.build import newest_checkpoint, trained_model
+from grape_ray.training.model_card import model_card
+from grape_ray.training.predict import TASK_FILE, describe_exported
+from grape_ray.training.result import RESULT_FILE, read_result
 
 PRIVACY_FILE = "privacy.json"
 
@@ -24,7 +27,7 @@ def export(run: str, folder: str | os.PathLike[str], trust: Iterable[str] = ()) 
     returns the checkpoint's step.
 
     A file `privacy.json` in the folder says what is guaranteed to the training records, or that
-    nothing is.
+    nothing is; README.md, the model card, says it to people.
 
     Args:
         run: path or URL of the run's folder. folder: local folder to make; it appears whole or not
@@ -53,13 +56,16 @@ def export(run: str, folder: str | os.PathLike[str], trust: Iterable[str] = ()) 
         target.parent.mkdir(parents=True, exist_ok=True)
         # beside the target, so that the move is a rename
         with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as scratch:
-            config.task.save(model, Path(scratch, "model"))
-            Path(scratch, "model", PRIVACY_FILE).write_text(
-                json.dumps(_statement(config, known["study"], newest.step), indent=1) + "\n"
-            )
+            made = Path(scratch, "model")
+            config.task.save(model, made)
+            stated = _statement(config, known["study"], newest.step)
+            (made / PRIVACY_FILE).write_text(json.dumps(stated, indent=1) + "\n")
+            (made / TASK_FILE).write_text(describe_exported(config.task))
+            noise = read_result(place).noise_multiplier if place.exists(RESULT_FILE) else None
+            (made / "README.md").write_text(model_card(config, stated, newest.metadata, noise))
             if target.exists():
                 target.rmdir()
-            shutil.move(Path(scratch, "model"), target)
+            shutil.move(made, target)
     except OSError as error:
         raise StorageError(
             "the export cannot be written", str(target), "a folder that you may make", str(error)
@@ -92,3 +98,26 @@ def _statement(config: Config, study: str, step: int) -> Json:
         "study": study,
         **trained,
     }
+
+
+def push(folder: str | os.PathLike[str], name: str) -> str:
+    """Puts an exported folder on the Hugging Face hub, as a private repository; returns its URL.
+
+    Raises:
+        ConfigError: no token is set. StorageError: the hub refuses, or cannot be reached.
+    """
+    import huggingface_hub
+
+    if not huggingface_hub.get_token():
+        fix = "run `hf auth login`, or set HF_TOKEN"
+        raise ConfigError("--push-to-hub", "no token", "a token that may write", fix)
+    api = huggingface_hub.HfApi()
+    try:
+        url = api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(folder_path=str(folder), repo_id=name)
+    except Exception as error:  # of the network or the hub
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        raise StorageError(
+            "the model cannot be put on the hub", name, "owner/name", reason
+        ) from None
+    return str(url)

@@ -67,21 +67,23 @@ def share_of(
     places, counts = picks_within_units(key, step, chosen, units.sizes(chosen), examples_per_unit)
     picked = units.records_at(np.repeat(chosen, counts), places)
     counts = counts[counts > 0]  # a unit without records contributes nothing
-    # by each unit's longest record, to which the others of its micro-batch are padded
-    rank = np.empty(len(picked), dtype=np.int64)
+    order, starts = _by_longest(picked, counts, records), np.cumsum(counts) - counts
+    within = np.arange(len(picked)) - np.repeat(
+        np.cumsum(counts[order]) - counts[order], counts[order]
+    )
+    return Share(picked[np.repeat(starts[order], counts[order]) + within], counts[order])
+
+
+def _by_longest(picked: np.ndarray, counts: np.ndarray, records: Records) -> np.ndarray:
+    """The order of units by the longest record of each, to which the others of its micro-batch are
+    padded.
+    """
+    rank = np.empty(len(picked), dtype=np.int64)  # of each record among all, by its length
     by_index = np.argsort(picked)
-    ordered = np.searchsorted(picked, records.by_length(picked), sorter=by_index)
-    rank[by_index[ordered]] = np.arange(len(picked))
+    sorted_places = by_index[np.searchsorted(picked, records.by_length(picked), sorter=by_index)]
+    rank[sorted_places] = np.arange(len(picked))
     starts = np.cumsum(counts) - counts
-    longest = np.maximum.reduceat(rank, starts) if len(counts) else starts
-    order = np.argsort(longest, kind="stable")
-    moved = np.repeat(starts[order], counts[order]) + _within(counts[order])
-    return Share(picked[moved], counts[order])
-
-
-def _within(counts: np.ndarray) -> np.ndarray:
-    """0, 1, .. counts[0] - 1, 0, 1, .. counts[1] - 1, and so on."""
-    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.argsort(np.maximum.reduceat(rank, starts) if len(counts) else starts, kind="stable")
 
 
 def micro_batches(
@@ -119,8 +121,8 @@ def cut(counts: np.ndarray, size: int) -> list[int]:
     """Where micro-batches of at most `size` records, or of one unit, begin and end, from 0 to the
     number of units.
 
-    >>> cut(np.array([1, 2, 2, 9, 1]), 4)
-    [0, 2, 3, 4, 5]
+    >>> cut(np.array([1, 2, 2, 9, 1]), 5)
+    [0, 3, 4, 5]
     """
     ends, cuts = np.cumsum(counts), [0]
     while cuts[-1] < len(counts):

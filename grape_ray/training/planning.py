@@ -11,7 +11,7 @@ from functools import partial
 
 from grape_ray.config import cautions
 from grape_ray.config.cautions import Consent
-from grape_ray.config.description import describe, read_run
+from grape_ray.config.description import describe, read_run, up_to_date
 from grape_ray.config.methods import METHODS
 from grape_ray.config.schema import Config
 from grape_ray.errors import ConfigError
@@ -158,6 +158,7 @@ def _check_same_run(plan: Plan, root: Storage) -> bool:
     if not root.exists(f"{plan.run}/{RUN_FILE}"):
         return False
     known = read_run(root.child(plan.run))
+    known = up_to_date(known, plan.config)
     mine = json.loads(_description(plan))
     differing = sorted(k for k in mine if k != "performance" and mine[k] != known.get(k))
     if differing:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,10 +24,11 @@ from grape_ray.engines.capture.batches import Batch, count_examples, mapped
 from grape_ray.engines.capture.model_state import awake
 from grape_ray.engines.capture.random_state import random_states, set_states
 from grape_ray.engines.engine import PerExampleLoss
-from grape_ray.engines.subspace import Subspace, owned_parameters
+from grape_ray.engines.subspace import owned_parameters
 from grape_ray.errors import UnsupportedLayer
 from grape_ray.privacy.types import ClippedSum
 from grape_ray.tasks.task import evaluating
+from grape_ray.training.definition import averaged, clip_factors, gradients_of_rows
 
 # Largest difference that rounding explains, over the largest entry: fp32 sums of another order, and
 # 8-bit mantissas.
@@ -93,23 +94,21 @@ def preflight(
     try:
         with awake(model):
             engine = from_config(model, privacy, method, key)
-            wanted = _references(engine, per_example_loss, few, count)
+            wanted = gradients_of_rows(engine, per_example_loss, few, count)
             twin = method if METHODS[method.name].exact else _exact_twin(method)
-            tight = replace(privacy, clip_norm=_clipping_norm(engine, wanted))
-            exact = from_config(model, tight, twin, key)
+
+            def made(clip_norm: float) -> Engine:
+                return from_config(model, replace(privacy, clip_norm=clip_norm), twin, key)
+
+            exact = made(_clipping_norm(engine, wanted))
             # the engine draws the dropout masks that the references had
             set_states(state)
             summed = exact.clipped_sum(per_example_loss, few)
             worst, tensor = _compare(exact, wanted, summed)
             if count > 1 and (privacy.unit or views > 1):
-                units = _averaged(wanted)
-                loose = replace(privacy, clip_norm=_loose_norm(units[0], privacy.clip_norm))
-                grouped = from_config(model, loose, twin, key)
-                grouped.layouts = exact.layouts
-                groups = torch.tensor([0, *range(count - 1)])
                 set_states(state)
-                summed = grouped.clipped_sum(per_example_loss, few, groups=groups, units=len(units))
-                worst, tensor = max((worst, tensor), _compare(grouped, units, summed))
+                found = _compare_units(made, exact, per_example_loss, few, wanted)
+                worst, tensor = max((worst, tensor), found)
             if twin is not method:  # its estimates cannot be compared, but it must not fail
                 engine.layouts = exact.layouts
                 summed = engine.clipped_sum(per_example_loss, few)
@@ -118,7 +117,7 @@ def preflight(
             _check_same_losses(exact, per_example_loss, few, singles)
             if engine.private and METHODS[method.name].exact:
                 for single in singles[:2]:  # of several, contributions could cancel
-                    _check_norm(exact.clipped_sum(per_example_loss, single), tight.clip_norm)
+                    _check_norm(exact.clipped_sum(per_example_loss, single), exact.clip_norm)
     finally:
         set_states(state)
     return Report(
@@ -225,7 +224,7 @@ def _compare(
     """
     wanted: dict[str, Tensor] = {}
     for grads in references:
-        factor = _factors(grads, engine)
+        factor = clip_factors(grads, engine)
         # an example whose gradient is not finite contributes zero to a private sum
         alive = not engine.private or all(bool(torch.isfinite(g).all()) for g in grads.values())
         for name, grad in grads.items():
@@ -247,10 +246,23 @@ def _compare(
     return errors[name], name
 
 
-def _averaged(references: Sequence[Mapping[str, Tensor]]) -> list[Mapping[str, Tensor]]:
-    """The gradients of units, where the first two rows are one unit's."""
-    first, second, *rest = references
-    return [{name: (grad + second[name]) / 2 for name, grad in first.items()}, *rest]
+def _compare_units(
+    made: Callable[[float], Engine],
+    known: Engine,
+    loss: PerExampleLoss,
+    batch: Batch,
+    references: Sequence[Mapping[str, Tensor]],
+) -> tuple[float, str]:
+    """As `_compare`, with the first two rows as one unit's.
+
+    Args:
+        made: the engine by its clip norm. known: one that has verified this batch.
+    """
+    units = averaged(references)
+    engine = made(_loose_norm(units[0], known.clip_norm))
+    engine.layouts = known.layouts
+    groups = torch.tensor([0, *range(len(units))])
+    return _compare(engine, units, engine.clipped_sum(loss, batch, groups=groups, units=len(units)))
 
 
 def _loose_norm(average: Mapping[str, Tensor], otherwise: float) -> float:
@@ -259,53 +271,3 @@ def _loose_norm(average: Mapping[str, Tensor], otherwise: float) -> float:
     """
     norm = 1.5 * math.sqrt(sum(float(g.square().sum()) for g in average.values()))
     return norm if MIN_CLIP_NORM <= norm <= MAX_CLIP_NORM else otherwise
-
-
-def _references(
-    engine: Engine, loss: PerExampleLoss, batch: Batch, rows: int
-) -> list[dict[str, Tensor]]:
-    """The definition, by ordinary autograd: each example's gradient in float64, projected; of one
-    pass, so that masks are the same.
-    """
-    names, params = list(engine.params), list(engine.params.values())
-    values = loss(engine.model, mapped(batch))
-    found = []
-    for index in range(rows):
-        grads: Sequence[Tensor | None] = [None] * len(params)
-        if values.requires_grad:
-            grads = torch.autograd.grad(values[index], params, allow_unused=True, retain_graph=True)
-        found.append(
-            {
-                n: _projected(engine.subspace, n, torch.zeros_like(p) if g is None else g).double()
-                for n, p, g in zip(names, params, grads)
-            }
-        )
-    return found
-
-
-def _projected(subspace: Subspace, name: str, grad: Tensor) -> Tensor:
-    """One gradient in coordinates: (rank, I) of O x I where the outputs are compressed, (O, rank)
-    where the inputs are; as it is where the weight is trained in full.
-    """
-    plan = subspace.plan.get(name)
-    if plan is None:
-        return grad
-    flat = grad.reshape(plan.rows, -1)
-    matrix = subspace.matrix(name, 0, grad).to(flat.dtype)
-    return matrix.T @ flat if plan.axis == 0 else flat @ matrix
-
-
-def _factors(grads: Mapping[str, Tensor], engine: Engine) -> dict[str, float]:
-    """The clip factor of each tensor of one example by the definitions in `privacy.clipping`,
-    written once more without its bounds on rounding, so that an error there shows here.
-    """
-    if not engine.private:
-        return dict.fromkeys(grads, 1.0)
-    squares = {name: float(g.square().sum()) for name, g in grads.items()}
-    norm = math.sqrt(sum(squares.values()))
-    if engine.clipping == "automatic":
-        return dict.fromkeys(grads, engine.clip_norm / (norm + 0.01))
-    if engine.clipping == "flat":
-        return dict.fromkeys(grads, min(1.0, engine.clip_norm / norm) if norm else 1.0)
-    bound = engine.clip_norm / math.sqrt(len(grads))
-    return {name: min(1.0, bound / math.sqrt(s)) if s else 1.0 for name, s in squares.items()}

@@ -17,7 +17,7 @@ from grape_ray.tasks.task import Data
 def sampling_prob_of(config: Config, data: Data) -> float:
     """expected_batch_size over the number of privacy units, if that is a probability."""
     for split in ("train", "validation"):
-        if len(getattr(data, split)) == 0:
+        if len(getattr(data, split)) == 0 and (split == "train" or data.validation_public):
             raise DataError(
                 f"the {split} split is empty", 0, "at least one record", "check the data"
             )

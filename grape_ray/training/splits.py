@@ -14,7 +14,7 @@ from grape_ray.tasks.task import Data
 
 def warn_of_silence(data: Data) -> None:
     """Says that no metric will be told, where the validation records are private."""
-    if not data.validation_public:
+    if len(data.validation) and not data.validation_public:
         text = (
             "the held-out records are private, so no metric of them is told: say"
             " task.held_out_public=true if they are not, name public records with task.validation,"
@@ -67,6 +67,8 @@ def private_validation() -> DataError:
 
 def _check_disjoint(data: Data, columns: tuple[str, ...]) -> None:
     total, common = len(data.validation), rows_in_common(data.validation, data.train)
+    if not total:
+        return
     if common == total or set(columns) & set(column_fingerprints(data.train)):
         what = "the validation records are the training records"
         raise DataError(

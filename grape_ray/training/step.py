@@ -119,20 +119,32 @@ class Step:
         return self.engine.empty_sum(step) if total is None else total
 
     def _micro_batches(self, batch: np.ndarray, step: int) -> Iterator[MicroBatch]:
-        """Those of this rank's share of the batch, which is every world_size-th unit.
+        """Those of this rank's share of the batch: every world_size-th unit, or those that lie in
+        its shards.
 
         The ranks of a sharded model gather its weights together, so each runs as many micro-batches
         as the rank with the most, of equal sizes; what is missing is made up by fillers.
         """
-        mine, by_record = batch[self.comms.rank :: self.comms.world_size], self.units is None
+        mine, by_record = self._mine(batch), self.units is None
         share = share_of(
             mine, self.records, self.units, self.sampling_key, step, self.examples_per_unit
         )
         size, views, sizes = self.micro_batch_size, views_of(self.task), None
         if is_sharded(self.model):
-            known = len(batch) if by_record else None
+            known = len(batch) if by_record and self.records.starts is None else None
             sizes = common_sizes(share, size, views, self.comms, known)
         return micro_batches(share, size, views, not by_record or views > 1, sizes)
+
+    def _mine(self, batch: np.ndarray) -> np.ndarray:
+        """The units of a batch that this rank takes."""
+        rank, world_size = self.comms.rank, self.comms.world_size
+        if self.records.starts is None:
+            return batch[rank::world_size]
+        if self.units is None:
+            return batch[self.records.owners(batch, world_size) == rank]
+        kept = batch[self.units.sizes(batch) > 0]  # a unit's records lie in one shard
+        firsts = self.units.records_at(kept, np.zeros(len(kept), dtype=np.int64))
+        return kept[self.records.owners(firsts, world_size) == rank]
 
     def _gradient(
         self, summed: ClippedSum, batch_size: int, grant: Grant | None

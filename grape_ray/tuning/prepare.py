@@ -100,7 +100,8 @@ def resume(described: Json, options: Options, space: Space, study: SweepStudy) -
         described["scores"], options.mode, study.config, _validation_identity
     )
     study = _frozen(_priced_config(options, study), steps.paid)
-    mine, theirs = (json.loads(json.dumps(describe(study.config))), up_to_date(described["config"]))
+    mine = json.loads(json.dumps(describe(study.config)))
+    theirs = up_to_date(described["config"], study.config)
     differing = sorted(key for key in mine if mine[key] != theirs.get(key)) + [
         key
         for key, value in (("fields", sorted(space)), ("score_source", study.score_source))

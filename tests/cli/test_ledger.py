@@ -280,8 +280,6 @@ def test_what_promises_or_learns_little_is_warned_of(call, assignment, part):
 def test_a_list_names_the_table_of_a_task_that_has_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.parquet").touch()
-    assert (
-        label(SimpleNamespace(name="t", train="train.parquet")) == f"t ({tmp_path}/train.parquet)"
-    )
-    assert label(SimpleNamespace(name="t", train="hf://a/b")) == "t (hf://a/b)"
-    assert label(SimpleNamespace(name="t")) == label(SimpleNamespace(name="t", train=3)) == "t"
+    assert label(SimpleNamespace(name="t", data="train.parquet")) == f"t ({tmp_path}/train.parquet)"
+    assert label(SimpleNamespace(name="t", data="hf://a/b")) == "t (hf://a/b)"
+    assert label(SimpleNamespace(name="t")) == label(SimpleNamespace(name="t", data=3)) == "t"

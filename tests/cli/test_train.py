@@ -72,6 +72,7 @@ def refused(result, *parts):
         ("privacy.delta=1.5", ["privacy.delta"]),
         ("method.rank=64", ["method.rank", "below 64", "lower method.rank"]),
         ("privacy.expected_batch_size=1438", ["1438 of 1437", "at most 1"]),
+        ("privacy.unit=user", ["takes no unit", "unset privacy.unit"]),
         ("privacy.noise_multiplier=0.02", ["noise_multiplier"]),
         ("method.nmae=grape", ["did you mean 'method.name'"]),
         ("task.heads=many", ["task.heads", "int"]),

@@ -124,7 +124,6 @@ CASES = {  # on this many ranks
         {"method": "dp_adam"},
         BF16,
         {"method": "grape", "by_unit": True},
-        {"method": "bookkeeping", "by_unit": True},
     ],
     4: [{"method": "grape"}, {"method": "grape", "by_unit": True}],
 }

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from grape_ray import make_engine
 from grape_ray.config.methods import METHODS
 from grape_ray.errors import GrapeRayError
-from tests.support.oracle import expected, median_norm
+from tests.support.oracle import averages, clipped, expected, median_norm
 from tests.support.programs import DOUBTFUL, STEPS, Program, batch_of
 
 EXACT = [name for name, info in METHODS.items() if info.private and info.exact]
@@ -37,6 +37,10 @@ programs = st.fixed_dictionaries(
 )
 
 
+def off(got, want) -> float:
+    return max(float((got[name] - want[name]).abs().max()) for name in want)
+
+
 def check(program) -> bool:
     """Whether a program was trained; False where it was refused by name. Fails where it is neither
     right nor refused.
@@ -58,9 +62,12 @@ def check(program) -> bool:
     except GrapeRayError:
         return False
     wanted = expected(engine, loss, batch, rows)
-    assert (
-        max(float((whole[n] - wanted[n]).abs().max()) for n in wanted) < _AGREES[dtype] * clip_norm
-    )
+    assert off(whole, wanted) < _AGREES[dtype] * clip_norm
+    # some rows as one unit's, and a unit without rows
+    groups = torch.randint(0, 3, (rows,), generator=torch.Generator().manual_seed(program["seed"]))
+    summed = engine.clipped_sum(loss, batch, groups=groups, units=4).tensors
+    wanted = clipped(averages(engine, loss, batch, groups), clip_norm)
+    assert off(summed, wanted) < _AGREES[dtype] * clip_norm
     bound = clip_norm * (1 + (1e-6 if dtype is torch.float64 else 1e-3))
     for record in range(rows):
         keep = torch.arange(rows) != record

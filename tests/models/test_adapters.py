@@ -22,9 +22,10 @@ from tests.support.zoo import class_loss, lm_loss, text_batch
 
 def roberta():
     config = transformers.RobertaConfig(
-        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_labels=3,
+        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
         intermediate_size=32, max_position_embeddings=40, pad_token_id=0,
     )  # fmt: skip
+    config.num_labels = 3
     return transformers.RobertaForSequenceClassification(config).eval()
 
 

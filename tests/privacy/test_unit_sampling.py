@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from grape_ray.privacy.random_streams import _below, picks_within_units, poisson_batch
+from grape_ray.privacy.random_streams import _below, picks_within_units, poisson_batch, words
 
 KEY = b"u" * 32
 FALSE_ALARM = 1e-6  # of each statistical test; seeds are pinned, so a pass is for ever
@@ -27,14 +27,14 @@ def picks(step, units, sizes, most, key=KEY):
 @pytest.mark.statistical
 def test_each_set_of_records_of_a_unit_is_as_likely_as_any_other():
     units = np.arange(100_000)
-    found = picks(3, units, np.full(len(units), 5), 3)
-    sets = {chosen: 0 for chosen in combinations(range(5), 3)}
+    found = picks(3, units, np.full(len(units), 6), 3)
+    sets = {chosen: 0 for chosen in combinations(range(6), 3)}
     for chosen in found:
         sets[chosen] += 1  # three different ones, ascending
     assert even(list(sets.values()))
-    # the test has power: of a set of 10, one that is a tenth likelier shows
-    tilted = np.full(10, 10_000)
-    tilted[0] = 11_000
+    # the test has power: of 20 sets, one that is an eighth likelier shows
+    tilted = np.full(20, 5000)
+    tilted[0] = 5625
     assert not even(tilted)
 
 
@@ -70,6 +70,13 @@ def test_units_are_in_a_batch_independently_with_the_sampling_probability():
     assert (low <= sampled).all()
     assert (sampled <= high).all()
     assert stats.binomtest(together, number, prob**2).pvalue > FALSE_ALARM
+
+
+def test_the_words_of_picks_are_not_those_that_sample_units():
+    size = 2**40
+    for step in range(3):
+        (picked,) = picks(step, [0], [size], 1)[0]
+        assert picked != int(words(KEY, step, 0, 1)[0]) % size
 
 
 def test_picks_are_a_function_of_key_unit_and_step_alone():

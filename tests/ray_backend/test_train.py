@@ -61,8 +61,10 @@ def executed(trace: Path) -> dict[int, int]:
 
 
 def test_two_workers_train_what_one_process_trains(run, tmp_path):
-    run(tiny(), "method.name=none", run="two")
-    run(tiny(), "method.name=none", "performance.num_workers=0", run="one")
+    # by units of several records, which are shared out whole
+    words = ["method.name=none", "privacy.unit=user", "privacy.expected_batch_size=20"]
+    run(tiny(), *words, run="two")
+    run(tiny(), *words, "performance.num_workers=0", run="one")
     one, two = weights(tmp_path, "one"), weights(tmp_path, "two")
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-4)

@@ -77,6 +77,19 @@ def expected(engine, loss, batch, rows, period=0):
     return clipped(examples, engine.clip_norm, engine.clipping)
 
 
+def averages(engine, loss, batch, groups):
+    """The average gradient of each unit's rows, in coordinates; groups: (B,) the unit of a row."""
+    rows = [
+        projected(grads, engine.subspace)
+        for grads in example_gradients(engine.model, loss, batch, len(groups))
+    ]
+    found = []
+    for unit in groups.unique():
+        mine = [rows[row] for row in (groups == unit).nonzero()[:, 0]]
+        found.append({name: torch.stack([g[name] for g in mine]).mean(0) for name in mine[0]})
+    return found
+
+
 def median_norm(model, loss, batch, rows):
     """A clip norm that clips about half of the examples."""
     norms = sorted(norm_of(g) for g in example_gradients(model, loss, batch, rows))

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from grape_ray.config.description import describe, rebuild_config
 from grape_ray.config.schema import Config, Method, Performance, Privacy
@@ -21,26 +20,14 @@ from grape_ray.ray_backend.train import train
 from grape_ray.tasks.task import loaded, resolved
 from grape_ray.tasks.text_classification import TextClassification
 from grape_ray.training.export import export
-
-WORDS = ["grape", "wine", "rain", "stone", "glass", "salt", "tree", "fish", "milk", "corn"]
+from tests.support.word_model import WORDS, save_encoder
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny BERT with random weights and a tokenizer of whole words, and tables of tickets."""
     root = tmp_path_factory.mktemp("tickets")
-    vocabulary = {word: place for place, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]"
-    ).save_pretrained(root / "bert")
-    config = transformers.BertConfig(
-        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=32, max_position_embeddings=32,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    transformers.BertModel(config).save_pretrained(root / "bert")
+    save_encoder(root / "bert")
     rng = np.random.default_rng(0)
     rows = []
     for number in range(200):
@@ -145,6 +132,16 @@ def test_what_is_held_out_depends_on_each_record_alone(folder, tmp_path):
     assert all(a <= b for a, b in zip(hashes, others))
     assert sum(len(b - a) for a, b in zip(hashes, others)) == 1
     assert 20 < len(less.validation) < 80
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_csv_trains_by_the_column_of_its_users_and_quotes_none(folder, tmp_path):
+    own = config(task(folder), unit="who", expected_batch_size=8, examples_per_unit=3)
+    result = train(own, run="r", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+    assert (result.unit, result.examples_per_unit, result.steps) == ("who", 3, 2)
+    kept = [file.read_bytes() for file in (tmp_path / "runs").rglob("*.json*")]
+    assert kept
+    assert not any(f'"u{number}"'.encode() in text for text in kept for number in range(25))
 
 
 def test_units_are_held_out_whole(folder, tmp_path):

@@ -14,7 +14,7 @@ from grape_ray.cli.main import main
 from grape_ray.data.arrays import Ragged, Records
 from grape_ray.data.units import Units
 from grape_ray.distributed.comms import Comms
-from grape_ray.errors import ConfigError, Interrupted, LedgerError, UnsupportedLayer
+from grape_ray.errors import ConfigError, DataError, Interrupted, LedgerError, UnsupportedLayer
 from grape_ray.ledger.ledger import Ledger
 from grape_ray.privacy.random_streams import poisson_batch
 from grape_ray.storage import Storage
@@ -110,20 +110,22 @@ def test_units_of_short_records_go_together():
     assert share.records.tolist() == [1, 5, 3, 7, 0, 4, 2, 6]
 
 
-def step_of(task, comms=None, size=8, units=None):
+def step_of(task, comms=None, size=8, units=None, method="grape"):
     from grape_ray import Method, Privacy
     from grape_ray.engines import from_config
     from grape_ray.optim import make_optimizer
     from grape_ray.privacy.noise import NoiseStream
 
     model = task.build_model(0).double()
-    method = Method(name="grape", rank=4, project_min_numel=200)
+    private = method != "none"
+    method = Method(name=method, rank=4, project_min_numel=200, optimizer="sgd", learning_rate=1.0)
     engine = from_config(model, Privacy(clip_norm=0.5), method, b"public")
     return Step(
         task=task, loss=lambda m, b: task.per_example_loss(m, {**b, "x": b["x"].double()}),
         model=model, engine=engine, optimizer=make_optimizer(model, engine, method, 3),
         records=task.load().train, comms=comms or Comms.local(), device=torch.device("cpu"),
-        noise=NoiseStream(b"n" * 32), sampling_prob=0.3, expected_batch_size=20,
+        noise=NoiseStream(b"n" * 32) if private else None,
+        sampling_prob=0.3, expected_batch_size=20,
         sampling_key=KEY, dropout_key=b"d" * 32, micro_batch_size=size, units=units,
         examples_per_unit=3,
     )  # fmt: skip
@@ -147,6 +149,35 @@ def test_the_sum_of_a_step_is_the_same_by_any_micro_batches_and_ranks():
     assert close({name: sum(part[name] for part in ranks) for name in whole}, whole)
     single = Units.of(np.arange(200))
     assert close(sum_of(step_of(task, units=single)), sum_of(step_of(task)))
+
+
+SEEDS: list[int] = []
+
+
+class Seeds(Tiny):
+    """Notes the seed of each micro-batch."""
+
+    def collate(self, records, indices):
+        SEEDS.append(torch.initial_seed())
+        return super().collate(records, indices)
+
+
+def test_no_two_micro_batches_of_any_rank_draw_the_same_masks():
+    SEEDS.clear()
+    for rank in range(3):
+        step = step_of(Seeds(), Comms(rank, 3), size=4, units=Tiny().load("user").units)
+        for number in (1, 2):
+            sum_of(step, number)
+    assert len(set(SEEDS)) == len(SEEDS) > 20
+
+
+def test_the_baseline_is_divided_by_the_number_of_sampled_units():
+    step = step_of(Tiny(), units=Tiny().load("user").units, method="none")
+    before = {name: p.detach().clone() for name, p in step.engine.params.items()}
+    summed, count = sum_of(step), len(poisson_batch(KEY, 1, UNITS, 0.3))
+    step(1)
+    for name, param in step.engine.params.items():
+        assert torch.allclose(param, before[name] - summed[name] / count, rtol=0, atol=1e-9)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,6 +289,11 @@ def test_a_study_of_another_unit_pays_for_no_run(plan):
     privacy = dataclasses.replace(config.privacy, noise_multiplier=1.0)
     with pytest.raises(ConfigError, match=r"another privacy unit than study 'r', got 'user'"):
         plan(dataclasses.replace(config, privacy=privacy), run="t", study=same, ledger=made.ledger)
+
+
+def test_a_worker_that_sees_other_units_is_refused(plan):
+    with pytest.raises(DataError, match="the training data changed"):
+        execute(dataclasses.replace(plan(), units=UNITS - 1), Comms.local())
 
 
 def test_what_counts_are_units(plan, tmp_path):

@@ -22,7 +22,7 @@ from grape_ray.accounting.selection import Selection
 from grape_ray.cli.main import main
 from grape_ray.cli.tune import _summary
 from grape_ray.config.description import describe
-from grape_ray.errors import ConfigError
+from grape_ray.errors import ConfigError, LedgerError
 from grape_ray.ledger import Ledger, Study, verify
 from grape_ray.ray_backend.private_selection import Sealed, _release
 from grape_ray.ray_backend.trainable import comparable
@@ -171,6 +171,40 @@ def test_a_selection_is_priced_for_whole_trials(tmp_path):
     assert (paid.trial_tokens, paid.distribution.mean, paid.epsilon) == (24, 10.0, 8.0)
     assert 7.9 < paid.cost() <= 8.0
     assert sweep.study.config.performance.eval_every == 0  # one score a trial, at its end
+
+
+BY_USER = ["privacy.unit=user", "privacy.expected_batch_size=20"]
+
+
+@pytest.mark.parametrize("words", [{}, {"mode": "select", "scheduler": "none"}])
+def test_a_sweep_by_user_is_priced_paid_and_resumed_as_one(tmp_path, words):
+    options = Options(
+        SPACE, storage=str(tmp_path / "s"), key_path=str(tmp_path / "k"),
+        ledger=str(tmp_path / "ledger"), ledger_epsilon=30.0, **words,
+    )  # fmt: skip
+    domains, study = spaces.load(SPACE, BY_USER)
+    sweep = prepare(options, domains, study, "n")
+    assert sweep.steps.paid.mechanism.sampling_prob == 20 / 101
+    sweep.register()
+    again = resume(folder.read(sweep.folder()), options, domains, study)
+    assert again.steps == sweep.steps
+    assert again.steps.paid.unit == "user"
+    sweep.steps.open()
+    ledger = Ledger.open(sweep.steps.ledger)
+    paid = sweep.steps.paid
+    (ledger.ensure_selection if isinstance(paid, Selection) else ledger.ensure_study)(paid)
+    assert ledger.state.unit == "user"
+    assert verify(sweep.steps.ledger).ok
+    with pytest.raises(LedgerError, match="another privacy unit, got 'record', expected user"):
+        prepare(options, *spaces.load(SPACE), name="m")
+
+
+def test_no_trial_varies_the_unit_and_no_private_score_is_of_one(monkeypatch):
+    with pytest.raises(ConfigError, match=r"cannot vary privacy\.unit"):
+        spaces.check_names(["privacy.unit"], ["privacy.unit"])
+    monkeypatch.setenv("TINY_SCORES", "private")
+    with pytest.raises(ConfigError, match=r"private scores with privacy\.unit, got 'user'"):
+        spaces.load(SPACE, BY_USER)
 
 
 def test_the_description_of_a_sweep_holds_no_hash_of_the_data_and_is_resumed_without(

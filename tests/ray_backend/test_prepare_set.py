@@ -1,0 +1,140 @@
+"""Prepared sets in shards: what is in them, who takes what, and that batches stay the same."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from grape_ray.config.schema import Config, Method, Performance, Privacy
+from grape_ray.data.shards import ShardedRagged
+from grape_ray.errors import ConfigError, DataError, StorageError
+from grape_ray.privacy.random_streams import poisson_batch
+from grape_ray.ray_backend.prepare_set import prepare_set
+from grape_ray.ray_backend.train import train
+from grape_ray.tasks.text_classification import TextClassification
+from grape_ray.training.step import Step
+from tests.support.tiny import Tiny
+from tests.support.word_model import WORDS, save_encoder
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A task on a table, and the sets that were prepared of it by record and by user."""
+    root = tmp_path_factory.mktemp("prepared")
+    rng = np.random.default_rng(0)
+    rows = [
+        {
+            "who": f"u{int(rng.integers(40))}",
+            "text": " ".join(rng.choice(WORDS, size=int(rng.integers(1, 9)))) + f" {number}",
+            "label": "ab"[number % 2],
+        }
+        for number in range(400)
+    ]
+    (root / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = TextClassification(
+        str(save_encoder(root / "bert")), str(root / "t.jsonl"), held_out=0.2, held_out_public=True,
+        labels=("a", "b"),
+    )  # fmt: skip
+    config = Config(
+        task=task,
+        privacy=Privacy(expected_batch_size=16, steps=2, delta=1e-4),
+        method=Method(name="bookkeeping"),
+        performance=Performance(micro_batch_size=8),
+    )
+    by_user = replace(config, privacy=replace(config.privacy, unit="who"))
+    counts = prepare_set(config, str(root / "set"), 6), prepare_set(by_user, str(root / "users"), 6)
+    return root, config, by_user, counts
+
+
+def test_a_set_holds_what_the_file_does(world):
+    root, config, _, counts = world
+    whole, prepared = config.task.load(), replace(config.task, data=str(root / "set")).load()
+    assert counts[0] == len(whole.train) == len(prepared.train)
+    assert prepared.dataset_id == whole.dataset_id  # and so one ledger
+    assert prepared.columns == whole.columns
+    for name in ("train", "validation"):
+        mine, theirs = getattr(whole, name), getattr(prepared, name)
+        assert np.array_equal(mine.digests.rows, theirs.digests.rows)
+        some = np.array([3, 0, len(mine) - 1])
+        for one, other in zip(
+            config.task.collate(mine, some).values(), config.task.collate(theirs, some).values()
+        ):
+            assert one.tolist() == other.tolist()
+    assert prepared.train.extremes() == whole.train.extremes()
+
+
+def test_a_unit_lies_in_one_shard(world):
+    root, _, by_user, _ = world
+    found = replace(by_user.task, data=str(root / "users")).load(unit="who")
+    assert found.units is not None
+    for world_size in (1, 2, 3, 5):
+        owners = [
+            set(found.train.owners(found.units.records_of(unit), world_size).tolist())
+            for unit in range(len(found.units))
+        ]
+        assert all(len(mine) == 1 for mine in owners)
+        assert set().union(*owners) == set(range(world_size))
+
+
+@pytest.mark.parametrize("unit", ["", "who"])
+def test_ranks_take_each_unit_once_whatever_their_number(world, unit):
+    root, config, *_ = world
+    data = replace(config.task, data=str(root / ("users" if unit else "set"))).load(unit=unit)
+
+    class Rank:
+        def __init__(self, rank, world_size):
+            self.rank, self.world_size = rank, world_size
+
+    for number in range(20):
+        batch = poisson_batch(bytes(32), number, data.unit_count, 0.3)
+        for world_size in (1, 2, 5):
+            shares = []
+            for rank in range(world_size):
+                step = object.__new__(Step)
+                own = {"records": data.train, "units": data.units, "comms": Rank(rank, world_size)}
+                for name, value in own.items():
+                    object.__setattr__(step, name, value)
+                shares.append(step._mine(batch))
+            assert sorted(np.concatenate(shares).tolist()) == batch.tolist()
+
+
+def test_a_rank_fetches_its_own_shards_alone(world, tmp_path, monkeypatch):
+    root, config, _, _ = world
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    data = replace(config.task, data=str(root / "set")).load()
+    assert isinstance(data.train.columns["input_ids"], ShardedRagged)
+    mine = np.flatnonzero(data.train.owners(np.arange(len(data.train)), 2) == 1)
+    config.task.collate(data.train, mine)
+    fetched = sorted(p.name for p in (tmp_path / "grape-ray" / "shards").rglob("train-*.arrow"))
+    assert fetched == ["train-00003.arrow", "train-00004.arrow", "train-00005.arrow"]
+
+
+def test_two_workers_train_on_a_prepared_set(world, tmp_path):
+    root, _, by_user, _ = world
+    task = replace(by_user.task, data=str(root / "users"))
+    where = {"storage": str(tmp_path / "runs"), "key_path": str(tmp_path / "key")}
+    config = replace(by_user, task=task, privacy=replace(by_user.privacy, delta=1e-3))
+    config = config.override(["performance.num_workers=2"])
+    result = train(config, run="t", **where)
+    assert (result.steps, result.workers) == (2, 2)
+    assert "accuracy" in result.metrics
+
+
+def test_another_set_is_refused(world, tmp_path):
+    root, config, *_ = world
+    with pytest.raises(DataError, match="of another fields"):
+        replace(config.task, data=str(root / "set"), max_tokens=5).load()
+    with pytest.raises(DataError, match="of another unit"):
+        replace(config.task, data=str(root / "set")).load(unit="who")
+    with pytest.raises(StorageError, match="there already"):
+        prepare_set(config, str(root / "set"))
+    with pytest.raises(ConfigError, match="reads a dataset"):
+        prepare_set(Config(task=Tiny()), str(tmp_path / "x"))
+    with pytest.raises(DataError, match="another label"):
+        prepare_set(
+            replace(config, task=replace(config.task, labels=("x", "y"))), str(tmp_path / "x")
+        )
+    assert not (tmp_path / "x" / "index.json").exists()
