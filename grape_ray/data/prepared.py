@@ -30,7 +30,7 @@ from grape_ray.storage import Json
 
 INDEX, TRAIN, VALIDATION = "index.json", "train.arrow", "validation.arrow"
 UNITS = ("unit_offsets.npy", "unit_records.npy")
-_ROWS = 4096  # encoded at a time
+_ROWS, _BYTES = 4096, 1 << 26  # encoded at a time, at most
 
 
 @dataclass(frozen=True)
@@ -256,10 +256,11 @@ def _parts(table: Table, name: str) -> Iterator[Table]:
     """The rows of a table, a few at a time, with a progress bar on a terminal."""
     from tqdm import tqdm
 
-    starts = range(0, len(table), _ROWS)
-    quiet = len(table) < 4 * _ROWS or not sys.stderr.isatty()
-    for start in tqdm(starts, f"encoding {name}", unit_scale=_ROWS, unit=" rows", disable=quiet):
-        yield table.slice(start, _ROWS)
+    rows = max(1, min(_ROWS, _BYTES * len(table) // max(1, table.rows.nbytes)))
+    starts = range(0, len(table), rows)
+    quiet = len(starts) < 4 or not sys.stderr.isatty()
+    for start in tqdm(starts, f"encoding {name}", unit_scale=rows, unit=" rows", disable=quiet):
+        yield table.slice(start, rows)
 
 
 def _read(records: Records, computed: tuple[str, ...]) -> Records:
