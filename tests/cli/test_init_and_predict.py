@@ -85,6 +85,7 @@ def test_from_a_csv_to_answers(here, bert):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_names_below_this_folder_are_found_by_workers(here, bert):
     tickets(here / "tickets.csv", 80)
     shutil.copytree(bert, here / "model")
