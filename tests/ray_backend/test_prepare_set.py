@@ -1,14 +1,15 @@
 """Prepared sets in shards: what is in them, who takes what, and that batches stay the same."""
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from dataclasses import fields as dataclass_fields
 
 import numpy as np
 import pytest
 
 from grape_ray.config.schema import Config, Method, Performance, Privacy
 from grape_ray.data.shards import ShardedRagged
-from grape_ray.errors import ConfigError, DataError, StorageError
+from grape_ray.errors import ConfigError, DataError, StorageError, TaskFailed
 from grape_ray.privacy.random_streams import poisson_batch
 from grape_ray.ray_backend.prepare_set import prepare_set
 from grape_ray.ray_backend.train import train
@@ -138,3 +139,20 @@ def test_another_set_is_refused(world, tmp_path):
             replace(config, task=replace(config.task, labels=("x", "y"))), str(tmp_path / "x")
         )
     assert not (tmp_path / "x" / "index.json").exists()
+
+
+@dataclass(frozen=True)
+class Quoting(TextClassification):
+    """Fails on a record, and quotes it."""
+
+    def encode(self, table, facts):
+        raise ValueError(f"ZQXJRECORD: {table.texts('text')[0]}")
+
+
+def test_an_error_on_a_node_quotes_no_record(world, tmp_path):
+    _, config, *_ = world
+    fields = {f.name: getattr(config.task, f.name) for f in dataclass_fields(config.task)}
+    with pytest.raises(TaskFailed, match="ValueError") as raised:
+        prepare_set(replace(config, task=Quoting(**fields)), str(tmp_path / "x"), 2)
+    assert raised.value.__cause__ is None
+    assert "ZQXJRECORD" not in str(raised.value)

@@ -193,6 +193,18 @@ def test_rows_that_lack_a_value_are_refused_or_left_out(folder, tmp_path):
     assert len(kept.train) + len(kept.validation) == 200
 
 
+def test_rows_that_are_left_out_make_no_other_dataset(folder, tmp_path):
+    """A row without a unit is left out where there are units alone, and the budget is the same."""
+    path = tmp_path / "gaps.csv"
+    path.write_text((folder / "tickets.csv").read_text() + ",no user,billing\n")
+    some = task(folder, data=str(path), drop_bad_rows=True)
+    by_record, by_user = some.load(), some.load(unit="who")
+    assert len(by_record.train) + len(by_record.validation) == 201
+    assert len(by_user.train) + len(by_user.validation) == 200
+    assert by_record.dataset_id == by_user.dataset_id
+    assert by_record.columns == by_user.columns != ()
+
+
 @pytest.mark.parametrize(
     ("fields", "part"),
     [
