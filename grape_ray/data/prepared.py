@@ -100,6 +100,8 @@ class PreparedSet:
             limit or `drop_bad_rows` leaves out included, and of its columns.
         facts: see `Encoder.facts`.
         units: of the training records; None where each is one.
+        validation_source: fingerprints of what the validation records were taken from: their table,
+            whatever the limit, or the training table, whatever fraction of it is held out.
     """
 
     train: Records
@@ -108,6 +110,7 @@ class PreparedSet:
     columns: tuple[str, ...]
     facts: Json = field(default_factory=Json)
     units: Units | None = None
+    validation_source: tuple[str, ...] = ()
 
 
 def open_prepared(folder: Path) -> PreparedSet:
@@ -124,6 +127,7 @@ def open_prepared(folder: Path) -> PreparedSet:
         tuple(index["columns"]),
         index["facts"],
         units,
+        tuple(index["validation_source"]),
     )
 
 
@@ -185,12 +189,16 @@ def checked_tables(split: Split, encoder: Encoder, scratch: Path) -> CheckedTabl
         "columns": fingerprint_columns(identity),
         "unit": split.unit,
     }
+    index["validation_source"] = [f"held out of {index['dataset_id']}"]
     train = train.slice(0, split.limit or len(train))
     facts = index["facts"] = encoder.facts(train, split.train.label_names)
     encoder.check(train, facts)
     validation = None
     if split.validation is not None:
         found = _read(split, split.validation, encoder.columns, scratch, validation=True)
+        identity = found.rows.select(dict.fromkeys(encoder.columns.named))
+        index["validation_source"] = fingerprint_columns(identity)
+        found = found.slice(0, split.validation_limit or len(found))
         validation = _usable(split, found, encoder.columns, validation=True)
         encoder.check(validation, facts)
     return CheckedTables(train, validation, index)
@@ -213,11 +221,9 @@ def check_not_empty(name: str, there: bool) -> None:
 def _read(
     split: Split, source: Source, columns: Columns, scratch: Path, validation: bool = False
 ) -> Table:
-    """A split's table, as far as its limit, and its columns that are read."""
+    """A split's table, of the columns that are read."""
     wanted = list(dict.fromkeys([*columns.named, *_unit(split, validation)]))
-    rows = read_table(source, wanted, scratch, columns.texts)
-    limit = split.validation_limit if validation else 0
-    return Table(rows.slice(0, limit or rows.num_rows), source.place)
+    return Table(read_table(source, wanted, scratch, columns.texts), source.place)
 
 
 def _usable(split: Split, table: Table, columns: Columns, validation: bool = False) -> Table:

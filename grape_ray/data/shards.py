@@ -166,6 +166,7 @@ def open_sharded_set(url: str, identity: Json) -> PreparedSet:
         tuple(index["columns"]),
         index["facts"],
         Units(arrays["unit offsets"], arrays["unit records"]) if index["unit"] else None,
+        tuple(index["validation_source"]),
     )
 
 
