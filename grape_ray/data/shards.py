@@ -76,7 +76,7 @@ def encode_shard(
         records = read_records(folder / TRAIN)
         assert records.digests is not None
         content = (folder / TRAIN).read_bytes()
-        Storage(url).write(_shard_name(number), content)
+        Storage(url).write(_shard_name(number), content, private=True)
         arrays: dict[str, np.ndarray] = {"marks": marks, "rows": np.array(records.digests.rows)}
         for name, column in records.columns.items():
             if isinstance(column, Ragged):
@@ -114,11 +114,11 @@ def write_index(
     np.savez(packed, **arrays)  # pyright: ignore[reportArgumentType]
     place, files = Storage(url), {VALIDATION: validation.read_bytes(), _ARRAYS: packed.getvalue()}
     for name, content in files.items():
-        place.write(name, content)
+        place.write(name, content, private=True)
     digests = {_shard_name(n): shard.digest for n, shard in enumerate(shards) if shard.digest}
     digests |= {name: _digest(content) for name, content in files.items()}
     index = {**tables.index, "format": _FORMAT, "identity": identity, "files": digests}
-    place.write(INDEX, json.dumps(index).encode())
+    place.write(INDEX, json.dumps(index).encode(), private=True)
 
 
 def is_sharded_set(url: str) -> bool:

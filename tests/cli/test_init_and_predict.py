@@ -1,6 +1,7 @@
 """From a file of records to answers: init, train, export, predict."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,8 @@ from click.testing import CliRunner
 
 from grape_ray.cli.main import main
 from grape_ray.config.pipelines import pipeline
+from grape_ray.tasks.text_generation import TextGeneration
+from grape_ray.training.predict import describe_exported
 from tests.support.word_model import WORDS, save_encoder
 
 
@@ -82,6 +85,12 @@ def test_from_a_csv_to_answers(here, bert):
     answers = pq.read_table("answers.parquet").to_pylist()
     assert [line["label"] for line in lines] == [answer["label"] for answer in answers]
     assert all(sum(line["probabilities"].values()) == pytest.approx(1) for line in lines)
+
+
+def test_an_exported_folder_does_not_say_where_things_lay():
+    task = TextGeneration("/home/ann/model", "/home/ann/chats", tokenizer="/home/ann/tokenizer")
+    assert "ann" not in describe_exported(task)
+    assert '"tokenizer": "bytes"' in describe_exported(replace(task, tokenizer="bytes"))
 
 
 @pytest.mark.parametrize(

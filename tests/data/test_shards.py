@@ -42,6 +42,8 @@ def test_a_set_of_the_same_texts_has_its_own_units_and_validation_records(tmp_pa
     two = open_sharded_set(*prepared(tmp_path / "two", "abab", "second"))
     units = [[s.units.records_of(u).tolist() for u in range(2)] for s in (one, two)]
     assert units[0] != units[1]
+    modes = [file.stat().st_mode & 0o777 for file in (tmp_path / "one" / "set").iterdir()]
+    assert set(modes) == {0o600}  # they hold what the records say
     lengths = [len(s.validation.sequences("input_ids")[0]) for s in (one, two)]
     assert lengths[1] - lengths[0] == len("second") - len("first")
 
