@@ -13,7 +13,7 @@ from grape_ray.accounting.mechanism import RECORD
 from grape_ray.config.modules import load_module, located
 from grape_ray.config.pipelines import TASK_METHODS
 from grape_ray.config.schema import Config, Method, Performance, Privacy
-from grape_ray.config.trust import check_module, names
+from grape_ray.config.trust import check_function, check_module, names
 from grape_ray.errors import CheckpointError, ConfigError
 from grape_ray.ledger.location import RUN_FILE
 from grape_ray.storage import Json, Storage
@@ -73,7 +73,7 @@ def up_to_date(description: Json, config: Config) -> Json:
     """The description of a config as this version would write it, with the names and fields that
     are known today; as it is where it describes another task than that of `config`.
     """
-    trust = (type(config.task).__module__,)
+    trust = named_modules(config.task)
     with contextlib.suppress(ConfigError):
         again = rebuild_config({**description, "task": at_home(description["task"])}, trust)
         return {**description, **json.loads(json.dumps(describe(again)))}
@@ -90,6 +90,18 @@ def describe_task(task: Any) -> Json:
     """A task as JSON values: where its class lives, and its fields."""
     kind = type(task)
     return {"class": f"{kind.__module__}:{kind.__qualname__}", "fields": dataclasses.asdict(task)}
+
+
+def named_modules(task: Any) -> tuple[str, ...]:
+    """The modules that a task's description names: that of its class, and those of the functions
+    that its fields name, where its class says so by `imported(fields)`.
+    """
+    return (type(task).__module__, *_imported(type(task), dataclasses.asdict(task)))
+
+
+def _imported(kind: Any, fields: Json) -> list[str]:
+    imported = getattr(kind, "imported", None)
+    return [] if imported is None else imported(fields)
 
 
 def check_description(config: Config) -> None:
@@ -113,7 +125,7 @@ def check_description(config: Config) -> None:
             json.dumps(dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value)  # pyright: ignore[reportArgumentType]
         except (TypeError, ValueError):
             raise _not_kept(field.name, getattr(task, field.name)) from None
-    again = rebuild_config(json.loads(json.dumps(describe(config))), (type(task).__module__,))
+    again = rebuild_config(json.loads(json.dumps(describe(config))), named_modules(task))
     for field in dataclasses.fields(task):
         mine, theirs = getattr(task, field.name), getattr(again.task, field.name)
         if type(mine) is not type(theirs) or mine != theirs:
@@ -138,7 +150,8 @@ def rebuild_task(description: Json, trust: Iterable[str] = ()) -> Any:
 
     The description may come from anywhere, so it can name nothing but a task: a dataclass with the
     methods of `task.Task`, in the module that defines it, and only a module that is trusted
-    (`trust.check_module`) is imported at all.
+    (`trust.check_module`) is imported at all. Modules of functions that its fields name
+    (`imported`) must have been named, too: they are called.
 
     Raises:
         ConfigError: a module that nobody has named, one that cannot be imported, no such task
@@ -174,6 +187,9 @@ def rebuild_task(description: Json, trust: Iterable[str] = ()) -> Any:
         raise ConfigError(
             "the task of the run cannot be rebuilt", reference, "a class with the saved fields", fix
         )
+    for module in _imported(kind, fields):
+        check_function(module, trust)
+        load_module(module, module, "function")
     try:
         return _rebuilt(kind, fields)
     except TypeError as error:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
+import inspect
 import os
 import pkgutil
+import secrets
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +19,8 @@ from grape_ray.errors import ConfigError, GrapeRayError, nearest
 from grape_ray.privacy.redaction import where
 
 _Result = TypeVar("_Result")
+_NOT_OWN = ("grape_ray", "abc", "typing")  # packages whose code is none of the user's
+_PROCESS = secrets.token_hex(16)
 _MOST_NAMED = 20  # files beside one that is missing
 _FILES: dict[str, str] = {}  # modules that were named by their file, and are not found without it
 
@@ -64,6 +69,21 @@ def call(function: Callable[[], _Result], what: str, expected: str) -> _Result:
             expected,
             f"see {where(error)[-1]}",
         ) from error
+
+
+def code_of(kind: type) -> str:
+    """What changes when the modules change that a task's own classes lie in; empty for tasks of
+    this package. What those modules import is not looked at.
+    """
+    modules = dict.fromkeys(base.__module__ for base in kind.__mro__[:-1])
+    own = [name for name in modules if name.partition(".")[0] not in _NOT_OWN]
+    if not own:
+        return ""
+    try:
+        sources = [inspect.getsource(sys.modules[name]) for name in own]
+    except (KeyError, OSError, TypeError):  # typed in: nothing says whether it was changed
+        return _PROCESS
+    return hashlib.sha256("|".join(sources).encode()).hexdigest()[:32]
 
 
 def is_file(reference: str) -> bool:

@@ -33,13 +33,18 @@ def check_module(name: str, trusted: Iterable[str], kind: str) -> None:
     """
     if is_own(name) or names(trusted, name) or name in sys.modules:
         return
-    fix = f"if you trust its code, say so: --trust-module {name} (in Python: trust=[{name!r}])"
-    raise ConfigError(
-        f"the stored description names a {kind}'s module that you have not named",
-        name,
-        "a module that you trust",
-        fix,
-    )
+    raise _untrusted(kind, name)
+
+
+def check_function(module: str, trusted: Iterable[str]) -> None:
+    """Refuses a module of functions that a stored description would have called, unless it is
+    named: that a library is imported already does not make its functions harmless.
+
+    Raises:
+        ConfigError: which module to name, and how.
+    """
+    if not names(trusted, module):
+        raise _untrusted("function", module)
 
 
 def names(trusted: Iterable[str], module: str) -> bool:
@@ -65,11 +70,22 @@ def is_own(module: str) -> bool:
     )
 
 
-def words_for(module: str) -> str:
-    """The option that `resume` and `export` need beside the run's folder, so that its task's module
-    may be imported; empty for our own.
+def words_for(modules: Iterable[str]) -> str:
+    """The options that `resume` and `export` need beside the run's folder, so that the modules that
+    its task names may be imported; empty for our own.
     """
-    return "" if is_own(module) else f" --trust-module {shlex.quote(file_of(module) or module)}"
+    others = dict.fromkeys(name for name in modules if not is_own(name))
+    return "".join(f" --trust-module {shlex.quote(file_of(name) or name)}" for name in others)
+
+
+def _untrusted(kind: str, name: str) -> ConfigError:
+    fix = f"if you trust its code, say so: --trust-module {name} (in Python: trust=[{name!r}])"
+    return ConfigError(
+        f"the stored description names a {kind}'s module that you have not named",
+        name,
+        "a module that you trust",
+        fix,
+    )
 
 
 def remember_sweep(url: str, mark: str) -> None:

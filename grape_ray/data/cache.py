@@ -16,7 +16,7 @@ from grape_ray.data.prepared import PreparedSet, open_prepared
 from grape_ray.errors import StorageError
 from grape_ray.storage import Json
 
-_FORMAT = 1  # of what is in a prepared set; another one is made anew
+_FORMAT = 2  # of what is in a prepared set; another one is made anew
 
 
 def cache_folder() -> Path:

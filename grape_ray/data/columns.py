@@ -4,6 +4,7 @@ error with the numbers of its rows, counted from 0, and never their contents.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -155,7 +156,7 @@ class Table:
     ) -> None:
         kind = self.rows.schema.field(column).type
         if not fits(kind):
-            raise self._refused(column, f"{kind}", expected, fix)
+            raise self._refused(column, type_name(kind), expected, fix)
 
     def _refused(self, column: str, got: str, expected: str, fix: str) -> DataError:
         return DataError(f"column '{column}' of {self.place}", got, expected, fix)
@@ -165,6 +166,13 @@ class Table:
         first = ", ".join(str(self.first + int(row)) for row in rows[:_NAMED_ROWS])
         more = len(rows) - _NAMED_ROWS
         return f"row{'s' if len(rows) > 1 else ''} {first}" + (f" and {more} more" * (more > 0))
+
+
+def type_name(kind: pa.DataType) -> str:
+    """A type in words, without the names of a structure's fields: of a JSON object with a key for
+    each person they are a record's content.
+    """
+    return re.sub(r"struct<.*>", "struct", str(kind))
 
 
 def is_text(kind: pa.DataType) -> bool:

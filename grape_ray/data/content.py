@@ -50,7 +50,8 @@ def fingerprint_columns(table: pa.Table) -> tuple[str, ...]:
     for name in table.column_names:
         column = table[name]
         first = column.slice(0, LOOKED_AT)
-        numbers = first.to_numpy() if pa.types.is_integer(column.type) else None
+        integers = pa.types.is_integer(column.type)
+        numbers = first.fill_null(0).to_numpy() if integers else None
         if tells(len(column), _distinct(first), numbers):
             digest = hashlib.sha256(f"{len(column)}|".encode())
             _take_in(digest, column, name)
@@ -79,6 +80,10 @@ def _take_in(digest: _Hash, column: pa.ChunkedArray, name: str) -> None:
             parts = [chunk.flatten()[index] for chunk in column.chunks]
             _take_in(digest, pa.chunked_array(parts, field.type), name)
         return
+    if column.null_count:
+        missing = pc.call_function("is_null", [column]).to_numpy()
+        digest.update(b"missing|" + missing.tobytes())
+        column = column.fill_null(pa.scalar(0).cast(kind))
     values = column.to_numpy()
     if values.dtype.kind in "biu":  # the same numbers are the same data in any width
         digest.update(values.astype("<i8").tobytes())

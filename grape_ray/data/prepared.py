@@ -100,8 +100,11 @@ class PreparedSet:
 
     Attributes:
         dataset_id, columns: fingerprints of the whole training table, held-out rows and what the
-            limit leaves out included, and of its columns. facts: see `Encoder.facts`.
+            limit or `drop_bad_rows` leaves out included, and of its columns.
+        facts: see `Encoder.facts`.
         units: of the training records; None where each is one.
+        validation_source: fingerprints of what the validation records were taken from: their table,
+            whatever the limit, or the training table, whatever fraction of it is held out.
     """
 
     train: Records
@@ -110,6 +113,7 @@ class PreparedSet:
     columns: tuple[str, ...]
     facts: Json = field(default_factory=Json)
     units: Units | None = None
+    validation_source: tuple[str, ...] = ()
 
 
 def open_prepared(folder: Path) -> PreparedSet:
@@ -126,6 +130,7 @@ def open_prepared(folder: Path) -> PreparedSet:
         tuple(index["columns"]),
         index["facts"],
         units,
+        tuple(index["validation_source"]),
     )
 
 
@@ -178,19 +183,26 @@ class CheckedTables:
 
 def checked_tables(split: Split, encoder: Encoder, scratch: Path) -> CheckedTables:
     """The tables of a dataset, mapped from `scratch`. Raises DataError."""
-    train = _usable(split, split.train, encoder.columns, scratch)
-    identity = train.rows.select(dict.fromkeys(encoder.columns.named))
+    found = _split_table(split, split.train, encoder.columns, scratch)
+    # with the rows that are left out: that some are, for a missing unit, makes no other dataset
+    identity = found.rows.select(dict.fromkeys(encoder.columns.named))
+    train = _usable(split, found, encoder.columns)
     index: Json = {
         "dataset_id": fingerprint(identity),
         "columns": fingerprint_columns(identity),
         "unit": split.unit,
     }
+    index["validation_source"] = [f"held out of {index['dataset_id']}"]
     train = train.slice(0, split.limit or len(train))
     facts = index["facts"] = encoder.facts(train, split.train.label_names)
     encoder.check(train, facts)
     validation = None
     if split.validation is not None:
-        validation = _usable(split, split.validation, encoder.columns, scratch, validation=True)
+        found = _split_table(split, split.validation, encoder.columns, scratch, validation=True)
+        identity = found.rows.select(dict.fromkeys(encoder.columns.named))
+        index["validation_source"] = fingerprint_columns(identity)
+        found = found.slice(0, split.validation_limit or len(found))
+        validation = _usable(split, found, encoder.columns, validation=True)
         encoder.check(validation, facts)
     return CheckedTables(train, validation, index)
 
@@ -209,26 +221,31 @@ def check_not_empty(name: str, there: bool) -> None:
         raise DataError(f"the {name.partition('.')[0]} split", "no record", "at least one", fix)
 
 
-def _usable(
+def _split_table(
     split: Split, source: Source, columns: Columns, scratch: Path, validation: bool = False
 ) -> Table:
-    """A split's table without rows that cannot be used, which are refused unless they are to be
-    dropped.
-    """
-    unit = [split.unit] if split.unit and not validation else []
-    wanted = list(dict.fromkeys([*columns.named, *unit]))
-    rows = read_table(source, wanted, scratch, columns.texts)
-    limit = split.validation_limit if validation else 0
-    table = Table(rows.slice(0, limit or rows.num_rows), source.place)
-    bad = table.bad_rows(wanted, [*columns.filled, *unit])
+    """A split's table, of the columns that are read."""
+    wanted = list(dict.fromkeys([*columns.named, *_unit(split, validation)]))
+    return Table(read_table(source, wanted, scratch, columns.texts), source.place)
+
+
+def _usable(split: Split, table: Table, columns: Columns, validation: bool = False) -> Table:
+    """A table without rows that cannot be used, which are refused unless they are to be dropped."""
+    unit = _unit(split, validation)
+    bad = table.bad_rows(table.rows.column_names, [*columns.filled, *unit])
     if not split.drop_bad_rows:
         table.refuse(bad)
     kept = table.without(np.logical_or.reduce(list(bad.values()))) if bad else table
     kept.check_texts(columns.texts)
     if not len(kept):
         got, fix = f"{len(table)} rows that cannot be used", "look at its columns"
-        raise DataError(f"data of {source.place}", got, "at least one record", fix)
+        raise DataError(f"data of {table.place}", got, "at least one record", fix)
     return kept
+
+
+def _unit(split: Split, validation: bool) -> list[str]:
+    """The column that names units, where a table must have it."""
+    return [split.unit] if split.unit and not validation else []
 
 
 def encode_train(

@@ -37,6 +37,7 @@ _NAMES = {
     "text": "text",
 }
 FORMATS = tuple(_NAMES)
+_NAME = re.compile(r"[A-Za-z_][\w.\-/]{0,39}")  # what is quoted as the name of a column
 Batches = Iterator[pa.RecordBatch]
 Choose = Callable[[pa.Schema], Sequence[str]]
 
@@ -98,12 +99,21 @@ def check_columns(place: str, names: Sequence[str], wanted: Sequence[str]) -> No
     """Refuses columns that are missing, or there twice. Raises DataError."""
     for column in wanted:
         if column not in names:
-            fix = nearest(column, names) if names else "name another file"
+            fix = _nearest_column(column, names) if names else "name another file"
             raise DataError(f"column missing in {place}", column, "a column of the file", fix)
         count = list(names).count(column)
         if count > 1:
             got, fix = f"{count} columns of that name", "rename all but one"
             raise DataError(f"column '{column}' of {place}", got, "one", fix)
+
+
+def _nearest_column(column: str, names: Sequence[str]) -> str:
+    """A hint with the columns' names, unless one is no name: it is the first record's then, of a
+    file without a header.
+    """
+    if all(map(_NAME.fullmatch, names)):
+        return nearest(column, names)
+    return "look at the file's header: names with spaces or beginning with a digit are not quoted"
 
 
 class _Unreadable(pa.ArrowInvalid):

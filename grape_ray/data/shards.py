@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,8 +38,9 @@ from grape_ray.data.units import Units
 from grape_ray.errors import DataError
 from grape_ray.storage import Json, Storage
 
-_FORMAT = 1
+_FORMAT = 2
 _ARRAYS = "arrays.npz"  # of all records: offsets, fixed columns, row hashes, units, shard bounds
+_SHARD = re.compile(r"train-\d{5,}\.arrow")
 _OPEN_SHARDS = 64  # mapped at a time
 
 
@@ -49,7 +51,7 @@ class EncodedShard:
     Attributes:
         arrays: lengths of each record's sequences by column, fixed columns, row hashes, hashes of
             units. held_out: the records held out of it, as the bytes of a file; empty for none.
-        digest: of the records.
+        digest: of the shard's file; empty where there is none.
     """
 
     arrays: Mapping[str, np.ndarray]
@@ -73,14 +75,15 @@ def encode_shard(
             return EncodedShard({"marks": marks}, held_out, "")
         records = read_records(folder / TRAIN)
         assert records.digests is not None
-        Storage(url).write(_shard_name(number), (folder / TRAIN).read_bytes())
+        content = (folder / TRAIN).read_bytes()
+        Storage(url).write(_shard_name(number), content, private=True)
         arrays: dict[str, np.ndarray] = {"marks": marks, "rows": np.array(records.digests.rows)}
         for name, column in records.columns.items():
             if isinstance(column, Ragged):
                 arrays[f"lengths {name}"] = np.diff(column.offsets)
             else:
                 arrays[f"fixed {name}"] = np.array(column)
-        return EncodedShard(arrays, held_out, records.digests.whole)
+        return EncodedShard(arrays, held_out, _digest(content))
 
 
 def write_index(
@@ -109,15 +112,13 @@ def write_index(
             arrays[name] = joined
     packed = io.BytesIO()
     np.savez(packed, **arrays)  # pyright: ignore[reportArgumentType]
-    place = Storage(url)
-    place.write(VALIDATION, validation.read_bytes())
-    place.write(_ARRAYS, packed.getvalue())
-    digest = hashlib.sha256("".join(shard.digest for shard in full).encode()).hexdigest()[:32]
-    index = {
-        **tables.index, "format": _FORMAT, "identity": identity, "digest": digest,
-        "shards": [_shard_name(n) for n, shard in enumerate(shards) if shard.digest],
-    }  # fmt: skip
-    place.write(INDEX, json.dumps(index).encode())
+    place, files = Storage(url), {VALIDATION: validation.read_bytes(), _ARRAYS: packed.getvalue()}
+    for name, content in files.items():
+        place.write(name, content, private=True)
+    digests = {_shard_name(n): shard.digest for n, shard in enumerate(shards) if shard.digest}
+    digests |= {name: _digest(content) for name, content in files.items()}
+    index = {**tables.index, "format": _FORMAT, "identity": identity, "files": digests}
+    place.write(INDEX, json.dumps(index).encode(), private=True)
 
 
 def is_sharded_set(url: str) -> bool:
@@ -134,7 +135,8 @@ def open_sharded_set(url: str, identity: Json) -> PreparedSet:
     """A prepared set whose shards are fetched when a record of theirs is asked for.
 
     Raises:
-        DataError: it was prepared for another task, tokenizer or unit, or is damaged.
+        DataError: it was prepared for another task, tokenizer or unit, or is damaged: its files are
+            not those that the index was written with.
     """
     place = Storage(url)
     index: Json = json.loads(place.read(INDEX))
@@ -147,7 +149,7 @@ def open_sharded_set(url: str, identity: Json) -> PreparedSet:
             "the one that this task would make",
             "prepare it again with `grape-ray prepare`, or use the settings that it was made with",
         )
-    store = _ShardStore(url, tuple(index["shards"]), index["digest"])
+    store = _ShardStore(url, index["files"])
     arrays = np.load(store.fetched(_ARRAYS), allow_pickle=False)
     starts, columns = arrays["starts"], dict[str, np.ndarray | Ragged]()
     for name in arrays.files:
@@ -156,7 +158,7 @@ def open_sharded_set(url: str, identity: Json) -> PreparedSet:
             columns[column] = arrays[name]
         elif kind == "offsets":
             columns[column] = ShardedRagged(np.empty(0), arrays[name], column, store, starts)
-    digests = Digests(index["digest"], (), arrays["rows"])
+    digests = Digests(store.digest, (), arrays["rows"])
     return PreparedSet(
         Records(columns, digests, starts),
         read_records(store.fetched(VALIDATION)),
@@ -164,6 +166,7 @@ def open_sharded_set(url: str, identity: Json) -> PreparedSet:
         tuple(index["columns"]),
         index["facts"],
         Units(arrays["unit offsets"], arrays["unit records"]) if index["unit"] else None,
+        tuple(index["validation_source"]),
     )
 
 
@@ -192,34 +195,60 @@ class ShardedRagged(Ragged):
         return self.take(indices).padded(np.arange(len(indices)), fill, multiple)
 
 
-@dataclass(frozen=True)
 class _ShardStore:
-    """The files of a set, each fetched once a machine, by whoever asks first."""
+    """The files of a set, each fetched once a machine, by whoever asks first.
 
-    url: str
-    names: tuple[str, ...]
-    digest: str
+    Whoever can write to a URL may have written what is there: files have names of this module's own
+    and the content that the index says, and they are kept by that content, so that a set that took
+    the place of another is not mixed up with it.
+
+    Args:
+        files: digests of the content, by name.
+
+    Attributes:
+        digest: of all files.
+    """
+
+    def __init__(self, url: str, files: Mapping[str, str]):
+        wanted = {VALIDATION, _ARRAYS}
+        self._shards = [name for name in files if name not in wanted]
+        if not files.keys() >= wanted or not all(map(_SHARD.fullmatch, self._shards)):
+            raise _damaged(url, "an index of other files")
+        self._url, self._files = url, files
+        self.digest = _digest(json.dumps(sorted(files.items())).encode())
 
     def records(self, shard: int) -> Records:
-        return _opened(str(self.fetched(self.names[shard])))
+        return _opened(str(self.fetched(self._shards[shard])))
 
     def fetched(self, name: str) -> Path:
-        """The file on this machine."""
+        """The file on this machine. Raises DataError for one of other content."""
         folder = cache_folder().with_name("shards") / self.digest
         place = folder / name
         if not place.exists():
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with FileLock(f"{place}.lock"):
                 if not place.exists():
+                    content = Storage(self._url).read(name)
+                    if _digest(content) != self._files[name]:
+                        raise _damaged(self._url, f"other content in {name}")
                     part = place.with_name(f"{name}.part")
-                    part.write_bytes(Storage(self.url).read(name))
+                    part.write_bytes(content)
                     os.replace(part, place)
         return place
+
+
+def _damaged(url: str, got: str) -> DataError:
+    fix = "prepare it again, in a new place"
+    return DataError(f"the prepared set {url} is damaged", got, "the files of its index", fix)
 
 
 @lru_cache(maxsize=_OPEN_SHARDS)
 def _opened(path: str) -> Records:
     return read_records(Path(path))
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
 
 
 def _shard_name(number: int) -> str:

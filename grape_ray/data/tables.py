@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from grape_ray.data.columns import is_list
+from grape_ray.data.columns import is_list, type_name
 from grape_ray.data.sources import Source
 from grape_ray.errors import DataError
 
@@ -45,7 +45,9 @@ def read_table(
         table = pa.concat_tables(full, promote_options="permissive")
     except pa.ArrowException:
         names = list(full[0].column_names)
-        types = sorted({f"{name} {t.schema.field(name).type}" for t in full for name in names})
+        types = sorted(
+            {f"{name} {type_name(t.schema.field(name).type)}" for t in full for name in names}
+        )
         failure = DataError(
             f"the files of {source.place} differ",
             ", ".join(types),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import pickle
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from grape_ray.data.prepared import (
 )
 from grape_ray.data.record_files import RecordsWriter, read_records
 from grape_ray.data.shards import EncodedShard, encode_shard, is_sharded_set, write_index
-from grape_ray.errors import ConfigError, StorageError
+from grape_ray.errors import ConfigError, GrapeRayError, StorageError
+from grape_ray.privacy.redaction import run_redacted
 from grape_ray.ray_backend.cluster import cluster, set_defaults
 from grape_ray.storage import Json, Storage
 from grape_ray.tasks.dataset_task import DatasetTask
@@ -42,8 +44,9 @@ def prepare_set(config: Config, url: str, shards: int = 64) -> int:
         shards: how many, at most; several times the number of nodes that will train.
 
     Raises:
-        ConfigError: the task reads no dataset. DataError: its rows cannot be used. StorageError:
-            there is a prepared set already, or it cannot be written.
+        ConfigError: the task reads no dataset. DataError: its rows cannot be used. TaskFailed: its
+            own code failed on them. StorageError: there is a prepared set already, or it cannot be
+            written.
     """
     task = config.task
     if not isinstance(task, DatasetTask):
@@ -97,7 +100,11 @@ def _encoded_on_cluster(
         for number in np.unique(numbers).tolist():
             mine = block.filter(pa.array(numbers == number)).drop_columns([_SHARD])
             own = CheckedTables(Table(mine, place), None, index)
-            done = encode_shard(split, task, own, number, url)
+            shard = partial(encode_shard, split, task, own, number, url)
+            try:
+                done = run_redacted(shard, task.public)
+            except GrapeRayError as error:  # Ray keeps the text of what it sees raised
+                done = error
             found[_SHARD].append(number)
             found["shard"].append(pickle.dumps(done))
         return pa.table(found)
@@ -106,7 +113,13 @@ def _encoded_on_cluster(
     ray.data.DataContext.get_current().enable_progress_bars = False
     made = ray.data.from_arrow(blocks).map_batches(encode, batch_format="pyarrow", batch_size=None)
     found: list[Any] = sorted(made.take_all(), key=lambda row: row[_SHARD])
-    return [pickle.loads(row["shard"]) for row in found]
+    encoded: list[EncodedShard] = []
+    for row in found:
+        done = pickle.loads(row["shard"])
+        if isinstance(done, GrapeRayError):
+            raise done
+        encoded.append(done)
+    return encoded
 
 
 def _by_unit(rows: pa.Table, unit: str, bounds: np.ndarray) -> tuple[pa.Table, np.ndarray]:

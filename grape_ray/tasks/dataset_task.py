@@ -18,6 +18,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 from torch import Tensor, nn
 
+from grape_ray.config.modules import code_of
 from grape_ray.data.arrays import Records
 from grape_ray.data.cache import cached
 from grape_ray.data.columns import Table
@@ -131,6 +132,7 @@ class DatasetTask:
             units=found.units,
             facts=found.facts,
             validation_public=not self.held_out or self.held_out_public or self.public,
+            validation_source=found.validation_source,
         )
 
     def prepared(self, unit: str = "") -> PreparedSet:
@@ -151,7 +153,8 @@ class DatasetTask:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         encoded = {k: v for k, v in fields.items() if k not in _NOT_ENCODED}
         return {
-            "task": type(self).__qualname__,
+            "task": f"{type(self).__module__}:{type(self).__qualname__}",
+            "code": code_of(type(self)),
             "fields": json.loads(json.dumps(encoded)),
             "unit": unit,
             "reader": self.reader(),

@@ -87,6 +87,14 @@ class FunctionTask:
     public: bool = False
     name: str = "fit"
 
+    @staticmethod
+    def imported(fields: Mapping[str, Any]) -> list[str]:
+        """The modules of the functions that fields name, which whoever is handed a description must
+        trust: they are imported and called.
+        """
+        named = (str(fields.get(key, "")) for key in ("model", "data", "loss", "validation"))
+        return [name.partition(":")[0] for name in named if name and not name.startswith(_HERE)]
+
     def load(self) -> Data:
         train = _records(_made(self.data), "data")
         held = _records(_made(self.validation), "validation") if self.validation else None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from grape_ray.data.arrays import Records
-from grape_ray.data.fingerprints import column_fingerprints
+from grape_ray.data.fingerprints import column_fingerprints, fingerprint_records
 from grape_ray.data.units import Units
 from grape_ray.errors import ConfigError
 from grape_ray.privacy.redaction import run_redacted
@@ -39,6 +39,8 @@ class Data:
         units: whose the records of `train` are, where the guarantee is for units of several records
             (`privacy.unit`); None where each record is a unit.
         validation_public: whether metrics of `validation` may be told without noise.
+        validation_source: fingerprints of what `validation` was taken from, by which others of its
+            records are recognised.
         facts: what the task learned of the whole training set, such as the names of its labels.
     """
 
@@ -49,6 +51,7 @@ class Data:
     columns: tuple[str, ...] = ()
     units: Units | None = None
     validation_public: bool = True
+    validation_source: tuple[str, ...] = ()
     facts: Json = field(default_factory=Json)
 
     @property
@@ -62,6 +65,12 @@ class Data:
         record is hashed for them, once.
         """
         return (self.dataset_id, *self.columns, *column_fingerprints(self.train))
+
+    @cached_property
+    def validation_identity(self) -> tuple[str, ...]:
+        """The same of the validation records, their own fingerprint first."""
+        columns = column_fingerprints(self.validation)
+        return (fingerprint_records(self.validation), *columns, *self.validation_source)
 
 
 _PARTS = {

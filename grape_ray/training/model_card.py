@@ -15,7 +15,7 @@ _PACKAGES = ("grape-ray", "torch", "transformers", "dp-accounting")
 _NOT_PROTECTED = (
     "the base model and its tokenizer, whose own training data had no part in this guarantee",
     "the names and number of labels, the shapes of the model, and the settings below",
-    "metrics on validation records, which count as public",
+    "metrics on validation records, which count as public unless a sweep paid for a noised score",
     "more than one unit: of a person with several, each is protected, not all of them together",
 )
 _HEAD = """---

@@ -32,9 +32,13 @@ _ENDINGS = (".jsonl", ".parquet")
 
 
 def describe_exported(task: Any) -> str:
-    """What an exported folder says of the task, as JSON: without where its records lie."""
+    """What an exported folder says of the task, as JSON: without where its records, its model and
+    its tokenizer lie, of which the folder holds the latter two.
+    """
     known = describe_task(task)
-    hidden = ("model", "data", "validation", "data_config")
+    hidden = ["model", "data", "validation", "data_config"]
+    if known["fields"].get("tokenizer") != "bytes":
+        hidden.append("tokenizer")
     fields = {k: "" if k in hidden else v for k, v in known["fields"].items()}
     return json.dumps({**known, "fields": fields}, indent=1) + "\n"
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from grape_ray.checkpoint.manager import CheckpointManager, Restored
+from grape_ray.config.description import named_modules
 from grape_ray.config.trust import words_for
 from grape_ray.distributed import sharding
 from grape_ray.distributed.comms import Comms
@@ -183,7 +184,7 @@ def _train(run: ActiveRun, step: Step, start: int) -> Outcome:
 
 def interrupted(plan: Plan, step: int) -> Interrupted:
     """The end of a run that was interrupted, with the command that resumes it."""
-    resume = f"grape-ray resume {plan.folder().url}{words_for(type(plan.config.task).__module__)}"
+    resume = f"grape-ray resume {plan.folder().url}{words_for(named_modules(plan.config.task))}"
     return Interrupted(
         f"run {plan.run} was interrupted, and is kept at step {step}",
         None,

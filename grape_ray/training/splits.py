@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import warnings
 
-from grape_ray.data.fingerprints import column_fingerprints, fingerprint_records, rows_in_common
+from grape_ray.data.fingerprints import column_fingerprints, rows_in_common
 from grape_ray.errors import Caution, DataError
 from grape_ray.ledger import registry
 from grape_ray.tasks.task import Data
@@ -37,12 +37,11 @@ def check_splits(data: Data, exact_metrics: bool, protects: bool) -> None:
             to be protected; or metrics are exact and the user's registry knows the records as
             private, training or validation records of whatever run.
     """
-    columns = column_fingerprints(data.validation)
     if protects:
-        _check_disjoint(data, columns)
+        _check_disjoint(data, column_fingerprints(data.validation))
     if exact_metrics and not data.validation_public:
         raise private_validation()
-    if exact_metrics and registry.known((fingerprint_records(data.validation), *columns)):
+    if exact_metrics and registry.known(data.validation_identity):
         fix = (
             "use other validation records, or a sweep with score_source='private', which pays for"
             " what it says"

@@ -13,7 +13,6 @@ from grape_ray.config import cautions
 from grape_ray.config.cautions import Consent
 from grape_ray.config.description import describe, up_to_date
 from grape_ray.config.schema import Config
-from grape_ray.data.fingerprints import column_fingerprints, fingerprint_records
 from grape_ray.errors import ConfigError
 from grape_ray.ledger.budget import made_for
 from grape_ray.ledger.entries import Study, entry_name, selection_from
@@ -97,7 +96,7 @@ def resume(described: Json, options: Options, space: Space, study: SweepStudy) -
     name = described["sweep"]
     steps = _known(described, options.mode, study.config, lambda data: data.identity)
     scores = described["scores"] and _known(
-        described["scores"], options.mode, study.config, _validation_identity
+        described["scores"], options.mode, study.config, lambda data: data.validation_identity
     )
     study = _frozen(_priced_config(options, study), steps.paid)
     mine = json.loads(json.dumps(describe(study.config)))
@@ -156,11 +155,6 @@ def _known(
         found,
         data.public and found[0] == data.dataset_id,
     )
-
-
-def _validation_identity(data: Data) -> tuple[str, ...]:
-    """All fingerprints by which the validation records, or columns of them, are recognised."""
-    return (fingerprint_records(data.validation), *column_fingerprints(data.validation))
 
 
 def _check_place(place: Storage, name: str) -> None:
@@ -240,7 +234,7 @@ def _scores(
     paid: Study | Selection,
 ) -> BudgetShare:
     """What pays for private scores."""
-    records = _validation_identity(data)
+    records = data.validation_identity
     if isinstance(paid, Study):
         price_of: Study | Selection = price.scores(
             study, name, price.planned_scores(study, paid.tokens, options.trials)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,8 @@ from click.testing import CliRunner
 
 from grape_ray.cli.main import main
 from grape_ray.config.pipelines import pipeline
+from grape_ray.tasks.text_generation import TextGeneration
+from grape_ray.training.predict import describe_exported
 from tests.support.word_model import WORDS, save_encoder
 
 
@@ -98,6 +101,12 @@ def test_names_below_this_folder_are_found_by_workers(here, bert):
     done = call("train", "run.yaml", *words, "--workers", "2", "--key-file", here / "home" / "key")
     assert done.exit_code == 0, done.output
     assert "2 workers" in done.output
+
+
+def test_an_exported_folder_does_not_say_where_things_lay():
+    task = TextGeneration("/home/ann/model", "/home/ann/chats", tokenizer="/home/ann/tokenizer")
+    assert "ann" not in describe_exported(task)
+    assert '"tokenizer": "bytes"' in describe_exported(replace(task, tokenizer="bytes"))
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,25 @@ def test_a_description_names_nothing_but_a_task(description, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("field", ["model", "data", "loss", "validation"])
+def test_a_function_that_a_description_names_is_called_where_its_module_was_named_alone(
+    field, tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(tmp_path)
+    mark, name = tmp_path / "MARK", f"stranger_{field}"
+    (tmp_path / f"{name}.py").write_text(
+        f"import pathlib, torch\npathlib.Path({str(mark)!r}).touch()\nmake = torch.nn.Identity\n"
+    )
+    fields = {"model": "", "data": "", "loss": "", field: f"{name}:make"}
+    described = {"class": "grape_ray.tasks.functions:FunctionTask", "fields": fields}
+    with pytest.raises(ConfigError, match=f"--trust-module {name}"):
+        rebuild_task(described)
+    with pytest.raises(ConfigError, match="--trust-module os"):  # imported, and not harmless
+        rebuild_task({**described, "fields": {**fields, field: "os:abort"}})
+    assert not mark.exists()
+    assert getattr(rebuild_task(described, [name]), field) == f"{name}:make"
+
+
 def published(tmp_path, module="stranger"):
     """A run whose task lies in a module of the current folder that leaves a mark when it is
     imported.

@@ -244,3 +244,28 @@ def test_the_real_sst2_is_read_and_fingerprinted(read_table):
     assert table.num_rows == 872
     assert set(Table(table, url).labels("label", "01").tolist()) == {0, 1}
     assert len(fingerprint(table)) == 32
+
+
+def test_what_may_be_a_record_is_not_quoted(tmp_path, read_table):
+    """A file without a header, whose first record stands where names are, and objects with a key
+    for each person.
+    """
+    (tmp_path / "t.csv").write_text("Ann Lee of Elm Street is ill,1\nothers,0\n")
+    (tmp_path / "t.jsonl").write_text('{"Ann Lee": 1}\n')
+    for file in ("t.csv", "t.jsonl"):
+        with pytest.raises(DataError, match="column missing") as raised:
+            read_table(str(tmp_path / file), ["text"])
+        assert "Ann Lee" not in str(raised.value)
+    table = Table(pa.table({"text": [{"Ann Lee": 1}], "many": [[{"Ann Lee": 1}]]}), "x")
+    for column in ("text", "many"):
+        with pytest.raises(DataError, match="struct") as raised:
+            table.texts(column)
+        assert "Ann Lee" not in str(raised.value)
+
+
+@pytest.mark.parametrize("values", [["a", None], [True, None], [3, None], [0.5, None], [[1], None]])
+def test_a_missing_value_is_content(values):
+    first, second = (fingerprint(pa.table({"x": v})) for v in (values, values[::-1]))
+    assert first != second
+    filled = fingerprint(pa.table({"x": pa.array([values[0], values[0]])}))
+    assert filled not in (first, second)

@@ -3,7 +3,8 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 
 from grape_ray.config.schema import Config, Method, Performance, Privacy
 from grape_ray.data.shards import ShardedRagged
-from grape_ray.errors import ConfigError, DataError, StorageError
+from grape_ray.errors import ConfigError, DataError, StorageError, TaskFailed
 from grape_ray.privacy.random_streams import poisson_batch
 from grape_ray.ray_backend.prepare_set import prepare_set
 from grape_ray.ray_backend.train import train
@@ -158,3 +159,20 @@ def test_each_node_fetches_its_half_and_a_lost_one_is_replaced(tmp_path):
     assert sum(shares) == pytest.approx(1, abs=0.01)
     assert all(0.4 < share < 0.6 for share in shares)
     assert 0.4 < result["later"] / result["total"] < 0.6
+
+
+@dataclass(frozen=True)
+class Quoting(TextClassification):
+    """Fails on a record, and quotes it."""
+
+    def encode(self, table, facts):
+        raise ValueError(f"ZQXJRECORD: {table.texts('text')[0]}")
+
+
+def test_an_error_on_a_node_quotes_no_record(world, tmp_path):
+    _, config, *_ = world
+    fields = {f.name: getattr(config.task, f.name) for f in dataclass_fields(config.task)}
+    with pytest.raises(TaskFailed, match="ValueError") as raised:
+        prepare_set(replace(config, task=Quoting(**fields)), str(tmp_path / "x"), 2)
+    assert raised.value.__cause__ is None
+    assert "ZQXJRECORD" not in str(raised.value)

@@ -3,7 +3,10 @@ pairs, held-out records, what is kept on the machine.
 """
 
 import csv
+import importlib
 import json
+import shutil
+import sys
 import warnings
 from dataclasses import replace
 
@@ -16,10 +19,12 @@ from grape_ray.config.description import describe, rebuild_config
 from grape_ray.config.schema import Config, Method, Performance, Privacy
 from grape_ray.data import cache
 from grape_ray.errors import Caution, ConfigError, DataError
+from grape_ray.ledger.registry import register
 from grape_ray.ray_backend.train import train
 from grape_ray.tasks.task import loaded, resolved
 from grape_ray.tasks.text_classification import TextClassification
 from grape_ray.training.export import export
+from grape_ray.training.splits import check_splits
 from tests.support.word_model import WORDS, save_encoder
 
 
@@ -41,6 +46,19 @@ def folder(tmp_path_factory):
         table.writerows(rows)
     (root / "tickets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
+
+
+ENCODES = """
+import dataclasses
+from grape_ray.data.arrays import Ragged, Records
+from grape_ray.tasks.text_classification import TextClassification
+
+@dataclasses.dataclass(frozen=True)
+class Mine(TextClassification):
+    def encode(self, table, facts):
+        found = super().encode(table, facts)
+        return Records({**found.columns, "input_ids": Ragged.of([[TOKEN]] * len(found))})
+"""
 
 
 def task(folder, name="tickets.csv", **fields):
@@ -191,6 +209,45 @@ def test_rows_that_lack_a_value_are_refused_or_left_out(folder, tmp_path):
         task(folder, data=str(path)).load()
     kept = task(folder, data=str(path), drop_bad_rows=True).load()
     assert len(kept.train) + len(kept.validation) == 200
+
+
+def test_private_validation_records_are_known_in_another_fraction_or_limit(folder, tmp_path):
+    """Each would have a budget of its own for its scores, or exact metrics, otherwise."""
+    held_out = [task(folder, held_out=f).load().validation_identity for f in (0.2, 0.4)]
+    more = {"held_out": 0.0, "validation": str(folder / "tickets.jsonl")}
+    limited = [task(folder, validation_limit=n, **more).load() for n in (50, 100)]
+    for one, other in (held_out, [data.validation_identity for data in limited]):
+        assert one[0] != other[0]
+        assert set(one) & set(other)
+    register(held_out[0], str(tmp_path / "scores"), "some ledger")
+    with pytest.raises(DataError, match="known as private"):
+        check_splits(task(folder, held_out=0.4).load(), exact_metrics=True, protects=True)
+
+
+def test_what_is_kept_is_of_a_tasks_own_code(folder, tmp_path, monkeypatch):
+    """An `encode` that was edited, or another of the same name, encodes anew."""
+    monkeypatch.syspath_prepend(tmp_path)
+    found = []
+    for module, token in [("one_task", 2), ("two_task", 3), ("one_task", 4)]:
+        (tmp_path / f"{module}.py").write_text(ENCODES.replace("TOKEN", str(token)))
+        sys.modules.pop(module, None)
+        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+        importlib.invalidate_caches()
+        mine = importlib.import_module(module).Mine(**vars(task(folder)))
+        found.append(int(mine.load().train.sequences("input_ids").values[0]))
+    assert found == [2, 3, 4]
+
+
+def test_rows_that_are_left_out_make_no_other_dataset(folder, tmp_path):
+    """A row without a unit is left out where there are units alone, and the budget is the same."""
+    path = tmp_path / "gaps.csv"
+    path.write_text((folder / "tickets.csv").read_text() + ",no user,billing\n")
+    some = task(folder, data=str(path), drop_bad_rows=True)
+    by_record, by_user = some.load(), some.load(unit="who")
+    assert len(by_record.train) + len(by_record.validation) == 201
+    assert len(by_user.train) + len(by_user.validation) == 200
+    assert by_record.dataset_id == by_user.dataset_id
+    assert by_record.columns == by_user.columns != ()
 
 
 @pytest.mark.parametrize(
