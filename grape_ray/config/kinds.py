@@ -36,6 +36,9 @@ KINDS: dict[str, TaskKind] = {
         "text_generation:TextGeneration", "texts, prompts and answers, or chats, for a decoder"
     ),
     "seq2seq": TaskKind("seq2seq:Seq2Seq", "texts to texts, for an encoder with a decoder"),
+    "preference": TaskKind(
+        "preference:Preference", "a prompt, the answer that was chosen and the one rejected (DPO)"
+    ),
     "image-classification": TaskKind(
         "image_classification:ImageClassification", "images and labels"
     ),

@@ -30,7 +30,7 @@ from grape_ray.storage import Json
 
 INDEX, TRAIN, VALIDATION = "index.json", "train.arrow", "validation.arrow"
 UNITS = ("unit_offsets.npy", "unit_records.npy")
-_ROWS = 4096  # encoded at a time
+_ROWS, _BYTES = 4096, 1 << 26  # encoded at a time, at most
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,14 @@ class Columns:
     Attributes:
         named: all columns, each of which must hold a value in every row. texts: of them, those of
             texts. filled: of them, those of texts or lists that must not be empty.
+        computed: of the records that are made of it, the columns that a model has computed: their
+            last bits may be others on another machine, so no split is made by them.
     """
 
     named: tuple[str, ...]
     texts: tuple[str, ...] = ()
     filled: tuple[str, ...] = ()
+    computed: tuple[str, ...] = ()
 
 
 class Encoder(Protocol):
@@ -180,7 +183,7 @@ class CheckedTables:
 
 def checked_tables(split: Split, encoder: Encoder, scratch: Path) -> CheckedTables:
     """The tables of a dataset, mapped from `scratch`. Raises DataError."""
-    found = _read(split, split.train, encoder.columns, scratch)
+    found = _table_of(split, split.train, encoder.columns, scratch)
     # with the rows that are left out: that some are, for a missing unit, makes no other dataset
     identity = found.rows.select(dict.fromkeys(encoder.columns.named))
     train = _usable(split, found, encoder.columns)
@@ -195,7 +198,7 @@ def checked_tables(split: Split, encoder: Encoder, scratch: Path) -> CheckedTabl
     encoder.check(train, facts)
     validation = None
     if split.validation is not None:
-        found = _read(split, split.validation, encoder.columns, scratch, validation=True)
+        found = _table_of(split, split.validation, encoder.columns, scratch, validation=True)
         identity = found.rows.select(dict.fromkeys(encoder.columns.named))
         index["validation_source"] = fingerprint_columns(identity)
         found = found.slice(0, split.validation_limit or len(found))
@@ -218,7 +221,7 @@ def check_not_empty(name: str, there: bool) -> None:
         raise DataError(f"the {name.partition('.')[0]} split", "no record", "at least one", fix)
 
 
-def _read(
+def _table_of(
     split: Split, source: Source, columns: Columns, scratch: Path, validation: bool = False
 ) -> Table:
     """A split's table, of the columns that are read."""
@@ -254,7 +257,8 @@ def encode_train(
     marks = [np.empty(0, dtype=np.uint64)]
     for part in _parts(tables.train, "train"):
         records = encoder.encode(part, tables.facts)
-        own = unit_hashes(part.rows[split.unit]) if split.unit else row_hashes(records)
+        read = _read(records, encoder.columns.computed)
+        own = unit_hashes(part.rows[split.unit]) if split.unit else row_hashes(read)
         held = _uniform(own) < split.held_out if split.held_out else np.zeros(len(own), bool)
         if held.any():
             writers[VALIDATION].append(records.take(np.flatnonzero(held)))
@@ -269,10 +273,16 @@ def _parts(table: Table, name: str) -> Iterator[Table]:
     """The rows of a table, a few at a time, with a progress bar on a terminal."""
     from tqdm import tqdm
 
-    starts = range(0, len(table), _ROWS)
-    quiet = len(table) < 4 * _ROWS or not sys.stderr.isatty()
-    for start in tqdm(starts, f"encoding {name}", unit_scale=_ROWS, unit=" rows", disable=quiet):
-        yield table.slice(start, _ROWS)
+    rows = max(1, min(_ROWS, _BYTES * len(table) // max(1, table.rows.nbytes)))
+    starts = range(0, len(table), rows)
+    quiet = len(starts) < 4 or not sys.stderr.isatty()
+    for start in tqdm(starts, f"encoding {name}", unit_scale=rows, unit=" rows", disable=quiet):
+        yield table.slice(start, rows)
+
+
+def _read(records: Records, computed: tuple[str, ...]) -> Records:
+    """The records without the columns that a model has computed."""
+    return Records({n: column for n, column in records.columns.items() if n not in computed})
 
 
 def unit_hashes(values: pa.ChunkedArray) -> np.ndarray:

@@ -186,16 +186,25 @@ class Engine:
         found to a sharded copy.
 
         Raises:
-            UnsupportedLayer: as `clipped_sum`.
+            UnsupportedLayer: as `clipped_sum`; or the batch says too little of which rows are
+                whose, as one of two examples may.
         """
         examples = count_examples(batch)
         # Copies of one record are masked alike: a pass of another kind than one over records of
         # several lengths (`Layouts.signature`).
         last, first = (torch.full((max(examples, 2),), n) for n in (examples - 1, 0))
+        picks = (torch.arange(examples), last, first)
+        batches = [mapped(batch, lambda t, p=p: t[p.to(t.device)]) for p in picks]
         with awake(self.model):
-            for picked in (torch.arange(examples), last, first):
-                some = mapped(batch, lambda t, p=picked: t[p.to(t.device)])
+            for some in batches:
                 self.clipped_sum(per_example_loss, some)
+            # What these batches leave open is refused now, not at the first step that is paid for.
+            self._verifier.may_verify = False
+            try:
+                for some in batches:
+                    self.clipped_sum(per_example_loss, some)
+            finally:
+                self._verifier.may_verify = True
         return self.layouts
 
     def adopt(self, layouts: Layouts) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from grape_ray.errors import ConfigError, nearest
 from grape_ray.models.extras import needed
 
+_HEADS = ["classifier", "score"]
 _PREFIX = "base_model.model."  # before each name, once a model has adapters
 
 
@@ -108,9 +109,9 @@ def _with_adapters(model: nn.Module, lora: Lora, seed: int) -> nn.Module:
         target_modules=list(lora.targets) or "all-linear",
         lora_dropout=lora.dropout,
         task_type=_task_type(base),
-        # the one kind whose head peft does not know
-        modules_to_save=["classifier"] if _is_image_classifier(base) else None,
-        exclude_modules=["classifier"] if _is_image_classifier(base) else None,
+        # of images peft does not know the head, and of tokens it would give it an adapter, too
+        modules_to_save=["classifier"] if _classifies(base, "Image") else None,
+        exclude_modules=_HEADS if _classifies(base, "Image", "Token") else None,
     )
     training = base.training
     with torch.random.fork_rng([]):
@@ -135,8 +136,8 @@ def _task_type(model: Any) -> str | None:
     return next((kind for end, kind in ends.items() if name.endswith(end)), None)
 
 
-def _is_image_classifier(model: Any) -> bool:
-    return type(model).__name__.endswith("ForImageClassification")
+def _classifies(model: Any, *what: str) -> bool:
+    return type(model).__name__.endswith(tuple(f"For{kind}Classification" for kind in what))
 
 
 def _matches(target: str, names: Iterable[str]) -> bool:

@@ -75,6 +75,15 @@ def cluster(workers: int, dashboard: bool = False) -> Iterator[None]:
         ray.shutdown()
 
 
+def enter_folder(folder: str) -> None:
+    """Goes to the launcher's folder, in a process of Ray's that has one of its own, so that paths
+    of a config mean the same there; where this machine lacks it, nothing is done: a job's processes
+    begin in its own copy.
+    """
+    if os.path.isdir(folder):
+        os.chdir(folder)
+
+
 def not_reached(address: str, reason: str) -> ConfigError:
     """The error for a cluster that is not there, or does not take this process."""
     got, fix = (

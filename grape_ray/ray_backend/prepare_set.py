@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import tempfile
 from functools import partial
@@ -108,6 +109,7 @@ def _encoded_on_cluster(
             found["shard"].append(pickle.dumps(done))
         return pa.table(found)
 
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     made = ray.data.from_arrow(blocks).map_batches(encode, batch_format="pyarrow", batch_size=None)
     found: list[Any] = sorted(made.take_all(), key=lambda row: row[_SHARD])

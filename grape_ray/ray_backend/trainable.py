@@ -7,9 +7,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ray import tune
@@ -18,6 +19,7 @@ from grape_ray import checkpoint
 from grape_ray.distributed.comms import Comms
 from grape_ray.ledger.entries import Study
 from grape_ray.privacy.redaction import redacted
+from grape_ray.ray_backend.cluster import enter_folder
 from grape_ray.ray_backend.ledger_client import LedgerActorClient
 from grape_ray.ray_backend.trainer import fit
 from grape_ray.ray_backend.trial_channel import RemoteChannel, TrialChannel
@@ -50,6 +52,7 @@ class TrialSettings:
         ledger_client: of the training records' ledger.
         score_client: of the ledger of private validation records, and scores: what may be released
             about them; None where they are public.
+        folder: the launcher's.
     """
 
     sweep: SweepStudy
@@ -60,6 +63,7 @@ class TrialSettings:
     ledger_client: LedgerActorClient
     score_client: LedgerActorClient | None = None
     scores: Terms | None = None
+    folder: str = field(default_factory=os.getcwd)
 
     def plan(self, values: Json, run: str, origin: tuple[str, str] | None) -> Plan:
         """The plan of a trial's run, checked."""
@@ -108,6 +112,7 @@ class Trial(tune.Trainable):
     """
 
     def setup(self, config: Json, settings: TrialSettings) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        enter_folder(settings.folder)
         self._settings = settings
         self._begin(config)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import secrets
 import threading
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from grape_ray import checkpoint
 from grape_ray.distributed.comms import Comms
 from grape_ray.errors import GrapeRayError, Interrupted, TaskFailed
 from grape_ray.privacy.redaction import run_redacted, text_of
-from grape_ray.ray_backend.cluster import cluster, set_defaults
+from grape_ray.ray_backend.cluster import cluster, enter_folder, set_defaults
 from grape_ray.storage import Json
 from grape_ray.training.callbacks import RunCallbacks
 from grape_ray.training.journal import PROGRESS_FILE
@@ -62,10 +63,11 @@ def fit(
     # an earlier launch's: its being there is how this one's end is known
     plan.folder().remove(RESULT_FILE)
     fewest, most = performance.workers
+    folder = os.getcwd()
     with cluster(most), _watching(plan, on_progress):
         stop = make_stop_signal()
         trainer = TorchTrainer(
-            lambda: worker(plan, stop, make_callbacks),
+            lambda: worker(plan, stop, make_callbacks, folder),
             torch_config=SignalTorchConfig(backend="nccl" if performance.use_gpu else "gloo"),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=most if fewest == most else (fewest, most),
@@ -122,9 +124,12 @@ def _launch(plan: Plan, fit: Callable[[], object]) -> None:
 
 
 def worker(
-    plan: Plan, stop: Any, make_callbacks: Callable[[Plan], RunCallbacks] | None = None
+    plan: Plan, stop: Any, make_callbacks: Callable[[Plan], RunCallbacks] | None, folder: str
 ) -> None:
-    """One rank, inside a Ray Train worker. What it raises, Ray writes into logs."""
+    """One rank, inside a Ray Train worker; `folder` is the launcher's. What it raises, Ray writes
+    into logs.
+    """
+    enter_folder(folder)
     run_redacted(lambda: _work(plan, stop, make_callbacks), plan.public)
 
 

@@ -31,3 +31,19 @@ def batches(
         for start in range(0, len(order), size):
             indices = order[start : start + size]
             yield indices, to_device(task.collate(records, indices), device)
+
+
+def padded_batch(
+    records: Records, indices: np.ndarray, fill: int, ignored: int
+) -> dict[str, Tensor]:
+    """Token ids and the mask of real ones, (B, T) each, and labels, where there are any, which are
+    sequences, too.
+
+    Args:
+        fill: the token that fills ids up. ignored: what fills labels up.
+    """
+    ids, mask = records.sequences("input_ids").padded(indices, fill)
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if "labels" in records.columns:
+        batch["labels"] = records.sequences("labels").padded(indices, ignored)[0]
+    return batch

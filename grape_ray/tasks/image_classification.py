@@ -110,6 +110,11 @@ class ImageClassification(LabelledTask):
             found["labels"] = labels.repeat_interleave(self.views, 0)
         return found
 
+    def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """(B, L): not every model brings pixels to its weights' type."""
+        kind = torch.bfloat16 if self.weights == "bf16" else torch.float32
+        return model(pixel_values=batch["pixel_values"].to(kind)).logits
+
     def evaluate(self, model: nn.Module, records: Records) -> dict[str, float]:
         return super(ImageClassification, self._plain()).evaluate(model, records)
 

@@ -183,7 +183,9 @@ class PromptClassification(LabelledTask, TokenizedTask):
             if len(spans) <= 1:
                 return []
             # at least one token is left, for a shorter one of the texts may take the rest
-            texts = {**texts, name: texts[name][: spans[max(1, len(spans) - excess) - 1][1]]}
+            end = spans[max(1, len(spans) - excess) - 1][1]
+            # several tokens may be of one letter, as of an emoji's bytes
+            texts = {**texts, name: texts[name][: min(end, len(texts[name]) - 1)]}
             mask = "" if causal else tokenizer.mask_token
             (ids,) = prompt_ids(tokenizer, [template.filled(texts, mask)], causal)
             excess = len(ids) - self.max_tokens

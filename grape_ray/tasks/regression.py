@@ -24,28 +24,28 @@ class Regression(TextPairTask):
     """The loss is the squared error; the other fields are those of TextPairTask.
 
     Attributes:
-        target_column: name of the column of numbers. A new head says numbers near 0 and each
+        number_column: name of the column of numbers. A new head says numbers near 0 and each
             gradient is clipped, so numbers of the size of 1 are learned best: bring larger ones
             there by a public factor.
     """
 
-    target_column: str = "target"
+    number_column: str = "score"
     name: str = "regression"
 
     @property
     def columns(self) -> Columns:
         texts = self.input_columns.texts
-        return Columns((*texts, self.target_column), texts, texts)
+        return Columns((*texts, self.number_column), texts, texts)
 
     def check(self, table: Table, facts: Json) -> None:
-        rows = np.flatnonzero(~np.isfinite(table.numbers(self.target_column)))
+        rows = np.flatnonzero(~np.isfinite(table.numbers(self.number_column)))
         fix = "correct them, or leave those rows out"
         table.refuse_rows(
-            f"numbers of column '{self.target_column}' that are not finite", rows, "numbers", fix
+            f"numbers of column '{self.number_column}' that are not finite", rows, "numbers", fix
         )
 
     def encode(self, table: Table, facts: Json) -> Records:
-        return Records({**self.inputs(table), "labels": table.numbers(self.target_column)})
+        return Records({**self.inputs(table), "labels": table.numbers(self.number_column)})
 
     def build_model(self, seed: int) -> nn.Module:
         model = self.with_head(1, seed)
@@ -53,7 +53,7 @@ class Regression(TextPairTask):
         return self.prepared_model(model, seed)
 
     def per_example_loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        return (self.head(model, batch)[:, 0] - batch["labels"]).square()
+        return (self.head(model, batch)[:, 0].float() - batch["labels"]).square()
 
     def evaluate(self, model: nn.Module, records: Records) -> dict[str, float]:
         """Mean squared and absolute error, and the correlations of Pearson and of Spearman: of what

@@ -21,7 +21,7 @@ from grape_ray.models.hugging_face import (
     tokens_of,
 )
 from grape_ray.storage import Json
-from grape_ray.tasks.batches import batches
+from grape_ray.tasks.batches import batches, padded_batch
 from grape_ray.tasks.dataset_task import TokenizedTask
 from grape_ray.tasks.generation import generated
 from grape_ray.tasks.text_metrics import by_source, generation_metrics, token_metrics
@@ -99,11 +99,7 @@ class Seq2Seq(TokenizedTask):
         return self.prepared_model(model, seed)
 
     def collate(self, records: Records, indices: np.ndarray) -> Mapping[str, Tensor]:
-        ids, mask = records.sequences("input_ids").padded(indices, self.pad_token())
-        batch = {"input_ids": ids, "attention_mask": mask}
-        if "labels" in records.columns:
-            batch["labels"] = records.sequences("labels").padded(indices, _IGNORE)[0]
-        return batch
+        return padded_batch(records, indices, self.pad_token(), _IGNORE)
 
     def per_example_loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         losses, learned = _token_losses(model, batch)

@@ -2,71 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grape_ray.data.arrays import Ragged, Records
 from grape_ray.data.columns import Table
 from grape_ray.data.prepared import Columns
 from grape_ray.errors import ConfigError
-from grape_ray.models.hugging_face import (
-    check_vocabulary,
-    explaining_long_texts,
-    load_language_model,
-    tokens_of,
-)
 from grape_ray.storage import Json
 from grape_ray.tasks import chats
 from grape_ray.tasks.batches import batches
-from grape_ray.tasks.dataset_task import TextTask, tokenizer_of
-from grape_ray.tasks.generation import generated
+from grape_ray.tasks.dataset_task import TextTask
+from grape_ray.tasks.decoders import BYTES, PAD, DecoderTask, token_losses
 from grape_ray.tasks.text_metrics import by_source, generation_metrics, token_metrics
 
-BYTES = "bytes"
-_PAD, _BEGIN, _END, _FIRST_BYTE = 0, 1, 2, 3
-_BYTE_TOKENS = _FIRST_BYTE + 256
-_IGNORE = -100
 _EVALUATE_ROWS = 8
 _LOSSES = ("mean", "sum")
 
 
 @dataclass(frozen=True)
-class TextGeneration(TextTask):
-    """The model is a decoder. An example's tokens give one loss and are clipped together; the
-    other fields are those of TextTask.
+class TextGeneration(DecoderTask, TextTask):
+    """An example's tokens give one loss and are clipped together; the other fields are those of
+    DecoderTask and TextTask.
 
     Attributes:
-        tokenizer: hub name or folder; empty is the model's own; `bytes` reads UTF-8 (259 ids),
-            which no data had to be seen for.
         prompt_column: read but not learned; empty where texts are learned whole.
         messages_column: in place of texts, a column of chats: lists of messages with `role` and
             `content`, written by the tokenizer's own template; what the assistant says is learned.
-        max_tokens: longer examples are cut at the end, and lose no more than that: a prompt too
-            long leaves no text and is refused.
         loss: `mean` over an example's learned tokens, or their `sum`.
-        max_new_tokens: of a text that is generated.
         evaluate_generations: after so many different prompts of the validation records a text is
             generated, and compared with all their texts, as they were cut, by BLEU and ROUGE-L; 0
             does neither.
     """
 
-    tokenizer: str = ""
     prompt_column: str = ""
     messages_column: str = ""
-    max_tokens: int = 1024
     loss: str = "mean"
-    max_new_tokens: int = 128
     evaluate_generations: int = 0
     name: str = "text-generation"
 
     def check_fields(self) -> None:
         super().check_fields()
-        self.check_at_least(max_tokens=2, max_new_tokens=1, evaluate_generations=0)
+        self.check_at_least(evaluate_generations=0)
         if self.loss not in _LOSSES:
             raise ConfigError("task.loss", self.loss, "one of " + ", ".join(_LOSSES))
 
@@ -96,17 +76,6 @@ class TextGeneration(TextTask):
         named = (self.prompt_column or self.text_column,)
         return Columns(named, named)
 
-    def reader(self) -> str:
-        return BYTES if self.tokenizer == BYTES else super().reader()
-
-    def load_tokenizer(self) -> Any:
-        """The tokenizer; None of bytes."""
-        if self.tokenizer == BYTES:
-            return None
-        if self.tokenizer:
-            return tokenizer_of(self.tokenizer, "task.tokenizer")
-        return tokenizer_of(self.model)
-
     def encode(self, table: Table, facts: Json) -> Records:
         """Token ids, and which of them are learned."""
         if self.messages_column:
@@ -133,22 +102,17 @@ class TextGeneration(TextTask):
                 )
             }
         texts = table.texts(self.input_columns.named[0])
-        return {"input_ids": Ragged.of([[*self._begin(), *ids] for ids in self._ids(texts, False)])}
-
-    def build_model(self, seed: int) -> nn.Module:
-        tokens = _BYTE_TOKENS if self.tokenizer == BYTES else tokens_of(self.load_tokenizer())
-        model = check_vocabulary(load_language_model(self.model, seed), tokens, self.model)
-        return self.prepared_model(model, seed)
+        return {"input_ids": Ragged.of(self.prompts(texts))}
 
     def collate(self, records: Records, indices: np.ndarray) -> Mapping[str, Tensor]:
-        ids, _ = records.sequences("input_ids").padded(indices, _PAD)
+        ids, _ = records.sequences("input_ids").padded(indices, PAD)
         return {
             "input_ids": ids,
             "learned": records.sequences("learned").padded(indices, 0)[0].bool(),
         }
 
     def per_example_loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        losses, learned = _token_losses(model, batch)
+        losses, learned = token_losses(model, batch["input_ids"], batch["learned"])
         total = losses.sum(1)
         return total if self.loss == "sum" else total / learned.sum(1).clamp(min=1)
 
@@ -157,7 +121,7 @@ class TextGeneration(TextTask):
         model writes are worth.
         """
         found = token_metrics(
-            _token_losses(model, batch)
+            token_losses(model, batch["input_ids"], batch["learned"])
             for _, batch in batches(self, model, records, _EVALUATE_ROWS)
         )
         if not self.evaluate_generations:
@@ -166,70 +130,12 @@ class TextGeneration(TextTask):
         starts = [int(records.sequences("learned")[i].argmax()) for i in range(len(records))]
         prompts = [ids[i][:start] for i, start in enumerate(starts)]
         groups = by_source([prompt.tobytes() for prompt in prompts], self.evaluate_generations)
-        texts = self._written(model, [prompts[group[0]].tolist() for group in groups])
-        told = [self._texts([ids[i][starts[i] :].tolist() for i in group]) for group in groups]
+        texts = self.written(model, [prompts[group[0]].tolist() for group in groups])
+        told = [self.texts_of([ids[i][starts[i] :].tolist() for i in group]) for group in groups]
         return {**found, **generation_metrics(texts, told)}
 
-    def predict(self, model: nn.Module, records: Records) -> dict[str, list]:
-        """The text that the model writes after each prompt, by the most likely token each time."""
-        ids = records.sequences("input_ids")
-        return {"text": self._written(model, [ids[index].tolist() for index in range(len(ids))])}
-
-    def _written(self, model: nn.Module, prompts: list[list[int]]) -> list[str]:
-        end = _END if self.tokenizer == BYTES else self.load_tokenizer().eos_token_id
-        return self._texts(generated(model, prompts, self.max_new_tokens, end))
-
-    def _texts(self, answers: list[list[int]]) -> list[str]:
-        """Tokens as texts, without special ones."""
-        if self.tokenizer != BYTES:
-            return list(self.load_tokenizer().batch_decode(answers, skip_special_tokens=True))
-        return [
-            bytes(t - _FIRST_BYTE for t in ids if t >= _FIRST_BYTE).decode(errors="replace")
-            for ids in answers
-        ]
-
     def _encoded_texts(self, table: Table) -> tuple[list[list[int]], list[list[int]]]:
-        texts = self._ids(table.texts(self.text_column), end=True)
-        prompts: Sequence[list[int]] = [[]] * len(texts)
+        texts = table.texts(self.text_column)
         if self.prompt_column:
-            prompts = self._ids(table.texts(self.prompt_column), end=False)
-        begin = self._begin()
-        heads = [[*begin, *prompt] for prompt in prompts]
-        return (
-            [[*head, *text] for head, text in zip(heads, texts)],
-            [[0] * len(head) + [1] * len(text) for head, text in zip(heads, texts)],
-        )
-
-    def _begin(self) -> list[int]:
-        """The token that the tokenizer puts before a text, if it has one."""
-        token = _BEGIN if self.tokenizer == BYTES else self.load_tokenizer().bos_token_id
-        return [] if token is None else [token]
-
-    def _ids(self, texts: list[str], end: bool) -> list[list[int]]:
-        """Token ids without special tokens, but for the last one if `end`."""
-        if self.tokenizer == BYTES:
-            return [
-                [b + _FIRST_BYTE for b in text.encode()] + ([_END] if end else []) for text in texts
-            ]
-        tokenizer = self.load_tokenizer()
-        found = tokenizer(
-            texts, add_special_tokens=False, truncation=True, max_length=self.max_tokens
-        )["input_ids"]
-        last = [tokenizer.eos_token_id] if end and tokenizer.eos_token_id is not None else []
-        return [[*ids, *last] for ids in found]
-
-
-def _token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Cross-entropy (B, T) of each next token, zero where it is not learned, and which are learned.
-
-    Examples are padded at their end and attention is causal, so no real token sees padding and no
-    mask is needed.
-    """
-    targets = batch["input_ids"].masked_fill(~batch["learned"], _IGNORE)
-    targets = F.pad(targets[:, 1:], (0, 1), value=_IGNORE)
-    with explaining_long_texts(model, batch["input_ids"].shape[1]):
-        logits = model(input_ids=batch["input_ids"], use_cache=False).logits.float()
-    losses = F.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), ignore_index=_IGNORE, reduction="none"
-    )
-    return losses.view(targets.shape), targets != _IGNORE
+            return self.answered(self.prompts(table.texts(self.prompt_column)), texts)
+        return self.answered([self.begin()] * len(texts), texts)

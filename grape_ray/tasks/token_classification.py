@@ -26,7 +26,7 @@ from grape_ray.models.hugging_face import (
     tokens_of,
 )
 from grape_ray.storage import Json
-from grape_ray.tasks.batches import batches
+from grape_ray.tasks.batches import batches, padded_batch
 from grape_ray.tasks.dataset_task import TokenizedTask, tokenizer_of
 from grape_ray.tasks.label_names import NamedLabels
 
@@ -135,11 +135,7 @@ class TokenClassification(NamedLabels, TokenizedTask):
         return self.prepared_model(model, seed)
 
     def collate(self, records: Records, indices: np.ndarray) -> Mapping[str, Tensor]:
-        ids, mask = records.sequences("input_ids").padded(indices, self.pad_token())
-        batch = {"input_ids": ids, "attention_mask": mask}
-        if "labels" in records.columns:
-            batch["labels"] = records.sequences("labels").padded(indices, _IGNORE)[0]
-        return batch
+        return padded_batch(records, indices, self.pad_token(), _IGNORE)
 
     def per_example_loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         return self._loss(_logits(model, batch), batch["labels"])

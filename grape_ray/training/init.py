@@ -85,6 +85,9 @@ def look(kind: str, data: str) -> Found:
         if "messages_column" in fields:  # a chat has no other columns
             fields = {"messages_column": fields["messages_column"]}
         _check_complete(kind, wanted, fields, rows)
+        if "template" in (f.name for f in dataclasses.fields(task_class(kind))):
+            text = _column(rows, "text_column", [str(name) for name in fields.values()])
+            fields["template"] = json.dumps(f"{{{text}}} It was {{mask}}.")
         labels = ()
         if "label_column" in fields and not is_list(rows.schema.field(fields["label_column"]).type):
             column = fields["label_column"]
@@ -111,6 +114,8 @@ def run_file(kind: str, data: str, model: str, found: Found, epsilon: float) -> 
         f"  data: {data}",
         *(f"  {name}: {column}" for name, column in found.fields.items()),
     ]
+    if "template" in found.fields:
+        lines.append("  label_words: [terrible, great]  # one for each label, in their order")
     if declared:
         lines.append(f"  labels: {_listed(found.labels)}  # written here, they are public")
     lines += [

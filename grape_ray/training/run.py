@@ -35,6 +35,8 @@ from grape_ray.training.progress import Outcome
 from grape_ray.training.result import RunResult
 from grape_ray.training.step import Step
 
+_LEARNED_FROM = 5  # records between the extremes, from which a sharded model's layouts are learned
+
 
 def execute(
     plan: Plan,
@@ -209,9 +211,10 @@ def _model_and_engine(
         model = model.to(device)
         return model, build_engine(config, model), loss_of(task, performance.precision, device.type)
     whole = build_engine(config, model)
-    layouts = whole.learn(
-        task.per_example_loss, task.collate(data.train, np.unique(data.train.extremes()))
-    )
+    # Between the extremes, too: of two records alone, a batch's rows can be read in two ways.
+    spread = np.linspace(0, len(data.train) - 1, _LEARNED_FROM).astype(np.int64)
+    some = np.unique([*data.train.extremes(), *spread.tolist()])
+    layouts = whole.learn(task.per_example_loss, task.collate(data.train, some))
     half = torch.bfloat16 if performance.precision == "bf16" else None
     sharding.shard(model, device, half, performance.recompute)
     engine = build_engine(config, model)

@@ -1,6 +1,7 @@
 """From a file of records to answers: init, train, export, predict."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -91,6 +92,21 @@ def test_an_exported_folder_does_not_say_where_things_lay():
     task = TextGeneration("/home/ann/model", "/home/ann/chats", tokenizer="/home/ann/tokenizer")
     assert "ann" not in describe_exported(task)
     assert '"tokenizer": "bytes"' in describe_exported(replace(task, tokenizer="bytes"))
+
+
+@pytest.mark.ray
+def test_names_below_this_folder_are_found_by_workers(here, bert):
+    tickets(here / "tickets.csv", 80)
+    shutil.copytree(bert, here / "model")
+    assert (
+        call("init", "text-classification", "--data", "tickets.csv", "--model", "model").exit_code
+        == 0
+    )
+    own = ["method.rank=4", "privacy.steps=1", "privacy.expected_batch_size=4"]
+    words = [word for assignment in own for word in ("--set", assignment)]
+    done = call("train", "run.yaml", *words, "--workers", "2", "--key-file", here / "home" / "key")
+    assert done.exit_code == 0, done.output
+    assert "2 workers" in done.output
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from grape_ray.data.arrays import Records
 from grape_ray.data.columns import Table
@@ -95,6 +96,23 @@ def test_texts_are_cut_and_the_template_is_not(folder):
     assert [row[place] for row, place in zip(found["input_ids"], found["place"])] == [MASK, MASK]
     with pytest.raises(DataError, match=r"no room for a text in rows 0, 1'.*max_tokens = 3"):
         task(folder, max_tokens=3).inputs(Table(pa.table({"text": ["wine", "fish"]}), "here"))
+
+
+def test_letters_of_several_tokens_are_cut_whole(tmp_path):
+    """Bytes as tokens: each emoji is four of them, all of one letter of the text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    letters = {letter: place for place, letter in enumerate([*SPECIAL, *alphabet])}
+    bytewise = Tokenizer(models.BPE(letters, []))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bytewise, pad_token="[PAD]", mask_token="[MASK]"
+    ).save_pretrained(tmp_path)
+    transformers.BertConfig(architectures=["BertForMaskedLM"]).save_pretrained(tmp_path)
+    one = PromptClassification(
+        str(tmp_path), "x.csv", template="{text}:{mask}", label_words=("a", "b"), max_tokens=8
+    )
+    found = one.inputs(Table(pa.table({"text": ["🍇🍇🍇🍇", "ab🍇🍇"]}), "here"))
+    assert [len(found["input_ids"][row]) for row in range(2)] == [6, 8]
 
 
 def test_a_word_is_scored_once_and_not_at_each_position(folder):

@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
     for _ in range(90):
         one, other = (rng.choice(WORDS, size=int(rng.integers(1, 7))) for _ in range(2))
         share = len(set(one) & set(other)) / len(set(one) | set(other))
-        rows.append({"text": " ".join(one), "other": " ".join(other), "target": share})
+        rows.append({"text": " ".join(one), "other": " ".join(other), "score": share})
     (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
 
@@ -71,15 +71,15 @@ def test_the_loss_is_the_squared_error(folder):
 
 def test_numbers_that_are_none_are_refused(folder, tmp_path):
     path = tmp_path / "bad.jsonl"
-    rows = [{"text": "wine", "other": "rain", "target": value} for value in (0.5, None, 1.5)]
+    rows = [{"text": "wine", "other": "rain", "score": value} for value in (0.5, None, 1.5)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(DataError, match="1 missing values of column 'target' in row 1"):
+    with pytest.raises(DataError, match="1 missing values of column 'score' in row 1"):
         task(folder, data=str(path)).load()
     path.write_text(path.read_text().replace("null", "Infinity"))
-    with pytest.raises(DataError, match="'target' that are not finite in row 1"):
+    with pytest.raises(DataError, match="'score' that are not finite in row 1"):
         task(folder, data=str(path)).load()
     with pytest.raises(DataError, match=r"column 'text'.*expected numbers"):
-        task(folder, target_column="text").load()
+        task(folder, number_column="text").load()
     net = task(folder).build_model(0)
     alone = task(folder).load().validation.take(np.array([0]))
     assert np.isnan(task(folder).evaluate(net, alone)["pearson"])

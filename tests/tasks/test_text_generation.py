@@ -106,7 +106,7 @@ def test_texts_that_are_written_are_compared_with_all_of_a_prompts_texts(folder,
     written = net.generate(  # pyright: ignore[reportCallIssue]
         input_ids=ids, max_new_tokens=8, do_sample=False, eos_token_id=2
     )
-    assert asked["texts"][1] == one._texts(written[:, ids.shape[1] :].tolist())[0]
+    assert asked["texts"][1] == one.texts_of(written[:, ids.shape[1] :].tolist())[0]
     with pytest.raises(ConfigError, match=r"evaluate_generations.*prompt_column"):
         task(folder, evaluate_generations=3, prompt_column="").load()
 

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from grape_ray.data.arrays import Records
 from grape_ray.data.columns import Table
 from grape_ray.errors import DataError
+from grape_ray.models.adapters import Lora
 from grape_ray.tasks.token_classification import TokenClassification
 from tests.support.tasks import trained
 
@@ -64,8 +65,9 @@ def task(folder, name="tags.jsonl", **fields):
     return TokenClassification(**{**own, "public": True, **fields})
 
 
-def test_trains_is_exported_and_gives_a_tag_a_token(folder, tmp_path):
-    result, out = trained(task(folder, labels=TAGS), tmp_path)
+@pytest.mark.parametrize("fields", [{}, {"lora": Lora(rank=2)}])
+def test_trains_is_exported_and_gives_a_tag_a_token(folder, tmp_path, fields):
+    result, out = trained(task(folder, labels=TAGS, **fields), tmp_path)
     assert set(result.metrics) == {"precision", "recall", "f1", "accuracy", "loss"}
     again = transformers.AutoModelForTokenClassification.from_pretrained(out).eval()
     assert again.config.id2label == dict(enumerate(TAGS))
