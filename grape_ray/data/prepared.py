@@ -183,7 +183,7 @@ class CheckedTables:
 
 def checked_tables(split: Split, encoder: Encoder, scratch: Path) -> CheckedTables:
     """The tables of a dataset, mapped from `scratch`. Raises DataError."""
-    found = _split_table(split, split.train, encoder.columns, scratch)
+    found = _table_of(split, split.train, encoder.columns, scratch)
     # with the rows that are left out: that some are, for a missing unit, makes no other dataset
     identity = found.rows.select(dict.fromkeys(encoder.columns.named))
     train = _usable(split, found, encoder.columns)
@@ -198,7 +198,7 @@ def checked_tables(split: Split, encoder: Encoder, scratch: Path) -> CheckedTabl
     encoder.check(train, facts)
     validation = None
     if split.validation is not None:
-        found = _split_table(split, split.validation, encoder.columns, scratch, validation=True)
+        found = _table_of(split, split.validation, encoder.columns, scratch, validation=True)
         identity = found.rows.select(dict.fromkeys(encoder.columns.named))
         index["validation_source"] = fingerprint_columns(identity)
         found = found.slice(0, split.validation_limit or len(found))
@@ -221,7 +221,7 @@ def check_not_empty(name: str, there: bool) -> None:
         raise DataError(f"the {name.partition('.')[0]} split", "no record", "at least one", fix)
 
 
-def _split_table(
+def _table_of(
     split: Split, source: Source, columns: Columns, scratch: Path, validation: bool = False
 ) -> Table:
     """A split's table, of the columns that are read."""

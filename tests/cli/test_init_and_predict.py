@@ -28,6 +28,7 @@ def bert(tmp_path_factory):
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     return tmp_path
 
 
@@ -87,6 +88,12 @@ def test_from_a_csv_to_answers(here, bert):
     assert all(sum(line["probabilities"].values()) == pytest.approx(1) for line in lines)
 
 
+def test_an_exported_folder_does_not_say_where_things_lay():
+    task = TextGeneration("/home/ann/model", "/home/ann/chats", tokenizer="/home/ann/tokenizer")
+    assert "ann" not in describe_exported(task)
+    assert '"tokenizer": "bytes"' in describe_exported(replace(task, tokenizer="bytes"))
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_names_below_this_folder_are_found_by_workers(here, bert):
@@ -101,12 +108,6 @@ def test_names_below_this_folder_are_found_by_workers(here, bert):
     done = call("train", "run.yaml", *words, "--workers", "2", "--key-file", here / "home" / "key")
     assert done.exit_code == 0, done.output
     assert "2 workers" in done.output
-
-
-def test_an_exported_folder_does_not_say_where_things_lay():
-    task = TextGeneration("/home/ann/model", "/home/ann/chats", tokenizer="/home/ann/tokenizer")
-    assert "ann" not in describe_exported(task)
-    assert '"tokenizer": "bytes"' in describe_exported(replace(task, tokenizer="bytes"))
 
 
 @pytest.mark.parametrize(

@@ -145,22 +145,6 @@ def test_another_set_is_refused(world, tmp_path):
     assert not (tmp_path / "x" / "index.json").exists()
 
 
-@pytest.mark.slow
-def test_each_node_fetches_its_half_and_a_lost_one_is_replaced(tmp_path):
-    with s3_bucket() as bucket:
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.support.two_nodes", str(tmp_path), f"{bucket}/set"],
-            capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=500, check=False,
-        )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert (result["steps"], result["workers"], result["attempts"]) == (300, 2, 2)
-    shares = [fetched / result["total"] for fetched in result["fetched"]]
-    assert sum(shares) == pytest.approx(1, abs=0.01)
-    assert all(0.4 < share < 0.6 for share in shares)
-    assert 0.4 < result["later"] / result["total"] < 0.6
-
-
 @dataclass(frozen=True)
 class Quoting(TextClassification):
     """Fails on a record, and quotes it."""
@@ -176,3 +160,19 @@ def test_an_error_on_a_node_quotes_no_record(world, tmp_path):
         prepare_set(replace(config, task=Quoting(**fields)), str(tmp_path / "x"), 2)
     assert raised.value.__cause__ is None
     assert "ZQXJRECORD" not in str(raised.value)
+
+
+@pytest.mark.slow
+def test_each_node_fetches_its_half_and_a_lost_one_is_replaced(tmp_path):
+    with s3_bucket() as bucket:
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.support.two_nodes", str(tmp_path), f"{bucket}/set"],
+            capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=500, check=False,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert (result["steps"], result["workers"], result["attempts"]) == (300, 2, 2)
+    shares = [fetched / result["total"] for fetched in result["fetched"]]
+    assert sum(shares) == pytest.approx(1, abs=0.01)
+    assert all(0.4 < share < 0.6 for share in shares)
+    assert 0.4 < result["later"] / result["total"] < 0.6
