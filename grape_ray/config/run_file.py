@@ -26,7 +26,8 @@ def read_run_file(path: str) -> Config:
 
     It has the groups of a Config: `task` with a `kind` (a name of `config.kinds.KINDS`, or
     `module:Class`) and the task's fields, `privacy`, `method`, `performance`, and `seed`. What a
-    file leaves out has its default. Paths that exist beside the file are meant so.
+    file leaves out has its default. Paths that exist beside the file are meant so. A `module:Class`
+    is imported, as a pipeline is: read a file of another's before you train it.
 
     Raises:
         ConfigError: no such file, no YAML, or what `--set` would refuse, in the file's name.

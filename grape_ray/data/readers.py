@@ -107,11 +107,16 @@ def check_columns(place: str, names: Sequence[str], wanted: Sequence[str]) -> No
             raise DataError(f"column '{column}' of {place}", got, "one", fix)
 
 
-def _nearest_column(column: str, names: Sequence[str]) -> str:
-    """A hint with the columns' names, unless one is no name: it is the first record's then, of a
-    file without a header.
+def are_names(columns: Sequence[str]) -> bool:
+    """Whether what a file calls its columns may be said; where one is no name, it is the first
+    record's, of a file without a header.
     """
-    if all(map(_NAME.fullmatch, names)):
+    return all(map(_NAME.fullmatch, columns))
+
+
+def _nearest_column(column: str, names: Sequence[str]) -> str:
+    """A hint with the columns' names, where they may be said."""
+    if are_names(names):
         return nearest(column, names)
     return "look at the file's header: names with spaces or beginning with a digit are not quoted"
 

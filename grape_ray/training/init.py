@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from grape_ray.config.kinds import KINDS, task_class
 from grape_ray.data.columns import Table, is_list, is_number, is_text
+from grape_ray.data.readers import are_names
 from grape_ray.data.sources import Source
 from grape_ray.data.tables import read_table
 from grape_ray.errors import ConfigError, DataError, nearest
@@ -210,9 +211,11 @@ def _check_complete(kind: str, wanted: Sequence[str], fields: Json, rows: pa.Tab
         optional |= {"text_column"}
     for role in wanted:
         if role not in fields and role not in optional:
-            got = ", ".join(
-                f"{name} ({rows.schema.field(name).type})" for name in rows.column_names
-            )
+            got = f"{rows.num_columns} columns"
+            if are_names(rows.column_names):
+                got = ", ".join(
+                    f"{name} ({rows.schema.field(name).type})" for name in rows.column_names
+                )
             fix = f"rename one to {_ROLES[role][0]!r}, or write task.{role} yourself"
             raise DataError(f"no column for task.{role} of {kind}", got, "one of its kind", fix)
 
