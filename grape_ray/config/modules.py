@@ -21,6 +21,7 @@ from grape_ray.privacy.redaction import where
 _Result = TypeVar("_Result")
 _NOT_OWN = ("grape_ray", "abc", "typing")  # packages whose code is none of the user's
 _PROCESS = secrets.token_hex(16)
+_EXAMPLES, _ROOT = ("pipelines", "tune_spaces"), Path(__file__).parents[2]
 _MOST_NAMED = 20  # files beside one that is missing
 _FILES: dict[str, str] = {}  # modules that were named by their file, and are not found without it
 
@@ -34,15 +35,15 @@ def load_module(name: str, reference: str, kind: str = "pipeline", here: bool = 
     if here and os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        return importlib.import_module(name)
+        return _imported(name)
     except GrapeRayError:
         raise
     except ModuleNotFoundError as error:
         if error.name is None or not (name == error.name or name.startswith(f"{error.name}.")):
             what = f"{kind} {reference} needs a module"
-            raise ConfigError(
-                what, error.name, "an installed module", f"pip install {error.name}"
-            ) from error
+            # No advice to install it: of a name with a slip, anyone may have made a package.
+            fix = "correct the name, or install the package that you know to hold it"
+            raise ConfigError(what, error.name, "an installed module", fix) from error
         raise ConfigError(
             f"{kind} not found",
             reference,
@@ -54,6 +55,23 @@ def load_module(name: str, reference: str, kind: str = "pipeline", here: bool = 
         raise ConfigError(
             f"{kind} cannot be imported", reference, "an importable module", reason
         ) from error
+
+
+def _imported(name: str) -> ModuleType:
+    """The module; one of this project's examples also where a package of the user's own has the
+    name of theirs (`pipelines`), and hides it.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        package, _, rest = name.partition(".")
+        ours = _ROOT / package
+        hidden = package in _EXAMPLES and error.name == name and (ours / f"{rest}.py").is_file()
+        if not hidden or str(ours) in sys.modules[package].__path__:
+            raise
+    sys.modules[package].__path__.append(str(ours))
+    _tell_processes(str(_ROOT))
+    return importlib.import_module(name)
 
 
 def call(function: Callable[[], _Result], what: str, expected: str) -> _Result:
@@ -179,4 +197,5 @@ def _neighbours(name: str, kind: str) -> list[str]:
     except (ImportError, ValueError):
         spec = None
     places = list(spec.submodule_search_locations or []) if spec else []
+    places += [str(_ROOT / package)] if package in _EXAMPLES else []
     return [f"{package}.{m.name}" for m in pkgutil.iter_modules(places)] or [example]

@@ -185,7 +185,7 @@ WORDS = [
             ("W/code/syntax.py", "SyntaxError"),
             ("W/code/raises.py", "ZeroDivisionError"),
             ("W/code/exits.py", "SystemError"),
-            ("W/code/needs.py", "pip install nosuchlibrary"),
+            ("W/code/needs.py", "'nosuchlibrary'"),
             ("W/code/nothing.py", "no such function"),
             ("W/code/named.py", "confg"),
             ("W/code/fails.py", "KeyError"),

@@ -2,6 +2,8 @@
 line.
 """
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,6 +97,22 @@ def test_a_file_that_is_not_there(tmp_path):
     write(tmp_path, WHOLE)
     with pytest.raises(ConfigError, match=r"run\.yaml"):
         pipeline(str(tmp_path / "rum.yaml"))
+
+
+def test_a_package_of_ones_own_called_pipelines_hides_none_of_ours(tmp_path):
+    (tmp_path / "pipelines").mkdir()
+    (tmp_path / "pipelines" / "__init__.py").write_text("")
+    mine = "from pipelines.digits_vit import digits_vit as mine\n"
+    (tmp_path / "pipelines" / "mine.py").write_text(mine)
+    program = str(Path(sys.executable).with_name("grape-ray"))
+
+    def fields(name):
+        words = [program, "fields", name, "task.width"]
+        return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    for name in ("pipelines.digits_vit", "pipelines.mine"):
+        assert fields(name).stdout.startswith("task.width = 64"), fields(name).stderr
+    assert "did you mean 'pipelines.digits_vit'" in fields("pipelines.digit_vit").stderr
 
 
 @pytest.mark.parametrize("name", ["sst2", "opt", "longcontext_llama", "digits_vit"])
