@@ -77,7 +77,14 @@ def rank_main(rank, world, path, method, out):
 
 
 @pytest.mark.parametrize(
-    ("world", "method"), [(2, "grape"), (2, "dp_adam"), (2, "none"), (4, "grape"), (4, "dp_adam")]
+    ("world", "method"),
+    [
+        (2, "grape"),
+        (2, "dp_adam"),
+        (2, "none"),
+        pytest.param(4, "grape", marks=pytest.mark.slow),
+        pytest.param(4, "dp_adam", marks=pytest.mark.slow),
+    ],
 )
 def test_world_size_changes_nothing(world, method, tmp_path):
     released, weights, batches = train(Comms.local(), method)

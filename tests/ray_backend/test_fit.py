@@ -66,6 +66,7 @@ def test_items_may_be_dicts_or_tensors_and_need_no_validation(where):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_two_workers_import_what_they_train(where):
     done = fit(net, make_items, losses, steps=2, method="dp_adam", workers=2, **BUDGET, **where)
     assert (done.result.workers, done.result.steps) == (2, 2)

@@ -31,6 +31,7 @@ def events(folder: Path, rank: int = 0) -> list[dict]:
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_told_to_end_leaves_a_checkpoint_of_its_last_step(tmp_path, ray_cluster):
     trace, told = tmp_path / "trace", []
 

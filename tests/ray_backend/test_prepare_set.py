@@ -117,6 +117,7 @@ def test_a_rank_fetches_its_own_shards_alone(world, tmp_path, monkeypatch):
     assert fetched == ["train-00003.arrow", "train-00004.arrow", "train-00005.arrow"]
 
 
+@pytest.mark.slow
 def test_two_workers_train_on_a_prepared_set(world, tmp_path):
     root, _, by_user, _ = world
     task = replace(by_user.task, data=str(root / "users"))

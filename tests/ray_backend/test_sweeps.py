@@ -29,7 +29,7 @@ pytestmark = pytest.mark.ray
 KEYS = [  # of the JSON, in its order: scripts read it
     "sweep", "study", "mode", "epsilon", "delta", "noise_multiplier", "tokens_total",
     "tokens_charged", "steps_executed", "wasted", "trials", "best", "ledger", "score_source",
-    "score_ledger",
+    "score_ledger", "unit",
 ]  # fmt: skip
 
 
@@ -99,6 +99,7 @@ def test_the_budget_of_n_steps_gives_n_steps_to_eight_trials(sweep):
     assert result.trials == 8
 
 
+@pytest.mark.slow
 def test_trials_of_other_lengths_refreshes_moments_and_methods_pay_alike(sweep, tmp_path):
     result = sweep("a", "tests.support.wide_space", trials=6, scheduler="none", seed=2)
     balanced(result)
