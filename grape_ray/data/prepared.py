@@ -251,14 +251,17 @@ def _unit(split: Split, validation: bool) -> list[str]:
 def encode_train(
     split: Split, encoder: Encoder, tables: CheckedTables, writers: Mapping[str, RecordsWriter]
 ) -> np.ndarray:
-    """Writes the training records, and those held out of them; returns the hash (N,) of each of the
-    former's unit.
+    """Writes the training records, and those held out of them; returns a number (N,) for each of
+    the former, the hash of its unit, which says nothing where `split` has no unit.
     """
     marks = [np.empty(0, dtype=np.uint64)]
     for part in _parts(tables.train, "train"):
         records = encoder.encode(part, tables.facts)
-        read = _read(records, encoder.columns.computed)
-        own = unit_hashes(part.rows[split.unit]) if split.unit else row_hashes(read)
+        own = np.zeros(len(records), dtype=np.uint64)
+        if split.unit:
+            own = unit_hashes(part.rows[split.unit])
+        elif split.held_out:  # hashing every row takes longer than reading it
+            own = row_hashes(_read(records, encoder.columns.computed))
         held = _uniform(own) < split.held_out if split.held_out else np.zeros(len(own), bool)
         if held.any():
             writers[VALIDATION].append(records.take(np.flatnonzero(held)))

@@ -87,14 +87,18 @@ class Source:
         for file in files:
             yield batches_of(fs, file, format_of(file, self.format), columns, texts)
 
-    def label_names(self, column: str) -> tuple[str, ...]:
-        """The names of a column's classes, or of those in its lists, where the dataset itself says
-        them; otherwise none.
+    def class_names(self) -> dict[str, tuple[str, ...]]:
+        """The names of the classes of each column, or of those in its lists, where the dataset
+        itself says them.
         """
         dataset = self._dataset()
-        feature = dataset.features.get(column) if dataset is not None else None
-        feature = getattr(feature, "feature", feature)
-        return tuple(getattr(feature, "names", None) or ())
+        features = {} if dataset is None else dataset.features
+        inner = {name: getattr(feature, "feature", feature) for name, feature in features.items()}
+        return {name: tuple(f.names) for name, f in inner.items() if getattr(f, "names", None)}
+
+    def label_names(self, column: str) -> tuple[str, ...]:
+        """The names of one column's classes; none where the dataset does not say them."""
+        return self.class_names().get(column, ())
 
     def holds_images(self) -> bool:
         """Whether it is a folder of image files, the class of each the folder that it lies in."""
@@ -124,13 +128,10 @@ class Source:
 
     def _dataset(self) -> Any:
         """The split as a Hugging Face dataset, where it is one; None for plain files."""
-        import datasets
-
-        datasets.disable_progress_bars()
         if self._is_hub():
             return _hub(self, self.split)
         if self._has(_SAVED_SPLITS):
-            found = datasets.load_from_disk(self.place)
+            found = _saved(self.place)
             if self.split not in found:
                 raise DataError(
                     f"the folder {self.place} has no split", self.split, "one of its own",
@@ -138,17 +139,25 @@ class Source:
                 )  # fmt: skip
             return found[self.split]
         if self._has(_SAVED):
-            return datasets.load_from_disk(self.place)
+            return _saved(self.place)
         if self.holds_images():
-            # A folder of one class each; `drop_labels` False makes labels of the folders' names.
             return _image_folder(self.place)
         return None
+
+
+def _saved(place: str) -> Any:
+    """What `save_to_disk` wrote."""
+    import datasets  # takes a second, and plain files need none of it
+
+    datasets.disable_progress_bars()
+    return datasets.load_from_disk(place)
 
 
 def _hub(source: Source, split: str | None) -> Any:
     """A dataset on the hub: its split, or, for None, its builder, which knows its revision."""
     import datasets
 
+    datasets.disable_progress_bars()
     try:
         if split is None:
             return datasets.load_dataset_builder(source.place, source.config or None)

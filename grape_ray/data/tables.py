@@ -37,9 +37,8 @@ def read_table(
     if not full:
         fix = "check the path"
         raise DataError("data has no rows", source.place, "at least one record", fix)
-    for column in full[0].column_names:
-        names = source.label_names(column)
-        if names:
+    for column, names in source.class_names().items():
+        if column in full[0].column_names:
             full = [_named(table, column, names) for table in full]
     try:
         table = pa.concat_tables(full, promote_options="permissive")

@@ -79,11 +79,12 @@ class TextGeneration(DecoderTask, TextTask):
     def encode(self, table: Table, facts: Json) -> Records:
         """Token ids, and which of them are learned."""
         if self.messages_column:
-            whole, learned = chats.encoded(table, self.messages_column, self.load_tokenizer())
+            whole, learned = (
+                [row[: self.max_tokens] for row in rows]
+                for rows in chats.encoded(table, self.messages_column, self.load_tokenizer())
+            )
         else:
             whole, learned = self._encoded_texts(table)
-        whole = [ids[: self.max_tokens] for ids in whole]
-        learned = [marks[: self.max_tokens] for marks in learned]
         lost = np.array([i for i, marks in enumerate(learned) if not any(marks)])
         table.refuse_rows(
             "nothing to learn",
