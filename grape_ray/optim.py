@@ -4,6 +4,7 @@ the weight in place.
 
 from __future__ import annotations
 
+import fnmatch
 import math
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -84,6 +85,11 @@ class Optimizer:
         self.method = method
         self.total_steps = total_steps
         self.updates, self._period, self._rounding_key = 0, 0, rounding_key
+        self._multiples = {
+            name: multiple
+            for pattern, multiple in method.rate_multiples
+            for name in fnmatch.filter(self.params, pattern)
+        }
         self._rows = {name: self._rows_of(name, param) for name, param in self.params.items()}
         self.recorder: Recorder | None = None
         slots = (
@@ -143,17 +149,20 @@ class Optimizer:
                 fix,
             )
         self.updates += 1
+        decay = 1 - rate * self.method.weight_decay
         if self.recorder:
-            self.recorder.begin_step(period, 1 - rate * self.method.weight_decay)
+            self.recorder.begin_step(period, decay)
         with torch.no_grad():
             for name, param in self.params.items():
                 coords = self.subspace.project(name, gradient.tensors[name], period)
                 if period != self._period and name in self.subspace.plan:
                     self._refresh(name, self._period, period)
-                update = self._direction(name, self._mine(name, param, coords), gradient.noise_std)
+                mine = self._mine(name, param, coords)
+                update = self._direction(name, mine, gradient.noise_std, self._averaged(name, step))
+                moves = -rate * self._multiples.get(name, 1.0)
                 if self.recorder and name in self.subspace.plan:
-                    self.recorder.record(name, period, update, -rate)
-                self._apply(name, sharding.local(param), update, rate, step, period)
+                    self.recorder.record(name, period, update, moves)
+                self._apply(name, sharding.local(param), update, moves, decay, step)
         self._period = period
 
     def _mine(self, name: str, param: Tensor, coords: Tensor) -> Tensor:
@@ -166,14 +175,15 @@ class Optimizer:
         return coords[self._rows[name]]
 
     def _apply(
-        self, name: str, weight: Tensor, update: Tensor, rate: float, step: int, period: int
+        self, name: str, weight: Tensor, update: Tensor, moves: float, decay: float, step: int
     ) -> None:
-        """weight -= rate * (lifted update + weight_decay * weight), in the weight's own memory."""
+        """weight <- decay * weight + moves * (lifted update), in the weight's own memory."""
         # a copy of one tensor at a time, not of the model
         exact = weight.float() if weight.dtype == torch.bfloat16 else weight
-        if self.method.weight_decay:
-            exact.mul_(1 - rate * self.method.weight_decay)
-        self.subspace.lift_(exact, name, period, update, -rate, self._rows[name])
+        if decay != 1:
+            exact.mul_(decay)
+        period = self.subspace.period(step)
+        self.subspace.lift_(exact, name, period, update, moves, self._rows[name])
         if exact is not weight:
             flat, rows = exact.view(max(exact.shape[0], 1), -1), self._rows[name]
             whole = self.params[name].shape[0], flat.shape[1]
@@ -182,7 +192,16 @@ class Optimizer:
             )
             weight.copy_(round_stochastically(flat, bits.to(weight.device)).view(weight.shape))
 
-    def _direction(self, name: str, grad: Tensor, noise_std: float) -> Tensor:
+    def _averaged(self, name: str, step: int) -> int:
+        """The number of gradients that the first moment of a tensor is a mean of, with that of
+        `step`.
+        """
+        refresh = self.subspace.refresh
+        if self.method.moments != "reset" or not refresh or name not in self.subspace.plan:
+            return self.updates
+        return min(self.updates, step % refresh + 1)
+
+    def _direction(self, name: str, grad: Tensor, noise_std: float, averaged: int) -> Tensor:
         """The direction in coordinates; may reuse the gradient's memory."""
         if self.method.optimizer == "sgd":
             if not self.method.momentum:
@@ -200,7 +219,7 @@ class Optimizer:
             .add_(self.method.eps)
             .reciprocal_()
             .mul_(first)
-            .div_(1 - beta1**self.updates)
+            .div_(1 - beta1**averaged)
         )
 
     def _refresh(self, name: str, old: int, new: int) -> None:
@@ -209,10 +228,12 @@ class Optimizer:
         """
         if self.method.moments == "keep":
             return
+        if self.method.moments == "reset":
+            # the law of squared coordinates is the same in any basis
+            if "first" in self._state:
+                self._state["first"][name].zero_()
+            return
         for slot, tensors in self._state.items():
-            if self.method.moments == "reset":
-                tensors[name].zero_()
-                continue
             change = self.subspace.change_of_basis(name, old, new, tensors[name])
             # squares of coordinates, as if these were uncorrelated
             change = change.square() if slot == "second" else change
@@ -291,6 +312,6 @@ def make_optimizer(
             plan_projections(
                 model, method.rank, method.side, method.dense, method.project_min_numel
             ),
-            method.refresh,
+            method.refresh_steps,
         )
     return Optimizer(engine.params, subspace, method, total_steps, rounding_key)

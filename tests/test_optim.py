@@ -17,10 +17,12 @@ from tests.support.grants import granted
 KEY = b"o" * 32
 
 
-def trained(method, steps=6, resume_at=None, **options):
+def trained(method, steps=6, resume_at=None, only=None, **options):
     """A small model after some private steps, going through a saved state at `resume_at`."""
     method = Method(name=method, rank=3, project_min_numel=100, learning_rate=0.05, **options)
     model = zoo.build_layer("reused module")
+    for name, param in model.named_parameters():
+        param.requires_grad_(only in (None, name))
     engine = make_engine(
         model, method.name, 1.0, key=b"o", rank=3, project_min_numel=100, refresh=method.refresh
     )
@@ -57,6 +59,32 @@ def test_moment_policies_differ_once_the_subspace_changes(method):
     assert not torch.equal(ends["keep"], ends["transfer"])
     never = {m: trained(method, moments=m, refresh=0) for m in ("keep", "reset")}
     assert torch.equal(never["keep"], never["reset"])
+
+
+def test_tensors_move_by_their_own_multiple_of_the_rate():
+    moved = {}
+    for rates in ((), ("*:2",), ("*:2", "layer.*:0.5")):
+        method = Method(rank=3, project_min_numel=100, optimizer="sgd", rates=rates)
+        model = zoo.build_layer("Linear")
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        engine = make_engine(model, "grape", 1.0, rank=3, project_min_numel=100)
+        summed = engine.clipped_sum(zoo.layer_loss, zoo.layer_batch())
+        gradient = privatize(summed, NoiseStream(KEY), grant=granted(), expected_batch_size=6)
+        make_optimizer(model, engine, method, 1).step(gradient)
+        moved[rates] = {name: p.detach() - before[name] for name, p in model.named_parameters()}
+    plain, twice, mixed = moved.values()
+    for name, move in plain.items():
+        torch.testing.assert_close(twice[name], 2 * move, rtol=1e-3, atol=1e-6)
+        multiple = 0.5 if name.startswith("layer.") else 2
+        torch.testing.assert_close(mixed[name], multiple * move, rtol=1e-3, atol=1e-6)
+
+
+def test_a_mean_of_gradients_is_of_one_projection_alone():
+    # The one tensor is projected each step in another way: nothing is left to average.
+    ends = [trained("grape", only="layer.weight", betas=(b, 0.999)) for b in (0.9, 0.0)]
+    torch.testing.assert_close(*ends)
+    kept = trained("grape", only="layer.weight", moments="keep")
+    assert not torch.allclose(kept, ends[0], atol=1e-3)
 
 
 def test_noise_and_update_are_those_of_the_step_that_was_summed():

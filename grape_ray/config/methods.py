@@ -13,6 +13,7 @@ class MethodInfo:
         engine: `module:Class` below `grape_ray.engines`. title: one line for tables.
         subspace: `identity`, `gaussian` (before the clip) or `svd` (of the private gradient, after
             the noise).
+        refresh: steps between new projections, unless a config says otherwise.
         private: whether it carries a guarantee.
         exact: whether the clip bounds every example's norm with certainty; otherwise the accountant
             covers the distribution of the estimate.
@@ -23,6 +24,7 @@ class MethodInfo:
     engine: str
     title: str
     subspace: str = "identity"
+    refresh: int = 1
     private: bool = True
     exact: bool = True
     shards: bool = False
@@ -47,6 +49,7 @@ METHODS: dict[str, MethodInfo] = {
         engine="bookkeeping:BookKeeping",
         title="DP-GaLore: SVD of the private gradient",
         subspace="svd",
+        refresh=100,
     ),
     "none": MethodInfo(
         engine="non_private:NonPrivate", title="non-private baseline", private=False

@@ -163,9 +163,12 @@ class Method:
         side: `in` compresses a linear layer's inputs (kept projected from the forward pass on),
             `out` its outputs, `smaller` the smaller of the two (GaLore's rule, used by the DP-GRAPE
             paper).
-        refresh: steps between new projections; 0 never refreshes.
-        moments: at a refresh `keep` (the paper's), `reset`, or `transfer` (lift the old coordinates
-            and project them again).
+        refresh: steps between new projections; 0 never refreshes. None is the method's own:
+            every step for `grape`, because a direction that is drawn once a step is averaged over
+            more of them (docs/choosing.md), every 100th for `dp_galore`.
+        moments: at a refresh `reset` (the mean of gradients begins anew, as their coordinates have
+            another meaning; the mean of their squares, whose law is the same, goes on), `keep` (the
+            paper's: neither does) or `transfer` (lift the old coordinates and project them again).
         scale: `unbiased` draws the projection from N(0, 1/r); `paper` from N(0, 1/r^2), as the
             authors' public code does.
         dense: name patterns (fnmatch) of tensors that are never projected.
@@ -173,6 +176,10 @@ class Method:
         estimator: of method `randomized`: `hutchinson` or `hutch++`.
         routes: `pattern:route` texts (fnmatch on names) that overrule how a layer's norm is
             computed: gram, instantiate or sketch.
+        rates: `pattern:multiple` texts (fnmatch on names): the step size of such tensors, of the
+            last pattern that matches, is so many times the learning rate. A head that begins at
+            random usually wants ten times the rate of pretrained layers. Weight decay is by the
+            plain rate.
         optimizer: `adam` or `sgd`. learning_rate: its step size. betas, eps: of Adam. momentum: of
             SGD. weight_decay: decoupled, times the learning rate, a step.
         warmup_steps, schedule: linear warm-up, then `constant`, `linear` or `cosine` decay to zero
@@ -183,8 +190,8 @@ class Method:
     name: str = "grape"
     rank: int = 16
     side: str = "in"
-    refresh: int = 100
-    moments: str = "keep"
+    refresh: int | None = None
+    moments: str = "reset"
     scale: str = "unbiased"
     dense: tuple[str, ...] = ()
     project_min_numel: int = 4096
@@ -192,6 +199,7 @@ class Method:
     routes: tuple[str, ...] = ()
     optimizer: str = "adam"
     learning_rate: float = 1e-3
+    rates: tuple[str, ...] = ()
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     momentum: float = 0.0
@@ -210,7 +218,12 @@ class Method:
             "typical values lie between 8 and 64",
         )
         _choice("method.side", self.side, ("in", "out", "smaller"))
-        _require(_count(self.refresh, 0), "method.refresh", self.refresh, "an integer >= 0")
+        _require(
+            self.refresh is None or _count(self.refresh, 0),
+            "method.refresh",
+            self.refresh,
+            "an integer >= 0, or None for the method's own",
+        )
         _choice("method.moments", self.moments, ("keep", "reset", "transfer"))
         _choice("method.scale", self.scale, ("unbiased", "paper"))
         _choice("method.estimator", self.estimator, ("hutchinson", "hutch++"))
@@ -230,6 +243,14 @@ class Method:
             most,
             "typical values lie between 1e-5 and 1",
         )
+        for pattern, multiple in self.rate_multiples:
+            _require(
+                bool(pattern) and 0 < multiple * rate <= MAX_RATE,
+                "method.rates",
+                f"{pattern}:{multiple:g}",
+                f"pattern:multiple, times the learning rate > 0 and at most {MAX_RATE:g}",
+                "name the tensors and how many times the learning rate theirs is: classifier.*:10",
+            )
         betas_ok = len(self.betas) == 2 and all(_number(b) and 0 <= b < 1 for b in self.betas)
         _require(betas_ok, "method.betas", self.betas, "two numbers in [0, 1)")
         _require(_number(self.eps) and self.eps > 0, "method.eps", self.eps, "a number > 0")
@@ -250,6 +271,17 @@ class Method:
             self.warmup_steps,
             "an integer >= 0",
         )
+
+    @property
+    def rate_multiples(self) -> tuple[tuple[str, float], ...]:
+        """Patterns and multiples of `rates`; not a number where a text has none."""
+        pairs = [text.rpartition(":") for text in self.rates]
+        return tuple((pattern, _float(multiple)) for pattern, _, multiple in pairs)
+
+    @property
+    def refresh_steps(self) -> int:
+        """Steps between new projections, 0 for never."""
+        return METHODS[self.name].refresh if self.refresh is None else self.refresh
 
 
 @dataclass(frozen=True)
@@ -404,6 +436,13 @@ class Config:
             _require(bool(sign), "--set", text, "key=value, such as method.rank=8")
             config = assign(config, key.strip().split("."), value.strip(), key.strip())
         return config
+
+
+def _float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def _choice(what: str, got: str, known: typing.Iterable[str]) -> None:

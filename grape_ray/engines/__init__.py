@@ -61,6 +61,7 @@ def from_config(model: nn.Module, privacy: Privacy, method: Method, key: bytes) 
     info = METHODS[method.name]
     names = [name for name, _ in model.named_parameters()]
     check_patterns("method.dense", method.dense, names)
+    check_patterns("method.rates", [pattern for pattern, _ in method.rate_multiples], names)
     check_patterns(
         "method.routes",
         [route.rpartition(":")[0] for route in method.routes if ":" in route[1:]],
@@ -71,7 +72,7 @@ def from_config(model: nn.Module, privacy: Privacy, method: Method, key: bytes) 
         plan = plan_projections(
             model, method.rank, method.side, method.dense, method.project_min_numel
         )
-        subspace = Gaussian(plan, key, method.refresh, method.scale)
+        subspace = Gaussian(plan, key, method.refresh_steps, method.scale)
     module, name = info.engine.split(":")
     engine: type[Engine] = getattr(importlib.import_module(f"grape_ray.engines.{module}"), name)
     return engine.from_config(model, privacy, method, subspace)
