@@ -35,7 +35,7 @@ _Task = TypeVar("_Task", bound="DatasetTask")
 # Fields that say where things are or how the model learns, not what a prepared set holds.
 _NOT_ENCODED = {
     "name", "public", "model", "data", "validation", "held_out_public", "data_config", "split",
-    "data_format", "lora", "trainable", "weights", "dropout", "loss", "max_new_tokens",
+    "data_format", "lora", "trainable", "weights", "dropout", "pooling", "loss", "max_new_tokens",
     "evaluate_generations", "views", "crop_padding", "flip",
 }  # fmt: skip
 

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from grape_ray.data.arrays import Ragged, Records
 from grape_ray.data.columns import Table
 from grape_ray.data.prepared import Columns
+from grape_ray.errors import ConfigError, nearest
 from grape_ray.models.hugging_face import (
     check_vocabulary,
     explaining_long_texts,
     load_classifier,
     tokens_of,
 )
+from grape_ray.models.pooling import with_mean_pooling
 from grape_ray.tasks.dataset_task import TextTask
 
 
@@ -31,10 +33,20 @@ class TextPairTask(TextTask):
     Attributes:
         pair_column: name of a second column of texts, such as the hypothesis beside a premise.
         dropout: whether the model's dropout is on in training.
+        pooling: what the head reads of the last layer: `first`, the first token, as transformers
+            does, or `mean`, of all tokens, which sentence encoders were trained for
+            (`models.pooling`).
     """
 
     pair_column: str = ""
     dropout: bool = False
+    pooling: str = "first"
+
+    def check_fields(self) -> None:
+        super().check_fields()
+        if self.pooling not in ("first", "mean"):
+            fix = nearest(str(self.pooling), ("first", "mean"))
+            raise ConfigError("task.pooling", self.pooling, "first or mean", fix)
 
     @property
     def input_columns(self) -> Columns:
@@ -63,7 +75,7 @@ class TextPairTask(TextTask):
         check_vocabulary(model, tokens_of(self.load_tokenizer()), self.model)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = self.pad_token()
-        return model
+        return with_mean_pooling(model, self.model) if self.pooling == "mean" else model
 
     def collate(self, records: Records, indices: np.ndarray) -> Mapping[str, Tensor]:
         ids, mask = records.sequences("input_ids").padded(indices, self.pad_token())
