@@ -61,8 +61,8 @@ class DecoderTask(TokenizedTask):
 
     def build_model(self, seed: int) -> nn.Module:
         tokens = _BYTE_TOKENS if self.tokenizer == BYTES else tokens_of(self.load_tokenizer())
-        model = check_vocabulary(load_language_model(self.model, seed), tokens, self.model)
-        return self.prepared_model(model, seed)
+        model = load_language_model(self.model, seed, weights=self.weights)
+        return self.prepared_model(check_vocabulary(model, tokens, self.model), seed)
 
     def predict(self, model: nn.Module, records: Records) -> dict[str, list]:
         """The text that the model writes after each prompt, by the most likely token each time."""

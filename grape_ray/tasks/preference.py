@@ -129,9 +129,7 @@ class Preference(DecoderTask):
         They are rounded, so that records alike have the same ones whatever they are padded with.
         The model is loaded anew for some thousand records, so that none stays in memory.
         """
-        model: nn.Module = load_language_model(self.model, 0)
-        if self.weights == "bf16":
-            model = model.bfloat16()
+        model: nn.Module = load_language_model(self.model, 0, weights=self.weights)
         model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         found = np.empty((len(records), 2), dtype=np.float32)
         for indices, batch in batches(self, model, records, _ROWS):

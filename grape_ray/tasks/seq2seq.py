@@ -94,9 +94,9 @@ class Seq2Seq(TokenizedTask):
         return {"input_ids": Ragged.of(found["input_ids"])}
 
     def build_model(self, seed: int) -> nn.Module:
-        model = load_language_model(self.model, seed, "Seq2SeqLM").train(self.dropout)
+        model = load_language_model(self.model, seed, "Seq2SeqLM", self.weights)
         check_vocabulary(model, tokens_of(self.load_tokenizer()), self.model)
-        return self.prepared_model(model, seed)
+        return self.prepared_model(model.train(self.dropout), seed)
 
     def collate(self, records: Records, indices: np.ndarray) -> Mapping[str, Tensor]:
         return padded_batch(records, indices, self.pad_token(), _IGNORE)

@@ -59,7 +59,7 @@ class TextPairTask(TextTask):
 
     def with_head(self, outputs: int, seed: int) -> Any:
         """The model with a head of so many numbers."""
-        model: Any = load_classifier(self.model, outputs, seed, self.dropout)
+        model: Any = load_classifier(self.model, outputs, seed, self.dropout, weights=self.weights)
         check_vocabulary(model, tokens_of(self.load_tokenizer()), self.model)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = self.pad_token()

@@ -129,7 +129,9 @@ class TokenClassification(NamedLabels, TokenizedTask):
 
     def build_model(self, seed: int) -> nn.Module:
         classes = len(self.label_names())
-        model = load_classifier(self.model, classes, seed, self.dropout, "TokenClassification")
+        model = load_classifier(
+            self.model, classes, seed, self.dropout, "TokenClassification", self.weights
+        )
         check_vocabulary(model, tokens_of(self.load_tokenizer()), self.model)
         self.name_labels(model)
         return self.prepared_model(model, seed)
