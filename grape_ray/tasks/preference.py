@@ -21,7 +21,7 @@ from grape_ray.models.hugging_face import load_language_model
 from grape_ray.models.identity import model_identity
 from grape_ray.storage import Json
 from grape_ray.tasks.batches import batches
-from grape_ray.tasks.decoders import PAD, DecoderTask, token_losses
+from grape_ray.tasks.decoders import PAD, DecoderTask, next_token_losses
 
 _ROWS = 4  # pairs looked at together, outside of training
 _STEPS = 1024  # a nat of the reference
@@ -147,5 +147,5 @@ def _margin(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 def _answers(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """(B, 2): the log-probability of each answer, a sum over its tokens."""
     ids, learned = batch["ids"], batch["learned"]
-    losses, _ = token_losses(model, ids.flatten(0, 1), learned.flatten(0, 1))
+    losses, _ = next_token_losses(model, ids.flatten(0, 1), learned.flatten(0, 1))
     return -losses.sum(1).view(-1, 2)

@@ -74,7 +74,7 @@ class TextPairTask(TextTask):
             batch["labels"] = torch.from_numpy(records.array("labels")[indices])
         return batch
 
-    def head(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """(B, outputs) of a batch, whose `labels` are not looked at."""
         with explaining_long_texts(model, batch["input_ids"].shape[1]):
             return model(**{k: v for k, v in batch.items() if k != "labels"}).logits

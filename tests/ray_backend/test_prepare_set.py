@@ -23,12 +23,13 @@ from grape_ray.privacy.random_streams import poisson_batch
 from grape_ray.ray_backend.prepare_set import prepare_set
 from grape_ray.ray_backend.train import train
 from grape_ray.tasks.text_classification import TextClassification
+from grape_ray.tasks.text_generation import TextGeneration
 from grape_ray.training.build import build_engine
 from grape_ray.training.step import Step
 from tests.support.bucket import s3_bucket
 from tests.support.grants import granted
 from tests.support.tiny import Tiny
-from tests.support.word_model import WORDS, save_encoder
+from tests.support.word_model import WORDS, save_decoder, save_encoder
 
 pytestmark = pytest.mark.ray
 
@@ -203,6 +204,24 @@ def test_another_set_is_refused(world, tmp_path):
             replace(config, task=replace(config.task, labels=("x", "y"))), str(tmp_path / "x")
         )
     assert not (tmp_path / "x" / "index.json").exists()
+
+
+def test_a_row_is_named_by_its_number_in_the_file(world, tmp_path):
+    """Though rows were left out, and sorted by unit."""
+    _, config, *_ = world
+    rows = [{"who": f"u{n * 7 % 10}", "ask": "grape", "text": "wine"} for n in range(60)]
+    rows[3]["text"] = ""  # left out, which moves no other's number
+    rows[41]["ask"] = "grape " * 20
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = TextGeneration(
+        str(save_decoder(tmp_path / "llama")), str(tmp_path / "t.jsonl"), held_out=0.2,
+        prompt_column="ask", max_tokens=12, drop_bad_rows=True,
+    )  # fmt: skip
+    own = replace(config, task=task, privacy=replace(config.privacy, unit="who"))
+    with pytest.raises(DataError, match=r"nothing to learn in row 41'"):
+        prepare_set(own, str(tmp_path / "x"), 4)
+    with pytest.raises(DataError, match=r"nothing to learn in row 41'"):
+        task.load(unit="who")
 
 
 @dataclass(frozen=True)
