@@ -22,18 +22,21 @@ class Table:
     """A table and where it came from, whose columns are asked for by what they should hold.
 
     Args:
-        rows: the table. place: for errors. first: the number of its first row.
+        rows: the table. place: for errors. row_numbers: where they came from; None counts
+            from 0.
     """
 
-    def __init__(self, rows: pa.Table, place: str, first: int = 0):
-        self.rows, self.place, self.first = rows, place, first
+    def __init__(self, rows: pa.Table, place: str, row_numbers: range | np.ndarray | None = None):
+        self.rows, self.place = rows, place
+        self.row_numbers = range(rows.num_rows) if row_numbers is None else row_numbers
 
     def __len__(self) -> int:
         return self.rows.num_rows
 
     def slice(self, start: int, count: int) -> Table:
         """Some rows, without a copy."""
-        return Table(self.rows.slice(start, count), self.place, self.first + start)
+        end = start + count
+        return Table(self.rows.slice(start, count), self.place, self.row_numbers[start:end])
 
     def check_texts(self, columns: Sequence[str]) -> None:
         """Refuses columns of another type than texts. Raises DataError."""
@@ -112,7 +115,7 @@ class Table:
         """The table without the rows where `bad` (N,) is true."""
         if not bad.any():
             return self
-        return Table(self.rows.filter(pa.array(~bad)), self.place, self.first)
+        return Table(self.rows.filter(pa.array(~bad)), self.place, np.array(self.row_numbers)[~bad])
 
     def bad_rows(self, columns: Sequence[str], filled: Sequence[str]) -> dict[str, np.ndarray]:
         """The rows (N,) bool that cannot be used, by the reason.
@@ -163,7 +166,7 @@ class Table:
 
     def _rows(self, rows: np.ndarray) -> str:
         """The numbers of some rows, in words."""
-        first = ", ".join(str(self.first + int(row)) for row in rows[:_NAMED_ROWS])
+        first = ", ".join(str(self.row_numbers[int(row)]) for row in rows[:_NAMED_ROWS])
         more = len(rows) - _NAMED_ROWS
         return f"row{'s' if len(rows) > 1 else ''} {first}" + (f" and {more} more" * (more > 0))
 

@@ -53,10 +53,14 @@ def format_of(path: str, chosen: str = "") -> str:
         raise DataError(
             "task.data_format", chosen, "one of " + ", ".join(FORMATS), nearest(chosen, FORMATS)
         )
+    return chosen or named_format(path) or "parquet"
+
+
+def named_format(path: str) -> str:
+    """The format that the end of a file's name says, compressed or not; empty for none."""
     name = re.sub(r"[?#].*", "", path).lower()  # of an address without its signature
     name = re.sub(r"\.(gz|bz2|zst|xz)$", "", name)
-    ends = (known for end, known in ENDINGS.items() if name.endswith(end))
-    return chosen or next(ends, "parquet")
+    return next((known for end, known in ENDINGS.items() if name.endswith(end)), "")
 
 
 def batches_of(

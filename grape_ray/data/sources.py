@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from grape_ray.data.files import file_system, found_files
-from grape_ray.data.readers import batches_of, check_columns, format_of
+from grape_ray.data.readers import batches_of, check_columns, format_of, named_format
 from grape_ray.errors import DataError, nearest
 
 _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
@@ -123,8 +123,8 @@ class Source:
         if self.format or not place or "://" in place or "*" in place or Path(place).exists():
             return False
         plain = all(part and not part.startswith((".", "~")) for part in place.split("/"))
-        has_ending = Path(place).suffix in (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt")
-        return plain and not has_ending and (place.count("/") == 1 or bool(self.config))
+        named = plain and not named_format(place)
+        return named and (place.count("/") == 1 or bool(self.config))
 
     def _dataset(self) -> Any:
         """The split as a Hugging Face dataset, where it is one; None for plain files."""

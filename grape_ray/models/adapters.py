@@ -15,8 +15,8 @@ from torch import nn
 
 from grape_ray.errors import ConfigError, nearest
 from grape_ray.models.extras import needed
+from grape_ray.models.four_bit import CLASSIFIERS
 
-_HEADS = ["classifier", "score"]
 _PREFIX = "base_model.model."  # before each name, once a model has adapters
 
 
@@ -72,6 +72,7 @@ def adapted(model: nn.Module, lora: Lora, trainable: Sequence[str], seed: int) -
     if trainable:
         for name, param in model.named_parameters():
             if any(fnmatch.fnmatch(_plain(name), pattern) for pattern in trainable):
+                _check_trainable(name, param)
                 param.requires_grad_(True)
             elif not lora.rank:
                 param.requires_grad_(False)
@@ -111,7 +112,7 @@ def _with_adapters(model: nn.Module, lora: Lora, seed: int) -> nn.Module:
         task_type=_task_type(base),
         # of images peft does not know the head, and of tokens it would give it an adapter, too
         modules_to_save=["classifier"] if _classifies(base, "Image") else None,
-        exclude_modules=_HEADS if _classifies(base, "Image", "Token") else None,
+        exclude_modules=list(CLASSIFIERS) if _classifies(base, "Image", "Token") else None,
     )
     training = base.training
     with torch.random.fork_rng([]):
@@ -123,6 +124,15 @@ def _with_adapters(model: nn.Module, lora: Lora, seed: int) -> nn.Module:
             raise ConfigError(
                 "task.lora", f"targets {list(lora.targets)}", "layers of the model", reason
             ) from error
+
+
+def _check_trainable(name: str, param: nn.Parameter) -> None:
+    if not param.is_floating_point():
+        what, fix = (
+            f"task.trainable names '{_plain(name)}'",
+            "name others, or set task.weights=bf16",
+        )
+        raise ConfigError(what, "a weight in four bits", "floating-point weights", fix)
 
 
 def _task_type(model: Any) -> str | None:

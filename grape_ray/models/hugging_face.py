@@ -15,6 +15,7 @@ import transformers
 from torch import nn
 
 from grape_ray.errors import ConfigError
+from grape_ray.models import four_bit
 from grape_ray.storage import Json
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ _T = TypeVar("_T")
 # parts below the base model that a checkpoint of it may lack, because a classifier's own head holds
 # them
 _HEADS = ("pooler", "summary")
+WEIGHTS = ("fp32", "bf16", "nf4")  # types of weights in memory; nf4: see `models.four_bit`
 _SOURCE = "a hub name, or a folder with config.json and weights"
 
 
@@ -80,7 +82,12 @@ def _has_its_files(place: str, names: dict[str, str]) -> bool:
 
 
 def load_classifier(
-    name: str, classes: int, seed: int, dropout: bool = False, of: str = "SequenceClassification"
+    name: str,
+    classes: int,
+    seed: int,
+    dropout: bool = False,
+    of: str = "SequenceClassification",
+    weights: str = "fp32",
 ) -> nn.Module:
     """A model with a fresh classification head, or with the one that the weights hold for as many
     classes.
@@ -91,7 +98,7 @@ def load_classifier(
         seed: public seed of the new head. dropout: whether the model stays in training mode;
             otherwise its dropout is off.
         of: what is classified, as transformers ends the names of its classes: also
-            `TokenClassification` and `ImageClassification`.
+            `TokenClassification` and `ImageClassification`. weights: one of `WEIGHTS`.
 
     Raises:
         ConfigError: no such model, it cannot classify these, its weights are not whole, or its
@@ -100,7 +107,7 @@ def load_classifier(
     kind = getattr(transformers, f"AutoModelFor{of}")
 
     def build(place: str) -> nn.Module:
-        model, found = _weights(kind, place, seed, num_labels=classes)
+        model, found = _weights(kind, place, seed, weights, num_labels=classes)
         prefix = f"{model.base_model_prefix}."
         inner = [
             key
@@ -117,24 +124,28 @@ def load_classifier(
                     f"task.classes = {classes}" if classes > 1 else "one number",
                     fix,
                 )
-        return _whole(name, model, {**found, "missing_keys": inner})
+        whole = _whole(name, model, {**found, "missing_keys": inner})
+        return whole.bfloat16() if weights == "bf16" else whole
 
     return load_with(name, build).train(dropout)
 
 
-def load_language_model(name: str, seed: int, kind: str = "CausalLM") -> nn.Module:
-    """A model with its pretrained language-modelling head, fp32, dropout off.
+def load_language_model(
+    name: str, seed: int, kind: str = "CausalLM", weights: str = "fp32"
+) -> nn.Module:
+    """A model with its pretrained language-modelling head, dropout off.
 
     Args:
         name: hub name, or a folder with config.json and weights. seed: public seed of what is drawn
             while the model is built. kind: as transformers ends the names of its classes: also
-            `MaskedLM` and `Seq2SeqLM`.
+            `MaskedLM` and `Seq2SeqLM`. weights: one of `WEIGHTS`.
 
     Raises:
         ConfigError: no such model, it has no such head, or its weights are not whole.
     """
     auto = getattr(transformers, f"AutoModelFor{kind}")
-    return load_with(name, lambda place: _whole(name, *_weights(auto, place, seed))).eval()
+    model = load_with(name, lambda place: _whole(name, *_weights(auto, place, seed, weights)))
+    return (model.bfloat16() if weights == "bf16" else model).eval()
 
 
 def load_config(name: str) -> Any:
@@ -156,7 +167,7 @@ def load_as_saved(name: str) -> nn.Module:
         kind = getattr(
             transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel
         )
-        return _whole(name, *_weights(kind, place, 0))
+        return _whole(name, *_weights(kind, place, 0, "fp32"))
 
     return load_with(name, build).eval()
 
@@ -228,8 +239,12 @@ def save_pretrained(model: nn.Module, folder: Path) -> None:
     model.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
 
 
-def _weights(kind: Any, place: str, seed: int, **options: Any) -> tuple[Any, Json]:
-    """A model in fp32, and what of its weights was not there or had another shape."""
+def _weights(kind: Any, place: str, seed: int, weights: str, **options: Any) -> tuple[Any, Json]:
+    """A model in fp32 or NF4, and what of its weights was not there or had another shape."""
+    if weights == "nf4":
+        options |= four_bit.loading_options("num_labels" in options)
+    else:
+        options["dtype"] = torch.float32
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         # What does not fit we refuse by name; transformers would print a table on the terminal.
@@ -238,7 +253,10 @@ def _weights(kind: Any, place: str, seed: int, **options: Any) -> tuple[Any, Jso
             "output_loading_info": True,
             "trust_remote_code": False,
         }
-        return kind.from_pretrained(place, dtype=torch.float32, **options)
+        model, found = kind.from_pretrained(place, **options)
+    if weights == "nf4":
+        four_bit.settle(model)
+    return model, found
 
 
 def _whole(name: str, model: nn.Module, found: Json) -> nn.Module:

@@ -31,7 +31,8 @@ from grape_ray.ray_backend.cluster import cluster, set_defaults
 from grape_ray.storage import Json, Storage
 from grape_ray.tasks.dataset_task import DatasetTask
 
-_SHARD = "grape-ray shard number"  # a column of the blocks on their way
+# columns of the blocks on their way
+_SHARD, _ROW = "grape-ray shard number", "grape-ray row number"
 
 
 def prepare_set(config: Config, url: str, shards: int = 64) -> int:
@@ -83,7 +84,7 @@ def _encoded_on_cluster(
     """The shards in their order, encoded by tasks of Ray Data."""
     import ray.data
 
-    rows = tables.train.rows
+    rows = tables.train.rows.append_column(_ROW, pa.array(tables.train.row_numbers, pa.int64()))
     bounds = np.linspace(0, len(rows), min(shards, len(rows)) + 1).astype(np.int64)
     if split.unit:
         rows, bounds = _by_unit(rows, split.unit, bounds)
@@ -98,8 +99,9 @@ def _encoded_on_cluster(
         found: Json = {_SHARD: [], "shard": []}
         numbers = block[_SHARD].to_numpy()
         for number in np.unique(numbers).tolist():
-            mine = block.filter(pa.array(numbers == number)).drop_columns([_SHARD])
-            own = CheckedTables(Table(mine, place), None, index)
+            mine = block.filter(pa.array(numbers == number))
+            own = Table(mine.drop_columns([_SHARD, _ROW]), place, mine[_ROW].to_numpy())
+            own = CheckedTables(own, None, index)
             shard = partial(encode_shard, split, task, own, number, url)
             try:
                 done = run_redacted(shard, task.public)

@@ -26,8 +26,9 @@ from grape_ray.data.prepared import Columns, PreparedSet, Split, prepare
 from grape_ray.data.shards import is_sharded_set, open_sharded_set
 from grape_ray.data.sources import Source
 from grape_ray.errors import Caution, ConfigError
+from grape_ray.models import four_bit
 from grape_ray.models.adapters import Lora, adapted, is_adapted, merged, save_adapters
-from grape_ray.models.hugging_face import load_tokenizer, save_pretrained
+from grape_ray.models.hugging_face import WEIGHTS, load_tokenizer, save_pretrained
 from grape_ray.storage import Json
 from grape_ray.tasks.task import Data
 
@@ -64,7 +65,8 @@ class DatasetTask:
         lora: adapters that are trained in place of the model's own weights.
         trainable: name patterns (fnmatch) of the weights that are trained, such as `classifier.*`
             or `*bias`; none trains all, or the adapters alone.
-        weights: `fp32` or `bf16`: of the weights in memory; adapters are fp32 in either.
+        weights: `fp32`, `bf16` or `nf4`: of the weights in memory; adapters are fp32 in any. `nf4`
+            has four bits a weight of a linear layer, through bitsandbytes, beside adapters alone.
     """
 
     renamed: ClassVar[Mapping[str, str]] = {"train": "data"}  # fields by their former names
@@ -185,8 +187,8 @@ class DatasetTask:
         if not 0 <= self.held_out < 1:
             raise ConfigError("task.held_out", self.held_out, "a fraction from 0 to below 1")
         self.check_at_least(limit=0, validation_limit=0)
-        if self.weights not in ("fp32", "bf16"):
-            raise ConfigError("task.weights", self.weights, "fp32 or bf16")
+        if self.weights not in WEIGHTS:
+            raise ConfigError("task.weights", self.weights, "one of " + ", ".join(WEIGHTS))
 
     def check_together(self) -> None:
         """Refuses fields that contradict each other; while they are set one by one, they may.
@@ -196,6 +198,8 @@ class DatasetTask:
             fix = "unset one: --set task.validation= or --set task.held_out=0"
             got = f"{self.held_out} and {self.validation!r}"
             raise ConfigError("task.held_out and task.validation", got, "one of them", fix)
+        if self.weights == "nf4":
+            self._check_four_bit()
 
     def check_at_least(self, **lowest: int) -> None:
         """Raises ConfigError where a field is below the number given for it."""
@@ -209,9 +213,8 @@ class DatasetTask:
                 )
 
     def prepared_model(self, model: nn.Module, seed: int) -> nn.Module:
-        """The model in the precision and with the adapters that the fields ask for."""
-        half = model.bfloat16() if self.weights == "bf16" else model
-        return adapted(half, self.lora, self.trainable, seed)
+        """The model with the adapters that the fields ask for."""
+        return adapted(model, self.lora, self.trainable, seed)
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Writes a folder that Hugging Face's AutoModel....from_pretrained loads, or adapters that
@@ -223,6 +226,17 @@ class DatasetTask:
             save_pretrained(merged(copy.deepcopy(model)), folder)
         else:
             save_adapters(model, folder)
+
+    def _check_four_bit(self) -> None:
+        """Refuses what cannot be with weights that nothing can be added to. Raises ConfigError."""
+        four_bit.check_available()
+        if not self.lora.rank:
+            fix = "set task.lora.rank=8, or task.weights=bf16"
+            raise ConfigError("task.weights=nf4", "no adapters", "task.lora.rank >= 1", fix)
+        if self.lora.merge:
+            fix = "set task.lora.merge=false: peft loads them beside the model as it was"
+            expected = "an export of the adapters alone"
+            raise ConfigError("task.lora.merge with task.weights=nf4", True, expected, fix)
 
     def _validation_place(self) -> str:
         if not self.validation:

@@ -18,6 +18,7 @@ from grape_ray.models.hugging_face import (
     load_language_model,
     tokens_of,
 )
+from grape_ray.tasks import token_losses
 from grape_ray.tasks.dataset_task import TokenizedTask, tokenizer_of
 from grape_ray.tasks.generation import generated
 
@@ -25,7 +26,6 @@ BYTES = "bytes"
 PAD = 0  # of any tokenizer: no token before the padding sees it
 _BEGIN, _END, _FIRST_BYTE = 1, 2, 3
 _BYTE_TOKENS = _FIRST_BYTE + 256
-_IGNORE = -100
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class DecoderTask(TokenizedTask):
 
     def build_model(self, seed: int) -> nn.Module:
         tokens = _BYTE_TOKENS if self.tokenizer == BYTES else tokens_of(self.load_tokenizer())
-        model = check_vocabulary(load_language_model(self.model, seed), tokens, self.model)
-        return self.prepared_model(model, seed)
+        model = load_language_model(self.model, seed, weights=self.weights)
+        return self.prepared_model(check_vocabulary(model, tokens, self.model), seed)
 
     def predict(self, model: nn.Module, records: Records) -> dict[str, list]:
         """The text that the model writes after each prompt, by the most likely token each time."""
@@ -122,7 +122,7 @@ class DecoderTask(TokenizedTask):
         return [[*ids, *last] for ids in found]
 
 
-def token_losses(model: nn.Module, ids: Tensor, learned: Tensor) -> tuple[Tensor, Tensor]:
+def next_token_losses(model: nn.Module, ids: Tensor, learned: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy (B, T) of each next token, zero where it is not learned, and which are learned.
 
     Examples are padded at their end and attention is causal, so no real token sees padding and no
@@ -131,11 +131,8 @@ def token_losses(model: nn.Module, ids: Tensor, learned: Tensor) -> tuple[Tensor
     Args:
         ids: (B, T). learned: (B, T) bool.
     """
-    targets = ids.masked_fill(~learned, _IGNORE)
-    targets = F.pad(targets[:, 1:], (0, 1), value=_IGNORE)
+    targets = ids.masked_fill(~learned, token_losses.IGNORE)
+    targets = F.pad(targets[:, 1:], (0, 1), value=token_losses.IGNORE)
     with explaining_long_texts(model, ids.shape[1]):
         logits = model(input_ids=ids, use_cache=False).logits.float()
-    losses = F.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), ignore_index=_IGNORE, reduction="none"
-    )
-    return losses.view(targets.shape), targets != _IGNORE
+    return token_losses.of_targets(logits, targets)

@@ -89,7 +89,9 @@ class ImageClassification(LabelledTask):
 
     def build_model(self, seed: int) -> nn.Module:
         classes = len(self.label_names())
-        model = load_classifier(self.model, classes, seed, self.dropout, "ImageClassification")
+        model = load_classifier(
+            self.model, classes, seed, self.dropout, "ImageClassification", self.weights
+        )
         self._check_size(model)
         if self.multi_label:
             model.config.problem_type = "multi_label_classification"  # pyright: ignore
@@ -111,9 +113,7 @@ class ImageClassification(LabelledTask):
         return found
 
     def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """(B, L): not every model brings pixels to its weights' type."""
-        kind = torch.bfloat16 if self.weights == "bf16" else torch.float32
-        return model(pixel_values=batch["pixel_values"].to(kind)).logits
+        return model(pixel_values=self._typed(batch["pixel_values"])).logits
 
     def evaluate(self, model: nn.Module, records: Records) -> dict[str, float]:
         return super(ImageClassification, self._plain()).evaluate(model, records)
@@ -129,6 +129,10 @@ class ImageClassification(LabelledTask):
         """The task on images as they are."""
         return dataclasses.replace(self, views=1)
 
+    def _typed(self, pixels: Tensor) -> Tensor:
+        """Pixels in the type of the weights, to which not every model brings them itself."""
+        return pixels.to(torch.float32 if self.weights == "fp32" else torch.bfloat16)
+
     @torch.no_grad()
     def _check_size(self, model: Any) -> None:
         """Refuses a model that does not take what its image processor makes, which no record can
@@ -138,7 +142,7 @@ class ImageClassification(LabelledTask):
         if size is None:
             return
         try:
-            model(pixel_values=torch.zeros(2, 3, *size))
+            model(pixel_values=self._typed(torch.zeros(2, 3, *size)))
         except (ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:160]
             what = f"the image processor of task.model {self.model}"

@@ -21,7 +21,7 @@ from grape_ray.models.hugging_face import load_language_model
 from grape_ray.models.identity import model_identity
 from grape_ray.storage import Json
 from grape_ray.tasks.batches import batches
-from grape_ray.tasks.decoders import PAD, DecoderTask, token_losses
+from grape_ray.tasks.decoders import PAD, DecoderTask, next_token_losses
 
 _ROWS = 4  # pairs looked at together, outside of training
 _STEPS = 1024  # a nat of the reference
@@ -129,9 +129,7 @@ class Preference(DecoderTask):
         They are rounded, so that records alike have the same ones whatever they are padded with.
         The model is loaded anew for some thousand records, so that none stays in memory.
         """
-        model: nn.Module = load_language_model(self.model, 0)
-        if self.weights == "bf16":
-            model = model.bfloat16()
+        model: nn.Module = load_language_model(self.model, 0, weights=self.weights)
         model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         found = np.empty((len(records), 2), dtype=np.float32)
         for indices, batch in batches(self, model, records, _ROWS):
@@ -149,5 +147,5 @@ def _margin(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 def _answers(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """(B, 2): the log-probability of each answer, a sum over its tokens."""
     ids, learned = batch["ids"], batch["learned"]
-    losses, _ = token_losses(model, ids.flatten(0, 1), learned.flatten(0, 1))
+    losses, _ = next_token_losses(model, ids.flatten(0, 1), learned.flatten(0, 1))
     return -losses.sum(1).view(-1, 2)

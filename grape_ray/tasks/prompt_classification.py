@@ -135,7 +135,7 @@ class PromptClassification(LabelledTask, TokenizedTask):
     def build_model(self, seed: int) -> nn.Module:
         self.word_ids()
         kind = "CausalLM" if self.causal() else "MaskedLM"
-        model = load_language_model(self.model, seed, kind).train(self.dropout)
+        model = load_language_model(self.model, seed, kind, self.weights).train(self.dropout)
         check_vocabulary(model, tokens_of(self.load_tokenizer()), self.model)
         return self.prepared_model(model, seed)
 

@@ -53,7 +53,7 @@ class Regression(TextPairTask):
         return self.prepared_model(model, seed)
 
     def per_example_loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        return (self.head(model, batch)[:, 0].float() - batch["labels"]).square()
+        return (self.logits(model, batch)[:, 0].float() - batch["labels"]).square()
 
     def evaluate(self, model: nn.Module, records: Records) -> dict[str, float]:
         """Mean squared and absolute error, and the correlations of Pearson and of Spearman: of what
@@ -78,5 +78,5 @@ class Regression(TextPairTask):
     def _said(self, model: nn.Module, records: Records) -> np.ndarray:
         said = torch.empty(len(records), dtype=torch.float64)
         for indices, batch in batches(self, model, records):
-            said[indices] = self.head(model, batch)[:, 0].double().cpu()
+            said[indices] = self.logits(model, batch)[:, 0].double().cpu()
         return said.numpy()

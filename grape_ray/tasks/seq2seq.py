@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grape_ray.data.arrays import Ragged, Records
 from grape_ray.data.columns import Table
 from grape_ray.data.prepared import Columns
-from grape_ray.errors import ConfigError
 from grape_ray.models.hugging_face import (
     check_vocabulary,
     explaining_long_texts,
@@ -21,14 +19,13 @@ from grape_ray.models.hugging_face import (
     tokens_of,
 )
 from grape_ray.storage import Json
+from grape_ray.tasks import token_losses
 from grape_ray.tasks.batches import batches, padded_batch
 from grape_ray.tasks.dataset_task import TokenizedTask
 from grape_ray.tasks.generation import generated
 from grape_ray.tasks.text_metrics import by_source, generation_metrics, token_metrics
 
-_IGNORE = -100
 _EVALUATE_ROWS = 16
-_LOSSES = ("mean", "sum")
 
 
 @dataclass(frozen=True)
@@ -59,8 +56,7 @@ class Seq2Seq(TokenizedTask):
     def check_fields(self) -> None:
         super().check_fields()
         self.check_at_least(max_target_tokens=2, max_new_tokens=1, evaluate_generations=0)
-        if self.loss not in _LOSSES:
-            raise ConfigError("task.loss", self.loss, "one of " + ", ".join(_LOSSES))
+        token_losses.check_reduction(self.loss)
 
     @property
     def columns(self) -> Columns:
@@ -94,17 +90,15 @@ class Seq2Seq(TokenizedTask):
         return {"input_ids": Ragged.of(found["input_ids"])}
 
     def build_model(self, seed: int) -> nn.Module:
-        model = load_language_model(self.model, seed, "Seq2SeqLM").train(self.dropout)
+        model = load_language_model(self.model, seed, "Seq2SeqLM", self.weights)
         check_vocabulary(model, tokens_of(self.load_tokenizer()), self.model)
-        return self.prepared_model(model, seed)
+        return self.prepared_model(model.train(self.dropout), seed)
 
     def collate(self, records: Records, indices: np.ndarray) -> Mapping[str, Tensor]:
-        return padded_batch(records, indices, self.pad_token(), _IGNORE)
+        return padded_batch(records, indices, self.pad_token(), token_losses.IGNORE)
 
     def per_example_loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        losses, learned = _token_losses(model, batch)
-        total = losses.sum(1)
-        return total if self.loss == "sum" else total / learned.sum(1).clamp(min=1)
+        return token_losses.of_examples(*_token_losses(model, batch), self.loss)
 
     def evaluate(self, model: nn.Module, records: Records) -> dict[str, float]:
         """Mean cross-entropy a target token, in nats, its exponential, and what the texts that the
@@ -153,7 +147,4 @@ def _token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor
             decoder_input_ids=network.prepare_decoder_input_ids_from_labels(labels=labels),
             use_cache=False,
         ).logits.float()
-    losses = F.cross_entropy(
-        logits.flatten(0, 1), labels.flatten(), ignore_index=_IGNORE, reduction="none"
-    )
-    return losses.view(labels.shape), labels != _IGNORE
+    return token_losses.of_targets(logits, labels)

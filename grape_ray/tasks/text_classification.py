@@ -38,4 +38,4 @@ class TextClassification(LabelledTask, TextPairTask):
         return self.prepared_model(model, seed)
 
     def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        return self.head(model, batch)
+        return TextPairTask.logits(self, model, batch)

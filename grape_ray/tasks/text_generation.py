@@ -13,14 +13,13 @@ from grape_ray.data.columns import Table
 from grape_ray.data.prepared import Columns
 from grape_ray.errors import ConfigError
 from grape_ray.storage import Json
-from grape_ray.tasks import chats
+from grape_ray.tasks import chats, token_losses
 from grape_ray.tasks.batches import batches
 from grape_ray.tasks.dataset_task import TextTask
-from grape_ray.tasks.decoders import BYTES, PAD, DecoderTask, token_losses
+from grape_ray.tasks.decoders import BYTES, PAD, DecoderTask, next_token_losses
 from grape_ray.tasks.text_metrics import by_source, generation_metrics, token_metrics
 
 _EVALUATE_ROWS = 8
-_LOSSES = ("mean", "sum")
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,7 @@ class TextGeneration(DecoderTask, TextTask):
     def check_fields(self) -> None:
         super().check_fields()
         self.check_at_least(evaluate_generations=0)
-        if self.loss not in _LOSSES:
-            raise ConfigError("task.loss", self.loss, "one of " + ", ".join(_LOSSES))
+        token_losses.check_reduction(self.loss)
 
     def check_together(self) -> None:
         super().check_together()
@@ -113,16 +111,15 @@ class TextGeneration(DecoderTask, TextTask):
         }
 
     def per_example_loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        losses, learned = token_losses(model, batch["input_ids"], batch["learned"])
-        total = losses.sum(1)
-        return total if self.loss == "sum" else total / learned.sum(1).clamp(min=1)
+        losses, learned = next_token_losses(model, batch["input_ids"], batch["learned"])
+        return token_losses.of_examples(losses, learned, self.loss)
 
     def evaluate(self, model: nn.Module, records: Records) -> dict[str, float]:
         """Mean cross-entropy a learned token, in nats, its exponential, and what the texts that the
         model writes are worth.
         """
         found = token_metrics(
-            token_losses(model, batch["input_ids"], batch["learned"])
+            next_token_losses(model, batch["input_ids"], batch["learned"])
             for _, batch in batches(self, model, records, _EVALUATE_ROWS)
         )
         if not self.evaluate_generations:

@@ -71,7 +71,7 @@ class TextPairTask(TextTask):
 
     def with_head(self, outputs: int, seed: int) -> Any:
         """The model with a head of so many numbers."""
-        model: Any = load_classifier(self.model, outputs, seed, self.dropout)
+        model: Any = load_classifier(self.model, outputs, seed, self.dropout, weights=self.weights)
         check_vocabulary(model, tokens_of(self.load_tokenizer()), self.model)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = self.pad_token()
@@ -86,7 +86,7 @@ class TextPairTask(TextTask):
             batch["labels"] = torch.from_numpy(records.array("labels")[indices])
         return batch
 
-    def head(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """(B, outputs) of a batch, whose `labels` are not looked at."""
         with explaining_long_texts(model, batch["input_ids"].shape[1]):
             return model(**{k: v for k, v in batch.items() if k != "labels"}).logits

@@ -4,6 +4,7 @@ speech.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,8 +30,8 @@ from grape_ray.storage import Json
 from grape_ray.tasks.batches import batches, padded_batch
 from grape_ray.tasks.dataset_task import TokenizedTask, tokenizer_of
 from grape_ray.tasks.label_names import NamedLabels
+from grape_ray.tasks.token_losses import IGNORE
 
-_IGNORE = -100
 _AT_ONCE = 4096  # rows looked at together
 
 
@@ -84,15 +85,14 @@ class TokenClassification(NamedLabels, TokenizedTask):
     def check(self, table: Table, facts: Json) -> None:
         known = self._places(facts["labels"])
         ragged, unknown, missing = [], [], []
-        for part in _parts(table):
-            tokens, tags = self._tokens(part), self._tags(part)
-            for row, (words, marks) in enumerate(zip(tokens, tags), part.first - table.first):
-                if len(words) != len(marks):
-                    ragged.append(row)
-                elif None in words or None in marks:
-                    missing.append(row)
-                elif not known.keys() >= set(marks):
-                    unknown.append(row)
+        pairs = (zip(self._tokens(part), self._tags(part)) for part in _parts(table))
+        for row, (words, marks) in enumerate(itertools.chain.from_iterable(pairs)):
+            if len(words) != len(marks):
+                ragged.append(row)
+            elif None in words or None in marks:
+                missing.append(row)
+            elif not known.keys() >= set(marks):
+                unknown.append(row)
         fix = "correct them, or leave those rows out"
         expected = "a tag for each token"
         table.refuse_rows("tags of another number than tokens", np.array(ragged), expected, fix)
@@ -105,10 +105,10 @@ class TokenClassification(NamedLabels, TokenizedTask):
         found, places = self.inputs(table), self._places(facts["labels"])
         words, rows = found["words"], self._tags(table)
         tags = [
-            [_IGNORE if word < 0 else places[row[word]] for word in words[index].tolist()]
+            [IGNORE if word < 0 else places[row[word]] for word in words[index].tolist()]
             for index, row in enumerate(rows)
         ]
-        lost = np.array([i for i, row in enumerate(tags) if all(tag == _IGNORE for tag in row)])
+        lost = np.array([i for i, row in enumerate(tags) if all(tag == IGNORE for tag in row)])
         fix = "raise task.max_tokens, or drop those rows"
         table.refuse_rows("no token that the tokenizer reads", lost, "at least one", fix)
         return Records({**found, "labels": Ragged.of(tags)})
@@ -129,13 +129,15 @@ class TokenClassification(NamedLabels, TokenizedTask):
 
     def build_model(self, seed: int) -> nn.Module:
         classes = len(self.label_names())
-        model = load_classifier(self.model, classes, seed, self.dropout, "TokenClassification")
+        model = load_classifier(
+            self.model, classes, seed, self.dropout, "TokenClassification", self.weights
+        )
         check_vocabulary(model, tokens_of(self.load_tokenizer()), self.model)
         self.name_labels(model)
         return self.prepared_model(model, seed)
 
     def collate(self, records: Records, indices: np.ndarray) -> Mapping[str, Tensor]:
-        return padded_batch(records, indices, self.pad_token(), _IGNORE)
+        return padded_batch(records, indices, self.pad_token(), IGNORE)
 
     def per_example_loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         return self._loss(_logits(model, batch), batch["labels"])
@@ -150,7 +152,7 @@ class TokenClassification(NamedLabels, TokenizedTask):
             logits, labels = _logits(model, batch), batch["labels"]
             loss += float(self._loss(logits, labels).double().sum())
             for right, chosen in zip(labels.cpu(), logits.argmax(-1).cpu()):
-                learned = right != _IGNORE
+                learned = right != IGNORE
                 truth.append([names[tag] for tag in right[learned].tolist()])
                 said.append([names[tag] for tag in chosen[learned].tolist()])
         with warnings.catch_warnings():
@@ -180,10 +182,10 @@ class TokenClassification(NamedLabels, TokenizedTask):
             logits.flatten(0, 1),
             labels.flatten(),
             self.label_weights(logits),
-            ignore_index=_IGNORE,
+            ignore_index=IGNORE,
             reduction="none",
         )
-        return losses.view(labels.shape).sum(1) / (labels != _IGNORE).sum(1)
+        return losses.view(labels.shape).sum(1) / (labels != IGNORE).sum(1)
 
     def _tokens(self, table: Table) -> list[list[str]]:
         return table.lists(self.tokens_column, is_text, "texts")

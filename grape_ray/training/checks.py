@@ -60,3 +60,6 @@ def _check_sharding(config: Config) -> None:
             "one of " + ", ".join(known),
             "unset performance.sharded",
         )
+    if getattr(config.task, "weights", "") == "nf4":
+        fix = "unset performance.sharded, or set task.weights=bf16"
+        raise ConfigError("performance.sharded", "weights in four bits", "bf16 or fp32", fix)

@@ -80,7 +80,7 @@ def predict(model: str, file: str, out: str | os.PathLike[str], trust: Iterable[
 
 
 def _task_and_model(place: str, trust: Iterable[str]) -> tuple[Any, nn.Module]:
-    described = Path(place).expanduser() / TASK_FILE
+    described = Path(place).expanduser().absolute() / TASK_FILE
     if not described.is_file():
         folder = Storage(place)
         config = rebuild_config(read_run(folder), trust)

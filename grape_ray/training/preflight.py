@@ -212,8 +212,10 @@ def _draws(engine: Engine, loss: PerExampleLoss, batch: Batch) -> bool:
 
 
 def _tolerance(engine: Engine) -> float:
-    """What rounding explains, relative to the largest entry, in the least precise parameter."""
-    return max(_TOLERANCE.get(p.dtype, _LOW_PRECISION) for p in engine.params.values())
+    """What rounding explains, relative to the largest entry, in the least precise parameter: also
+    of those that are frozen, whose products round what reaches the trained ones.
+    """
+    return max(_TOLERANCE.get(p.dtype, _LOW_PRECISION) for p in engine.model.parameters())
 
 
 def _compare(

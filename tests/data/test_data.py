@@ -154,7 +154,7 @@ def test_labels_and_texts_are_checked():
 
 def test_rows_that_cannot_be_used_are_told_by_number_and_left_out_on_demand():
     holes = pa.table({"text": ["a", None, " \t", "b"], "label": pa.array([None, 1, 2, 0])})
-    table = Table(holes, "x", first=100)
+    table = Table(holes, "x", row_numbers=range(100, 100 + len(holes)))
     bad = table.bad_rows(["text", "label"], ["text"])
     with pytest.raises(
         DataError, match=r"missing values of column 'label' in row 100.*empty.*in row 102"

@@ -8,7 +8,7 @@ import transformers
 from grape_ray.data.arrays import Ragged, Records
 from grape_ray.engines import make_engine
 from grape_ray.errors import UnsupportedLayer
-from grape_ray.tasks.decoders import token_losses
+from grape_ray.tasks.decoders import next_token_losses
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def decoder():
 
 
 def loss(model, batch):
-    losses, learned = token_losses(model, batch["input_ids"], batch["learned"])
+    losses, learned = next_token_losses(model, batch["input_ids"], batch["learned"])
     return losses.sum(1) / learned.sum(1).clamp(min=1)
 
 

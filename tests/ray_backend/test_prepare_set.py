@@ -9,18 +9,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from grape_ray.config.schema import Config, Method, Performance, Privacy
 from grape_ray.data.shards import ShardedRagged
+from grape_ray.distributed.comms import Comms
 from grape_ray.errors import ConfigError, DataError, StorageError, TaskFailed
+from grape_ray.optim import make_optimizer
+from grape_ray.privacy.noise import NoiseStream
 from grape_ray.privacy.random_streams import poisson_batch
 from grape_ray.ray_backend.prepare_set import prepare_set
 from grape_ray.ray_backend.train import train
 from grape_ray.tasks.text_classification import TextClassification
+from grape_ray.tasks.text_generation import TextGeneration
+from grape_ray.training.build import build_engine
 from grape_ray.training.step import Step
 from tests.support.bucket import s3_bucket
+from tests.support.grants import granted
 from tests.support.tiny import Tiny
-from tests.support.word_model import WORDS, save_encoder
+from tests.support.word_model import WORDS, save_decoder, save_encoder
 
 pytestmark = pytest.mark.ray
 
@@ -117,6 +126,57 @@ def test_a_rank_fetches_its_own_shards_alone(world, tmp_path, monkeypatch):
     assert fetched == ["train-00003.arrow", "train-00004.arrow", "train-00005.arrow"]
 
 
+def stepped(config, comms):
+    """The weights after three private steps of this rank, with keys of the test's own."""
+    task, unit = config.task, config.privacy.unit
+    data, model = task.load(unit=unit), task.build_model(0)
+    engine = build_engine(config, model)
+    step = Step(
+        task=task, loss=task.per_example_loss, model=model, engine=engine,
+        optimizer=make_optimizer(model, engine, config.method, 3), records=data.train, comms=comms,
+        device=torch.device("cpu"), noise=NoiseStream(b"n" * 32), sampling_prob=0.25,
+        expected_batch_size=config.privacy.expected_batch_size, sampling_key=b"s" * 32,
+        dropout_key=b"d" * 32, micro_batch_size=8, units=data.units,
+        examples_per_unit=config.privacy.examples_per_unit,
+    )  # fmt: skip
+    for number in range(3):
+        step(number, granted(0.7))
+    return {name: param.detach() for name, param in model.named_parameters()}
+
+
+def rank_main(rank, world_size, place, config):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{place}/meet", rank=rank, world_size=world_size
+    )
+    torch.save(stepped(config, Comms.distributed()), f"{place}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("unit", [pytest.param("", marks=pytest.mark.slow), "who"])
+def test_two_ranks_end_at_the_weights_of_one(world, tmp_path, unit):
+    """Each rank computes what lies in its shards; batches and noise are those of one rank."""
+    root, config, by_user, _ = world
+    config = by_user if unit else config
+    # by plain descent: Adam would make differences of any size of gradients that are all but zero
+    config = replace(config, method=replace(config.method, optimizer="sgd", learning_rate=0.5))
+    config = replace(
+        config, task=replace(config.task, data=str(root / ("users" if unit else "set")))
+    )
+    alone, start = stepped(config, Comms.local()), config.task.build_model(0)
+    mp.spawn(rank_main, args=(2, tmp_path, config), nprocs=2)
+    moved = max(
+        float((param - alone[name]).detach().abs().max())
+        for name, param in start.named_parameters()
+    )
+    assert moved > 0.01
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        for name, param in alone.items():
+            torch.testing.assert_close(found[name], param, rtol=0, atol=1e-5 * moved)
+
+
 @pytest.mark.slow
 def test_two_workers_train_on_a_prepared_set(world, tmp_path):
     root, _, by_user, _ = world
@@ -144,6 +204,24 @@ def test_another_set_is_refused(world, tmp_path):
             replace(config, task=replace(config.task, labels=("x", "y"))), str(tmp_path / "x")
         )
     assert not (tmp_path / "x" / "index.json").exists()
+
+
+def test_a_row_is_named_by_its_number_in_the_file(world, tmp_path):
+    """Though rows were left out, and sorted by unit."""
+    _, config, *_ = world
+    rows = [{"who": f"u{n * 7 % 10}", "ask": "grape", "text": "wine"} for n in range(60)]
+    rows[3]["text"] = ""  # left out, which moves no other's number
+    rows[41]["ask"] = "grape " * 20
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = TextGeneration(
+        str(save_decoder(tmp_path / "llama")), str(tmp_path / "t.jsonl"), held_out=0.2,
+        prompt_column="ask", max_tokens=12, drop_bad_rows=True,
+    )  # fmt: skip
+    own = replace(config, task=task, privacy=replace(config.privacy, unit="who"))
+    with pytest.raises(DataError, match=r"nothing to learn in row 41'"):
+        prepare_set(own, str(tmp_path / "x"), 4)
+    with pytest.raises(DataError, match=r"nothing to learn in row 41'"):
+        task.load(unit="who")
 
 
 @dataclass(frozen=True)
