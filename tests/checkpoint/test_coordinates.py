@@ -146,7 +146,7 @@ def test_a_full_checkpoint_follows_when_deltas_are_many_or_periods_pass_and_at_t
         bases.append(run.save().base)
     assert [base is None for base in bases] == [True, False, False, True, False]
     assert run.save(Occasion.LAST).base is None
-    run.take(METHOD.refresh * (MAX_PERIODS + 1))
+    run.take(METHOD.refresh_steps * (MAX_PERIODS + 1))
     assert run.save().base is None
     run.take(1)
     assert run.save().base

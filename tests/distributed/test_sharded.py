@@ -205,6 +205,7 @@ def run_rank(rank, world, path, plan, stop_after):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_a_sharded_run_is_resumed_on_another_number_of_ranks(tmp_path, task):
     config = Config(
         task=task,

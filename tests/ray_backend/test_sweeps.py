@@ -63,6 +63,7 @@ def balanced(result):
     assert found.ok, found.problems
 
 
+@pytest.mark.slow
 def test_asha_stops_trials_and_charges_what_they_took(sweep, tmp_path):
     result = sweep("a", trials=6, seed=3)
     balanced(result)

@@ -100,6 +100,7 @@ def test_a_killed_worker_costs_a_new_attempt_and_its_steps(run, tmp_path):
     assert report.ok, report.problems
 
 
+@pytest.mark.slow
 def test_the_end_of_the_budget_is_a_clean_end_and_a_resume_keeps_what_is_there(run, tmp_path):
     seen = []
     words = [
