@@ -17,6 +17,7 @@ from grape_ray.errors import Caution, GrapeRayError, nearest
 # that --help imports none.
 COMMANDS = {
     "account": "Noise, epsilon or number of steps, each from the others.",
+    "batches": "Batch sizes that cost the same, in compute and in privacy.",
     "ledger": "List, show, verify or extend the ledgers of datasets.",
     "check": "See whether a model or pipeline can be trained, before anything is paid for.",
     "init": "Write a run file for your data, with what is found in it.",

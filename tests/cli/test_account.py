@@ -1,6 +1,7 @@
 """``grape-ray account`` and ``ledger``: answers, errors, and what they do without."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -41,6 +42,23 @@ def test_noise_then_epsilon_then_steps_agree():
         "epsilon"
     ] == pytest.approx(3.0, rel=1e-5)
     assert answer(*COMMON, "--noise-multiplier", sigma, "--epsilon", "3")["steps"] == 300
+
+
+def test_batches_of_one_price_see_the_more_the_larger_they_are():
+    words = ("--units", "15000", "--epochs", "4", "--epsilon", "3", "--delta", "1e-5")
+    found = answer("batches", *words)
+    rows = found["schedules"]
+    assert all(row["batch"] * row["steps"] == pytest.approx(60_000, rel=0.05) for row in rows)
+    assert [row["signal"] for row in rows] == sorted(row["signal"] for row in rows)
+    for row in rows[:: len(rows) - 1]:
+        prob, sigma = str(row["batch"] / 15000), str(row["noise_multiplier"])
+        spent = answer("account", "--delta", "1e-5", "--sampling-prob", prob, "--noise-multiplier",
+                       sigma, "--steps", str(row["steps"]))  # fmt: skip
+        assert spent["epsilon"] == pytest.approx(3.0, rel=1e-3)
+    assert found["advised_batch"] == 512
+    shown = run("batches", *words).stdout
+    assert re.search(r"^ +512 +117 .*<-$", shown, re.M)
+    assert "a number > 0" in run("batches", *words[2:], "--units", "0").stderr
 
 
 def test_plain_output_names_every_number():
