@@ -61,9 +61,7 @@ def schedules(units: int, epochs: float, epsilon: float, delta: float) -> list[S
     made, batch = [], 16
     while batch <= units // 2 and epochs * units / batch >= 10:
         steps = round(epochs * units / batch)
-        made.append(
-            Schedule(batch, steps, noise_multiplier(epsilon, delta, batch / units, steps))
-        )
+        made.append(Schedule(batch, steps, noise_multiplier(epsilon, delta, batch / units, steps)))
         batch *= 2
     return made
 

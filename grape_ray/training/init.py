@@ -20,6 +20,7 @@ from grape_ray.data.sources import Source
 from grape_ray.data.tables import read_table
 from grape_ray.errors import ConfigError, DataError, nearest
 from grape_ray.storage import Json
+from grape_ray.training.recipes import recipe
 
 # Names that columns of each role go by, the likelier first.
 _ROLES = {
@@ -101,8 +102,9 @@ def look(kind: str, data: str) -> Found:
 def run_file(kind: str, data: str, model: str, found: Found, epsilon: float) -> str:
     """A commented run file for what was found."""
     units = found.units
-    batch = _batch(units)
-    steps = max(60, min(400, 8 * units // batch))
+    model = model or _MODELS.get(kind, _ENCODER)
+    chosen = recipe(kind, model)
+    steps = chosen.steps(units)
     delta = 10.0 ** -(math.floor(math.log10(max(units, 10))) + 1)
     what = f"the column {found.unit}: {units} different" if found.unit else "one record"
     declared = len(found.labels) <= _MOST_LABELS and found.labels
@@ -111,7 +113,7 @@ def run_file(kind: str, data: str, model: str, found: Found, epsilon: float) -> 
         "# `grape-ray fields THIS_FILE` lists every field, `grape-ray train THIS_FILE` trains.",
         "task:",
         f"  kind: {kind}",
-        f"  model: {model or _MODELS.get(kind, _ENCODER)}  # public: not made from these records",
+        f"  model: {model}  # public: not made from these records",
         f"  data: {data}",
         *(f"  {name}: {column}" for name, column in found.fields.items()),
     ]
@@ -120,6 +122,7 @@ def run_file(kind: str, data: str, model: str, found: Found, epsilon: float) -> 
     if declared:
         lines.append(f"  labels: {_listed(found.labels)}  # written here, they are public")
     lines += [
+        *(f"  {name}: {value}" for name, value in chosen.task.items()),
         "  held_out: 0.1  # a tenth is not trained on",
         "  held_out_public: false  # true tells metrics of it, which are not protected then",
         "privacy:",
@@ -134,24 +137,15 @@ def run_file(kind: str, data: str, model: str, found: Found, epsilon: float) -> 
     lines += [
         f"  epsilon: {epsilon:g}  # smaller is safer: 1 to 8 are usual",
         f"  delta: {delta:.0e}  # below 1 / {units}",
-        f"  expected_batch_size: {batch}  # large batches drown the noise",
+        f"  expected_batch_size: {chosen.batch(units)}  # large batches drown the noise",
         f"  steps: {steps}",
-        "method:",
-        "  name: grape",
-        "  rank: 16",
-        "  learning_rate: 1.0e-3",
-        "  warmup_steps: 5",
-        "  schedule: linear",
+        f"method:  # {chosen.why}",
+        *(f"  {name}: {value}" for name, value in chosen.method.items()),
         "performance:",
         "  micro_batch_size: 32",
         f"  eval_every: {max(steps // 4, 1)}",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _batch(units: int) -> int:
-    """About a sixteenth of the units, a power of two from 16 to 1,024."""
-    return 2 ** max(4, min(10, round(math.log2(max(units, 1) / 16))))
 
 
 def _column(rows: pa.Table, role: str, taken: Sequence[str]) -> str | None:
