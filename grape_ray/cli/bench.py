@@ -414,6 +414,66 @@ def ledger(entries: str, **options: object) -> None:
     )
 
 
+@command.command("study")
+@click.argument("pipeline")
+@click.option(
+    "--vary", multiple=True, metavar="FIELD=A,B", help="A setting and its values; repeatable."
+)
+@click.option("--set", "words", multiple=True, metavar="KEY=VALUE", help="For every run.")
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--metric", default="accuracy", show_default=True, help="What the table compares.")
+@click.option("--folder", required=True, help="Of the runs; a study that was cut off goes on.")
+@click.option("--plot", default="", help="A file for a picture, such as study.svg.")
+@click.option("--title", default="", help="Of the section in the results file.")
+@results_file
+@as_json
+def study(
+    pipeline: str,
+    vary: tuple[str, ...],
+    words: tuple[str, ...],
+    seeds: int,
+    metric: str,
+    folder: str,
+    plot: str,
+    title: str,
+    **options: object,
+) -> None:
+    """Train PIPELINE with every combination of settings, over seeds, on public data: mean and
+    spread of a metric, CPU-seconds and peak bytes of whole processes.
+    """
+    from dataclasses import asdict
+    from pathlib import Path
+
+    from grape_ray.bench.report import environment
+    from grape_ray.bench.study import study as runs_of
+    from grape_ray.bench.study import summary
+    from grape_ray.bench.study_plot import draw
+
+    varied = _varied(vary)
+    runs = list(
+        runs_of(pipeline, varied, seeds, words, Path(folder), lambda t: click.echo(t, err=True))
+    )
+    columns, rows = summary(runs, varied, metric)
+    if plot and varied:
+        draw(runs, varied, metric, Path(plot))
+    facts = {**environment(), "runs": [asdict(run) for run in runs]}
+    _finish(title or f"Study: {pipeline}", columns, rows, facts, options)
+
+
+def _varied(texts: Sequence[str]) -> dict[str, list[str]]:
+    """`--vary` as field -> values."""
+    from grape_ray.errors import ConfigError
+
+    found = {}
+    for text in texts:
+        name, _, values = text.partition("=")
+        if not name or not all(values.split(",")):
+            fix = "such as --vary method.rank=4,16"
+            raise ConfigError("--vary", text, "FIELD=VALUE,VALUE", fix)
+        found[name] = values.split(",")
+    return found
+
+
 def _counts(option: str, text: str) -> list[int]:
     """A comma list of whole numbers."""
     from grape_ray.errors import ConfigError

@@ -16,6 +16,9 @@ from grape_ray.errors import ConfigError
 
 # The mean of the tokens is so much larger than the first token, which is added to it.
 _SHARE = 100.0
+# Of the normalised mean, whose length is the root of the width: a head on long vectors has large
+# gradients, which leave the other layers little of the clip norm.
+_HEAD_SHARE = 0.25
 _MARK = "last_block_averages"  # in the config of a model that has such a block
 _PARTS = (
     "attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
@@ -60,7 +63,7 @@ def with_mean_pooling(model: nn.Module, name: str) -> nn.Module:
         for part in ("attention.output.LayerNorm", "output.LayerNorm"):
             parts[part].weight.fill_(1.0)
         head.bias.zero_()
-        _become_identity(head)
+        _become_identity(head, _HEAD_SHARE)
     layers.append(block.requires_grad_(False))
     base.config.num_hidden_layers = len(layers)
     setattr(base.config, _MARK, True)
