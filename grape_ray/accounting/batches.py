@@ -58,7 +58,8 @@ def schedules(units: int, epochs: float, epsilon: float, delta: float) -> list[S
     for name, value in (("units", units), ("epochs", epochs)):
         if not 0 < value < math.inf:
             raise ConfigError(name, value, "a number > 0", "count the records, or their units")
-    made, batch = [], 16
+    made: list[Schedule] = []
+    batch = 16
     while batch <= units // 2 and epochs * units / batch >= 10:
         steps = round(epochs * units / batch)
         made.append(Schedule(batch, steps, noise_multiplier(epsilon, delta, batch / units, steps)))
