@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 
 from grape_ray import checkpoint
+from grape_ray.config.methods import METHODS
 from grape_ray.errors import GrapeRayError
 from grape_ray.ledger.ledger import Ledger
 from grape_ray.storage import Json
@@ -18,7 +19,8 @@ def brief(plan: Plan) -> Json:
 
     `signal_to_noise` is the largest that a step can have: a sum of expected_batch_size
     contributions of length C, all of one direction, over the length of its noise,
-    expected_batch_size / (noise multiplier * sqrt(coordinates)).
+    expected_batch_size / (noise multiplier * sqrt(coordinates)). `longest_refresh` is for how many
+    steps a projection may be kept whatever the gradients are, see `_longest_refresh`.
     """
     config, performance, seen = plan.config, plan.config.performance, plan.dry_run
     noise = plan.noise_multiplier if plan.private else None
@@ -46,6 +48,8 @@ def brief(plan: Plan) -> Json:
         "delta_times_units": plan.target[1] * plan.units if plan.target else None,
         "coordinates": seen.report.coordinates if seen else None,
         "signal_to_noise": signal,
+        "refresh": config.method.refresh_steps if _projects(plan) else None,
+        "longest_refresh": _longest_refresh(signal) if signal and _projects(plan) else None,
         "workers": performance.num_workers,
         "device": "cuda" if performance.use_gpu else "cpu",
         "folder": f"{plan.storage}/{plan.run}",
@@ -55,6 +59,17 @@ def brief(plan: Plan) -> Json:
         "dry_run_seconds": round(seen.seconds, 3) if seen else None,
         "checkpoint_bytes": seen.checkpoint_bytes if seen else None,
     }
+
+
+def _projects(plan: Plan) -> bool:
+    return METHODS[plan.config.method.name].subspace == "gaussian"
+
+
+def _longest_refresh(signal_to_noise: float) -> int:
+    """The most steps for which a projection may be kept, so that its error, which adds up while it
+    is, stays below a tenth of the noise (docs/choosing.md); at least 1.
+    """
+    return max(1, int(0.1 / signal_to_noise**2))
 
 
 def _budget(plan: Plan, ledger: Ledger) -> dict[str, float]:
@@ -109,6 +124,13 @@ def lines(values: Json) -> list[str]:
             f"epsilon {values['epsilon']:g} at delta {values['delta']:g}"
             f" ({values['delta_times_units']:.2g} over the {_units(values)}), noise multiplier"
             f" {values['noise_multiplier']:.4g}{signal}"
+        )
+    longest = values["longest_refresh"]
+    if longest and not 0 < values["refresh"] <= longest:
+        kept = f"{values['refresh']} steps" if values["refresh"] else "all steps"
+        shown.append(
+            f"projections are kept for {kept}: beyond {longest} that may cost accuracy with this"
+            " noise; method.refresh and docs/choosing.md"
         )
     if values["budget"]:
         budget = values["budget"]

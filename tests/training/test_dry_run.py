@@ -289,6 +289,10 @@ def test_the_program_says_what_it_is_about_to_do(tmp_path):
     assert facts["resumes"] is None
     noise, numbers = facts["noise_multiplier"], facts["coordinates"]
     assert facts["signal_to_noise"] == pytest.approx(50 / noise / numbers**0.5)
+    # error of a projection over noise: refresh * signal_to_noise^2 at most, to be a tenth
+    allowed = max(1, int(0.1 * numbers * (noise / 50) ** 2))
+    assert (facts["refresh"], facts["longest_refresh"]) == (5, allowed)
+    assert ("projections are kept for 5 steps" in result.stderr) == (allowed < 5)
     again = CliRunner(env={"XDG_DATA_HOME": str(tmp_path)}).invoke(main, [*words, "--no-dry-run"])
     assert (
         "resumes at step 12: 0 steps that were paid for are taken and paid for again; 12 steps"
