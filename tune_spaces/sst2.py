@@ -14,8 +14,8 @@ def space() -> dict[str, Any]:
     return {
         "method.rank": tune.choice([4, 8, 16, 32, 64]),
         "privacy.clip_norm": tune.loguniform(0.05, 5.0),
-        "method.learning_rate": tune.loguniform(2e-4, 5e-3),
-        "method.refresh": tune.choice([0, 25, 100]),
+        "method.learning_rate": tune.loguniform(1e-4, 2e-3),
+        "method.refresh": tune.choice([1, 10, 100]),
         "method.moments": tune.choice(["keep", "reset", "transfer"]),
     }
 
@@ -23,7 +23,9 @@ def space() -> dict[str, Any]:
 def study() -> SweepStudy:
     """Trials of 100 steps, compared first after 20. GLUE's validation phrases count as public."""
     return SweepStudy(
-        config=sst2().override(["performance.eval_every=20", "performance.charge_chunk=20"]),
+        config=sst2().override([
+            "privacy.steps=100", "performance.eval_every=20", "performance.charge_chunk=20",
+        ]),
         tunable=(
             "method.name", "method.rank", "method.side", "method.refresh", "method.moments",
             "method.learning_rate", "method.warmup_steps", "method.schedule", "method.weight_decay",

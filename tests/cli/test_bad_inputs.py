@@ -344,6 +344,8 @@ def training(world, assignments=(), pipeline="pipelines.sst2", model="good"):
         f"task.data={world}/tables/good.parquet",
         f"task.validation={world}/tables/validation.parquet",
     ]
+    if pipeline == "pipelines.sst2":  # the models here have two layers, and some no pooler
+        own += ["task.trainable=[]", "task.pooling=first", "method.rates=[]"]
     own += [
         "task.text_column=text",
         "privacy.expected_batch_size=30",
