@@ -117,12 +117,15 @@ class Table:
             return self
         return Table(self.rows.filter(pa.array(~bad)), self.place, np.array(self.row_numbers)[~bad])
 
-    def bad_rows(self, columns: Sequence[str], filled: Sequence[str]) -> dict[str, np.ndarray]:
+    def bad_rows(
+        self, columns: Sequence[str], filled: Sequence[str], labels: Sequence[str] = ()
+    ) -> dict[str, np.ndarray]:
         """The rows (N,) bool that cannot be used, by the reason.
 
         Args:
             columns: those that must hold a value in each row. filled: those of texts or lists that
-                must not be empty.
+                must not be empty. labels: those of labels, in which -1 stands for none, as in
+                datasets on the hub.
         """
         found = {}
         for column in columns:
@@ -133,6 +136,11 @@ class Table:
             empty = _empty(self.rows[column])
             if empty.any():
                 found[f"{int(empty.sum())} empty values of column '{column}'"] = empty
+        for column in filter(self.holds_integers, labels):
+            none = pc.call_function("equal", [self.rows[column], -1])
+            unlabelled = pc.call_function("coalesce", [none, pa.scalar(False)]).to_numpy()
+            if unlabelled.any():
+                found[f"{int(unlabelled.sum())} labels -1 of column '{column}'"] = unlabelled
         return found
 
     def refuse(self, bad: dict[str, np.ndarray]) -> None:
