@@ -130,7 +130,8 @@ def roberta_glue(
             name="grape",
             rank=16,
             learning_rate=5e-4,
-            **paper_projections(paper, 100, ("*embeddings*", "lm_head.*")),
+            dense=("*embeddings*", "lm_head.*") if paper else (),
+            **paper_projections(paper, 100),
         ),
         performance=Performance(
             num_workers=1, use_gpu=True, micro_batch_size=32, checkpoint_every=100, eval_every=100

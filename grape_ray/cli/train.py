@@ -17,7 +17,9 @@ if TYPE_CHECKING:  # for the command line, torch is imported only when a run beg
 
 @click.command("train")
 @click.argument("pipeline")
-@options.assignments("a field, such as method.rank=8, or a parameter of the pipeline, such as size=tiny")
+@options.assignments(
+    "a field, such as method.rank=8, or a parameter of the pipeline, such as size=tiny"
+)
 @click.option(
     "--workers",
     metavar="N|MIN:MAX",

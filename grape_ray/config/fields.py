@@ -36,9 +36,7 @@ def fields_of(node: Any, prefix: str = "") -> Iterator[FieldInfo]:
         if dataclasses.is_dataclass(value):
             yield from fields_of(value, f"{key}.")
         else:
-            yield FieldInfo(
-                key, type_name(hints[field.name]), value, meanings.get(field.name, "")
-            )
+            yield FieldInfo(key, type_name(hints[field.name]), value, meanings.get(field.name, ""))
 
 
 def type_name(hint: Any) -> str:

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from grape_ray.data.cache import cache_folder
-from grape_ray.models.extras import needed
+from pipelines.parts.image_files import images_table
 
 TRAIN, VALIDATION = 512, 64
 _NAMES = ("Aromi", "Zizzi", "Cotto", "Fitzbillies", "Strada", "Clowns", "Wildwood", "Loch Fyne")
@@ -69,7 +70,9 @@ def questions(columns: dict[str, str], answers: str) -> tuple[str, str]:
             "passage": f"{name} serves {food} food.",
             "question": "Which food does it serve?",
         }
-        return {columns[k]: v for k, v in texts.items() if k in columns} | {column: {member: [food]}}
+        return {columns[k]: v for k, v in texts.items() if k in columns} | {
+            column: {member: [food]}
+        }
 
     return _files(f"questions-{'-'.join(columns.values())}-{answers}", row)
 
@@ -81,33 +84,18 @@ def articles(column: str, words: int) -> tuple[str, str]:
 
 def digits() -> tuple[str, str]:
     """The same of scikit-learn's 1,797 handwritten digits, as PNG images with their labels."""
-    needed("PIL", "a dataset of images", "images")
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    from PIL import Image
     from sklearn.datasets import load_digits
 
     found: Any = load_digits()
     order = np.random.default_rng(0).permutation(len(found.target))
     pixels = (found.images[order] * (255 / 16)).round().astype(np.uint8)
-
-    def png(image: np.ndarray) -> bytes:
+    table = images_table(pixels, found.target[order])
+    places = []
+    for name, rows in (("train", table.slice(0, 1437)), ("validation", table.slice(1437))):
         file = io.BytesIO()
-        Image.fromarray(image).save(file, "PNG")
-        return file.getvalue()
-
-    def part(rows: slice) -> bytes:
-        images = pa.array([png(image) for image in pixels[rows]], pa.binary())
-        table = pa.table({"image": images, "label": found.target[order][rows]})
-        file = io.BytesIO()
-        pq.write_table(table, file)
-        return file.getvalue()
-
-    train, held = slice(0, 1437), slice(1437, None)
-    return (
-        _written("digits-train.parquet", part(train)),
-        _written("digits-validation.parquet", part(held)),
-    )
+        pq.write_table(rows, file)
+        places.append(_written(f"digits-{name}.parquet", file.getvalue()))
+    return places[0], places[1]
 
 
 def _words(rng: np.random.Generator, count: int = 0) -> str:
