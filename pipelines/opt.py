@@ -7,8 +7,8 @@ from grape_ray.tasks.text_generation import TextGeneration
 
 
 def opt() -> Config:
-    """OPT-6.7B on pairs of a meaning and a sentence (E2E NLG), epsilon 6, rank 64. Batches and steps
-    are ours; the paper's own tasks are those of `pipelines.opt_tasks`.
+    """OPT-6.7B on pairs of a meaning and a sentence (E2E NLG), epsilon 6, rank 64. Batches and
+    steps are ours; the paper's own tasks are those of `pipelines.opt_tasks`.
 
     The loss is over the answer's tokens alone and an example is clipped whole, never a token. Any
     size from 125M to 66B goes by its hub name or folder, with the paper's ranks 16, 32 and 64 for

@@ -49,7 +49,10 @@ def _trec(split: str) -> str:
 # sentence's last mark and lower the second one's first letter. Labels are in the hub's order.
 _DATASETS = {
     "sst2": _Prompted(
-        _glue("sst2"), _SENTIMENT % "sentence", {"negative": "terrible", "positive": "great"}, 67_349
+        _glue("sst2"),
+        _SENTIMENT % "sentence",
+        {"negative": "terrible", "positive": "great"},
+        67_349,
     ),
     "sst5": _Prompted(
         {"data": "SetFit/sst5", "validation": "validation"},

@@ -50,11 +50,11 @@ def vit_cifar10(
 ) -> Config:
     """ViT-B/16 at 224 pixels, epsilon 8.
 
-    The paper's: rank 64 of all but embeddings and head, batches of 1,000, 20 epochs of fine-tuning or 60 from scratch; from its
-    grids epsilon 8 (of 1, 2, 4, 8), rate 1e-3 (5e-4 to 5e-3) and clip norm 1 (0.1, 1, 10), the
-    choice among them ours. Ours: delta 1e-5, because at the paper's, one over the number of
-    records, publishing a record at random would be allowed; spare steps; new projections at every
-    step.
+    The paper's: rank 64 of all but embeddings and head, batches of 1,000, 20 epochs of fine-tuning
+    or 60 from scratch; from its grids epsilon 8 (of 1, 2, 4, 8), rate 1e-3 (5e-4 to 5e-3) and clip
+    norm 1 (0.1, 1, 10), the choice among them ours. Ours: delta 1e-5, because at the paper's, one
+    over the number of records, publishing a record at random would be allowed; spare steps; new
+    projections at every step.
 
     Args:
         size: `base`; `small`, a ViT of 6 layers of 192 with patches of 4 x 4 at 32 x 32 from

@@ -17,8 +17,8 @@ from grape_ray.data.arrays import Ragged, Records
 from grape_ray.data.columns import Table
 from grape_ray.data.prepared import Columns
 from grape_ray.errors import ConfigError
-from grape_ray.models.hugging_face import load_language_model
 from grape_ray.models.from_scratch import is_scratch
+from grape_ray.models.hugging_face import load_language_model
 from grape_ray.models.identity import model_identity
 from grape_ray.storage import Json
 from grape_ray.tasks.batches import batches

@@ -1,4 +1,4 @@
-"""The settings of the DP-GRAPE paper (arXiv 2506.15588) that this package's defaults differ from."""
+"""The settings of the DP-GRAPE paper (arXiv 2506.15588) from which our defaults differ."""
 
 from __future__ import annotations
 
