@@ -48,8 +48,9 @@ def read_images(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """
     if (folder / "train-images-idx3-ubyte.gz").is_file():
         return {
-            part: tuple(
-                _idx(folder / f"{name}-{what}-ubyte.gz") for what in ("images-idx3", "labels-idx1")
+            part: (
+                _idx(folder / f"{name}-images-idx3-ubyte.gz"),
+                _idx(folder / f"{name}-labels-idx1-ubyte.gz"),
             )
             for part, name in (("train", "train"), ("validation", "t10k"))
         }
