@@ -77,7 +77,7 @@ def opt_tasks(
         ),
         method=Method(
             name="grape", rank=_RANKS.get(size, 16), learning_rate=1e-4,
-            dense=("*embed_*", "lm_head.*") if paper else (), **paper_projections(paper, 100),
+            dense=("*embed_*",) if paper else (), **paper_projections(paper, 100),
         ),
         performance=Performance(
             num_workers=8 if sharded else 1, use_gpu=True, sharded=sharded, precision="bf16",

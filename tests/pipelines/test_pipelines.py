@@ -2,6 +2,7 @@
 steps of each at `size=tiny`.
 """
 
+import fnmatch
 import inspect
 import itertools
 import typing
@@ -19,8 +20,10 @@ from grape_ray.tasks.task import loaded, resolved
 
 NAMES = ["vit_cifar10", "roberta_glue", "opt_tasks", "gpt2_e2e", "longcontext_llama"]
 TINY = [
-    ("vit_cifar10", ()), ("roberta_glue", ("dataset=snli",)), ("roberta_glue", ("dataset=trec",)),
-    ("opt_tasks", ("dataset=boolq",)), ("opt_tasks", ("dataset=drop",)), ("gpt2_e2e", ()),
+    ("vit_cifar10", ()), ("roberta_glue", ("dataset=snli",)),
+    ("roberta_glue", ("dataset=trec", "paper=true")),
+    ("opt_tasks", ("dataset=boolq", "paper=true")), ("opt_tasks", ("dataset=drop",)),
+    ("gpt2_e2e", ()),
     ("longcontext_llama", ()),
 ]  # fmt: skip
 
@@ -77,7 +80,9 @@ def test_the_papers_settings(name, words, fields):
     assert (method.refresh, method.moments, method.side) == (None, "reset", "in")
 
 
-@pytest.mark.parametrize(("name", "refresh"), [("vit_cifar10", 250), ("roberta_glue", 100)])
+@pytest.mark.parametrize(
+    ("name", "refresh"), [("vit_cifar10", 250), ("roberta_glue", 100), ("opt_tasks", 100)]
+)
 def test_the_papers_projections_are_taken_at_a_word(name, refresh):
     method = pipeline(f"pipelines.{name}", ["paper=true"]).method
     assert (method.refresh, method.moments, method.side) == (refresh, "keep", "smaller")
@@ -90,6 +95,8 @@ def test_a_tiny_one_has_records_a_model_and_a_loss_of_each_example(name, words, 
     task = resolved(config.task, data)
     assert len(data.train) > config.privacy.expected_batch_size
     model = task.build_model(0)
+    names = [parameter for parameter, _ in model.named_parameters()]
+    assert all(fnmatch.filter(names, pattern) for pattern in config.method.dense)
     indices = torch.arange(4).numpy()
     losses = task.per_example_loss(model, task.collate(data.train, indices))
     assert losses.shape == (4,)
