@@ -136,11 +136,12 @@ class Table:
             empty = _empty(self.rows[column])
             if empty.any():
                 found[f"{int(empty.sum())} empty values of column '{column}'"] = empty
-        for column in filter(self.holds_integers, labels):
-            none = pc.call_function("equal", [self.rows[column], -1])
+        signed = (c for c in labels if pa.types.is_signed_integer(self.rows.schema.field(c).type))
+        for column in signed:
+            none = pc.call_function("equal", [self.rows[column], pa.scalar(-1)])
             unlabelled = pc.call_function("coalesce", [none, pa.scalar(False)]).to_numpy()
             if unlabelled.any():
-                found[f"{int(unlabelled.sum())} labels -1 of column '{column}'"] = unlabelled
+                found[f"{int(unlabelled.sum())} labels -1 (none) of column '{column}'"] = unlabelled
         return found
 
     def refuse(self, bad: dict[str, np.ndarray]) -> None:
