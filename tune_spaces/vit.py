@@ -1,40 +1,40 @@
-"""Shape and optimizer of the vision transformer on handwritten digits, among all methods of one
-mechanism.
+"""Rank, clip norm and learning rate of a vision transformer on images, over the grids of the
+DP-GRAPE paper; `--set size=tiny` tunes it on digits.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from ray import tune
 
 from grape_ray.tuning import SweepStudy
-from pipelines.digits_vit import digits_vit
+from pipelines.vit_cifar10 import vit_cifar10
 
 
-def space() -> dict[str, Any]:
+def space(size: str = "base") -> dict[str, Any]:
     return {
-        "method.name": tune.choice(["grape", "dp_adam", "ghost", "bookkeeping", "dp_galore"]),
-        "task.width": tune.choice([32, 64]),
-        "task.layers": tune.choice([1, 2]),
-        "privacy.clip_norm": tune.loguniform(0.3, 3.0),
-        "privacy.clipping": tune.choice(["flat", "automatic"]),
-        "method.learning_rate": tune.loguniform(2e-3, 3e-2),
+        "method.rank": tune.choice([8, 16, 32] if size == "tiny" else [16, 32, 64, 128]),
+        "privacy.clip_norm": tune.loguniform(0.1, 10.0),
+        "method.learning_rate": tune.loguniform(5e-4, 1e-2),
     }
 
 
-def study() -> SweepStudy:
-    """Trials of 150 steps, compared first after 25. The held-out images count as public."""
-    settings = [
-        "privacy.steps=150",
-        "privacy.spare_steps=25",
-        "performance.eval_every=25",
-        "performance.charge_chunk=25",
-    ]
+def study(
+    size: Literal["base", "small", "tiny"] = "base",
+    dataset: Literal["cifar10", "cifar100", "mnist"] = "cifar10",
+    pretrained: bool = True,
+) -> SweepStudy:
+    """Trials as long as the pipeline's run, compared first after a tenth. The test images count as
+    public.
+    """
+    config = vit_cifar10(size, dataset, pretrained)
     return SweepStudy(
-        config=digits_vit().override([*settings, "method.rank=8"]),
-        tunable=("method.name", "method.rank", "method.learning_rate", "method.moments",
-        "privacy.clip_norm", "privacy.clipping",
-                 "task.width", "task.layers", "task.heads", "task.mlp_ratio"),
+        config=config.override([f"performance.eval_every={config.privacy.steps // 10}"]),
+        tunable=(
+            "method.name", "method.rank", "method.side", "method.refresh", "method.moments",
+            "method.learning_rate", "method.schedule", "privacy.clip_norm", "privacy.clipping",
+            "privacy.steps", "task.views",
+        ),
         score_source="public",
     )  # fmt: skip

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     multiple=True,
     help="Check this method; repeat for more. Default: the pipeline's own, or grape.",
 )
-@options.assignments("a field, such as method.rank=8")
+@options.assignments(
+    "a field, such as method.rank=8, or a parameter of the pipeline, such as size=tiny"
+)
 @options.as_json
 def command(
     model_or_pipeline: str, methods: tuple[str, ...], assignments: tuple[str, ...], as_json: bool
@@ -72,7 +74,7 @@ def _target(
     from grape_ray.training.preflight import preflight
 
     try:
-        return pipeline(reference).override(assignments), _dry_run_report
+        return pipeline(reference, assignments), _dry_run_report
     except ConfigError as missing:
         if (
             ":" in reference

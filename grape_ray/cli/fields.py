@@ -14,15 +14,19 @@ from grape_ray.cli import options
 @click.command("fields")
 @click.argument("pipeline")
 @click.argument("pattern", default="")
+@options.assignments("a field or parameter, such as size=tiny")
 @options.as_json
-def command(pipeline, pattern, as_json) -> None:
-    """List the fields of PIPELINE that --set and run files can set, with their values; only those
-    whose names hold PATTERN, where it is given.
+def command(pipeline, pattern, assignments, as_json) -> None:
+    """List the parameters of PIPELINE, if it has any, and the fields that --set and run files can
+    set, with their values; only those whose names hold PATTERN, where it is given.
     """
     from grape_ray.config.fields import fields_of
     from grape_ray.config.pipelines import pipeline as find_pipeline
+    from grape_ray.config.pipelines import pipeline_parameters
 
-    found = [info for info in fields_of(find_pipeline(pipeline)) if pattern in info.key]
+    config = find_pipeline(pipeline, assignments)
+    listed = [*pipeline_parameters(pipeline, assignments), *fields_of(config)]
+    found = [info for info in listed if pattern in info.key]
     for info in found:
         click.echo(f"{info.key} = {_text(info.value)}  ({info.type})")
         if info.meaning:

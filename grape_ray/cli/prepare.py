@@ -23,7 +23,7 @@ def command(pipeline, assignments, out, shards) -> None:
 
     if shards < 1:
         raise ConfigError("--shards", shards, "an integer >= 1", "several times the nodes")
-    config = find_pipeline(pipeline).override(assignments)
+    config = find_pipeline(pipeline, assignments)
     from grape_ray.ray_backend.prepare_set import prepare_set
 
     count = prepare_set(config, out, shards)

@@ -17,7 +17,9 @@ if TYPE_CHECKING:  # for the command line, torch is imported only when a run beg
 
 @click.command("train")
 @click.argument("pipeline")
-@options.assignments("a field, such as method.rank=8")
+@options.assignments(
+    "a field, such as method.rank=8, or a parameter of the pipeline, such as size=tiny"
+)
 @click.option(
     "--workers",
     metavar="N|MIN:MAX",
@@ -59,7 +61,7 @@ def command(
     """
     from grape_ray.config.pipelines import pipeline as find_pipeline
 
-    config = find_pipeline(pipeline).override([*assignments, *worker_assignments(workers)])
+    config = find_pipeline(pipeline, [*assignments, *worker_assignments(workers)])
     # From here on torch is needed, and its import takes seconds; a mistake in the command line was
     # refused before.
     from grape_ray.config.cautions import Consent

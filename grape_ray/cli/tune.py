@@ -82,7 +82,7 @@ if TYPE_CHECKING:  # importing it takes seconds that --help does not have
     "--workers", type=int, help="Ray Train workers a trial; 0 trains in the trial's own process."
 )
 @click.option("--concurrent", type=int, help="Trials at a time; by default as many as fit.")
-@cli_options.assignments("a field of the default run")
+@cli_options.assignments("a field of the default run, or a parameter of the space's study()")
 @click.option(
     "--key-file",
     "key_path",

@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class FieldInfo:
-    """One field that `--set` and run files can set.
+    """One field, or parameter of a pipeline, that `--set` and run files can set.
 
     Attributes:
         key: its whole name, such as `privacy.epsilon`. type: as text. value: as it is.
@@ -36,10 +36,13 @@ def fields_of(node: Any, prefix: str = "") -> Iterator[FieldInfo]:
         if dataclasses.is_dataclass(value):
             yield from fields_of(value, f"{key}.")
         else:
-            yield FieldInfo(key, _named(hints[field.name]), value, meanings.get(field.name, ""))
+            yield FieldInfo(key, type_name(hints[field.name]), value, meanings.get(field.name, ""))
 
 
-def _named(hint: Any) -> str:
+def type_name(hint: Any) -> str:
+    """A type as text; of one of some texts, these."""
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(map(str, typing.get_args(hint)))
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 

@@ -30,13 +30,13 @@ def assign(node: Any, path: list[str], value: str, key: str, place: str = "--set
     if path[0] not in names:
         known = {".".join([*key.split(".")[: -len(path)], n]) for n in names}
         raise ConfigError(
-            f"{_at(place)} unknown key", key, "a field of the configuration", nearest(key, known)
+            f"{at(place)} unknown key", key, "a field of the configuration", nearest(key, known)
         )
     current = getattr(node, path[0])
     if len(path) > 1:
         if not dataclasses.is_dataclass(current):
             raise ConfigError(
-                f"{_at(place)} unknown key",
+                f"{at(place)} unknown key",
                 key,
                 f"{path[0]} has no fields of its own",
                 "name the field itself",
@@ -45,28 +45,37 @@ def assign(node: Any, path: list[str], value: str, key: str, place: str = "--set
     if dataclasses.is_dataclass(current):
         inner = ", ".join(f"{key}.{f.name}" for f in dataclasses.fields(current))
         raise ConfigError(
-            f"{_at(place)} a group is not a value",
+            f"{at(place)} a group is not a value",
             key,
             f"one of {inner}",
             "set its fields one by one",
         )
     hint = typing.get_type_hints(type(node))[path[0]]
-    return dataclasses.replace(node, **{path[0]: _parse(value, hint, f"{place} {key}")})
+    return dataclasses.replace(node, **{path[0]: parse_as(value, hint, f"{place} {key}")})
 
 
 def parse(value: str, kind: type, field: str, place: str) -> Any:
     """A text as the value of a dataclass's field. Raises ConfigError for another type."""
-    return _parse(value, typing.get_type_hints(kind)[field], f"{place}.{field}")
+    return parse_as(value, typing.get_type_hints(kind)[field], f"{place}.{field}")
 
 
-def _at(place: str) -> str:
+def at(place: str) -> str:
+    """Where something was written, as errors begin."""
     return place if place.endswith(":") else f"{place}:"
 
 
-def _parse(text: str, hint: Any, key: str) -> object:
+def parse_as(text: str, hint: Any, key: str) -> Any:
     """`text` as the annotated type: str as it is, everything else as JSON (`none` and comma lists
-    allowed).
+    allowed), one of some texts (`Literal`) as it is written there.
+
+    Raises:
+        ConfigError: it is of another type, or none of those texts; `key` says which.
     """
+    if typing.get_origin(hint) is typing.Literal:
+        known = typing.get_args(hint)
+        if text not in known:
+            raise ConfigError(key, text, "one of " + ", ".join(known), nearest(text, known))
+        return text
     options = typing.get_args(hint) if typing.get_origin(hint) not in (None, tuple) else (hint,)
     if type(None) in options and text.lower() in ("none", "null"):
         return None
@@ -75,7 +84,7 @@ def _parse(text: str, hint: Any, key: str) -> object:
         if origin is str:
             return text
         if origin is tuple:
-            return tuple(_parse(part, typing.get_args(kind)[0], key) for part in _parts(text))
+            return tuple(parse_as(part, typing.get_args(kind)[0], key) for part in _parts(text))
         try:
             value = json.loads(
                 text.lower()

@@ -2,36 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterable
+from functools import partial
 
+from grape_ray.config.fields import FieldInfo
 from grape_ray.config.modules import call, load_module, located
-from grape_ray.config.run_file import ENDINGS, read_run_file
+from grape_ray.config.parameters import parameters_of, taken
+from grape_ray.config.run_file import ENDINGS, begun_with, read_run_file
 from grape_ray.config.schema import Config
 from grape_ray.errors import ConfigError, nearest
 
 _RETURNS = "a function that returns a grape_ray.Config"
 TASK_METHODS = ("load", "build_model", "collate", "per_example_loss", "evaluate", "save")
+FIELDS = tuple(field.name for field in dataclasses.fields(Config))
 
 
-def pipeline(reference: str) -> Config:
+def pipeline(reference: str, assignments: Iterable[str] = ()) -> Config:
     """The Config of a pipeline.
 
     Args:
         reference: a run file, `run.yaml`; or `module:function`; or a module whose function of the
             same last name (`pipelines.sst2` -> `sst2`), or else `config`, is meant; looked up in
             the current folder, too. A module may be given by its file, `folder/name.py`.
+        assignments: `key=value` texts: of parameters of the function, such as `size=tiny`, and of
+            fields of the Config that it returns, such as `method.rank=8`.
 
     Raises:
-        ConfigError: no such module or function, or it returns something else.
+        ConfigError: no such module or function, it returns something else, or what is assigned is
+            unknown or of another type.
     """
-    if reference.endswith(ENDINGS):
-        return _checked(read_run_file(reference), reference)
+    function, written = _function(reference)
+    arguments, fields = taken(function, written, FIELDS, f"{reference}:")
+    given, others = taken(function, assignments, FIELDS)
+    made = partial(function, **{**arguments, **given})
+    config = _checked(call(made, f"pipeline {reference}", _RETURNS), reference)
+    return config.override(fields, f"{reference}:").override(others)
+
+
+def pipeline_parameters(reference: str, assignments: Iterable[str] = ()) -> list[FieldInfo]:
+    """The parameters of a pipeline's function, with the values that it is called with; see
+    `pipeline`.
+    """
+    function, written = _function(reference)
+    arguments, _ = taken(function, [*written, *assignments], FIELDS)
+    return parameters_of(function, arguments)
+
+
+def _function(reference: str) -> tuple[Callable[..., object], list[str]]:
+    """The function that makes a Config, and what a run file assigns to it."""
+    if not reference.endswith(ENDINGS):
+        return _in_module(reference), []
+    base, assignments = begun_with(reference)
+    return _in_module(base) if base else partial(read_run_file, reference), assignments
+
+
+def _in_module(reference: str) -> Callable[..., object]:
+    """The function of a module that a reference means. Raises ConfigError."""
     module, _, function_name = reference.partition(":")
     found = load_module(located(module), reference)
     for name in [function_name] if function_name else [found.__name__.rpartition(".")[2], "config"]:
         function = getattr(found, name, None)
         if callable(function):
-            return _called(function, reference)
+            return function
     functions = [
         n
         for n, v in vars(found).items()
@@ -39,11 +72,6 @@ def pipeline(reference: str) -> Config:
     ]
     near = nearest(function_name or found.__name__.rpartition(".")[2], functions)
     raise ConfigError("pipeline has no such function", reference, "module:function", near)
-
-
-def _called(function: Callable[[], object], reference: str) -> Config:
-    """What a pipeline's function returns, if it is a Config."""
-    return _checked(call(function, f"pipeline {reference}", _RETURNS), reference)
 
 
 def _checked(config: object, reference: str) -> Config:

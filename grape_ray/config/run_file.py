@@ -21,13 +21,35 @@ _PLACES = ("data", "validation", "model", "tokenizer")  # fields that may name s
 _EXPECTED = "task, privacy, method, performance, seed"
 
 
+def begun_with(path: str) -> tuple[str, list[str]]:
+    """The pipeline that a file begins with (`pipeline: pipelines.vit_cifar10`), and all else that
+    it says, as `key=value` texts: parameters of that pipeline, such as `size: small`, and fields.
+    An empty name where the file says a whole run itself.
+
+    Raises:
+        ConfigError: no such file, no YAML, or a pipeline that is itself a file of this kind.
+    """
+    said = _parsed(path)
+    base = said.pop("pipeline", "")
+    if not base:
+        return "", []
+    if not isinstance(base, str) or base.endswith(ENDINGS):
+        expected = "a module, module:function, or FILE.py"
+        raise ConfigError(f"{path}: pipeline", None, expected, "name a pipeline in Python")
+    if isinstance(said.get("task"), dict):
+        said["task"] = _beside(said["task"], Path(path).absolute().parent)
+    leaves = (leaf for key, value in said.items() for leaf in _flat(key, value))
+    return base, [f"{key}={_text(value)}" for key, value in leaves]
+
+
 def read_run_file(path: str) -> Config:
     """The Config that a YAML file describes.
 
     It has the groups of a Config: `task` with a `kind` (a name of `config.kinds.KINDS`, or
     `module:Class`) and the task's fields, `privacy`, `method`, `performance`, and `seed`. What a
     file leaves out has its default. Paths that exist beside the file are meant so. A `module:Class`
-    is imported, as a pipeline is: read a file of another's before you train it.
+    is imported, as a pipeline is: read a file of another's before you train it. A file that begins
+    with a pipeline in Python is read by `begun_with`.
 
     Raises:
         ConfigError: no such file, no YAML, or what `--set` would refuse, in the file's name.

@@ -417,8 +417,11 @@ class Config:
     performance: Performance = field(default_factory=Performance)
     seed: int = 0
 
-    def override(self, assignments: typing.Iterable[str]) -> Config:
+    def override(self, assignments: typing.Iterable[str], place: str = "--set") -> Config:
         """This config with `key=value` assignments applied, such as `method.rank=8`.
+
+        Args:
+            place: where they were written, for errors.
 
         Raises:
             ConfigError: an unknown key (with the nearest names), a value of the wrong type, or a
@@ -433,8 +436,8 @@ class Config:
         config = self
         for text in assignments:
             key, sign, value = text.partition("=")
-            _require(bool(sign), "--set", text, "key=value, such as method.rank=8")
-            config = assign(config, key.strip().split("."), value.strip(), key.strip())
+            _require(bool(sign), place, text, "key=value, such as method.rank=8")
+            config = assign(config, key.strip().split("."), value.strip(), key.strip(), place)
         return config
 
 

@@ -117,12 +117,15 @@ class Table:
             return self
         return Table(self.rows.filter(pa.array(~bad)), self.place, np.array(self.row_numbers)[~bad])
 
-    def bad_rows(self, columns: Sequence[str], filled: Sequence[str]) -> dict[str, np.ndarray]:
+    def bad_rows(
+        self, columns: Sequence[str], filled: Sequence[str], labels: Sequence[str] = ()
+    ) -> dict[str, np.ndarray]:
         """The rows (N,) bool that cannot be used, by the reason.
 
         Args:
             columns: those that must hold a value in each row. filled: those of texts or lists that
-                must not be empty.
+                must not be empty. labels: those of labels, in which -1 stands for none, as in
+                datasets on the hub.
         """
         found = {}
         for column in columns:
@@ -133,6 +136,12 @@ class Table:
             empty = _empty(self.rows[column])
             if empty.any():
                 found[f"{int(empty.sum())} empty values of column '{column}'"] = empty
+        signed = (c for c in labels if pa.types.is_signed_integer(self.rows.schema.field(c).type))
+        for column in signed:
+            none = pc.call_function("equal", [self.rows[column], pa.scalar(-1)])
+            unlabelled = pc.call_function("coalesce", [none, pa.scalar(False)]).to_numpy()
+            if unlabelled.any():
+                found[f"{int(unlabelled.sum())} labels -1 (none) of column '{column}'"] = unlabelled
         return found
 
     def refuse(self, bad: dict[str, np.ndarray]) -> None:

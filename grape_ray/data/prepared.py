@@ -40,6 +40,7 @@ class Columns:
     Attributes:
         named: all columns, each of which must hold a value in every row. texts: of them, those of
             texts. filled: of them, those of texts or lists that must not be empty.
+        labels: of them, those of labels, in which the integer -1 stands for none.
         computed: of the records that are made of it, the columns that a model has computed: their
             last bits may be others on another machine, so no split is made by them.
     """
@@ -47,6 +48,7 @@ class Columns:
     named: tuple[str, ...]
     texts: tuple[str, ...] = ()
     filled: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
     computed: tuple[str, ...] = ()
 
 
@@ -82,7 +84,7 @@ class Split:
             function of each one's content alone, so that one record more or less moves no other.
         unit: the column that names the privacy unit; empty where a record is one.
         limit, validation_limit: keep the first so many rows; 0 keeps all.
-        drop_bad_rows: leave rows out that lack a value, instead of refusing them.
+        drop_bad_rows: leave rows out that lack a value or a label, instead of refusing them.
     """
 
     train: Source
@@ -232,7 +234,7 @@ def _table_of(
 def _usable(split: Split, table: Table, columns: Columns, validation: bool = False) -> Table:
     """A table without rows that cannot be used, which are refused unless they are to be dropped."""
     unit = _unit(split, validation)
-    bad = table.bad_rows(table.rows.column_names, [*columns.filled, *unit])
+    bad = table.bad_rows(table.rows.column_names, [*columns.filled, *unit], columns.labels)
     if not split.drop_bad_rows:
         table.refuse(bad)
     kept = table.without(np.logical_or.reduce(list(bad.values()))) if bad else table

@@ -16,6 +16,7 @@ from torch import nn
 
 from grape_ray.errors import ConfigError
 from grape_ray.models import four_bit
+from grape_ray.models.from_scratch import byte_tokenizer, is_scratch, scratch_config
 from grape_ray.storage import Json
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ _T = TypeVar("_T")
 # them
 _HEADS = ("pooler", "summary")
 WEIGHTS = ("fp32", "bf16", "nf4")  # types of weights in memory; nf4: see `models.four_bit`
-_SOURCE = "a hub name, or a folder with config.json and weights"
+_SOURCE = "a hub name, a folder with config.json and weights, or scratch:FAMILY"
 
 
 def load_tokenizer(name: str, field: str = "task.model", **options: Any) -> PreTrainedTokenizerBase:
@@ -43,6 +44,8 @@ def load_tokenizer(name: str, field: str = "task.model", **options: Any) -> PreT
     """
 
     def build(place: str) -> PreTrainedTokenizerBase:
+        if is_scratch(name):
+            return byte_tokenizer()
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             place, use_fast=True, trust_remote_code=False, **options
         )
@@ -150,9 +153,13 @@ def load_language_model(
 
 def load_config(name: str) -> Any:
     """The configuration of a model. Raises ConfigError: none there."""
-    return load_with(
-        name, lambda place: transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
-    )
+
+    def build(place: str) -> Any:
+        if is_scratch(name):
+            return scratch_config(name)
+        return transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
+
+    return load_with(name, build)
 
 
 def load_as_saved(name: str) -> nn.Module:
@@ -241,6 +248,8 @@ def save_pretrained(model: nn.Module, folder: Path) -> None:
 
 def _weights(kind: Any, place: str, seed: int, weights: str, **options: Any) -> tuple[Any, Json]:
     """A model in fp32 or NF4, and what of its weights was not there or had another shape."""
+    if is_scratch(place):
+        return _drawn(kind, place, seed, weights, **options)
     if weights == "nf4":
         options |= four_bit.loading_options("num_labels" in options)
     else:
@@ -257,6 +266,20 @@ def _weights(kind: Any, place: str, seed: int, weights: str, **options: Any) -> 
     if weights == "nf4":
         four_bit.settle(model)
     return model, found
+
+
+def _drawn(kind: Any, name: str, seed: int, weights: str, **options: Any) -> tuple[Any, Json]:
+    """A model that begins at random weights, of which none is missing."""
+    if weights == "nf4":
+        fix = "set task.weights=fp32, or name pretrained weights"
+        raise ConfigError("task.weights", weights, "fp32 or bf16 of random weights", fix)
+    config = scratch_config(name)
+    for field, value in options.items():
+        setattr(config, field, value)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        model = kind.from_config(config, trust_remote_code=False)
+    return model, {"mismatched_keys": [], "missing_keys": []}
 
 
 def _whole(name: str, model: nn.Module, found: Json) -> nn.Module:

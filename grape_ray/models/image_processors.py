@@ -12,6 +12,7 @@ from typing import Any
 import transformers
 
 from grape_ray.models.extras import needed
+from grape_ray.models.from_scratch import is_scratch, scratch_image_processor
 from grape_ray.models.hugging_face import load_with
 
 # Two sizes of images, by which it is seen whether a processor makes one of all.
@@ -27,12 +28,13 @@ def image_processor_of(name: str) -> Any:
         ConfigError: there is none, or pillow is not installed.
     """
     needed("PIL", "an image processor", "images")
-    return load_with(
-        name,
-        lambda place: transformers.AutoImageProcessor.from_pretrained(
-            place, trust_remote_code=False
-        ),
-    )
+
+    def build(place: str) -> Any:
+        if is_scratch(name):
+            return scratch_image_processor(name)
+        return transformers.AutoImageProcessor.from_pretrained(place, trust_remote_code=False)
+
+    return load_with(name, build)
 
 
 def processor_fingerprint(processor: Any) -> str:

@@ -47,7 +47,8 @@ class DatasetTask:
 
     Attributes:
         model: hub name or folder of a pretrained model; public, like its tokenizer: not made from
-            the training data.
+            the training data. Or `scratch:FAMILY`, such as `scratch:vit?hidden_size=192`: random
+            weights (`models.from_scratch`).
         data: the training records: a file (CSV, JSON Lines, Parquet, Arrow, plain text), a folder
             or pattern with some, a URL (`hf://datasets/...`, `s3://...`), a folder of images or one
             that `datasets` saved, or a dataset's name on the hub.
@@ -59,7 +60,8 @@ class DatasetTask:
         data_config, split: configuration and split of a dataset on the hub. data_format: of files
             whose names do not say it: parquet, csv, tsv, json, arrow or text.
         limit, validation_limit: keep the first so many rows; 0 keeps all.
-        drop_bad_rows: leave rows out that lack a value, instead of refusing them.
+        drop_bad_rows: leave rows out that lack a value, or whose declared label is -1, as datasets
+            on the hub mark those without one, instead of refusing them.
         public: whether the training data holds nobody's secrets (a public benchmark), so that each
             run may have a ledger of its own.
         lora: adapters that are trained in place of the model's own weights.

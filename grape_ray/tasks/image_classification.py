@@ -55,7 +55,7 @@ class ImageClassification(LabelledTask):
 
     @property
     def columns(self) -> Columns:
-        return Columns((self.image_column, self.label_column))
+        return Columns((self.image_column, self.label_column), labels=self.unlabelled)
 
     @property
     def input_columns(self) -> Columns:

@@ -35,6 +35,15 @@ class LabelledTask(NamedLabels):
     label_column: str = "label"
     multi_label: bool = False
 
+    @property
+    def unlabelled(self) -> tuple[str, ...]:
+        """The column in which -1 stands for no label: where the labels are declared, and -1 is none
+        of them.
+        """
+        declared = self.declared_labels()
+        known = bool(declared) and "-1" not in declared and not self.multi_label
+        return (self.label_column,) if known else ()
+
     def facts(self, train: Table, names: Callable[[str], Sequence[str]]) -> Json:
         declared = self.declared_labels()
         if self.multi_label:

@@ -17,6 +17,7 @@ from grape_ray.data.arrays import Ragged, Records
 from grape_ray.data.columns import Table
 from grape_ray.data.prepared import Columns
 from grape_ray.errors import ConfigError
+from grape_ray.models.from_scratch import is_scratch
 from grape_ray.models.hugging_face import load_language_model
 from grape_ray.models.identity import model_identity
 from grape_ray.storage import Json
@@ -54,6 +55,9 @@ class Preference(DecoderTask):
         super().check_fields()
         if not 0 < self.beta < float("inf"):
             raise ConfigError("task.beta", self.beta, "a number > 0")
+        if is_scratch(self.model):
+            what, fix = "task.model of preference pairs", "name a model that has learned to write"
+            raise ConfigError(what, self.model, "pretrained weights, which are the reference", fix)
 
     @property
     def columns(self) -> Columns:

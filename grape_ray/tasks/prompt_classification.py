@@ -78,7 +78,8 @@ class PromptClassification(LabelledTask, TokenizedTask):
     @property
     def columns(self) -> Columns:
         texts = parsed(self.template).columns
-        return Columns((*texts, self.label_column), texts, (*texts, self.label_column))
+        named = (*texts, self.label_column)
+        return Columns(named, texts, named, self.unlabelled)
 
     @property
     def input_columns(self) -> Columns:

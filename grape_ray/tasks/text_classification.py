@@ -25,7 +25,7 @@ class TextClassification(LabelledTask, TextPairTask):
     def columns(self) -> Columns:
         texts = self.input_columns.texts
         filled = (*texts, self.label_column) if not self.multi_label else texts
-        return Columns((*texts, self.label_column), texts, filled)
+        return Columns((*texts, self.label_column), texts, filled, self.unlabelled)
 
     def encode(self, table: Table, facts: Json) -> Records:
         return Records({**self.inputs(table), **self.targets(table, facts)})

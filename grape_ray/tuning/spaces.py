@@ -4,13 +4,17 @@ from.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from grape_ray.config.methods import METHODS
 from grape_ray.config.modules import call, load_module
+from grape_ray.config.parameters import taken
+from grape_ray.config.pipelines import FIELDS
 from grape_ray.config.schema import Config
 from grape_ray.errors import ConfigError, nearest
 from grape_ray.storage import Json
@@ -182,7 +186,8 @@ def load(reference: str, assignments: Iterable[str] = ()) -> tuple[Space, SweepS
     """(Domains by field name, study) of a module such as `tune_spaces.digits`.
 
     Args:
-        assignments: `key=value` overrides of the study's default run.
+        assignments: `key=value` texts: parameters of `study`, such as `size=tiny`, which `space`
+            gets as far as it has them, and overrides of the study's default run.
 
     Raises:
         ConfigError: no such module, it lacks `space` or `study`, or it varies what no sweep may.
@@ -195,9 +200,11 @@ def load(reference: str, assignments: Iterable[str] = ()) -> tuple[Space, SweepS
             raise ConfigError(
                 f"tune space {reference} has no function {name}()", None, _RETURNS, _LIKE
             )
+    arguments, assignments = taken(module.study, assignments, FIELDS)
+    shared = {n: v for n, v in arguments.items() if n in inspect.signature(module.space).parameters}
     space, study = (
-        call(getattr(module, name), f"tune space {reference}", _RETURNS)
-        for name in ("space", "study")
+        call(function, f"tune space {reference}", _RETURNS)
+        for function in (partial(module.space, **shared), partial(module.study, **arguments))
     )
     if not isinstance(space, dict) or not space or not isinstance(study, SweepStudy):
         got = f"{type(space).__name__} and {type(study).__name__}"

@@ -97,7 +97,7 @@ TABLES = [
             ("labels decimals", "decimals.parquet", "integers"),
             ("labels lists", "listlabel.parquet", "integers"),
             ("labels huge", "hugelabel.parquet", "expected 0 to 1"),
-            ("labels negative", "neglabel.parquet", "expected 0 to 1"),
+            ("labels negative", "neglabel.parquet", "labels -1 (none) of column"),
             ("one row", "one.parquet", "sampling_prob of at most 1"),
             ("cut off", "torn.parquet", "cannot be read as Parquet"),
             ("damaged inside", "holed.parquet", "cannot be read as Parquet"),

@@ -161,6 +161,10 @@ def test_rows_that_cannot_be_used_are_told_by_number_and_left_out_on_demand():
     ):
         table.refuse(bad)
     assert table.without(np.logical_or.reduce(list(bad.values()))).texts("text") == ["b"]
+    unlabelled = Table(pa.table({"label": pa.array([0, -1, None, 1])}), "x")
+    bad = unlabelled.bad_rows([], [], ["label"])
+    with pytest.raises(DataError, match="1 labels -1 \\(none\\) of column 'label' in row 1\""):
+        unlabelled.refuse(bad)
     many = Table(pa.table({"text": [None] * 9}, schema=pa.schema([("text", pa.string())])), "x")
     with pytest.raises(DataError, match="rows 0, 1, 2, 3, 4 and 4 more"):
         many.refuse(many.bad_rows(["text"], []))

@@ -36,14 +36,19 @@ from tests.support.tiny import Tiny, tiny
 
 SPACE = "tests.support.tiny_space"
 REPOSITORY = Path(__file__).parents[2]
-SPACES = ["digits", "sst2", "roberta", "opt", "vit"]
+SPACES = ["digits", "sst2", "roberta", "opt", "vit", "e2e"]
+TINY = ["roberta", "opt", "vit", "e2e"]
 
 
-@pytest.mark.parametrize("name", SPACES)
-def test_every_space_is_sound_and_its_trials_have_a_config(name):
+@pytest.mark.parametrize(
+    ("name", "words"), [(name, []) for name in SPACES] + [(name, ["size=tiny"]) for name in TINY]
+)
+def test_every_space_is_sound_and_its_trials_have_a_config(name, words):
     from grape_ray.ray_backend.searcher import check_domains
 
-    domains, study = spaces.load(f"tune_spaces.{name}")
+    domains, study = spaces.load(f"tune_spaces.{name}", [*words, "seed=5"])
+    assert study.config.seed == 5
+    assert getattr(study.config.task, "public", False) == bool(words)
     check_domains(domains, study)
     assert set(domains) <= set(study.tunable)
     for _ in range(5):

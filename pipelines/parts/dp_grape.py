@@ -1,0 +1,13 @@
+"""The settings of the DP-GRAPE paper (arXiv 2506.15588) from which our defaults differ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def paper_projections(paper: bool, refresh: int) -> dict[str, Any]:
+    """Fields of `Method`: the paper's if `paper` (the smaller side compressed, new projections at
+    every `refresh`-th step, both moments kept), else none, which leaves the defaults: inputs
+    compressed, new projections at every step, and with each the mean of gradients begun anew.
+    """
+    return {"side": "smaller", "refresh": refresh, "moments": "keep"} if paper else {}
