@@ -49,6 +49,12 @@ def test_weights_tell_every_two_neighbours_apart_and_forgive_rounding(rows, kind
     assert _weights_reached(use, whole, reached * whole, weights, layout)
     rounded = reached * (1 + 1e-4 * (2 * torch.rand(use.lead) - 1)) * whole
     assert _weights_reached(use, whole, rounded, weights, layout)
+    if layout.only is None and whole.numel() > rows:  # rounding alone arrives in one row of several
+        small = whole.clone()
+        small.view(-1)[0] *= 1e-8
+        noisy = reached * small
+        noisy.view(-1)[0] *= 3
+        assert _weights_reached(use, small, noisy, weights, layout)
     for place in (0, whole.numel() - 1):
         for step in (1 / rows, -1 / rows):  # a row of the next example, or of the one before
             wrong = (reached * whole).clone()

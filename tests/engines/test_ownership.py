@@ -5,6 +5,7 @@ record moves the sum by at most C.
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 
 from grape_ray import make_engine
@@ -16,6 +17,7 @@ from grape_ray.engines.verification.forward import VERIFY_EVERY
 from grape_ray.errors import UnsupportedLayer
 from grape_ray.training.preflight import preflight
 from tests.support.oracle import expected, worst
+from tests.support.zoo import VOCAB, lm_loss, text_batch
 
 EXACT = [name for name, info in METHODS.items() if info.private and info.exact]
 WIDTH = 8
@@ -492,3 +494,18 @@ def test_a_reading_that_is_still_open_refuses_no_right_training():
         assert all(
             torch.allclose(mine, theirs, atol=1e-5) for mine, theirs in zip(summed.values(), wanted)
         )
+
+
+def test_what_cancels_in_a_row_is_no_gradient_of_another_example():
+    """The first token attends to itself alone: its query's gradient is zero but for rounding, which
+    is another under other weights of the losses.
+    """
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "ffn_dim": 64}
+    config = transformers.OPTConfig(
+        **sizes, num_attention_heads=4, max_position_embeddings=80, word_embed_proj_dim=32
+    )
+    model, batch = transformers.OPTForCausalLM(config).eval(), text_batch(16, 64, padded=False)
+    engine = make_engine(model, "bookkeeping", 1.0)
+    summed = engine.clipped_sum(lm_loss, batch).tensors
+    assert worst(summed, expected(engine, lm_loss, batch, 16)) < 1e-4

@@ -23,6 +23,7 @@ from grape_ray.errors import UnsupportedLayer
 # beside two of halves
 _FEW = 8
 _MOST = 1000  # examples that weights tell apart where rounding is below a thousandth
+_CANCELLED = 2.0**-20  # of an example's largest row: eight times the precision of fp32
 # for every tap (2, *lead): sums of its gradient and of its magnitudes over the features
 GradientSums = list[Tensor]
 
@@ -116,11 +117,12 @@ def _weights_reached(
     Args:
         whole, weighted: (*lead,) magnitudes of gradients, unweighted and weighted. weights: (B,).
     """
-    own = weights[layout.owners(tap.lead, len(weights))].to(whole)
-    if layout.only is None:
-        own = own.view(*[-1 if d == layout.axis else 1 for d in range(len(tap.lead))])
-    # neighbouring weights are 1/B apart: a quarter of that tells one from the next
-    return not bool(((weighted - own * whole).abs() > whole / (4 * len(weights))).any())
+    examples, dims = len(weights), len(tap.lead)
+    mine, theirs = (layout.by_example(part, dims, examples) for part in (whole, weighted))
+    # neighbouring weights are 1/B apart: a quarter of that tells one from the next; what cancels
+    # in a row, as the gradient of a first token's query does, leaves rounding of its neighbours
+    slack = mine / (4 * examples) + _CANCELLED * mine.amax(1, keepdim=True)
+    return not bool(((theirs - weights.to(mine)[:, None] * mine).abs() > slack).any())
 
 
 def gradient_sums(
