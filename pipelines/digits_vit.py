@@ -130,7 +130,6 @@ def digits_vit() -> Config:
         method=Method(
             name="grape",
             rank=16,
-            refresh=100,
             learning_rate=0.01,
             schedule="linear",
             project_min_numel=1024,
