@@ -71,12 +71,7 @@ def _finish(
     click.echo(body)
     if options["out"]:
         context = click.get_current_context()
-        given = [
-            f"--{k.replace('_', '-')} {v}"
-            for k, v in context.params.items()
-            if k not in ("out", "as_json") and v not in (None, False, 0, "")
-        ]
-        report.save(title, body, " ".join([context.command_path, *given]), options["out"])
+        report.save(title, body, " ".join([context.command_path, *_words(context)]), options["out"])
     if options["as_json"]:
         click.echo(json.dumps(facts))
 
@@ -471,6 +466,20 @@ def _varied(texts: Sequence[str]) -> dict[str, list[str]]:
             fix = "such as --vary method.rank=4,16"
             raise ConfigError("--vary", text, "FIELD=VALUE,VALUE", fix)
         found[name] = values.split(",")
+    return found
+
+
+def _words(context: click.Context) -> list[str]:
+    """What a command was given, less where its results go."""
+    found = []
+    for param in context.command.params:
+        value = context.params[param.name or ""]
+        if param.name in ("out", "as_json", "folder", "title", "plot") or value in (None, False, 0):
+            continue
+        for one in value if isinstance(value, tuple) else [value]:
+            if one != "":
+                found.append(str(one) if param.param_type_name == "argument" else
+                             f"{param.opts[0]} {one}")  # fmt: skip
     return found
 
 
