@@ -34,7 +34,11 @@ def test_a_study_is_every_case_once_and_goes_on_where_it_was_cut_off(tmp_path):
     log = folder / "study.jsonl"
     kept = log.read_text()
     log.write_text(kept + '{"case": ["gra')  # the machine died while it wrote
-    assert call(*WORDS, "--seeds", 1, "--folder", folder) == first
+    results = tmp_path / "RESULTS.md"
+    assert call(*WORDS, "--seeds", 1, "--folder", folder, "--out", results) == first
+    said = results.read_text()
+    assert " bench study pipelines.digits_vit --vary method.name=grape,none --set " in said
+    assert str(tmp_path) not in said
     assert len(list((folder / "runs").iterdir())) == 2
     other = CliRunner().invoke(main, [*WORDS[:-1], "--set", "seed=1", "--folder", str(folder)])
     assert "one of this study" in other.stderr
