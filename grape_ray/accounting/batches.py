@@ -67,12 +67,12 @@ def schedules(units: int, epochs: float, epsilon: float, delta: float) -> list[S
     return made
 
 
-def largest_batch(units: int, epochs: float, fewest_steps: int = FEWEST_STEPS) -> int:
+def largest_batch(units: int, epochs: float) -> int:
     """The largest power of two, of at most half of the units and at least 1, with which so many
-    passes are about `fewest_steps` steps or more.
+    passes are about `FEWEST_STEPS` steps or more.
 
     >>> largest_batch(67_349, epochs=6), largest_batch(100, epochs=6)
     (4096, 4)
     """
-    most = min(epochs * units / fewest_steps, units / 2)
+    most = min(epochs * units / FEWEST_STEPS, units / 2)
     return 2 ** max(0, math.floor(math.log2(max(most, 1)) + 0.05))

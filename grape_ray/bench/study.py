@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import resource
 import statistics
 import subprocess
@@ -110,7 +109,7 @@ def _run(
     command = [sys.executable, "-c", _PROGRAM, "train", pipeline, "--json", *sets]
     command += ["--storage", str(folder / "runs")]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if ended.returncode:
         reason = ended.stderr.strip().rpartition("\n")[2]

@@ -22,9 +22,8 @@ def draw(
     axes = (figure := Figure(figsize=(6, 4), layout="constrained")).add_subplot()
     for rest in cases({name: varied[name] for name in others}):
         found = {
-            case[0]: [run.metrics[metric] for run in runs if run.case == case]
-            for case in cases(varied)
-            if case[1:] == rest
+            value: [run.metrics[metric] for run in runs if run.case == (value, *rest)]
+            for value in varied[first]
         }
         found = {value: got for value, got in found.items() if got}
         axes.errorbar(

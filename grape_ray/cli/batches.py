@@ -8,6 +8,7 @@ import json
 import click
 
 from grape_ray.accounting.batches import largest_batch, schedules
+from grape_ray.cli import options
 
 
 @click.command("batches")
@@ -15,7 +16,7 @@ from grape_ray.accounting.batches import largest_batch, schedules
 @click.option("--epochs", type=float, required=True, help="Passes over them that you can pay for.")
 @click.option("--epsilon", type=float, required=True, help="Privacy budget, epsilon.")
 @click.option("--delta", type=float, required=True, help="Privacy budget, delta.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@options.as_json
 def command(units, epochs, epsilon, delta, as_json) -> None:
     """Which batch makes most of a number of passes over the data.
 

@@ -127,8 +127,7 @@ def load_classifier(
                     f"task.classes = {classes}" if classes > 1 else "one number",
                     fix,
                 )
-        whole = _whole(name, model, {**found, "missing_keys": inner})
-        return whole.bfloat16() if weights == "bf16" else whole
+        return _whole(name, model, {**found, "missing_keys": inner})
 
     return load_with(name, build).train(dropout)
 
@@ -147,8 +146,7 @@ def load_language_model(
         ConfigError: no such model, it has no such head, or its weights are not whole.
     """
     auto = getattr(transformers, f"AutoModelFor{kind}")
-    model = load_with(name, lambda place: _whole(name, *_weights(auto, place, seed, weights)))
-    return (model.bfloat16() if weights == "bf16" else model).eval()
+    return load_with(name, lambda place: _whole(name, *_weights(auto, place, seed, weights))).eval()
 
 
 def load_config(name: str) -> Any:
@@ -247,9 +245,14 @@ def save_pretrained(model: nn.Module, folder: Path) -> None:
 
 
 def _weights(kind: Any, place: str, seed: int, weights: str, **options: Any) -> tuple[Any, Json]:
-    """A model in fp32 or NF4, and what of its weights was not there or had another shape."""
-    if is_scratch(place):
-        return _drawn(kind, place, seed, weights, **options)
+    """A model in one of `WEIGHTS`, and what of them was not there or had another shape."""
+    made = _drawn if is_scratch(place) else _loaded
+    model, found = made(kind, place, seed, weights, **options)
+    return (model.bfloat16() if weights == "bf16" else model), found
+
+
+def _loaded(kind: Any, place: str, seed: int, weights: str, **options: Any) -> tuple[Any, Json]:
+    """A model from its files, in NF4 or else in fp32."""
     if weights == "nf4":
         options |= four_bit.loading_options("num_labels" in options)
     else:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from grape_ray.accounting.batches import FEWEST_STEPS, largest_batch
+from grape_ray.accounting.batches import largest_batch
 
 # parts of names of sentence encoders that were trained for the mean of their tokens
 _MEAN_POOLED = ("all-minilm", "e5-", "gte-")
@@ -31,7 +31,7 @@ class Recipe:
     def batch(self, units: int) -> int:
         """The expected batch size for so many units: the largest that leaves enough steps."""
         most = max(1, units // 2)
-        return min(most, max(_SMALLEST_BATCH, largest_batch(units, self.epochs, FEWEST_STEPS)))
+        return min(most, max(_SMALLEST_BATCH, largest_batch(units, self.epochs)))
 
     def steps(self, units: int) -> int:
         return max(_FEWEST, round(self.epochs * units / self.batch(units)))
