@@ -13,13 +13,16 @@ from typing import Any
 
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from grape_ray.errors import ConfigError
+from grape_ray.models import conv_net
 
 PREFIX = "scratch:"
 # Ids of special tokens are those that RoBERTa's configuration has, but for the mask's.
 _SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+
+conv_net.register()
 
 
 def is_scratch(name: str) -> bool:
@@ -37,9 +40,9 @@ def scratch_config(name: str) -> Any:
     192
     """
     family, _, said = name.removeprefix(PREFIX).partition("?")
-    if family not in CONFIG_MAPPING_NAMES:
-        near = difflib.get_close_matches(family, CONFIG_MAPPING_NAMES, n=3)
-        fix = f"did you mean {' or '.join(near)}?" if near else "vit, gpt2, opt, llama, roberta are"
+    if family not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(family, CONFIG_MAPPING, n=3)
+        fix = f"did you mean {' or '.join(near)}?" if near else "vit, gpt2, opt, llama are some"
         raise ConfigError("task.model", name, "scratch: and a family of transformers", fix)
     known = transformers.AutoConfig.for_model(family)
     changes = {}
