@@ -18,7 +18,7 @@ from grape_ray.config.fields import fields_of
 from grape_ray.config.pipelines import _in_module, pipeline, pipeline_parameters
 from grape_ray.tasks.task import loaded, resolved
 
-NAMES = ["vit_cifar10", "roberta_glue", "opt_tasks", "gpt2_e2e", "longcontext_llama"]
+NAMES = ["vit_cifar10", "roberta_glue", "opt_tasks", "gpt2_e2e", "longcontext_llama", "conv_images"]
 TINY = [
     ("vit_cifar10", ()), ("roberta_glue", ("dataset=snli",)),
     ("roberta_glue", ("dataset=trec", "paper=true")),
