@@ -68,7 +68,8 @@ class ConvNetForImageClassification(PreTrainedModel):
             nn.Linear(second * side * side, config.hidden_size),
             nn.ReLU(),
         )
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        labels: Any = config.num_labels
+        self.classifier = nn.Linear(config.hidden_size, labels)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
