@@ -455,6 +455,49 @@ def study(
     _finish(title or f"Study: {pipeline}", columns, rows, facts, options)
 
 
+@command.command("levers")
+@click.argument("pipeline")
+@click.option("--set", "words", multiple=True, metavar="KEY=VALUE", help="As `train` takes it.")
+@click.option("--steps", type=click.IntRange(1), default=120, show_default=True)
+@click.option("--batch", type=click.IntRange(1), default=256, show_default=True)
+@click.option("--seeds", type=click.IntRange(3), default=8, show_default=True)
+@results_file
+@as_json
+def levers(
+    pipeline: str, words: tuple[str, ...], steps: int, batch: int, seeds: int, **options: object
+) -> None:
+    """What each choice buys on the PUBLIC texts of PIPELINE's task, with its standard error: a
+    small network on frozen embeddings, at the pipeline's epsilon and delta.
+    """
+    from dataclasses import asdict
+
+    import torch
+
+    from grape_ray.bench.levers import Setting, effects, embedded
+    from grape_ray.bench.report import environment
+    from grape_ray.config.pipelines import pipeline as config_of
+    from grape_ray.errors import ConfigError
+    from grape_ray.tasks.text_classification import TextClassification
+
+    config = config_of(pipeline, words)
+    if not isinstance(config.task, TextClassification):
+        kind = type(config.task).__name__
+        raise ConfigError("the task of bench levers", kind, "a TextClassification")
+    torch.set_num_threads(1)  # products this small cost more to share than to do
+    setting = Setting(config.privacy.epsilon, config.privacy.delta, batch, steps)
+    rows, facts = [], []
+    for one in effects(embedded(config.task), setting, seeds):
+        click.echo(f"{one.name}: {one.accuracy:.4f}", err=True)
+        facts.append(asdict(one))
+        rows.append([
+            one.name, f"{one.rate:g}", f"{one.accuracy:.4f}", f"{one.deviation:.4f}",
+            f"{100 * one.difference:+.2f}", f"{100 * one.error:.2f}",
+        ])  # fmt: skip
+    columns = ("choice", "rate", "accuracy", "deviation", "points over the first", "standard error")
+    about = f"epsilon {setting.epsilon:g}, {steps} steps of {batch}, {seeds} seeds"
+    _finish(f"Levers: {about}", columns, rows, {**environment(), "rows": facts}, options)
+
+
 def _varied(texts: Sequence[str]) -> dict[str, list[str]]:
     """`--vary` as field -> values."""
     from grape_ray.errors import ConfigError
