@@ -143,7 +143,10 @@ class Verifier:
             self.layouts.remember(signature, capture)
         elif self.may_verify and capture.dependence.exported and several:
             # numbers of the batch have left torch: what followed may depend on what they say
-            ownership(capture, held[0], self._tolerance_of(capture), thorough=True)
+            if held[0].requires_grad:
+                ownership(capture, held[0], self._tolerance_of(capture), thorough=True)
+            else:  # no gradient can tell
+                self._verify(capture, forward, held, thorough=True)
         self.layouts.passes[signature] = passed + 1
         capture.phase = Phase.BACKWARD
         return held.pop()
