@@ -26,11 +26,14 @@ from grape_ray.engines.engine import Engine, not_finite
 from grape_ray.engines.grouping import Groups
 from grape_ray.engines.losses import PerExampleLoss
 from grape_ray.engines.precision import pinned
+from grape_ray.engines.verification.forward import Verifier
 from grape_ray.errors import ConfigError
 from grape_ray.privacy.clipping import factors
 from grape_ray.privacy.types import ClippedSum
 from grape_ray.storage import Json
 
+# of what rounding explains elsewhere: an example that moves another's loss moves its slope more
+_TOLERATED = 0.1
 _PRECISE = (torch.float32, torch.float64)
 
 
@@ -38,9 +41,10 @@ class DpZero(Engine):
     """An example's slopes (l(w + s u_k) - l(w - s u_k)) / (2 s sqrt(K)), k = 1..K, clipped together
     and summed: K numbers, of all trainable weights.
 
-    Memory: that of a forward pass without a graph, one copy of the trainable weights (w + s u; the
-    parameters themselves are never written to, so they are bitwise as before), and one direction of
-    one weight, made anew wherever it is needed.
+    Memory: that of a forward pass without a graph, one copy of the trainable weights (w + s u, then
+    w - s u; the parameters themselves are never written to, so they are bitwise as before), and one
+    direction of one weight at a time. Each of the K directions is drawn once in each micro-batch,
+    and once more for the update.
 
     All passes of a sum draw the same random numbers, so a slope is that of the loss with its
     dropout masks held fixed. Each pass is watched, and verified where its sequence of operations is
@@ -68,6 +72,7 @@ class DpZero(Engine):
     ):
         super().__init__(model, subspace=subspace or Directions(1, b"", refresh=1), **common)
         self.smoothing = smoothing
+        self._verifier = Verifier((param.dtype for param in self.params.values()), _TOLERATED)
         for name, param in model.named_parameters():
             if param.dtype not in _PRECISE:
                 raise _imprecise(f"parameter '{name}'", str(param.dtype), "set task.weights=fp32")
@@ -91,12 +96,11 @@ class DpZero(Engine):
     ) -> ClippedSum:
         slopes, losses = list[Tensor](), list[Tensor]()
         for number in range(self.subspace.count):
-            ahead, behind = (
-                self._losses_at(
-                    number, step, sign * self.smoothing, per_example_loss, batch, states
-                )
-                for sign in (1, -1)
-            )
+            moved = self._moved(number, step)
+            ahead = self._losses_at(moved, per_example_loss, batch, states)
+            for name, param in self.params.items():
+                moved[name].neg_().add_(param.detach(), alpha=2)  # w - s u, not drawn again
+            behind = self._losses_at(moved, per_example_loss, batch, states)
             slopes.append((ahead - behind).div_(2 * self.smoothing))
             losses.append((ahead + behind).div_(2))
         with pinned(losses[0].device.type), torch.no_grad():
@@ -105,23 +109,29 @@ class DpZero(Engine):
                 found = groups.summed(found.mul_(groups.shares.unsqueeze(1)))
             return self._clipped(found, losses[0], mask, step)
 
+    def _moved(self, number: int, step: int) -> dict[str, nn.Parameter]:
+        """The weights at one end of a direction; frozen, so that no pass keeps a graph."""
+        period = self.subspace.period(step)
+        found = {}
+        for name, param in self.params.items():
+            weight = param.detach()
+            direction = self.subspace.direction(name, number, period, weight)
+            end = direction.mul_(self.smoothing).add_(weight)
+            found[name] = nn.Parameter(end, requires_grad=False)
+        return found
+
     def _losses_at(
         self,
-        number: int,
-        step: int,
-        distance: float,
+        moved: dict[str, nn.Parameter],
         per_example_loss: PerExampleLoss,
         batch: Batch,
         states: list,
     ) -> Tensor:
-        """The losses (B,) float64 with the weights moved by `distance` along direction `number`,
-        each known to be a function of its own example.
+        """The losses (B,) float64 with weights that were moved, each known to be a function of its
+        own example.
         """
         set_states(states)
-        with (
-            torch.no_grad(),
-            replaced(self.model, self.params, self._moved(number, step, distance)),
-        ):
+        with torch.no_grad(), replaced(self.model, self.params, moved):
             snapshot = ModelSnapshot(self.model)
 
             def new_collector() -> Collector:  # of no gradient
@@ -135,17 +145,6 @@ class DpZero(Engine):
         if capture.dependence.half:
             raise _imprecise("the forward pass", "products in half precision", "leave out autocast")
         return losses.double()
-
-    def _moved(self, number: int, step: int, distance: float) -> dict[str, nn.Parameter]:
-        """The weights moved along a direction: frozen, so that no pass keeps a graph."""
-        period = self.subspace.period(step)
-        return {
-            name: nn.Parameter(
-                self.subspace.direction(name, number, period, param).mul_(distance).add_(param),
-                requires_grad=False,
-            )
-            for name, param in self.params.items()
-        }
 
     def _clipped(
         self, slopes: Tensor, losses: Tensor, mask: Tensor | None, step: int

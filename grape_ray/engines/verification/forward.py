@@ -74,12 +74,12 @@ class Verifier:
             it together, so that none may do so alone.
 
     Args:
-        dtypes: of the parameters.
+        dtypes: of the parameters. share: of what rounding explains at most, the part that may be.
     """
 
-    def __init__(self, dtypes: Iterable[torch.dtype]):
+    def __init__(self, dtypes: Iterable[torch.dtype], share: float = 1.0):
         self.layouts, self.may_verify = Layouts(), True
-        self._tolerance = max(_TOLERANCE.get(dtype, _HALF_TOLERANCE) for dtype in dtypes)
+        self._tolerance = share * max(_TOLERANCE.get(dtype, _HALF_TOLERANCE) for dtype in dtypes)
         self._found_unverified = False
 
     def attempts(self, once: Callable[[], _Result], states: list) -> _Result:
