@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten
 from grape_ray.bench.candidates import PrivateStep, Step
 from grape_ray.bench.clock import clock
 from grape_ray.engines.collector import Collector
+from grape_ray.engines.directions import Directions
 from grape_ray.engines.ghost import TwoPasses
 
 _Args = ParamSpec("_Args")
@@ -126,6 +127,9 @@ def _wrap(step: Any, watch: Stopwatch) -> None:
     step.privatize = watch.timed("noise", step.privatize)
     step.optimizer.step = watch.timed("optimizer", step.optimizer.step)
     engine: Any = step.engine
+    if isinstance(engine.subspace, Directions):
+        draw = engine.subspace.direction
+        engine.subspace.direction = lambda *args: watch.timed(_making(watch), draw)(*args)
     matrix = engine.subspace.matrix
     engine.subspace.matrix = lambda *args: mark(watch.timed(_making(watch), matrix)(*args), watch)
     make_collector = engine._make_collector
@@ -133,7 +137,9 @@ def _wrap(step: Any, watch: Stopwatch) -> None:
 
 
 def _making(watch: Stopwatch) -> str:
-    """The phase that pays for a matrix: the update's own if it asks, else projection."""
+    """The phase that pays for a matrix or a direction: the update's own if it asks, else
+    projection.
+    """
     return watch.current if watch.current == "optimizer" else "projection"
 
 

@@ -167,7 +167,7 @@ class Method:
             paper).
         refresh: steps between new projections; 0 never refreshes. None is the method's own:
             every step for `grape`, because a direction that is drawn once a step is averaged over
-            more of them (docs/choosing.md), every 100th for `dp_galore`.
+            more of them (docs/choosing.md), and for `dp_zero`; every 100th for `dp_galore`.
         moments: at a refresh `reset` (the mean of gradients begins anew, as their coordinates have
             another meaning; the mean of their squares, whose law is the same, goes on), `keep` (the
             paper's: neither does) or `transfer` (lift the old coordinates and project them again).
