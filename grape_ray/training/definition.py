@@ -47,22 +47,28 @@ def gradients_of_rows(
 def _slopes_of_rows(engine: DpZero, loss: PerExampleLoss, batch: Batch) -> list[dict[str, Tensor]]:
     """Differences of losses over distances, as the losses are with weights that were moved; the
     weights are as they were when it returns.
+
+    They are moved with the engine's own roundings: a slope near zero is all rounding of losses, and
+    clipped it would count in full with either sign.
     """
     space, params = engine.subspace, engine.params
     kept = {name: param.clone() for name, param in params.items()}
     states = random_states(next(iter(params.values())).device)
 
-    def losses(number: int, distance: float) -> Tensor:
+    def losses() -> Tensor:
         set_states(states)
-        for name, param in params.items():
-            param.copy_(kept[name] + distance * space.direction(name, number, 0, param))
         return loss(engine.model, mapped(batch)).double()
 
     slopes = []
     try:
         for number in range(space.count):
-            ahead, behind = (losses(number, sign * engine.smoothing) for sign in (1, -1))
-            slopes.append((ahead - behind) / (2 * engine.smoothing) / math.sqrt(space.count))
+            for name, param in params.items():
+                step = engine.smoothing * space.direction(name, number, 0, param)
+                param.copy_(kept[name] + step)
+            ahead = losses()
+            for name, param in params.items():
+                param.copy_(2 * kept[name] - param)
+            slopes.append((ahead - losses()) / (2 * engine.smoothing) / math.sqrt(space.count))
     finally:
         for name, param in params.items():
             param.copy_(kept[name])

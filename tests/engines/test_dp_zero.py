@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from grape_ray import Method, make_engine
-from grape_ray.config.schema import Performance
+from grape_ray.config.schema import Performance, Privacy
 from grape_ray.engines.dp_zero import DpZero
 from grape_ray.engines.subspace import Subspace
 from grape_ray.errors import ConfigError, UnsupportedLayer
 from grape_ray.optim import Optimizer, make_optimizer
 from grape_ray.privacy.noise import NoiseStream, privatize
 from grape_ray.training.checks import check_machine
+from grape_ray.training.preflight import preflight
 from tests.support import zoo
 from tests.support.grants import granted
 from tests.support.oracle import example_gradients, expected, one_of, worst
@@ -242,6 +243,20 @@ def test_known_passes_are_not_verified_again():
     passes.clear()
     engine.clipped_sum(counted, batch_of(9), step=1)
     assert passes == [9] * 4
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e-6, 1e-3, 1.0, 1e3])
+def test_slopes_that_are_all_rounding_pass_the_preflight(scale):
+    model = network().float()
+    batch = {"x": batch_of()["x"].float()}
+
+    def flat(m, b):
+        return 1 + scale * loss(m, b)
+
+    for key in range(3):
+        method = Method(name="dp_zero")
+        report = preflight(model, flat, batch, Privacy(), method, bytes([key]))
+        assert (report.method, report.coordinates) == ("dp_zero", 1)
 
 
 def test_an_update_moves_all_weights_along_the_directions():
