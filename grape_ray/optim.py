@@ -18,6 +18,7 @@ from grape_ray.config.schema import Method
 from grape_ray.distributed import sharding
 from grape_ray.engines import Engine
 from grape_ray.engines.collector import sum_dtype
+from grape_ray.engines.directions import Directions
 from grape_ray.engines.subspace import Subspace, Svd, plan_projections
 from grape_ray.errors import CheckpointError, GrapeRayError
 from grape_ray.privacy.random_streams import public_bits
@@ -68,6 +69,9 @@ class Optimizer:
         method: rates, betas, the moment policy at a refresh. total_steps: where the schedule ends.
             rounding_key: any public bytes.
 
+    Raises:
+        ConfigError: the method keeps moments, and the subspace is of random directions.
+
     Attributes:
         recorder: given every move of a projected weight; None records nothing.
     """
@@ -80,6 +84,8 @@ class Optimizer:
         total_steps: int,
         rounding_key: bytes = b"",
     ):
+        if isinstance(subspace, Directions):
+            method.require_plain_sgd()
         self.params = dict(params)
         self.subspace = subspace
         self.method = method
@@ -94,7 +100,7 @@ class Optimizer:
         self.recorder: Recorder | None = None
         slots = (
             ("first", "second")
-            if method.optimizer == "adam"
+            if method.optimizer_name == "adam"
             else ("first",)
             if method.momentum
             else ()
@@ -154,7 +160,8 @@ class Optimizer:
             self.recorder.begin_step(period, decay)
         with torch.no_grad():
             for name, param in self.params.items():
-                coords = self.subspace.project(name, gradient.tensors[name], period)
+                released = gradient.tensors[self.subspace.part(name)]
+                coords = self.subspace.project(name, released, period)
                 if period != self._period and name in self.subspace.plan:
                     self._refresh(name, self._period, period)
                 mine = self._mine(name, param, coords)
@@ -203,7 +210,7 @@ class Optimizer:
 
     def _direction(self, name: str, grad: Tensor, noise_std: float, averaged: int) -> Tensor:
         """The direction in coordinates; may reuse the gradient's memory."""
-        if self.method.optimizer == "sgd":
+        if self.method.optimizer_name == "sgd":
             if not self.method.momentum:
                 return grad
             return self._state["first"][name].mul_(self.method.momentum).add_(grad)

@@ -126,6 +126,9 @@ def _wrap(step: Any, watch: Stopwatch) -> None:
     step.privatize = watch.timed("noise", step.privatize)
     step.optimizer.step = watch.timed("optimizer", step.optimizer.step)
     engine: Any = step.engine
+    if hasattr(engine.subspace, "direction"):  # of method dp_zero
+        draw = engine.subspace.direction
+        engine.subspace.direction = lambda *args: watch.timed(_making(watch), draw)(*args)
     matrix = engine.subspace.matrix
     engine.subspace.matrix = lambda *args: mark(watch.timed(_making(watch), matrix)(*args), watch)
     make_collector = engine._make_collector
@@ -133,7 +136,9 @@ def _wrap(step: Any, watch: Stopwatch) -> None:
 
 
 def _making(watch: Stopwatch) -> str:
-    """The phase that pays for a matrix: the update's own if it asks, else projection."""
+    """The phase that pays for a matrix or a direction: the update's own if it asks, else
+    projection.
+    """
     return watch.current if watch.current == "optimizer" else "projection"
 
 

@@ -11,9 +11,10 @@ class MethodInfo:
 
     Attributes:
         engine: `module:Class` below `grape_ray.engines`. title: one line for tables.
-        subspace: `identity`, `gaussian` (before the clip) or `svd` (of the private gradient, after
-            the noise).
+        subspace: `identity`, `gaussian` (before the clip), `svd` (of the private gradient, after
+            the noise) or `directions` (a few, of all weights together, before the clip).
         refresh: steps between new projections, unless a config says otherwise.
+        optimizer: `adam` or `sgd`, unless a config says otherwise.
         private: whether it carries a guarantee.
         exact: whether the clip bounds every example's norm with certainty; otherwise the accountant
             covers the distribution of the estimate.
@@ -25,6 +26,7 @@ class MethodInfo:
     title: str
     subspace: str = "identity"
     refresh: int = 1
+    optimizer: str = "adam"
     private: bool = True
     exact: bool = True
     shards: bool = False
@@ -50,6 +52,12 @@ METHODS: dict[str, MethodInfo] = {
         title="DP-GaLore: SVD of the private gradient",
         subspace="svd",
         refresh=100,
+    ),
+    "dp_zero": MethodInfo(
+        engine="dp_zero:DpZero",
+        title="DPZero: differences of losses, no backward pass",
+        subspace="directions",
+        optimizer="sgd",
     ),
     "none": MethodInfo(
         engine="non_private:NonPrivate", title="non-private baseline", private=False

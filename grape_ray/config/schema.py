@@ -21,6 +21,8 @@ from grape_ray.errors import ConfigError, nearest
 MIN_CLIP_NORM, MAX_CLIP_NORM = 1e-6, 1e12
 # single precision holds up to 3e38, and Adam's first step multiplies by up to 10 or so
 MAX_RATE = 1e36
+# below it the rounding of losses in single precision would be much of a slope (docs/privacy.md)
+MIN_SMOOTHING = 1e-4
 MAX_EXAMPLES_PER_UNIT = 1 << 16  # they go through the model in one micro-batch
 MAX_THREADS = 1024  # with very many, torch ends the process
 
@@ -165,7 +167,7 @@ class Method:
             paper).
         refresh: steps between new projections; 0 never refreshes. None is the method's own:
             every step for `grape`, because a direction that is drawn once a step is averaged over
-            more of them (docs/choosing.md), every 100th for `dp_galore`.
+            more of them (docs/choosing.md), and for `dp_zero`; every 100th for `dp_galore`.
         moments: at a refresh `reset` (the mean of gradients begins anew, as their coordinates have
             another meaning; the mean of their squares, whose law is the same, goes on), `keep` (the
             paper's: neither does) or `transfer` (lift the old coordinates and project them again).
@@ -174,14 +176,19 @@ class Method:
         dense: name patterns (fnmatch) of tensors that are never projected.
         project_min_numel: tensors with fewer elements are kept in full.
         estimator: of method `randomized`: `hutchinson` or `hutch++`.
+        directions: of method `dp_zero`: numbers that a step releases, each the slope of the loss
+            along one random direction; each costs two forward passes.
+        smoothing: of method `dp_zero`: half the distance of the two losses that a slope is taken
+            from, along a direction with entries N(0, 1); from 1e-4 to 1.
         routes: `pattern:route` texts (fnmatch on names) that overrule how a layer's norm is
             computed: gram, instantiate or sketch.
         rates: `pattern:multiple` texts (fnmatch on names): the step size of such tensors, of the
             last pattern that matches, is so many times the learning rate. A head that begins at
             random usually wants ten times the rate of pretrained layers. Weight decay is by the
             plain rate.
-        optimizer: `adam` or `sgd`. learning_rate: its step size. betas, eps: of Adam. momentum: of
-            SGD. weight_decay: decoupled, times the learning rate, a step.
+        optimizer: `adam` or `sgd`. None is the method's own: `sgd` without momentum for `dp_zero`,
+            which takes no other, `adam` for all others. learning_rate: its step size. betas, eps:
+            of Adam. momentum: of SGD. weight_decay: decoupled, times the learning rate, a step.
         warmup_steps, schedule: linear warm-up, then `constant`, `linear` or `cosine` decay to zero
             at the last step.
         correct_noise_bias: subtract the known noise variance from Adam's second moment.
@@ -196,8 +203,10 @@ class Method:
     dense: tuple[str, ...] = ()
     project_min_numel: int = 4096
     estimator: str = "hutchinson"
+    directions: int = 1
+    smoothing: float = 1e-3
     routes: tuple[str, ...] = ()
-    optimizer: str = "adam"
+    optimizer: str | None = None
     learning_rate: float = 1e-3
     rates: tuple[str, ...] = ()
     betas: tuple[float, float] = (0.9, 0.999)
@@ -227,7 +236,8 @@ class Method:
         _choice("method.moments", self.moments, ("keep", "reset", "transfer"))
         _choice("method.scale", self.scale, ("unbiased", "paper"))
         _choice("method.estimator", self.estimator, ("hutchinson", "hutch++"))
-        _choice("method.optimizer", self.optimizer, ("adam", "sgd"))
+        if self.optimizer is not None:
+            _choice("method.optimizer", self.optimizer, ("adam", "sgd"))
         _choice("method.schedule", self.schedule, ("constant", "linear", "cosine"))
         _require(
             _count(self.project_min_numel, 0),
@@ -271,6 +281,38 @@ class Method:
             self.warmup_steps,
             "an integer >= 0",
         )
+        self._check_directions()
+
+    def _check_directions(self) -> None:
+        fix = "1 is usual; each costs two forward passes"
+        _require(
+            _count(self.directions, 1), "method.directions", self.directions, "an integer >= 1", fix
+        )
+        fix = "1e-3 is usual; what rounding does to a loss is divided by twice it"
+        _require(
+            _number(self.smoothing) and MIN_SMOOTHING <= self.smoothing <= 1,
+            "method.smoothing",
+            self.smoothing,
+            f"a number from {MIN_SMOOTHING:g} to 1",
+            fix,
+        )
+        if METHODS[self.name].subspace == "directions":
+            self.require_plain_sgd()
+
+    def require_plain_sgd(self) -> None:
+        """Raises ConfigError where the optimizer keeps means of the numbers that it is given."""
+        _require(
+            self.optimizer_name == "sgd" and not self.momentum,
+            "method.optimizer along random directions",
+            f"{self.optimizer_name}, momentum {self.momentum:g}",
+            "sgd without momentum: a slope says nothing of the next direction's",
+            "leave method.optimizer and method.momentum to the method",
+        )
+
+    @property
+    def optimizer_name(self) -> str:
+        """`adam` or `sgd`."""
+        return METHODS[self.name].optimizer if self.optimizer is None else self.optimizer
 
     @property
     def rate_multiples(self) -> tuple[tuple[str, float], ...]:

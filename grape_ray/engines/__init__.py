@@ -11,6 +11,7 @@ from torch import nn
 
 from grape_ray.config.methods import METHODS
 from grape_ray.config.schema import Method, Privacy
+from grape_ray.engines.directions import Directions
 from grape_ray.engines.engine import Engine
 from grape_ray.engines.norm_routes import check_patterns
 from grape_ray.engines.rules.table import register_rule
@@ -73,6 +74,8 @@ def from_config(model: nn.Module, privacy: Privacy, method: Method, key: bytes) 
             model, method.rank, method.side, method.dense, method.project_min_numel
         )
         subspace = Gaussian(plan, key, method.refresh_steps, method.scale)
+    elif info.subspace == "directions":
+        subspace = Directions(method.directions, key, method.refresh_steps)
     module, name = info.engine.split(":")
     engine: type[Engine] = getattr(importlib.import_module(f"grape_ray.engines.{module}"), name)
     return engine.from_config(model, privacy, method, subspace)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -245,6 +246,24 @@ class Engine:
             made = self._make_collector(rows if groups is None else groups.units, step)
             return made if groups is None else grouped(made, groups)
 
+        forward, capture = self._watched(per_example_loss, batch, states, snapshot, new_collector)
+        with tracking(self.model, self.params, capture, snapshot), torch.enable_grad():
+            losses = self._verifier.losses(capture, forward)
+            # the forward pass runs under the caller's autocast, norms and sums never do
+            with pinned(capture.device.type):
+                self._backward(capture, losses if groups is None else losses * groups.shares, mask)
+        with pinned(capture.device.type), torch.no_grad():
+            return self._finish(capture.collector.kept, losses, mask, step)
+
+    def _watched(
+        self,
+        per_example_loss: PerExampleLoss,
+        batch: Batch,
+        states: list,
+        snapshot: ModelSnapshot,
+        new_collector: Callable[[], Collector],
+    ) -> tuple[Forward, CapturePass]:
+        """A forward pass that can be made again, and what watches it."""
         forward = Forward(
             run=lambda some, count: losses_of(per_example_loss, self.model, some, count),
             batch=batch,
@@ -254,20 +273,14 @@ class Engine:
             new_collector=new_collector,
         )
         capture = CapturePass(
-            rows,
-            forward.new_collector(),
+            count_examples(batch),
+            new_collector(),
             next(iter(self.params.values())).device,
             snapshot.constants(),
             self.layouts.inner_sites,
             functools.partial(dispatch, HANDLERS),
         )
-        with tracking(self.model, self.params, capture, snapshot), torch.enable_grad():
-            losses = self._verifier.losses(capture, forward)
-            # the forward pass runs under the caller's autocast, norms and sums never do
-            with pinned(capture.device.type):
-                self._backward(capture, losses if groups is None else losses * groups.shares, mask)
-        with pinned(capture.device.type), torch.no_grad():
-            return self._finish(capture.collector.kept, losses, mask, step)
+        return forward, capture
 
     def _backward(self, capture: CapturePass, losses: Tensor, mask: Tensor | None) -> None:
         """Brings the gradients of the losses to the collector; subclasses may go back twice."""

@@ -63,6 +63,12 @@ class Subspace:
         """
         raise NotImplementedError
 
+    def part(self, name: str) -> str:
+        """The tensor of a sum or a gradient that holds the coordinates of weight `name`: one of its
+        own, unless all weights have their coordinates in common.
+        """
+        return name
+
     def project(self, name: str, gradient: Tensor, period: int) -> Tensor:
         """The coordinates of a released gradient; the identity where the gradient came in
         coordinates already.

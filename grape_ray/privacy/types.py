@@ -25,7 +25,8 @@ class ClippedSum:
 
     Attributes:
         tensors: parameter name -> sum, fp32 or fp64; shape of the parameter, or of its coordinates
-            where a subspace projects it.
+            where a subspace projects it; one tensor where all have their coordinates in common
+            (`Subspace.part`).
         sensitivity: L2 sensitivity under add/remove of one example; the noise's standard deviation
             is noise_multiplier * sensitivity.
         unprotected: diagnostics, e.g. `norms` of examples or units and `losses` (B,) of rows;

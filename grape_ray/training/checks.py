@@ -43,6 +43,7 @@ def check_machine(config: Config) -> None:
             "unset it, or ask for --workers on a cluster",
         )
     _check_sharding(config)
+    _check_precision(config)
 
 
 def _check_sharding(config: Config) -> None:
@@ -63,3 +64,15 @@ def _check_sharding(config: Config) -> None:
     if getattr(config.task, "weights", "") == "nf4":
         fix = "unset performance.sharded, or set task.weights=bf16"
         raise ConfigError("performance.sharded", "weights in four bits", "bf16 or fp32", fix)
+
+
+def _check_precision(config: Config) -> None:
+    """Whether the method may be trained in the precision that was asked for."""
+    half = config.performance.precision == "bf16"
+    if half and METHODS[config.method.name].subspace == "directions":
+        raise ConfigError(
+            f"performance.precision with method `{config.method.name}`",
+            "bf16",
+            "fp32: a slope is a small difference of two losses",
+            "unset performance.precision",
+        )

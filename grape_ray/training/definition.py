@@ -12,6 +12,9 @@ from torch import Tensor
 
 from grape_ray.engines import Engine
 from grape_ray.engines.capture.batches import Batch, mapped
+from grape_ray.engines.capture.random_state import random_states, set_states
+from grape_ray.engines.directions import SLOPES
+from grape_ray.engines.dp_zero import DpZero
 from grape_ray.engines.engine import PerExampleLoss
 from grape_ray.engines.subspace import Subspace
 
@@ -20,8 +23,10 @@ def gradients_of_rows(
     engine: Engine, loss: PerExampleLoss, batch: Batch, rows: int
 ) -> list[dict[str, Tensor]]:
     """The definition, by ordinary autograd: each example's gradient in float64, projected; of one
-    pass, so that masks are the same.
+    pass, so that masks are the same. Of method `dp_zero`: each example's slopes.
     """
+    if isinstance(engine, DpZero):
+        return _slopes_of_rows(engine, loss, batch)
     names, params = list(engine.params), list(engine.params.values())
     values = loss(engine.model, mapped(batch))
     found = []
@@ -36,6 +41,38 @@ def gradients_of_rows(
             }
         )
     return found
+
+
+@torch.no_grad()
+def _slopes_of_rows(engine: DpZero, loss: PerExampleLoss, batch: Batch) -> list[dict[str, Tensor]]:
+    """Differences of losses over distances, as the losses are with weights that were moved; the
+    weights are as they were when it returns.
+
+    They are moved with the engine's own roundings: a slope near zero is all rounding of losses, and
+    clipped it would count in full with either sign.
+    """
+    space, params = engine.subspace, engine.params
+    kept = {name: param.clone() for name, param in params.items()}
+    states = random_states(next(iter(params.values())).device)
+
+    def losses() -> Tensor:
+        set_states(states)
+        return loss(engine.model, mapped(batch)).double()
+
+    slopes = []
+    try:
+        for number in range(space.count):
+            for name, param in params.items():
+                step = engine.smoothing * space.direction(name, number, 0, param)
+                param.copy_(kept[name] + step)
+            ahead = losses()
+            for name, param in params.items():
+                param.copy_(2 * kept[name] - param)
+            slopes.append((ahead - losses()) / (2 * engine.smoothing) / math.sqrt(space.count))
+    finally:
+        for name, param in params.items():
+            param.copy_(kept[name])
+    return [{SLOPES: example} for example in torch.stack(slopes, 1)]
 
 
 def averaged(references: Sequence[Mapping[str, Tensor]]) -> list[Mapping[str, Tensor]]:

@@ -161,7 +161,8 @@ def _check_complete(engine: Engine, summed: ClippedSum) -> None:
     """Refuses a sum that lacks a trainable tensor: the optimizer would move it without noise, or
     not at all.
     """
-    lost = set(owned_parameters(engine.model)) - set(summed.tensors)
+    trained = owned_parameters(engine.model)
+    lost = {name for name in trained if engine.subspace.part(name) not in summed.tensors}
     if lost:
         raise UnsupportedLayer(
             f"parameter '{min(lost)}'",

@@ -18,7 +18,9 @@ from click.testing import CliRunner
 
 from grape_ray.cli.main import main
 from grape_ray.cli.progress import Reporter
+from grape_ray.engines.directions import Directions
 from grape_ray.ledger.ledger import Ledger
+from grape_ray.training.build import build_engine
 from grape_ray.training.progress import Progress
 
 REPOSITORY = Path(__file__).parents[2]
@@ -191,6 +193,40 @@ def test_train_export_and_load(call, tmp_path):
     assert {n: t.shape for n, t in saved.items()} == {n: t.shape for n, t in mine.items()}
     assert all(bool((saved[n] == mine[n]).all()) for n in saved)
     refused(call("export", tmp_path / "runs" / "r", tmp_path / "model"), "taken")
+
+
+def test_a_run_by_forward_passes_moves_along_public_directions(call, tmp_path):
+    import torch
+    from safetensors.torch import load_file
+
+    from pipelines.digits_vit import digits_vit
+
+    small = ["method.name=dp_zero", "method.directions=2", "privacy.steps=3", "task.width=16",
+             "task.heads=2", "performance.micro_batch_size=800"]  # fmt: skip
+    words = [word for text in small for word in ("--set", text)]
+    result = call("train", "pipelines.digits_vit", "--run", "r", "--json", *words)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert (found["method"], found["steps"]) == ("dp_zero", 3)
+    assert found["epsilon_spent"] == pytest.approx(8.0, abs=0.01)
+    assert call("ledger", "verify", found["ledger"]).exit_code == 0
+    saved = load_file(Path(found["checkpoint"], "model-00001-of-00001.safetensors"))
+    config = digits_vit().override(small)
+    space = build_engine(config, model := config.task.build_model(config.seed)).subspace
+    assert isinstance(space, Directions)
+    start = {name: param.detach().double() for name, param in model.named_parameters()}
+    moved = torch.cat([(saved[n].double() - start[n]).flatten() for n in start])
+    directions = torch.stack(
+        [
+            torch.cat([space.direction(n, k, step, t).flatten() for n, t in start.items()])
+            for step in range(3)
+            for k in range(2)
+        ],
+        dim=1,
+    )
+    numbers = torch.linalg.lstsq(directions, moved[:, None]).solution
+    assert (numbers != 0).all()
+    assert (directions @ numbers - moved[:, None]).norm() < 1e-4 * moved.norm()
 
 
 def test_a_terminal_shows_a_bar_and_lines_of_its_own(monkeypatch):

@@ -81,6 +81,7 @@ def rank_main(rank, world, path, method, out):
     [
         (2, "grape"),
         (2, "dp_adam"),
+        (2, "dp_zero"),
         (2, "none"),
         pytest.param(4, "grape", marks=pytest.mark.slow),
         pytest.param(4, "dp_adam", marks=pytest.mark.slow),

@@ -12,13 +12,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from grape_ray import make_engine
-from grape_ray.config.methods import METHODS
 from grape_ray.config.schema import Method, Privacy
 from grape_ray.errors import ConfigError, UnsupportedLayer
 from grape_ray.training.preflight import preflight
 from tests.engines.test_sensitivity import Weighted, cancelling, dictated
+from tests.support.methods import GRADIENT
 
-EXACT = [name for name, info in METHODS.items() if info.private and info.exact]
 WIDTH = 6
 
 
@@ -263,7 +262,7 @@ def medium():
 
 
 @pytest.mark.parametrize("around_it", [lambda: torch.autocast("cpu", torch.bfloat16), medium])
-@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("method", GRADIENT)
 def test_precision_outside_does_not_reach_norms_and_sums(around_it, method):
     for size in (1.0, 1e2, 1e5):
         for route in ("gram", "instantiate"):

@@ -9,17 +9,16 @@ import transformers
 from torch import nn
 
 from grape_ray import make_engine
-from grape_ray.config.methods import METHODS
 from grape_ray.config.schema import Method, Privacy
 from grape_ray.engines.capture import row_layout
 from grape_ray.engines.capture.row_layout import Layout
 from grape_ray.engines.verification.forward import VERIFY_EVERY
 from grape_ray.errors import UnsupportedLayer
 from grape_ray.training.preflight import preflight
+from tests.support.methods import GRADIENT
 from tests.support.oracle import expected, worst
 from tests.support.zoo import VOCAB, lm_loss, text_batch
 
-EXACT = [name for name, info in METHODS.items() if info.private and info.exact]
 WIDTH = 8
 
 
@@ -106,7 +105,7 @@ REGULAR = [
 
 
 @pytest.mark.parametrize("loss", REGULAR)
-@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("method", GRADIENT)
 def test_every_regular_order_of_rows_is_right(loss, method):
     model, batch = network().double(), {k: v.double() for k, v in batch_of(6).items()}
     made = engine(model, method, 0.5)
@@ -117,7 +116,7 @@ def test_every_regular_order_of_rows_is_right(loss, method):
 
 
 @pytest.mark.parametrize("loss", [preferences, copies])
-@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("method", GRADIENT)
 def test_a_record_moves_the_sum_by_at_most_the_clip_norm(loss, method):
     assert (
         max(moved(network(), loss, batch_of(64), method, record) for record in (0, 1, 31, 40, 63))
@@ -145,7 +144,7 @@ def crossed(m, b):
     return b["w"] * score(m, b["chosen"][order])[order.argsort()]
 
 
-@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("method", GRADIENT)
 def test_an_irregular_order_is_refused_by_name(method):
     with pytest.raises(
         UnsupportedLayer, match=r"'a\.weight'.*rows \(6,\) in which gradients of several"

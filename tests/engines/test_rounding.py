@@ -28,8 +28,8 @@ from grape_ray.engines.algebra.rounding import (
 from grape_ray.engines.norm_routes import norm_route
 from grape_ray.errors import ConfigError
 from grape_ray.privacy.clipping import factors
+from tests.support.methods import GRADIENT
 
-EXACT = [name for name, info in METHODS.items() if info.private and info.exact]
 ROUTES = {"gram": factor_pairs.gram_squared_norms, "instantiate": factor_pairs.outer_squared_norms}
 ROUNDED = 1 + 2.0**-22  # of a factor and of a product, in single precision
 
@@ -90,7 +90,7 @@ def test_norms_are_never_below_the_truth_at_any_width(route, made, dtype):
                 assert factor_pairs.summed(*scaled).double().norm() <= 1 + 1e-6
 
 
-@pytest.mark.parametrize("method", [m for m in EXACT if METHODS[m].subspace != "gaussian"])
+@pytest.mark.parametrize("method", [m for m in GRADIENT if METHODS[m].subspace != "gaussian"])
 def test_wide_layers_contribute_no_more_than_the_clip_norm(method):
     class Weighted(nn.Module):
         def __init__(self, width):
@@ -179,7 +179,7 @@ def test_what_underflows_is_not_lost():
     assert factors({"a": torch.tensor([1e80], dtype=torch.float64)}, "flat", 1e-6, None)["a"] == 0
 
 
-@pytest.mark.parametrize("method", [*EXACT, "randomized"])
+@pytest.mark.parametrize("method", [*GRADIENT, "randomized"])
 def test_gradients_near_the_smallest_floats_contribute_no_more_than_the_least_clip_norm(method):
     engine = make_engine(
         nn.Linear(64, 64, bias=False), method, MIN_CLIP_NORM, rank=2, project_min_numel=20

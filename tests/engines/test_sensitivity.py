@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from grape_ray import make_engine
-from grape_ray.config.methods import METHODS
 from grape_ray.distributed.comms import Comms
 from grape_ray.engines.algebra.rounding import squared
 from grape_ray.engines.norm_routes import norm_route
@@ -19,9 +18,9 @@ from grape_ray.tasks.task import classification_metrics, evaluating
 from grape_ray.training.attempt import begin_attempt
 from grape_ray.training.dry_run import preflight_extremes
 from grape_ray.training.planning import plan_run
+from tests.support.methods import GRADIENT
 from tests.support.tiny import tiny
 
-EXACT = [name for name, info in METHODS.items() if info.private and info.exact]
 CLIP = 1.0
 
 
@@ -68,7 +67,7 @@ def cancelling(size, tokens=2, width=64):
 @pytest.mark.parametrize("loss", [dictated, in_bf16])
 @pytest.mark.parametrize("size", [1.0, 1e3, 1e5, 1e8])
 @pytest.mark.parametrize("route", ["gram", "instantiate"])
-@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("method", GRADIENT)
 def test_positions_that_cancel_hide_no_contribution(method, route, size, loss):
     engine = make_engine(
         Weighted(), method, CLIP, key=b"k", rank=4, project_min_numel=1, routes=(f"*:{route}",)
@@ -144,7 +143,7 @@ class Picks(nn.Module):
         return torch.zeros(batch["mask"].shape).masked_scatter(batch["mask"], picked).sum(1)
 
 
-@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("method", GRADIENT)
 def test_tokens_picked_by_their_values_are_refused_as_soon_as_they_are_not_alike(method):
     mask = torch.zeros(4, 8, dtype=torch.bool)
     mask[:, :3] = True

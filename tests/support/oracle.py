@@ -4,9 +4,12 @@ plainly as possible.
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
+
+from grape_ray.engines.dp_zero import DpZero
 
 
 def one_of(batch, index, rows):
@@ -47,6 +50,36 @@ def projected(grads, subspace, period=0):
     return out
 
 
+def slopes(engine, loss, batch, rows, period=0):
+    """Each example's slopes along the engine's directions, from copies of the model that were moved
+    both ways, one example at a time.
+    """
+    space, step = engine.subspace, engine.smoothing
+
+    def losses(number, distance):
+        moved = copy.deepcopy(engine.model)
+        with torch.no_grad():
+            for name, param in moved.named_parameters():
+                if param.requires_grad and param.numel():
+                    param += distance * space.direction(name, number, period, param)
+            return [float(loss(moved, one_of(batch, i, rows)).sum()) for i in range(rows)]
+
+    ends = [(losses(k, step), losses(k, -step)) for k in range(space.count)]
+    found = [
+        [(ahead[i] - behind[i]) / (2 * step) / math.sqrt(space.count) for ahead, behind in ends]
+        for i in range(rows)
+    ]
+    return [{"slopes": torch.tensor(mine, dtype=torch.float64)} for mine in found]
+
+
+def coordinates(engine, loss, batch, rows, period=0):
+    """Each example's gradient as the engine clips it."""
+    if isinstance(engine, DpZero):
+        return slopes(engine, loss, batch, rows, period)
+    grads = example_gradients(engine.model, loss, batch, rows)
+    return [projected(g, engine.subspace, period) for g in grads]
+
+
 def norm_of(grads):
     return math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
 
@@ -70,19 +103,13 @@ def clipped(examples, clip_norm, clipping="flat"):
 
 def expected(engine, loss, batch, rows, period=0):
     """What `engine.clipped_sum` must return."""
-    examples = [
-        projected(g, engine.subspace, period)
-        for g in example_gradients(engine.model, loss, batch, rows)
-    ]
+    examples = coordinates(engine, loss, batch, rows, period)
     return clipped(examples, engine.clip_norm, engine.clipping)
 
 
 def averages(engine, loss, batch, groups):
     """The average gradient of each unit's rows, in coordinates; groups: (B,) the unit of a row."""
-    rows = [
-        projected(grads, engine.subspace)
-        for grads in example_gradients(engine.model, loss, batch, len(groups))
-    ]
+    rows = coordinates(engine, loss, batch, len(groups))
     found = []
     for unit in groups.unique():
         mine = [rows[row] for row in (groups == unit).nonzero()[:, 0]]

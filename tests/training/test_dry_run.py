@@ -301,7 +301,7 @@ def test_the_program_says_what_it_is_about_to_do(tmp_path):
     assert json.loads(again.stdout.splitlines()[-1])["plan"]["dry_run_seconds"] is None
 
 
-@pytest.mark.parametrize("method", ["grape", "dp_adam", "dp_galore", "ghost", "none"])
+@pytest.mark.parametrize("method", ["grape", "dp_adam", "dp_galore", "ghost", "dp_zero", "none"])
 def test_what_a_dry_run_writes_has_seen_no_record_and_no_noise(tmp_path, monkeypatch, method):
     """A dry run that is killed may leave its checkpoint behind."""
     kept = []

@@ -330,7 +330,7 @@ def test_two_attempts_share_no_key(run, tmp_path):
     assert not any(key in stored or key.hex().encode() in stored for key in [*secrets, master])
 
 
-@pytest.mark.parametrize("method", ["grape", "dp_galore", "none"])
+@pytest.mark.parametrize("method", ["grape", "dp_galore", "dp_zero", "none"])
 def test_resumed_weights_are_bitwise_those_of_an_uninterrupted_run(tmp_path, method):
     config = dataclasses.replace(
         tiny(dropout=0.1, slow_s=0.02), method=dataclasses.replace(tiny().method, name=method)

@@ -242,7 +242,7 @@ def test_a_run_by_user_from_its_plan_to_its_export(plan, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["dp_adam", "ghost", "bookkeeping", "randomized", "dp_galore",
-                                    "none"])  # fmt: skip
+                                    "dp_zero", "none"])  # fmt: skip
 def test_every_method_trains_by_user(plan, method):
     result = execute(plan(by_user(2, method=method)), Comms.local())
     assert result.steps == 2

@@ -95,7 +95,7 @@ def test_a_private_score_is_one_that_the_task_calls_bounded(monkeypatch):
 
 
 def test_methods_of_one_mechanism_alone_are_mixed():
-    spaces.check_methods("grape", ["dp_adam", "ghost", "bookkeeping", "dp_galore"])
+    spaces.check_methods("grape", ["dp_adam", "ghost", "bookkeeping", "dp_galore", "dp_zero"])
     spaces.check_methods("randomized", ["randomized"])
     for base, other in (("grape", "randomized"), ("grape", "none"), ("randomized", "grape")):
         with pytest.raises(ConfigError, match="cannot mix mechanisms"):

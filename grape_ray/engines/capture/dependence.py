@@ -27,6 +27,7 @@ VALUELESS = {
 }  # fmt: skip
 # Ways of leaving torch; what comes back from there may hold anything.
 _EXPORTS = {"numpy", "array", "tolist", "item", "int", "index", "float"}
+_HALF = (torch.bfloat16, torch.float16)
 _IMPORTS = {"from_numpy", "as_tensor", "tensor", "asarray", "frombuffer"}
 
 
@@ -51,6 +52,8 @@ class Dependence(TorchFunctionMode):
             follows may depend on what they say.
         drew: whether random numbers were drawn, other than for dropout of the batch's own
             activations, of which `masked` tells.
+        half: whether any tensor was made in half precision.
+        path: a number that tells one sequence of operations from another.
 
     Args:
         examples: their number B. constants: ids of tensors that are constant from the start.
@@ -65,6 +68,7 @@ class Dependence(TorchFunctionMode):
         self._written: dict[int, Tensor] = {}
         self._picks = self._left_torch = False
         self.drew = self.masked = self.exported = False
+        self.half, self.path = False, 0
         self.leaves: set[int] = set()
 
     def over(self, forward: Callable[[Batch, int], Tensor], batch: Batch) -> Tensor:
@@ -103,9 +107,11 @@ class Dependence(TorchFunctionMode):
     ) -> object:
         out = func(*args, **(kwargs or {}))
         name = operation(func)
+        self.path = hash((self.path, name))
         if may_mask(name, kwargs):
             self.masked = True
         if isinstance(out, Tensor):
+            self.half |= out.dtype in _HALF
             if not out.requires_grad or self._picks:
                 self._note(func, args, kwargs, (out,))
             else:  # a gradient comes from tracked parameters, and with them from the batch

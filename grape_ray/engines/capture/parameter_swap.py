@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from torch import nn
@@ -28,6 +28,34 @@ class Slot(NamedTuple):
     param: nn.Parameter
 
 
+def _slots(model: nn.Module, params: Mapping[str, nn.Parameter]) -> list[Slot]:
+    """The places in which `params` are held; a tied one has several."""
+    names = {id(param): name for name, param in params.items()}
+    return [
+        Slot(module, key, names[id(param)], param)
+        for module in model.modules()
+        for key, param in module._parameters.items()
+        if param is not None and id(param) in names
+    ]
+
+
+@contextlib.contextmanager
+def replaced(
+    model: nn.Module, params: Mapping[str, nn.Parameter], values: Mapping[str, nn.Parameter]
+) -> Iterator[None]:
+    """Puts `values` in the places of `params`, and the parameters back afterwards, whatever
+    happens; they are never written to.
+    """
+    slots = _slots(model, params)
+    try:
+        for slot in slots:
+            slot.module._parameters[slot.key] = values[slot.name]
+        yield
+    finally:
+        for slot in slots:
+            slot.module._parameters[slot.key] = slot.param
+
+
 def _swap_in(capture: CapturePass, slots: list[Slot]) -> None:
     """Puts a tracked tensor into every slot that holds a whole tensor; a tied one is the same
     everywhere.
@@ -47,7 +75,10 @@ def _swap_in(capture: CapturePass, slots: list[Slot]) -> None:
 
 @contextlib.contextmanager
 def tracking(
-    model: nn.Module, params: dict[str, nn.Parameter], capture: CapturePass, snapshot: ModelSnapshot
+    model: nn.Module,
+    params: Mapping[str, nn.Parameter],
+    capture: CapturePass,
+    snapshot: ModelSnapshot,
 ) -> Iterator[None]:
     """Swaps tracked tensors for `params` into the model's modules, and the parameters back
     afterwards, whatever happens.
@@ -59,13 +90,7 @@ def tracking(
         UnsupportedLayer: a parameter received an ordinary gradient, so the model reached it past
             the engine; or the pass has written to what is not trained.
     """
-    names = {id(param): name for name, param in params.items()}
-    slots = [
-        Slot(module, key, names[id(param)], param)
-        for module in model.modules()
-        for key, param in module._parameters.items()
-        if param is not None and id(param) in names
-    ]
+    slots = _slots(model, params)
     grads = {name: p.grad for name, p in params.items()}
     gated = dict(sharding.gates(model))
     try:

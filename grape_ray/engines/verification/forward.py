@@ -74,12 +74,12 @@ class Verifier:
             it together, so that none may do so alone.
 
     Args:
-        dtypes: of the parameters.
+        dtypes: of the parameters. share: of what rounding explains at most, the part that may be.
     """
 
-    def __init__(self, dtypes: Iterable[torch.dtype]):
+    def __init__(self, dtypes: Iterable[torch.dtype], share: float = 1.0):
         self.layouts, self.may_verify = Layouts(), True
-        self._tolerance = max(_TOLERANCE.get(dtype, _HALF_TOLERANCE) for dtype in dtypes)
+        self._tolerance = share * max(_TOLERANCE.get(dtype, _HALF_TOLERANCE) for dtype in dtypes)
         self._found_unverified = False
 
     def attempts(self, once: Callable[[], _Result], states: list) -> _Result:
@@ -143,7 +143,10 @@ class Verifier:
             self.layouts.remember(signature, capture)
         elif self.may_verify and capture.dependence.exported and several:
             # numbers of the batch have left torch: what followed may depend on what they say
-            ownership(capture, held[0], self._tolerance_of(capture), thorough=True)
+            if held[0].requires_grad:
+                ownership(capture, held[0], self._tolerance_of(capture), thorough=True)
+            else:  # no gradient can tell
+                self._verify(capture, forward, held, thorough=True)
         self.layouts.passes[signature] = passed + 1
         capture.phase = Phase.BACKWARD
         return held.pop()

@@ -25,9 +25,10 @@ class Layouts:
 
     def signature(self, capture: CapturePass, training: bool, ragged: bool) -> Signature:
         """The kind of a pass: the mode, whether examples are masked differently, and the uses of
-        parameters in their order.
+        parameters in their order; where none is followed, the operations in theirs.
         """
-        return training, ragged, capture.examples == 1, *(tap.key for tap in capture.taps)
+        uses = [tap.key for tap in capture.taps] or [capture.dependence.path]
+        return training, ragged, capture.examples == 1, *uses
 
     def fitted(self, signature: Signature, capture: CapturePass) -> bool:
         """Gives the taps of a pass the layouts that an earlier one had; whether there was one, and
