@@ -13,7 +13,7 @@ from pipelines.sst2 import sst2
 def space() -> dict[str, Any]:
     return {
         "method.rank": tune.choice([4, 8, 16, 32, 64]),
-        "privacy.clip_norm": tune.loguniform(0.05, 5.0),
+        "privacy.clip_norm": tune.loguniform(0.5, 50.0),
         "method.learning_rate": tune.loguniform(1e-4, 2e-3),
         "method.refresh": tune.choice([1, 10, 100]),
         "method.moments": tune.choice(["keep", "reset", "transfer"]),

@@ -58,6 +58,8 @@ def brief(plan: Plan) -> Json:
         "resumes": _resumed(plan, ledger) if ledger else None,
         "dry_run_seconds": round(seen.seconds, 3) if seen else None,
         "checkpoint_bytes": seen.checkpoint_bytes if seen else None,
+        "gradient_norms": [round(norm, 4) for norm in seen.norms] if seen else [],
+        "clip_norm": config.privacy.clip_norm,
     }
 
 
@@ -150,6 +152,12 @@ def lines(values: Json) -> list[str]:
             f"dry run passed in {values['dry_run_seconds']:.1f} s;"
             f" {values['coordinates']:,} numbers are noised a step,"
             f" a checkpoint is {values['checkpoint_bytes'] / 2**20:.1f} MiB"
+        )
+    if values["gradient_norms"]:
+        norms = ", ".join(f"{norm:.3g}" for norm in values["gradient_norms"])
+        shown.append(
+            f"gradient norms of public records at the start: {norms};"
+            f" clip norm {values['clip_norm']:g}"
         )
     return shown
 

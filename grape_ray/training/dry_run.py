@@ -60,13 +60,15 @@ class DryRun:
 
     Attributes:
         seconds: it took. report: the preflight's. checkpoint_bytes: of a full checkpoint. metrics:
-            their names.
+            their names. norms: of the first gradients of the records that it took, before they
+            are clipped; none unless all records are public.
     """
 
     seconds: float
     report: Report
     checkpoint_bytes: int
     metrics: tuple[str, ...]
+    norms: tuple[float, ...] = ()
 
 
 def dry_run(
@@ -103,8 +105,9 @@ def dry_run(
     optimizer = make_optimizer(
         model, engine, config.method, config.privacy.steps, public_key(config, "rounding")
     )
+    norms = ()
     if not config.performance.sharded:
-        stage(
+        norms = stage(
             "a private step",
             partial(_step, config, batch, model, engine, optimizer, noise_multiplier),
             fix,
@@ -126,7 +129,7 @@ def dry_run(
     # one more than are kept: the next is whole before the oldest goes
     _check_room(place, size, config.performance.keep_checkpoints + 1)
     stage("the export of the model", partial(_export, task, model), "correct task.save")
-    return DryRun(time.monotonic() - began, report, size, tuple(names))
+    return DryRun(time.monotonic() - began, report, size, tuple(names), norms if public else ())
 
 
 def _stage(public: bool, what: str, call: Callable[[], _Result], fix: str) -> _Result:
@@ -185,18 +188,20 @@ def _step(
     engine: Engine,
     optimizer: Optimizer,
     noise_multiplier: float,
-) -> None:
+) -> tuple[float, ...]:
     """A clipped sum over the preflight's batch, in the run's own precision, and an update by no
-    gradient at all.
+    gradient at all; the norms of what was clipped.
 
     The sum is dropped: what moves the model here goes to the run's storage, unpaid for, so no
     record and no noise may have a part in it.
     """
     with awake(model):
-        engine.clipped_sum(loss_of(config.task, config.performance.precision, "cpu"), batch)
+        loss = loss_of(config.task, config.performance.precision, "cpu")
+        found = engine.clipped_sum(loss, batch).unprotected
     if engine.private:
         grid_and_std(engine.clip_norm, noise_multiplier, engine.coordinates)
     optimizer.step(nonprivate_mean(engine.empty_sum(0), batch_size=1))
+    return tuple(found["norms"].tolist()) if engine.private else ()
 
 
 def _evaluate(task: Task, model: nn.Module, records: Records) -> list[str]:

@@ -261,6 +261,10 @@ def test_a_dry_run_sees_what_a_run_will_have(tmp_path):
     assert found.checkpoint_bytes > 4 * 2410
     assert found.report.coordinates < found.report.parameters == 2410
     assert list(tmp_path.iterdir()) == []
+    assert 1 <= len(found.norms) <= 3
+    assert min(found.norms) > 0
+    private = dry_run(tiny(), task.load(), Storage(tmp_path), 1.0, False)
+    assert private.norms == ()  # they are of records
     with pytest.raises(ConfigError, match="did you mean 'accuracy'"):
         dry_run(tiny(), task.load(), Storage(tmp_path), 1.0, True, "acuracy")
 
