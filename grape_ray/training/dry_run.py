@@ -190,18 +190,18 @@ def _step(
     noise_multiplier: float,
 ) -> tuple[float, ...]:
     """A clipped sum over the preflight's batch, in the run's own precision, and an update by no
-    gradient at all; the norms of what was clipped.
+    gradient at all; the norms of what was clipped, if the method knows them.
 
     The sum is dropped: what moves the model here goes to the run's storage, unpaid for, so no
     record and no noise may have a part in it.
     """
     with awake(model):
         loss = loss_of(config.task, config.performance.precision, "cpu")
-        found = engine.clipped_sum(loss, batch).unprotected
+        norms = engine.clipped_sum(loss, batch).unprotected.get("norms")
     if engine.private:
         grid_and_std(engine.clip_norm, noise_multiplier, engine.coordinates)
     optimizer.step(nonprivate_mean(engine.empty_sum(0), batch_size=1))
-    return tuple(found["norms"].tolist()) if engine.private else ()
+    return () if norms is None else tuple(norms.tolist())
 
 
 def _evaluate(task: Task, model: nn.Module, records: Records) -> list[str]:
