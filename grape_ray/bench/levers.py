@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -21,9 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grape_ray.accounting.calibration import noise_multiplier
+from grape_ray.privacy.clipping import factors
+from grape_ray.tasks.batches import batches
 from grape_ray.tasks.task import load, resolved
 from grape_ray.tasks.text_classification import TextClassification
 
+_sigma = lru_cache(noise_multiplier)
 _LENGTH = 20.0  # of an embedding: about the root of its width
 _HIDDEN = 256
 _BETA2 = 0.99
@@ -135,18 +138,19 @@ def embedded(task: TextClassification) -> Embedded:
     task = replace(task, pooling="first", trainable=())
     data = load(task)
     task = resolved(task, data)
-    model: Any = task.build_model(0).eval()
+    model: Any = task.build_model(0)
     train, train_labels = _means(task, model, data.train)
     test, test_labels = _means(task, model, data.validation)
     return Embedded(train, train_labels, test[::2], test[1::2], test_labels[1::2])
 
 
 def effects(data: Embedded, setting: Setting, seeds: int) -> Iterator[Effect]:
-    """The base first, then each lever."""
+    """The base first, then each lever; at least `_TRIED` seeds."""
     base: list[float] = []
     for lever in (BASE, *LEVERS):
-        rate = max(lever.rates, key=lambda r: sum(_runs(data, setting, lever, r, _TRIED)))
-        found = _runs(data, setting, lever, rate, seeds)
+        tried = {r: _runs(data, setting, lever, r, range(_TRIED)) for r in lever.rates}
+        rate = max(tried, key=lambda r: sum(tried[r]))
+        found = tried[rate] + _runs(data, setting, lever, rate, range(_TRIED, seeds))
         base = base or found
         differences = [mine - other for mine, other in zip(found, base)]
         yield Effect(
@@ -159,8 +163,10 @@ def effects(data: Embedded, setting: Setting, seeds: int) -> Iterator[Effect]:
         )
 
 
-def _runs(data: Embedded, setting: Setting, lever: Lever, rate: float, seeds: int) -> list[float]:
-    return [accuracy(data, setting, lever, rate, seed) for seed in range(seeds)]
+def _runs(
+    data: Embedded, setting: Setting, lever: Lever, rate: float, seeds: Iterable[int]
+) -> list[float]:
+    return [accuracy(data, setting, lever, rate, seed) for seed in seeds]
 
 
 def accuracy(data: Embedded, setting: Setting, lever: Lever, rate: float, seed: int) -> float:
@@ -175,11 +181,12 @@ def accuracy(data: Embedded, setting: Setting, lever: Lever, rate: float, seed: 
     sigma = _sigma(setting.epsilon, setting.delta, prob, setting.steps)
     noise = sigma * lever.clip_norm / setting.batch
     first, second = [torch.zeros(())] * 4, [torch.zeros(())] * 4
+    axes = torch.linalg.eigh(public.T @ public).eigenvectors
     released = torch.zeros_like(params[0])
     averaged = 0
     for step in range(setting.steps):
         rows = torch.from_numpy(np.flatnonzero(chance.random(len(train)) < prob))
-        basis = _basis(lever, step, public, released, gauss)
+        basis = _basis(lever, step, axes, released, gauss)
         sums = _clipped_sums(params, train[rows], data.train_labels[rows], basis, lever)
         pace = rate * (1 - step / setting.steps)
         for place, (param, total) in enumerate(zip(params, sums)):
@@ -216,24 +223,22 @@ def _clipped_sums(
     seen = x if basis is None else x @ basis
     squares = (seen.square().sum(1) + 1) * below.square().sum(1)
     squares += (hidden.square().sum(1) + 1) * error.square().sum(1)
-    norms = squares.sqrt()
-    if lever.clipping == "automatic":
-        factors = lever.clip_norm / (norms + 0.01)
-    else:
-        factors = (lever.clip_norm / norms).clamp(max=1)
-    below, error = below * factors[:, None], error * factors[:, None]
+    share = factors({"": squares.double()}, lever.clipping, lever.clip_norm, None)[""][:, None]
+    below, error = below * share.float(), error * share.float()
     return [below.T @ seen, below.sum(0), error.T @ hidden, error.sum(0)]
 
 
 def _basis(
-    lever: Lever, step: int, public: Tensor, released: Tensor, gauss: torch.Generator
+    lever: Lever, step: int, axes: Tensor, released: Tensor, gauss: torch.Generator
 ) -> Tensor | None:
-    """The projection R (width, rank) of a step."""
-    width = public.shape[1]
+    """The projection R (width, rank) of a step; the principal directions of public embeddings are
+    the last columns of `axes` (width, width).
+    """
+    width = len(axes)
     if lever.rank == 0:
         return None
     if lever.basis == "public":
-        return torch.linalg.eigh(public.T @ public).eigenvectors[:, -lever.rank :]
+        return axes[:, -lever.rank :]
     if lever.basis == "random" or step < 10:
         return torch.randn(width, lever.rank, generator=gauss) / math.sqrt(lever.rank)
     known = torch.linalg.svd(released, full_matrices=False).Vh[: lever.rank // 2].T
@@ -297,21 +302,14 @@ def _whitener(public: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: _lengthened((x - mean) @ root)
 
 
-@lru_cache
-def _sigma(epsilon: float, delta: float, prob: float, steps: int) -> float:
-    return noise_multiplier(epsilon, delta, prob, steps)
-
-
-@torch.no_grad()
 def _means(task: TextClassification, model: Any, records: Any) -> tuple[Tensor, Tensor]:
     """Embeddings and classes of records, in their order."""
-    order = records.by_length(np.arange(len(records)))
-    found, labels = [], []
-    for start in range(0, len(order), 256):
-        batch = dict(task.collate(records, order[start : start + 256]))
+    order, found, labels = [], [], []
+    for indices, batch in batches(task, model, records, 256):
+        order.append(indices)
         labels.append(batch.pop("labels"))
         states = model.base_model(**batch).last_hidden_state
         mask = batch["attention_mask"][:, :, None]
         found.append((states * mask).sum(1) / mask.sum(1))
-    back = torch.from_numpy(np.argsort(order))
+    back = torch.from_numpy(np.argsort(np.concatenate(order)))
     return torch.cat(found)[back], torch.cat(labels)[back]
