@@ -11,6 +11,7 @@ from grape_ray.checkpoint import Checkpoint
 from grape_ray.config.schema import Config
 from grape_ray.engines import Engine, from_config
 from grape_ray.errors import CheckpointError
+from grape_ray.models.attention import plain_attention_on_cpu
 from grape_ray.privacy import keys
 from grape_ray.storage import Storage
 
@@ -27,6 +28,12 @@ def public_key(config: Config, stream: str) -> bytes:
 def build_engine(config: Config, model: nn.Module) -> Engine:
     """The engine that the config names, with its public projections."""
     return from_config(model, config.privacy, config.method, public_key(config, "projection"))
+
+
+def choose_attention(config: Config, model: nn.Module, device: str) -> None:
+    """Sets the attention kernel that is fastest for a run's precision on a kind of device."""
+    if config.performance.precision == "bf16" and device == "cpu":
+        plain_attention_on_cpu(model, getattr(config.task, "max_tokens", 0))
 
 
 def newest_checkpoint(folder: Storage) -> Checkpoint:

@@ -19,7 +19,6 @@ from grape_ray.engines.engine import PerExampleLoss
 from grape_ray.errors import CheckpointError, DataError, Interrupted, LedgerError, StorageError
 from grape_ray.ledger.audit import verify
 from grape_ray.ledger.interface import LedgerClient
-from grape_ray.models.attention import plain_attention_on_cpu
 from grape_ray.optim import make_optimizer
 from grape_ray.privacy.noise import NoiseStream
 from grape_ray.privacy.rank_zero import on_rank_zero
@@ -27,7 +26,7 @@ from grape_ray.privacy.redaction import is_ours, run_redacted, where
 from grape_ray.storage import Storage
 from grape_ray.tasks.task import Data, Task, load, loss_of
 from grape_ray.training.active_run import ActiveRun
-from grape_ray.training.build import build_engine, public_key
+from grape_ray.training.build import build_engine, choose_attention, public_key
 from grape_ray.training.callbacks import RunCallbacks
 from grape_ray.training.journal import Journal
 from grape_ray.training.loop import run_loop
@@ -210,8 +209,7 @@ def _model_and_engine(
         if performance.recompute:
             sharding.recompute_blocks(model)
         model = model.to(device)
-        if performance.precision == "bf16" and device.type == "cpu":
-            plain_attention_on_cpu(model, getattr(task, "max_tokens", 0))
+        choose_attention(config, model, device.type)
         return model, build_engine(config, model), loss_of(task, performance.precision, device.type)
     whole = build_engine(config, model)
     # Between the extremes, too: of two records alone, a batch's rows can be read in two ways.
