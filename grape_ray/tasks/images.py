@@ -6,7 +6,7 @@ import io
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,10 +15,13 @@ from torch import Tensor
 
 from grape_ray.data.columns import Table
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 _AT_ONCE = 256  # images in memory while a table is looked at
 
 
-def decoded(files: Sequence[bytes]) -> list[Any]:
+def decoded(files: Sequence[bytes]) -> list[Image]:
     """The images (PIL) of encoded files, turned as their EXIF says, in RGB: one of grays has three
     equal channels.
 
@@ -87,7 +90,7 @@ def random_views(pixels: Tensor, count: int, padding: float, flip: bool) -> Tens
     return taken.permute(0, 3, 1, 2).contiguous()
 
 
-def _image(file: bytes) -> Any:
+def _image(file: bytes) -> Image:
     from PIL import Image, ImageOps
 
     with Image.open(io.BytesIO(file)) as image:
