@@ -16,12 +16,12 @@ from torch import Tensor
 from grape_ray.data.columns import Table
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from PIL import Image
 
 _AT_ONCE = 256  # images in memory while a table is looked at
 
 
-def decoded(files: Sequence[bytes]) -> list[Image]:
+def decoded(files: Sequence[bytes]) -> list[Image.Image]:
     """The images (PIL) of encoded files, turned as their EXIF says, in RGB: one of grays has three
     equal channels.
 
@@ -90,7 +90,7 @@ def random_views(pixels: Tensor, count: int, padding: float, flip: bool) -> Tens
     return taken.permute(0, 3, 1, 2).contiguous()
 
 
-def _image(file: bytes) -> Image:
+def _image(file: bytes) -> Image.Image:
     from PIL import Image, ImageOps
 
     with Image.open(io.BytesIO(file)) as image:

@@ -30,10 +30,14 @@ def build_engine(config: Config, model: nn.Module) -> Engine:
     return from_config(model, config.privacy, config.method, public_key(config, "projection"))
 
 
-def choose_attention(config: Config, model: nn.Module, device: str) -> None:
-    """Sets the attention kernel that is fastest for a run's precision on a kind of device."""
-    if config.performance.precision == "bf16" and device == "cpu":
+def build_model(config: Config, device: str) -> nn.Module:
+    """The task's model as it is trained on a kind of device: with the attention kernel that is
+    fastest there in the run's precision. It is still on the CPU, whole.
+    """
+    model, performance = config.task.build_model(config.seed), config.performance
+    if performance.precision == "bf16" and device == "cpu" and not performance.sharded:
         plain_attention_on_cpu(model, getattr(config.task, "max_tokens", 0))
+    return model
 
 
 def newest_checkpoint(folder: Storage) -> Checkpoint:

@@ -47,7 +47,7 @@ from grape_ray.privacy.redaction import run_redacted
 from grape_ray.storage import Storage
 from grape_ray.tasks.metrics import plain
 from grape_ray.tasks.task import Data, Task, loss_of, views_of
-from grape_ray.training.build import build_engine, choose_attention, public_key
+from grape_ray.training.build import build_engine, build_model, public_key
 from grape_ray.training.preflight import Report, preflight
 
 _VALIDATION_RECORDS = 8  # that a dry run evaluates
@@ -107,7 +107,6 @@ def dry_run(
     )
     norms = ()
     if not config.performance.sharded:
-        choose_attention(config, model, "cpu")
         norms = stage(
             "a private step",
             partial(_step, config, batch, model, engine, optimizer, noise_multiplier),
@@ -172,7 +171,7 @@ def _extremes(config: Config, data: Data) -> tuple[nn.Module, Batch, list[Batch]
     each of these as a batch of its own.
     """
     task: Task = config.task
-    model = task.build_model(config.seed)
+    model = build_model(config, "cpu")
     # what is extreme in length is where memory, positions and padding fail
     picked = sorted({*data.train.extremes(), random.randrange(len(data.train))})
     return (

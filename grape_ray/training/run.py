@@ -26,7 +26,7 @@ from grape_ray.privacy.redaction import is_ours, run_redacted, where
 from grape_ray.storage import Storage
 from grape_ray.tasks.task import Data, Task, load, loss_of
 from grape_ray.training.active_run import ActiveRun
-from grape_ray.training.build import build_engine, choose_attention, public_key
+from grape_ray.training.build import build_engine, build_model, public_key
 from grape_ray.training.callbacks import RunCallbacks
 from grape_ray.training.journal import Journal
 from grape_ray.training.loop import run_loop
@@ -204,12 +204,11 @@ def _model_and_engine(
     """
     config, performance = plan.config, plan.config.performance
     task: Task = config.task
-    model = task.build_model(config.seed)
+    model = build_model(config, device.type)
     if not performance.sharded:
         if performance.recompute:
             sharding.recompute_blocks(model)
         model = model.to(device)
-        choose_attention(config, model, device.type)
         return model, build_engine(config, model), loss_of(task, performance.precision, device.type)
     whole = build_engine(config, model)
     # Between the extremes, too: of two records alone, a batch's rows can be read in two ways.
