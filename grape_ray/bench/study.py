@@ -22,6 +22,7 @@ from pathlib import Path
 from grape_ray.errors import ConfigError, GrapeRayError, nearest
 from grape_ray.storage import Json
 
+CASE = "case"
 _LOG = "study.jsonl"
 _PROGRAM = "from grape_ray.cli.main import main; main()"
 
@@ -60,6 +61,7 @@ def study(
     words: Sequence[str],
     folder: Path,
     tell: Callable[[str], None],
+    named: Mapping[str, Sequence[str]] | None = None,
 ) -> Iterator[StudyRun]:
     """The runs of a study, as they end; those that the folder has already come first.
 
@@ -67,19 +69,26 @@ def study(
         pipeline: as `grape-ray train` takes it. varied: field -> values, as `--set` takes them.
         words: `key=value` texts for every run. folder: of the runs, and of the log of what ended.
         tell: given a line before each run.
+        named: name -> `key=value` texts, settings of several fields at once; with it `varied` has
+            an entry `CASE` with these names.
 
     Raises:
         GrapeRayError: a run failed; those before it are kept. ConfigError: the folder holds another
             study.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    done = _known(folder / _LOG, {"pipeline": pipeline, "varied": varied, "words": list(words)})
+    about: Json = {"pipeline": pipeline, "varied": varied, "words": list(words)}
+    done = _known(folder / _LOG, about | ({"named": named} if named else {}))
     yield from (run for run in done if run.seed < seeds)
     have = {(run.case, run.seed) for run in done}
     for seed, case in itertools.product(range(seeds), cases(varied)):
         if (case, seed) in have:
             continue
-        settings = [f"{name}={value}" for name, value in zip(varied, case)]
+        settings = [
+            word
+            for name, value in zip(varied, case)
+            for word in (named[value] if named and name == CASE else [f"{name}={value}"])
+        ]
         tell(f"seed {seed}: {', '.join(settings) or pipeline}")
         run = _run(pipeline, case, seed, [*words, *settings], folder)
         with (folder / _LOG).open("a") as log:

@@ -5,7 +5,9 @@ the peers.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -414,6 +416,13 @@ def ledger(entries: str, **options: object) -> None:
 @click.option(
     "--vary", multiple=True, metavar="FIELD=A,B", help="A setting and its values; repeatable."
 )
+@click.option(
+    "--case",
+    "named",
+    multiple=True,
+    metavar="NAME: KEY=VALUE ..",
+    help="Settings of several fields at once, such as a method with its own rate; repeatable.",
+)
 @click.option("--set", "words", multiple=True, metavar="KEY=VALUE", help="For every run.")
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--metric", default="accuracy", show_default=True, help="What the table compares.")
@@ -425,6 +434,7 @@ def ledger(entries: str, **options: object) -> None:
 def study(
     pipeline: str,
     vary: tuple[str, ...],
+    named: tuple[str, ...],
     words: tuple[str, ...],
     seeds: int,
     metric: str,
@@ -440,14 +450,14 @@ def study(
     from pathlib import Path
 
     from grape_ray.bench.report import environment
+    from grape_ray.bench.study import CASE, summary
     from grape_ray.bench.study import study as runs_of
-    from grape_ray.bench.study import summary
     from grape_ray.bench.study_plot import draw
 
-    varied = _varied(vary)
-    runs = list(
-        runs_of(pipeline, varied, seeds, words, Path(folder), lambda t: click.echo(t, err=True))
-    )
+    settings = _named(named)
+    varied = ({CASE: list(settings)} if settings else {}) | _varied(vary)
+    tell = partial(click.echo, err=True)
+    runs = list(runs_of(pipeline, varied, seeds, words, Path(folder), tell, settings))
     columns, rows = summary(runs, varied, metric)
     if plot and varied:
         draw(runs, varied, metric, Path(plot))
@@ -512,6 +522,21 @@ def _varied(texts: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
+def _named(texts: Sequence[str]) -> dict[str, list[str]]:
+    """`--case` as name -> `key=value` texts."""
+    from grape_ray.errors import ConfigError
+
+    found = {}
+    for text in texts:
+        name, _, settings = text.partition(":")
+        words = settings.split()
+        if not name or not words or name in found:
+            fix = 'such as --case "grape: method.name=grape method.learning_rate=5e-3"'
+            raise ConfigError("--case", text, "NAME: KEY=VALUE .., each name once", fix)
+        found[name] = words
+    return found
+
+
 def _words(context: click.Context) -> list[str]:
     """What a command was given, less where its results go."""
     found = []
@@ -521,8 +546,9 @@ def _words(context: click.Context) -> list[str]:
             continue
         for one in value if isinstance(value, tuple) else [value]:
             if one != "":
-                found.append(str(one) if param.param_type_name == "argument" else
-                             f"{param.opts[0]} {one}")  # fmt: skip
+                word = shlex.quote(str(one))
+                given = param.param_type_name == "argument"
+                found.append(word if given else f"{param.opts[0]} {word}")
     return found
 
 

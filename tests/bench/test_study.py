@@ -44,6 +44,26 @@ def test_a_study_is_every_case_once_and_goes_on_where_it_was_cut_off(tmp_path):
     assert "one of this study" in other.stderr
 
 
+def test_a_case_sets_several_fields_at_once(tmp_path):
+    words = [
+        "bench", "study", "pipelines.digits_vit", "--case", "full: method.name=bookkeeping",
+        "--case", "small: method.name=grape method.rank=4", "--vary", "privacy.epsilon=3,8",
+        "--set", "privacy.steps=1", "--set", "privacy.expected_batch_size=64", "--json",
+        "--seeds", "1", "--folder", str(tmp_path),
+    ]  # fmt: skip
+    runs = call(*words)
+    cases = [["full", "3"], ["full", "8"], ["small", "3"], ["small", "8"]]
+    assert [run["case"] for run in runs] == cases
+    assert [run["epsilon"] for run in runs] == pytest.approx([3, 8, 3, 8], rel=1e-3)
+    plans = [json.loads(found.read_text()) for found in tmp_path.glob("runs/*/run.json")]
+    methods = {(plan["method"]["name"], plan["method"]["rank"]) for plan in plans}
+    assert ("grape", 4) in methods
+    assert {name for name, _ in methods} == {"bookkeeping", "grape"}
+    words[words.index("full: method.name=bookkeeping")] = "small: method.name=bookkeeping"
+    refused = CliRunner().invoke(main, words)
+    assert "each name once" in refused.stderr
+
+
 def test_a_summary_has_mean_and_spread_over_seeds():
     runs = [
         StudyRun(("4",), seed, {"accuracy": value}, 10.0, 1 << 20, 3.0)
