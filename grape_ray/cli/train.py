@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from functools import partial
 from typing import TYPE_CHECKING
 
 import click
@@ -67,14 +66,17 @@ def command(
     from grape_ray.config.cautions import Consent
     from grape_ray.ray_backend.availability import check_workers
     from grape_ray.training.planning import plan_run
+    from grape_ray.training.request import Payment, Places
 
     budget = ledger_budget(ledger_epsilon, ledger_delta)
     plan = plan_run(
-        config, run=name, storage=storage, ledger=ledger, key_path=key_file,
-        second_ledger=second_ledger, ledger_budget=budget,
-        consent=Consent(allow_large_delta, not_private), with_dry_run=not no_dry_run,
-        check_workers=partial(check_workers, config),
-    )  # fmt: skip
+        config,
+        run=name,
+        places=Places(storage, ledger, key_file),
+        payment=Payment(budget, second_ledger, Consent(allow_large_delta, not_private)),
+        with_dry_run=not no_dry_run,
+        check_workers=check_workers,
+    )
     run_and_report(plan, as_json)
 
 

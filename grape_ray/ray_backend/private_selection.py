@@ -28,6 +28,7 @@ from grape_ray.storage import Json, Storage
 from grape_ray.training.callbacks import RunCallbacks
 from grape_ray.training.planning import plan_run
 from grape_ray.training.private_scores import Terms, described
+from grape_ray.training.request import Places, Shared
 from grape_ray.training.result import RESULT_FILE, read_result
 from grape_ray.training.run import execute
 from grape_ray.tuning import price, results
@@ -203,12 +204,14 @@ def _train(study: SweepStudy, parts: _Parts, trials: Sequence[Sealed]) -> None:
             continue
         ledger = secret.child(_LEDGER).child(trial.name).url
         paid = Ledger.open(ledger, create=False).state.study(trial.name).study
+        scores = secret.child(_SCORES).child(trial.name).url
+        terms = _terms(study, scores, trial.name) if parts.scores else None
         plan = plan_run(
-            study.with_values(trial.values), run=trial.name, storage=runs.url, ledger=ledger,
-            key_path=parts.key_path, study=paid,
-            scores=_terms(study, secret.child(_SCORES).child(trial.name).url,
-            trial.name) if parts.scores else None,
-        )  # fmt: skip
+            study.with_values(trial.values),
+            run=trial.name,
+            places=Places(runs.url, ledger, parts.key_path),
+            shared=Shared(paid, scores=terms),
+        )
         execute(plan, Comms.local(), RunCallbacks(on_progress=lambda progress, epsilon: None))
 
 

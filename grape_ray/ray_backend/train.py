@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 from grape_ray.config.cautions import Consent
 from grape_ray.config.schema import Config
@@ -14,6 +13,7 @@ from grape_ray.training.callbacks import RunCallbacks
 from grape_ray.training.plan import Plan
 from grape_ray.training.planning import plan_run
 from grape_ray.training.progress import Progress
+from grape_ray.training.request import Payment, Places
 from grape_ray.training.result import RunResult
 from grape_ray.training.run import execute
 
@@ -32,7 +32,7 @@ def train(
     on_progress: Callable[[Progress, float | None], None] | None = None,
 ) -> RunResult:
     """Checks, prices and runs a config; the arguments are those of
-    `grape_ray.training.planning.plan_run`.
+    `grape_ray.training.planning.plan_run`, with the fields of its `Places` and `Payment`.
 
     Args:
         on_progress: see RunCallbacks.
@@ -41,10 +41,13 @@ def train(
         GrapeRayError: one of its kinds for whatever is wrong.
     """
     plan = plan_run(
-        config, run=run, storage=storage, ledger=ledger, key_path=key_path,
-        second_ledger=second_ledger, ledger_budget=ledger_budget, consent=consent,
-        with_dry_run=with_dry_run, check_workers=partial(check_workers, config),
-    )  # fmt: skip
+        config,
+        run=run,
+        places=Places(storage, ledger, key_path),
+        payment=Payment(ledger_budget, second_ledger, consent),
+        with_dry_run=with_dry_run,
+        check_workers=check_workers,
+    )
     return run_plan(plan, on_progress)
 
 

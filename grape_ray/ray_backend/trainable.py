@@ -30,6 +30,7 @@ from grape_ray.training.plan import Plan
 from grape_ray.training.planning import plan_run
 from grape_ray.training.private_scores import Terms
 from grape_ray.training.progress import Progress
+from grape_ray.training.request import Places, Shared
 from grape_ray.training.result import RunResult
 from grape_ray.training.run import execute
 from grape_ray.tuning.folder import EXECUTED, REPORTS
@@ -67,14 +68,12 @@ class TrialSettings:
 
     def plan(self, values: Json, run: str, origin: tuple[str, str] | None) -> Plan:
         """The plan of a trial's run, checked."""
-        options: Json = {
-            "ledger": self.ledger,
-            "key_path": self.key_path,
-            "study": self.paid,
-            "origin": origin,
-            "scores": self.scores,
-        }
-        return plan_run(self.sweep.with_values(values), run=run, storage=self.storage, **options)
+        return plan_run(
+            self.sweep.with_values(values),
+            run=run,
+            places=Places(self.storage, self.ledger, self.key_path),
+            shared=Shared(self.paid, origin, self.scores),
+        )
 
 
 @dataclass(frozen=True)

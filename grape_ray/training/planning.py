@@ -10,7 +10,6 @@ from dataclasses import asdict, replace
 from functools import partial
 
 from grape_ray.config import cautions
-from grape_ray.config.cautions import Consent
 from grape_ray.config.description import describe, read_run, up_to_date
 from grape_ray.config.methods import METHODS
 from grape_ray.config.schema import Config
@@ -26,7 +25,8 @@ from grape_ray.training.checks import check_machine, check_run_name, fresh_name
 from grape_ray.training.dry_run import dry_run, preflight_extremes
 from grape_ray.training.plan import Plan
 from grape_ray.training.pricing import check_mechanism, price, sampling_prob_of
-from grape_ray.training.private_scores import Terms, check_metric, described
+from grape_ray.training.private_scores import check_metric, described
+from grape_ray.training.request import Payment, Places, Shared
 from grape_ray.training.run_budget import check_budget, open_budget
 from grape_ray.training.splits import check_splits, warn_of_silence
 
@@ -35,17 +35,11 @@ def plan_run(
     config: Config,
     *,
     run: str | None = None,
-    storage: str = "runs",
-    ledger: str | None = None,
-    key_path: str | None = None,
-    study: Study | None = None,
-    origin: tuple[str, str] | None = None,
-    scores: Terms | None = None,
-    second_ledger: bool = False,
+    places: Places = Places(),  # noqa: B008  (frozen, as the next two)
+    payment: Payment = Payment(),  # noqa: B008
+    shared: Shared = Shared(),  # noqa: B008
     with_dry_run: bool = True,
-    check_workers: Callable[[], None] = lambda: None,
-    ledger_budget: tuple[float | None, float | None] = (None, None),
-    consent: Consent = Consent(),  # noqa: B008  (frozen)
+    check_workers: Callable[[Config], None] = lambda config: None,
 ) -> Plan:
     """Checks a run whole: data, price, ledger, storage, cluster, and by a dry run all that it will
     do; then registers it.
@@ -53,27 +47,16 @@ def plan_run(
     Args:
         run: name of the run; an existing one with the same config is resumed. None makes a new
             name.
-        storage: path or URL of the folder of runs.
-        ledger: path or URL of the dataset's ledger; None is the user's own ledger of this dataset
-            (`ledger.location.ledger_place`).
-        key_path: file of the master key; None is `privacy.keys.default_path()`.
-        study: one that the ledger holds already, whose tokens the run shares with others; None
-            registers a study of the run's own.
-        origin, scores: see Plan.
-        second_ledger: whether a dataset that is known to have a ledger may get another one, with a
-            budget of its own.
+        places: of its files. payment: of a study of its own. shared: with other runs.
         with_dry_run: whether the dry run is made; without it the preflight alone.
         check_workers: raises where the workers are not available.
-        ledger_budget: (epsilon, delta) of the dataset over all runs, where its ledger is made by
-            this one; None is the run's own (of delta, in proportion to epsilon). A ledger that
-            exists must have it.
-        consent: what is done only where the user has said so.
 
     Raises:
         GrapeRayError: one of its kinds for whatever is wrong; nothing was written then.
     """
     task: Task = config.task
-    run, root = run or fresh_name(f"{task.name}-{config.method.name}"), absolute(storage)
+    run = run or fresh_name(f"{task.name}-{config.method.name}")
+    root, study, scores = absolute(places.storage), shared.study, shared.scores
     check_run_name(run)
     check_machine(config)
     if scores is not None:
@@ -84,59 +67,59 @@ def plan_run(
     # A run that shares a study, as a trial does, was checked when the study began: here and below.
     if study is None:
         public = data.public and not registry.known(data.identity)
-        cautions.check(config, data.unit_count, public, consent)
+        cautions.check(config, data.unit_count, public, payment.consent)
     if scores is None:
         warn_of_silence(data)
     exact, protects = scores is None and data.validation_public, private and study is None
     check_splits(data, exact, protects and not data.public)
-    place = Storage(root, config.performance.storage_timeout_s)
-    place.check_writable()
+    folder = Storage(root, config.performance.storage_timeout_s)
+    folder.check_writable()
     plan = Plan(
         config,
         run,
         root,
         ledger=None,
-        key_path=key_path,
+        key_path=places.key_path,
         study=study.name if study else run,
         dataset_id=data.dataset_id,
         target=None,
         sampling_prob=sampling_prob,
         noise_multiplier=0.0,
         tokens=0,
-        origin=origin,
+        origin=shared.origin,
         scores=scores,
         public=data.public and scores is None,
         records=len(data.train),
         units=data.unit_count,
     )
-    ledger_at = partial(ledger_place, ledger, data.dataset_id, data.public, root, run)
+    ledger_at = partial(ledger_place, places.ledger, data.dataset_id, data.public, root, run)
     budget = None
     if private:
         plan = _priced(plan, study, ledger_at())
         assert plan.ledger is not None
         if study is None:  # who shares one charges the ledger that holds it
-            registry.check_only(plan.ledger, data.identity, second_ledger)
-        keys.check_outside(key_path or keys.default_path(), root, plan.ledger)
+            registry.check_only(plan.ledger, data.identity, payment.second_ledger)
+        keys.check_outside(places.key_path or keys.default_path(), root, plan.ledger)
         if study is None:
-            budget = check_budget(plan, data, ledger_budget, consent)
+            budget = check_budget(plan, data, payment)
         else:
             check_mechanism(plan.mechanism(), unit, study)
     elif study is not None:
         fix = "what a study releases is paid for, without exception"
         raise ConfigError("method.name", config.method.name, "a private method", fix)
-    existing = _check_same_run(plan, place)
-    check_workers()
+    existing = _check_same_run(plan, folder)
+    check_workers(config)
     # What is slow comes last, and what cannot be undone after it.
     if study is not None or not with_dry_run:  # a study's runs had theirs when that began
         run_redacted(partial(preflight_extremes, config, data), plan.public)
     else:
         metric = scores.metric if scores else None
-        done = dry_run(config, data, place, plan.noise_multiplier, plan.public, metric)
+        done = dry_run(config, data, folder, plan.noise_multiplier, plan.public, metric)
         plan = replace(plan, dry_run=done)
     if budget is not None:
         plan = open_budget(plan, budget, partial(ledger_at, make=True))
     if not existing:
-        _register(plan, place)
+        _register(plan, folder)
     return plan
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from functools import partial
 
 from grape_ray import checkpoint
 from grape_ray.config.cautions import Consent
@@ -18,6 +17,7 @@ from grape_ray.storage import Json, Storage
 from grape_ray.training.plan import Plan
 from grape_ray.training.planning import plan_run
 from grape_ray.training.private_scores import Terms, rebuilt
+from grape_ray.training.request import Payment, Places, Shared
 
 
 def plan_resume(
@@ -40,7 +40,7 @@ def plan_resume(
         key_path: file of the master key; None is the usual place. Another key than before is no
             harm: each attempt has its own.
         assignments: `performance.*=value`, what may change without changing the run.
-        second_ledger, with_dry_run, check_workers: see `plan_run`; the last is given the config.
+        second_ledger, with_dry_run, check_workers: see `plan_run` and its Payment.
         trust: modules that the run's description may have imported, beside this project's own: a
             run is a folder that anyone may have made.
 
@@ -76,12 +76,16 @@ def plan_resume(
             )
         if known["study"] != name:
             study = opened.state.study(known["study"]).study
+    given = Consent(large_delta=True, not_private=True)  # when the run was begun
     return plan_run(
-        config, run=name, storage=root, ledger=where, key_path=key_path, study=study,
-        origin=(origin[0], origin[1]) if origin else None, scores=scores,
-        second_ledger=second_ledger, consent=Consent(True, True),  # given when the run was begun
-        with_dry_run=with_dry_run, check_workers=partial(check_workers, config),
-    )  # fmt: skip
+        config,
+        run=name,
+        places=Places(root, where, key_path),
+        payment=Payment(second_ledger=second_ledger, consent=given),
+        shared=Shared(study, (origin[0], origin[1]) if origin else None, scores),
+        with_dry_run=with_dry_run,
+        check_workers=check_workers,
+    )
 
 
 def _terms(known: Json) -> Terms | None:

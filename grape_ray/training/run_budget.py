@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from grape_ray.config import cautions
-from grape_ray.config.cautions import Consent
 from grape_ray.ledger.budget import check_share, made_for, open_registered
 from grape_ray.ledger.entries import Study
 from grape_ray.privacy import keys
 from grape_ray.tasks.task import Data, label
 from grape_ray.training.plan import Plan
+from grape_ray.training.request import Payment
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,16 @@ def _study(plan: Plan) -> Study:
     return Study(plan.study, plan.mechanism(), *plan.target, plan.tokens, unit)
 
 
-def check_budget(
-    plan: Plan, data: Data, asked: tuple[float | None, float | None], consent: Consent
-) -> Budget:
+def check_budget(plan: Plan, data: Data, payment: Payment) -> Budget:
     """The budget that pays for the run's own study. Raises what its ledger, there or to be made,
     would refuse.
     """
     assert plan.target is not None
+    asked = payment.ledger_budget
     made = made_for(plan.target, *asked)
     what = "the delta of the dataset's ledger"
-    cautions.check_delta(what, made[1], data.unit_count, plan.config.privacy.units_name, consent)
+    units = plan.config.privacy.units_name
+    cautions.check_delta(what, made[1], data.unit_count, units, payment.consent)
     existing = check_share(
         plan.ledger_storage().first_contact(), plan.dataset_id, made, _study(plan), asked
     )

@@ -20,9 +20,9 @@ from grape_ray.privacy.noise import NoiseStream, privatize
 from grape_ray.storage import Storage
 from grape_ray.training.callbacks import RunCallbacks
 from grape_ray.training.export import export
-from grape_ray.training.planning import plan_run
 from grape_ray.training.run import execute
 from tests.support.grants import granted
+from tests.support.plans import planned
 from tests.support.tiny import tiny
 
 METHOD = Method(rank=4, refresh=20, weight_decay=0.01, learning_rate=0.01, project_min_numel=1024)
@@ -184,7 +184,7 @@ def test_a_run_resumes_from_a_delta_and_exports_one(tmp_path):
             "performance.keep_checkpoints=1",
         ]
     )
-    plan = plan_run(config, run="r", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+    plan = planned(config, run="r", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
 
     class Stop(BaseException):
         pass

@@ -19,13 +19,13 @@ from grape_ray.errors import ConfigError, StorageError
 from grape_ray.ray_backend.sweep import resume as resume_sweep
 from grape_ray.storage import Storage
 from grape_ray.training.export import export
-from grape_ray.training.planning import plan_run
 from grape_ray.training.resume import plan_resume
 from grape_ray.training.run import execute
 from grape_ray.tuning import folder, spaces
 from grape_ray.tuning.options import Options
 from grape_ray.tuning.prepare import prepare as prepare_sweep
 from pipelines.digits_vit import digits_vit
+from tests.support.plans import planned
 from tests.support.tiny import Tiny, tiny
 
 REPOSITORY = Path(__file__).parents[2]
@@ -77,7 +77,7 @@ def published(tmp_path, module="stranger"):
     """
     run = tmp_path / "runs" / "r"
     execute(
-        plan_run(tiny(), run="r", storage=str(run.parent), key_path=str(tmp_path / "key")),
+        planned(tiny(), run="r", storage=str(run.parent), key_path=str(tmp_path / "key")),
         Comms.local(),
     )
     described = json.loads((run / "run.json").read_text())
@@ -131,7 +131,7 @@ def test_files_beside_a_run_pass_for_nothing(tmp_path, name):
     """
     run = tmp_path / "runs" / "r"
     execute(
-        plan_run(
+        planned(
             digits_vit().override(["privacy.steps=1"]),
             run="r",
             storage=str(run.parent),

@@ -22,11 +22,11 @@ from grape_ray.tasks.text_generation import TextGeneration
 from grape_ray.training.attempt import Attempt, begin_attempt
 from grape_ray.training.callbacks import RunCallbacks
 from grape_ray.training.export import export
-from grape_ray.training.planning import plan_run
 from grape_ray.training.progress import Signal
 from grape_ray.training.run import execute
 from grape_ray.training.step import Step
 from tests.support.grants import granted
+from tests.support.plans import planned
 
 STEPS, CPU = 3, torch.device("cpu")
 UNITS = Units.of(np.arange(16) ** 2 % 11)  # of the texts: 1, 1, 0, 2, 3, 3, 0, 0, 0, 3
@@ -215,7 +215,7 @@ def test_a_sharded_run_is_resumed_on_another_number_of_ranks(tmp_path, task):
             micro_batch_size=3, num_workers=2, sharded=True, recompute=True, charge_chunk=2
         ),
     )
-    plan = plan_run(config, run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+    plan = planned(config, run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
     mp.spawn(run_rank, args=(2, tmp_path / "first", plan, 2), nprocs=2)
     half = checkpoint.latest(plan.folder())
     assert half is not None
@@ -223,7 +223,7 @@ def test_a_sharded_run_is_resumed_on_another_number_of_ranks(tmp_path, task):
     mp.spawn(run_rank, args=(3, tmp_path / "second", plan, 0), nprocs=3)
     found = checkpoint.latest(plan.folder())
     alone = config.override(["performance.sharded=false", "performance.num_workers=0"])
-    whole = plan_run(alone, run="b", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+    whole = planned(alone, run="b", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
     result = execute(whole, Comms.local(), RunCallbacks(begin_attempt=begin))
     wanted = checkpoint.latest(whole.folder())
     assert found is not None
@@ -246,7 +246,7 @@ def test_a_sharded_run_is_resumed_on_another_number_of_ranks(tmp_path, task):
 def test_what_cannot_be_sharded_is_refused(tmp_path, task, words, reason):
     config = Config(task=task, performance=Performance(num_workers=2, sharded=True)).override(words)
     with pytest.raises(ConfigError, match=reason):
-        plan_run(config, storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+        planned(config, storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
     assert list(tmp_path.iterdir()) == []
 
 

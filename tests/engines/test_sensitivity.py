@@ -17,8 +17,8 @@ from grape_ray.errors import UnsupportedLayer
 from grape_ray.tasks.task import classification_metrics, evaluating
 from grape_ray.training.attempt import begin_attempt
 from grape_ray.training.dry_run import preflight_extremes
-from grape_ray.training.planning import plan_run
 from tests.support.methods import GRADIENT
+from tests.support.plans import planned
 from tests.support.tiny import tiny
 
 CLIP = 1.0
@@ -204,7 +204,7 @@ def test_a_model_that_looks_at_padding_is_found():
 
 
 def test_dropout_masks_come_from_a_secret_of_the_attempt(tmp_path):
-    plan = plan_run(
+    plan = planned(
         tiny(dropout=0.1), run="r", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key")
     )
     first, second = (begin_attempt(plan, Comms.local()) for _ in range(2))

@@ -14,9 +14,9 @@ from grape_ray.errors import LedgerError
 from grape_ray.ledger import Ledger, Study
 from grape_ray.tasks.task import Data
 from grape_ray.training.callbacks import RunCallbacks
-from grape_ray.training.planning import plan_run
 from grape_ray.training.private_scores import PrivateScore, Terms
 from grape_ray.training.run import execute
+from tests.support.plans import planned
 from tests.support.tiny import Tiny, tiny
 
 
@@ -52,7 +52,7 @@ def config(turn):
 
 @pytest.fixture
 def shared(tmp_path):
-    """(Ledger of the records of turn 0, the study there, options of `plan_run`)."""
+    """(Ledger of the records of turn 0, the study there, options of `planned`)."""
     ledger = Ledger.open(tmp_path / "ledger", Turned().load().dataset_id, 8.0, 1e-5)
     study = Study("s", Mechanism("poisson_gaussian", 0.25, 4.0), 8.0, 1e-5, 60)
     ledger.ensure_study(study)
@@ -69,9 +69,9 @@ def test_a_trial_on_other_records_is_refused_before_it_draws_a_key(shared):
     ledger, options = shared
     # as a sweep gives its trials the book to be charged
     given = RunCallbacks(open_ledger=lambda plan: ledger)
-    execute(plan_run(config(0), run="same", **options), Comms.local(), given)
+    execute(planned(config(0), run="same", **options), Comms.local(), given)
     with pytest.raises(LedgerError, match="of another dataset"):
-        execute(plan_run(config(1), run="other", **options), Comms.local(), given)
+        execute(planned(config(1), run="other", **options), Comms.local(), given)
     assert set(ledger.state.study("s").runs) == {"same"}
 
 
@@ -101,7 +101,7 @@ def test_private_scores_of_other_validation_records_are_refused(shared, tmp_path
     flipped.ensure_study(options["study"])
     with pytest.raises(LedgerError, match="of another dataset"):
         execute(
-            plan_run(
+            planned(
                 config(1), run="r", scores=terms, **{**options, "ledger": str(tmp_path / "flipped")}
             ),
             Comms.local(),

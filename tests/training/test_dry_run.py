@@ -23,7 +23,7 @@ from grape_ray.errors import ConfigError, GrapeRayError, StorageError, TaskFaile
 from grape_ray.ray_backend.train import train
 from grape_ray.storage import Storage
 from grape_ray.training.dry_run import dry_run
-from grape_ray.training.planning import plan_run
+from tests.support.plans import planned
 from tests.support.tiny import Tiny, tiny
 from tests.training.test_late_failures import no_room
 
@@ -196,7 +196,7 @@ def local_class():
 )
 def test_what_would_fail_late_fails_before_anything_is_written(place, task, error, parts):
     with pytest.raises(error) as told:
-        plan_run(config(task), run="a", **place.options())
+        planned(config(task), run="a", **place.options())
     assert all(part in str(told.value) for part in parts), str(told.value)
     assert task.public or "secret" not in str(told.value)
     assert place.left() == []
@@ -215,7 +215,7 @@ def test_what_only_looks_odd_trains_and_is_resumed(place, task):
 
 
 def test_a_tuple_comes_back_as_a_tuple(place):
-    plan = plan_run(config(Odd(sizes=(3, 4))), run="a", **place.options())
+    plan = planned(config(Odd(sizes=(3, 4))), run="a", **place.options())
     from grape_ray.config.description import rebuild_config
 
     assert rebuild_config(json.loads(plan.folder().read("run.json")), (__name__,)) == plan.config
@@ -224,7 +224,7 @@ def test_a_tuple_comes_back_as_a_tuple(place):
 def test_a_full_disk_is_told_at_once_and_nothing_is_charged(place):
     began = time.monotonic()
     with no_room(100_000), pytest.raises(StorageError, match="room for the file"):
-        plan_run(config(Odd(odd="slow checkpoint")), run="a", **place.options())
+        planned(config(Odd(odd="slow checkpoint")), run="a", **place.options())
     assert time.monotonic() - began < 60
     assert place.left() == []
 
@@ -235,21 +235,21 @@ def test_a_disk_without_room_for_the_checkpoints_of_a_run_is_refused(place, monk
     usage = shutil.disk_usage(place.folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=10_000))
     with pytest.raises(StorageError, match="no room for a run"):
-        plan_run(config(Tiny()), run="a", **place.options())
+        planned(config(Tiny()), run="a", **place.options())
     assert place.left() == []
 
 
 def test_a_failed_start_can_be_repaired_under_its_name(place):
     with pytest.raises(GrapeRayError):
-        plan_run(config(Odd(odd="raises")), run="a", **place.options())
+        planned(config(Odd(odd="raises")), run="a", **place.options())
     assert train(config(Odd()), run="a", **place.options()).steps == 12
 
 
 def test_the_dry_run_can_be_left_out_but_for_the_preflight(place):
     with pytest.raises(Exception, match="index out of range"):
-        plan_run(config(Texts(long_in="train")), run="a", with_dry_run=False, **place.options())
+        planned(config(Texts(long_in="train")), run="a", with_dry_run=False, **place.options())
     assert (
-        plan_run(config(Odd(odd="raises")), run="a", with_dry_run=False, **place.options()).dry_run
+        planned(config(Odd(odd="raises")), run="a", with_dry_run=False, **place.options()).dry_run
         is None
     )
 

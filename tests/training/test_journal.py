@@ -14,9 +14,9 @@ from grape_ray.errors import StorageError
 from grape_ray.ray_backend.train import train
 from grape_ray.storage import Storage
 from grape_ray.training.journal import Journal
-from grape_ray.training.planning import plan_run
 from grape_ray.training.progress import Progress
 from grape_ray.training.run import execute
+from tests.support.plans import planned
 from tests.support.tiny import tiny
 
 
@@ -53,7 +53,7 @@ def test_a_failure_of_the_task_is_named_without_its_words(tmp_path, monkeypatch)
     def quote(self, model, batch):
         raise ValueError("the record of Jane Doe")
 
-    plan = plan_run(tiny(), run="r", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+    plan = planned(tiny(), run="r", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
     monkeypatch.setattr(Tiny, "per_example_loss", quote)
     with pytest.raises(ValueError, match="Jane"):
         execute(plan, Comms.local())

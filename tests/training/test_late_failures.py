@@ -27,9 +27,9 @@ from grape_ray.tasks.metrics import plain
 from grape_ray.training.callbacks import RunCallbacks
 from grape_ray.training.evaluate import evaluate
 from grape_ray.training.export import export
-from grape_ray.training.planning import plan_run
 from grape_ray.training.result import read_result
 from grape_ray.training.run import execute
+from tests.support.plans import planned
 from tests.support.tiny import Tiny, tiny
 
 
@@ -138,7 +138,7 @@ def test_chaos_of_evaluations_trackers_and_a_full_disk_leaves_a_whole_run(tmp_pa
     full = contextlib.ExitStack()
     emptied = threading.Timer(0.2, make_room)
     config = moody(fails=0.5, seed=seed, good=1)
-    plan = plan_run(config, run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+    plan = planned(config, run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
     with full:
         result = execute(plan, Comms.local(), RunCallbacks(on_progress=tracker, on_step=fill))
         emptied.join()

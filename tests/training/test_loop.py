@@ -23,10 +23,10 @@ from grape_ray.training.active_run import ActiveRun
 from grape_ray.training.attempt import Attempt, begin_attempt
 from grape_ray.training.callbacks import RunCallbacks
 from grape_ray.training.loop import run_loop
-from grape_ray.training.planning import plan_run
 from grape_ray.training.progress import Progress, Signal
 from grape_ray.training.result import read_result
 from grape_ray.training.run import execute
+from tests.support.plans import planned
 from tests.support.tiny import Tiny, tiny
 
 WANTED = ["run", "method", "epsilon", "epsilon_spent", "delta", "steps", "noise_multiplier",
@@ -240,7 +240,7 @@ def test_a_stopped_run_gets_back_what_never_started(tmp_path):
     config = tiny().override(["performance.eval_every=4", "performance.charge_chunk=6"])
     taken = []
     around = RunCallbacks(on_step=taken.append, should_continue=lambda progress: progress.step != 8)
-    plan = plan_run(config, run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+    plan = planned(config, run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
     result = execute(plan, Comms.local(), around)
     assert (result.stopped, result.steps, result.charged_steps) == (True, 8, 8)
     assert taken == list(range(8))
@@ -258,12 +258,12 @@ def test_a_run_begins_from_the_checkpoint_of_another_with_a_key_of_its_own(tmp_p
         "ledger": str(tmp_path / "ledger"),
         "key_path": str(tmp_path / "key"),
     }
-    first = plan_run(tiny(), run="a", **options)
+    first = planned(tiny(), run="a", **options)
     execute(first, Comms.local(), RunCallbacks(should_continue=lambda progress: False))
     assert first.ledger is not None
     study = Ledger.open(first.ledger).state.study("a").study
     config = tiny().override(["method.learning_rate=0.02"])
-    second = plan_run(
+    second = planned(
         config,
         run="b",
         study=study,
@@ -287,7 +287,7 @@ def test_a_run_begins_from_the_checkpoint_of_another_with_a_key_of_its_own(tmp_p
         for n in after
     )
     with pytest.raises(ConfigError, match="another sampling_prob than study 'a'"):
-        plan_run(
+        planned(
             config.override(["privacy.expected_batch_size=40"]), run="c", study=study, **options
         )
 
@@ -308,7 +308,7 @@ def test_a_run_is_charged_for_its_steps_and_verifies(run, tmp_path):
 
 
 def test_two_attempts_share_no_key(run, tmp_path):
-    plan = plan_run(tiny(), run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+    plan = planned(tiny(), run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
     one, two = begin_attempt(plan, Comms.local()), begin_attempt(plan, Comms.local())
     secrets = [
         one.noise_key,
@@ -345,9 +345,9 @@ def test_resumed_weights_are_bitwise_those_of_an_uninterrupted_run(tmp_path, met
 
     options = {"storage": str(tmp_path / "runs"), "key_path": str(tmp_path / "key")}
     begin = begin_attempt if method == "none" else fixed_keys
-    whole = plan_run(config, run="whole", **options)
+    whole = planned(config, run="whole", **options)
     execute(whole, Comms.local(), RunCallbacks(begin_attempt=begin))
-    cut = plan_run(config, run="cut", **options)
+    cut = planned(config, run="cut", **options)
     with pytest.raises(Stop):
         execute(cut, Comms.local(), RunCallbacks(begin_attempt=begin, on_progress=interrupt))
     result = execute(cut, Comms.local(), RunCallbacks(begin_attempt=begin))
@@ -379,7 +379,7 @@ def test_performance_moves_no_more_than_rounding(tmp_path):
             tiny(), performance=dataclasses.replace(tiny().performance, **changes)
         )
         execute(
-            plan_run(
+            planned(
                 config, run=name, storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key")
             ),
             Comms.local(),
@@ -396,7 +396,7 @@ def test_exhausted_budget_keeps_what_was_trained(run, tmp_path):
         privacy=dataclasses.replace(tiny().privacy, noise_multiplier=1.0, epsilon=4.0, steps=500),
     )
     result = run(config, run="a")
-    plan = plan_run(config, run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+    plan = planned(config, run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
     assert result.exhausted
     assert result.steps == result.charged_steps == plan.tokens < 500
     assert result.epsilon_spent <= result.epsilon == 4.0
@@ -460,13 +460,13 @@ def test_no_hash_of_the_data_stands_beside_the_results(run, tmp_path, monkeypatc
         "key_path": str(tmp_path / "key"),
         "second_ledger": True,
     }
-    plan = plan_run(config, run="b", **options)
+    plan = planned(config, run="b", **options)
     monkeypatch.setattr(type(config.task), "load", lambda self: data)
     with pytest.raises(DataError, match="the training data changed") as caught:
         execute(plan, Comms.local())
     assert not any(name in str(caught.value) for name in (data.dataset_id, changed.dataset_id))
     with pytest.raises(LedgerError, match="another dataset_id") as refused:
-        plan_run(config, run="c", ledger=plan.ledger, **options)
+        planned(config, run="c", ledger=plan.ledger, **options)
     assert not any(name in str(refused.value) for name in (data.dataset_id, changed.dataset_id))
 
 
@@ -500,7 +500,7 @@ def test_a_key_that_cannot_be_used_costs_no_budget(tmp_path, monkeypatch, make):
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
     make(tmp_path / "key")
     with pytest.raises(StorageError, match="master key"):
-        plan_run(tiny(public=False), storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+        planned(tiny(public=False), storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
     assert [path.name for path in tmp_path.iterdir()] == ["key"]
 
 
@@ -511,7 +511,7 @@ def test_a_model_that_only_trains_in_another_mode_costs_no_budget(tmp_path, monk
         Tiny, "build_model", lambda self, seed: torch.nn.Sequential(*layers).train()
     )
     with pytest.raises(GrapeRayError, match="batch normalisation"):
-        plan_run(tiny(public=False), storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+        planned(tiny(public=False), storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -533,7 +533,7 @@ def test_the_baseline_needs_no_ledger_and_is_reproducible(run, tmp_path):
 
 
 def test_a_gpu_that_was_asked_for_is_used_without_workers(tmp_path, monkeypatch):
-    plan = plan_run(tiny(), run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+    plan = planned(tiny(), run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
     places = []
     monkeypatch.setattr("grape_ray.training.run._execute", lambda *args: places.append(args[-1]))
     for use_gpu in (False, True):
@@ -544,7 +544,7 @@ def test_a_gpu_that_was_asked_for_is_used_without_workers(tmp_path, monkeypatch)
 
 
 def test_a_step_is_sampled_no_more_than_it_is_paid_for(tmp_path):
-    plan = plan_run(tiny(), run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+    plan = planned(tiny(), run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
     more = dataclasses.replace(plan, sampling_prob=1.5 * plan.sampling_prob)
     with pytest.raises(LedgerError, match="sampling of a step"):
         execute(more, Comms.local())

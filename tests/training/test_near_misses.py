@@ -20,12 +20,12 @@ from grape_ray.privacy import keys
 from grape_ray.privacy.random_streams import normals
 from grape_ray.storage import Storage
 from grape_ray.training.attempt import begin_attempt
-from grape_ray.training.planning import plan_run
 from grape_ray.training.private_scores import PrivateScore, Terms
 from grape_ray.training.run import execute
 from grape_ray.tuning import prepare as sweeps_prepare
 from grape_ray.tuning import price, spaces
 from grape_ray.tuning.options import Options
+from tests.support.plans import planned
 from tests.support.tiny import tiny
 
 TERMS = Terms("accuracy", 30.0, "", "s")
@@ -37,7 +37,7 @@ def test_two_copies_of_a_ledger_lead_to_two_noises(tmp_path):
     shutil.copytree(*paths)
     options = {"run": "same", "key_path": str(tmp_path / "key")}
     plans = [
-        plan_run(tiny(), storage=str(tmp_path / p.name / "runs"), ledger=str(p), **options)
+        planned(tiny(), storage=str(tmp_path / p.name / "runs"), ledger=str(p), **options)
         for p in paths
     ]
     attempts = [begin_attempt(plan, Comms.local()) for plan in plans]
@@ -69,7 +69,7 @@ def test_an_attempts_key_is_fresh_and_every_rank_has_it(tmp_path):
         def broadcast_object(self, value):
             return self.sent
 
-    plan = plan_run(tiny(), run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
+    plan = planned(tiny(), run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
     told = begin_attempt(plan, Comms.local())
     second = Second(1, 2)
     second.sent = told, None
@@ -80,7 +80,7 @@ def test_an_attempts_key_is_fresh_and_every_rank_has_it(tmp_path):
 
 
 def test_ledgers_are_their_owners_alone(tmp_path):
-    plan = plan_run(
+    plan = planned(
         tiny(public=False), run="a", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key")
     )
     execute(plan, Comms.local())

@@ -20,15 +20,15 @@ from grape_ray.errors import BudgetExceeded, DataError, GrapeRayError, LedgerErr
 from grape_ray.ledger import registry
 from grape_ray.ledger.location import canonical, home
 from grape_ray.tasks.task import Data
-from grape_ray.training.planning import plan_run
+from tests.support.plans import planned
 from tests.support.tiny import Tiny, tiny
 
 
 @pytest.fixture
 def plan(tmp_path):
-    """`plan_run` on private records."""
+    """A plan on private records."""
     config = tiny(public=False)
-    return lambda config=config, run="r", **options: plan_run(
+    return lambda config=config, run="r", **options: planned(
         config, run=run, key_path=str(tmp_path / "key"), **options
     )
 

@@ -16,10 +16,10 @@ from grape_ray.errors import ConfigError, DataError, LedgerError
 from grape_ray.ledger import Ledger, Study
 from grape_ray.ledger.registry import register
 from grape_ray.training.callbacks import RunCallbacks
-from grape_ray.training.planning import plan_run
 from grape_ray.training.private_scores import Terms
 from grape_ray.training.resume import plan_resume
 from grape_ray.training.run import execute
+from tests.support.plans import planned
 from tests.support.tiny import Tiny, tiny
 
 NOISE, RECORDS = 200.0, 50
@@ -39,7 +39,7 @@ def begun(tmp_path, terms):
     config = tiny().override(["performance.eval_every=4"])
     options = {"run": "r", "storage": str(tmp_path / "runs"), "key_path": str(tmp_path / "key")}
     execute(
-        plan_run(config, scores=terms, **options),
+        planned(config, scores=terms, **options),
         Comms.local(),
         RunCallbacks(should_continue=lambda progress: False),
     )
@@ -84,7 +84,7 @@ def test_without_a_token_left_nothing_is_released(tmp_path, scored):
 def test_no_other_caller_may_say_more(tmp_path, scored):
     config, options = begun(tmp_path, scored[0])
     with pytest.raises(ConfigError, match="exists with another validation"):
-        plan_run(config, **options)
+        planned(config, **options)
     shown = CliRunner().invoke(
         main, ["resume", str(tmp_path / "runs/r"), "--key-file", str(tmp_path / "key")]
     )
@@ -116,7 +116,7 @@ def test_a_description_that_does_not_say_it_is_refused(tmp_path, scored, change)
 
 def test_a_metric_that_is_not_bounded_is_refused(tmp_path, scored):
     with pytest.raises(ConfigError, match="metric of private scores"):
-        plan_run(
+        planned(
             tiny(),
             run="r",
             storage=str(tmp_path / "runs"),

@@ -23,12 +23,12 @@ from grape_ray.training.callbacks import RunCallbacks
 from grape_ray.training.dry_run import preflight_extremes
 from grape_ray.training.export import PRIVACY_FILE, export
 from grape_ray.training.micro_batches import micro_batches, share_of
-from grape_ray.training.planning import plan_run
 from grape_ray.training.progress import Signal
 from grape_ray.training.result import from_dict, read_result
 from grape_ray.training.resume import plan_resume
 from grape_ray.training.run import execute
 from grape_ray.training.step import Step
+from tests.support.plans import planned
 from tests.support.tiny import Tiny, tiny
 
 KEY, UNITS = b"s" * 32, 101  # of Tiny with a unit
@@ -51,7 +51,7 @@ def by_user(steps=4, expected_batch_size=20, examples_per_unit=3, method="grape"
 def plan(tmp_path):
     def make(config=None, run="r", **options):
         place = {"storage": str(tmp_path / "runs"), "key_path": str(tmp_path / "key"), **options}
-        return plan_run(config or by_user(), run=run, **place)
+        return planned(config or by_user(), run=run, **place)
 
     return make
 
@@ -217,7 +217,7 @@ def test_a_task_with_other_rows_than_its_views_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"per_example_loss|batch|groups"):
         sum_of(step_of(task))
     with pytest.raises(ConfigError, match=r"task\.views, got 0"):
-        plan_run(dataclasses.replace(tiny(), task=Views(views=0)), storage=str(tmp_path))
+        planned(dataclasses.replace(tiny(), task=Views(views=0)), storage=str(tmp_path))
 
 
 def test_a_run_by_user_from_its_plan_to_its_export(plan, tmp_path):
