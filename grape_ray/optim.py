@@ -19,7 +19,7 @@ from grape_ray.distributed import sharding
 from grape_ray.engines import Engine
 from grape_ray.engines.collector import sum_dtype
 from grape_ray.engines.directions import Directions
-from grape_ray.engines.subspace import Subspace, Svd, plan_projections
+from grape_ray.engines.subspace import Projection, Subspace, Svd, plan_projections
 from grape_ray.errors import CheckpointError, GrapeRayError
 from grape_ray.privacy.random_streams import public_bits
 from grape_ray.privacy.types import NonPrivateGradient, PrivateGradient, step_of
@@ -113,8 +113,15 @@ class Optimizer:
                 shape = (self._rows[name].stop - self._rows[name].start, plan.rank)
             for slot in slots:
                 self._state[slot][name] = torch.zeros(
-                    shape, dtype=sum_dtype(param), device=like.device
+                    like.shape if self._is_lifted(slot, name) else shape,
+                    dtype=sum_dtype(param),
+                    device=like.device,
                 )
+
+    def _is_lifted(self, slot: str, name: str) -> bool:
+        """Whether this state of a projected weight has the weight's own shape."""
+        lifted = slot == "first" and self.method.moments == "lifted"
+        return lifted and name in self.subspace.plan
 
     def _rows_of(self, name: str, param: Tensor) -> slice:
         """The rows of the weight, seen as a matrix, that this rank updates."""
@@ -189,10 +196,18 @@ class Optimizer:
         exact = weight.float() if weight.dtype == torch.bfloat16 else weight
         if decay != 1:
             exact.mul_(decay)
-        period = self.subspace.period(step)
-        self.subspace.lift_(exact, name, period, update, moves, self._rows[name])
+        period, rows = self.subspace.period(step), self._rows[name]
+        first = self._state.get("first", {}).get(name)
+        if first is not None and self._is_lifted("first", name):
+            adam = self.method.optimizer_name == "adam"
+            kept = self.method.betas[0] if adam else self.method.momentum
+            taken = 1 - kept if adam else 1.0
+            self.subspace.lift_(first.mul_(kept), name, period, update, taken, rows)
+            exact.add_(first, alpha=moves / (1 - kept**self.updates) if adam else moves)
+        else:
+            self.subspace.lift_(exact, name, period, update, moves, rows)
         if exact is not weight:
-            flat, rows = exact.view(max(exact.shape[0], 1), -1), self._rows[name]
+            flat = exact.view(max(exact.shape[0], 1), -1)
             whole = self.params[name].shape[0], flat.shape[1]
             bits = torch.from_numpy(
                 public_bits(self._rounding_key, name, step, whole, rows).astype("i4")
@@ -209,31 +224,31 @@ class Optimizer:
         return min(self.updates, step % refresh + 1)
 
     def _direction(self, name: str, grad: Tensor, noise_std: float, averaged: int) -> Tensor:
-        """The direction in coordinates; may reuse the gradient's memory."""
+        """The direction in coordinates, of which a lifted mean is yet to be taken; may reuse the
+        gradient's memory.
+        """
+        lifted = self._is_lifted("first", name)
         if self.method.optimizer_name == "sgd":
-            if not self.method.momentum:
+            if lifted or not self.method.momentum:
                 return grad
             return self._state["first"][name].mul_(self.method.momentum).add_(grad)
         beta1, beta2 = self.method.betas
-        first, second = self._state["first"][name], self._state["second"][name]
-        first.lerp_(grad, 1 - beta1)
+        second = self._state["second"][name]
         second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         unbiased = second / (1 - beta2**self.updates)
         if self.method.correct_noise_bias:  # in coordinates the noise variance is known exactly
             unbiased = unbiased.sub_(noise_std**2).clamp_(min=0)
-        return (
-            unbiased.sqrt_()
-            .add_(self.method.eps)
-            .reciprocal_()
-            .mul_(first)
-            .div_(1 - beta1**averaged)
-        )
+        scale = unbiased.sqrt_().add_(self.method.eps).reciprocal_()
+        if lifted:
+            return scale.mul_(grad)
+        first = self._state["first"][name].lerp_(grad, 1 - beta1)
+        return scale.mul_(first).div_(1 - beta1**averaged)
 
     def _refresh(self, name: str, old: int, new: int) -> None:
         """Applies the moment policy where the projection changes; second moments move by the
         squared change of basis.
         """
-        if self.method.moments == "keep":
+        if self.method.moments in ("keep", "lifted"):
             return
         if self.method.moments == "reset":
             # the law of squared coordinates is the same in any basis
@@ -257,10 +272,12 @@ class Optimizer:
         found = {}
         for name, param in self.params.items():
             plan = self.subspace.plan.get(name)
-            if not isinstance(param, DTensor) or (plan is not None and plan.axis == 0):
+            if not isinstance(param, DTensor):
                 continue
-            shape = tuple(plan.shape if plan else param.shape)
-            found |= {f"{slot}/{name}": (shape, self._rows[name].start) for slot in self._state}
+            for slot in self._state:
+                like = param if plan is None or self._is_lifted(slot, name) else plan
+                if not isinstance(like, Projection) or like.axis == 1:
+                    found[f"{slot}/{name}"] = (tuple(like.shape), self._rows[name].start)
         return found
 
     def state_dict(self) -> dict[str, Tensor | int]:

@@ -44,7 +44,7 @@ def trained(method, steps=6, resume_at=None, only=None, **options):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-@pytest.mark.parametrize("moments", ["keep", "reset", "transfer"])
+@pytest.mark.parametrize("moments", ["keep", "reset", "transfer", "lifted"])
 @pytest.mark.parametrize("method", ["grape", "dp_galore", "dp_adam"])
 def test_a_saved_state_resumes_bitwise(method, moments):
     plain = trained(method, moments=moments, refresh=2)
@@ -85,6 +85,43 @@ def test_a_mean_of_gradients_is_of_one_projection_alone():
     torch.testing.assert_close(*ends)
     kept = trained("grape", only="layer.weight", moments="keep")
     assert not torch.allclose(kept, ends[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_a_lifted_mean_goes_on_across_projections(optimizer):
+    """Every update is the mean, by hand, of what the same gradients move without momentum."""
+    moved = {}
+    for kept in (0.0, 0.6):
+        options = {"betas": (kept, 0.999)} if optimizer == "adam" else {"momentum": kept}
+        method = Method(
+            rank=3,
+            project_min_numel=100,
+            optimizer=optimizer,
+            learning_rate=0.05,
+            moments="lifted",
+            **options,
+        )
+        model = zoo.build_layer("Linear").requires_grad_(False)
+        weight, noise, places = model.get_parameter("layer.weight"), NoiseStream(KEY), []
+        weight.requires_grad_(True)
+        engine = make_engine(model, "grape", 1.0, key=b"o", rank=3, project_min_numel=100)
+        given = make_optimizer(model, engine, method, 4)
+        for step in range(4):
+            before = weight.detach().clone()
+            summed = engine.clipped_sum(zoo.layer_loss, zoo.layer_batch(seed=step), step=step)
+            given.step(privatize(summed, noise, grant=granted(0.3), expected_batch_size=6))
+            places.append(weight.detach() - before)
+            with torch.no_grad():  # it stands still, so that both see the same gradients
+                weight.copy_(before)
+        moved[kept] = places
+    mean = torch.zeros_like(moved[0.0][0])
+    for step, (alone, together) in enumerate(zip(*moved.values())):
+        if optimizer == "adam":
+            mean = 0.6 * mean + 0.4 * alone
+            wanted = mean / (1 - 0.6 ** (step + 1))
+        else:
+            wanted = mean = 0.6 * mean + alone
+        torch.testing.assert_close(together, wanted, rtol=1e-3, atol=2e-6)
 
 
 def test_noise_and_update_are_those_of_the_step_that_was_summed():

@@ -274,6 +274,7 @@ def _lifts_exactly(config: Config, optimizer: Optimizer) -> bool:
     exact = all(optimizer.params[name].dtype is torch.float32 for name in optimizer.subspace.plan)
     return (
         METHODS[config.method.name].subspace == "gaussian"
+        and config.method.moments != "lifted"
         and exact
         and not config.performance.sharded
     )

@@ -170,7 +170,10 @@ class Method:
             more of them (docs/choosing.md), and for `dp_zero`; every 100th for `dp_galore`.
         moments: at a refresh `reset` (the mean of gradients begins anew, as their coordinates have
             another meaning; the mean of their squares, whose law is the same, goes on), `keep` (the
-            paper's: neither does) or `transfer` (lift the old coordinates and project them again).
+            paper's: neither does), `transfer` (lift the old coordinates and project them again) or
+            `lifted` (the mean is of updates lifted to the weight's shape, so that no projection
+            ends it: momentum with a new projection each step, for one more copy of what is trained
+            in memory and in checkpoints).
         scale: `unbiased` draws the projection from N(0, 1/r); `paper` from N(0, 1/r^2), as the
             authors' public code does.
         dense: name patterns (fnmatch) of tensors that are never projected.
@@ -233,7 +236,7 @@ class Method:
             self.refresh,
             "an integer >= 0, or None for the method's own",
         )
-        _choice("method.moments", self.moments, ("keep", "reset", "transfer"))
+        _choice("method.moments", self.moments, ("keep", "reset", "transfer", "lifted"))
         _choice("method.scale", self.scale, ("unbiased", "paper"))
         _choice("method.estimator", self.estimator, ("hutchinson", "hutch++"))
         if self.optimizer is not None:
@@ -344,8 +347,8 @@ class Performance:
         keep_checkpoints: committed checkpoints kept.
         delta_checkpoints: of method `grape`: so many checkpoints between two full ones hold only
             coordinates, a few percent of the bytes; weights restored from one differ from those
-            saved by rounding. With `sharded`, or where projected weights are not fp32, all
-            checkpoints are full ones.
+            saved by rounding. With `sharded`, `moments=lifted`, or where projected weights are not
+            fp32, all checkpoints are full ones.
         checkpoint_timeout_s: how long a checkpoint may take from its copy in memory to its
             manifest.
         storage_timeout_s: how long a call to remote storage is tried again.

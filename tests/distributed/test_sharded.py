@@ -57,8 +57,9 @@ def task(tmp_path_factory):
 
 
 def run(
-    task, comms, method, sharded=False, recompute=False, dtype=torch.float64, micro=3, by_unit=False
-):
+    task, comms, method, sharded=False, recompute=False, dtype=torch.float64, micro=3,
+    by_unit=False, moments="transfer",
+):  # fmt: skip
     """Three private steps; returns (whole weights, metrics, largest numel held of any parameter
     over the whole's).
     """
@@ -71,7 +72,7 @@ def run(
         learning_rate=0.01,
         weight_decay=0.1,
         project_min_numel=200,
-        moments="transfer",
+        moments=moments,
     )
     trial = from_config(model, privacy, config, b"public")
     if sharded:
@@ -124,6 +125,7 @@ CASES = {  # on this many ranks
         {"method": "dp_adam"},
         BF16,
         {"method": "grape", "by_unit": True},
+        {"method": "grape", "moments": "lifted"},
     ],
     4: [{"method": "grape"}, {"method": "grape", "by_unit": True}],
 }
@@ -144,7 +146,8 @@ def found(tmp_path_factory, task):
     [(w, n) for w, cases in CASES.items() for n, case in enumerate(cases) if case is not BF16],
 )
 def test_a_sharded_model_is_trained_as_a_whole_one(found, task, world, number):
-    case = {key: CASES[world][number].get(key, False) for key in ("method", "by_unit")}
+    alone = ("method", "by_unit", "moments")
+    case = {key: value for key, value in CASES[world][number].items() if key in alone}
     weights, metrics, _, _ = run(task, Comms.local(), **case)
     for theirs, their_metrics, held, _ in (answers[number] for answers in found[world]):
         assert theirs.keys() == weights.keys()
@@ -210,7 +213,9 @@ def test_a_sharded_run_is_resumed_on_another_number_of_ranks(tmp_path, task):
     config = Config(
         task=task,
         privacy=Privacy(expected_batch_size=6, steps=4, spare_steps=8),
-        method=Method(rank=4, refresh=3, learning_rate=0.01, project_min_numel=200),
+        method=Method(
+            rank=4, refresh=3, learning_rate=0.01, project_min_numel=200, moments="lifted"
+        ),
         performance=Performance(
             micro_batch_size=3, num_workers=2, sharded=True, recompute=True, charge_chunk=2
         ),
