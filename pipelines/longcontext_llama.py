@@ -5,19 +5,40 @@ time linear in the length.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from grape_ray.config.schema import Config, Method, Performance, Privacy
+from grape_ray.tasks.text_classification import TextClassification
 from grape_ray.tasks.text_generation import TextGeneration
 from pipelines.parts import tiny_data
+from pipelines.parts.reading import Reading
 
 _TINY = (
-    "scratch:llama?vocab_size=259&hidden_size=64&intermediate_size=128&num_hidden_layers=2"
+    "scratch:llama?vocab_size=%d&hidden_size=64&intermediate_size=128&num_hidden_layers=2"
     "&num_attention_heads=4&num_key_value_heads=2"
 )
+_ARXIV = "hf://datasets/ccdv/arxiv-summarization/document/%s-*.parquet"
+_CLASSES = "hf://datasets/ccdv/arxiv-classification@~parquet/no_ref/%s/*.parquet"
+_ARTICLES: dict[str, Any] = {"data": _ARXIV % "train", "validation": _ARXIV % "validation"}
+
+_LEARNED: dict[str, tuple[type, dict[str, Any]]] = {
+    "texts": (TextGeneration, {**_ARTICLES, "text_column": "article"}),
+    "summaries": (
+        TextGeneration,
+        {**_ARTICLES, "prompt_column": "article", "text_column": "abstract"},
+    ),
+    "answers": (Reading, {"data": "rajpurkar/squad", "validation": "validation"}),
+    "classes": (
+        TextClassification,
+        {"data": _CLASSES % "train", "validation": _CLASSES % "validation", "text_column": "text"},
+    ),
+}
 
 
-def longcontext_llama(size: Literal["1b", "tiny"] = "1b") -> Config:
+def longcontext_llama(
+    size: Literal["1b", "tiny"] = "1b",
+    learned: Literal["texts", "summaries", "answers", "classes"] = "texts",
+) -> Config:
     """Llama-3.2-1B at 4,096 tokens and epsilon 2: the setting of the DP-SGD-RC paper (arXiv
     2605.24879), 32 secret probes a layer.
 
@@ -28,16 +49,19 @@ def longcontext_llama(size: Literal["1b", "tiny"] = "1b") -> Config:
 
     Args:
         size: `1b`, or `tiny`: 400 bytes of generated texts and random weights in a minute.
+        learned: `texts`, articles of arXiv; `summaries`, their abstracts after them; `classes`,
+            their fields by a head on the last token; `answers` to questions about a passage, of
+            SQuAD, whose passages are short (longer ones are yours: columns `context`, `question`
+            and `answers`).
     """
+    kind, columns = _LEARNED[learned]
     config = Config(
-        task=TextGeneration(
+        task=kind(
             name="longcontext-llama",
             model="meta-llama/Llama-3.2-1B",
-            data="hf://datasets/ccdv/arxiv-summarization/document/train-*.parquet",
-            validation="hf://datasets/ccdv/arxiv-summarization/document/validation-*.parquet",
-            text_column="article",
             max_tokens=4096,
             validation_limit=256,
+            **columns,
         ),
         privacy=Privacy(
             epsilon=2.0,
@@ -53,14 +77,28 @@ def longcontext_llama(size: Literal["1b", "tiny"] = "1b") -> Config:
             num_workers=8, use_gpu=True, micro_batch_size=2, checkpoint_every=50, eval_every=100
         ),
     )
-    if size == "1b":
-        return config
-    train, validation = tiny_data.articles("article", words=80)
-    return replace(  # every number is ours
+    return config if size == "1b" else _tiny(config)
+
+
+def _tiny(config: Config) -> Config:
+    """The same of generated texts; every number is ours."""
+    task = config.task
+    model = _TINY % 259  # bytes, and three marks
+    changes: dict[str, Any] = {"tokenizer": "bytes", "max_new_tokens": 12}
+    if isinstance(task, Reading):
+        columns = {"passage": "context", "question": "question"}
+        train, validation = tiny_data.questions(columns, task.answers)
+    elif isinstance(task, TextClassification):
+        train, validation = tiny_data.classified([task.text_column], task.label_column, 2)
+        model, changes = _TINY % 261, {}  # whose own tokenizer has two more
+    else:
+        columns = [name for name in (task.prompt_column, task.text_column) if name]
+        train, validation = tiny_data.articles(columns, words=80 // len(columns))
+    return replace(
         config,
         task=replace(
-            config.task, name="longcontext-tiny", model=_TINY, data=train, validation=validation,
-            tokenizer="bytes", max_tokens=400, public=True,
+            task, name="longcontext-tiny", model=model, data=train, validation=validation,
+            max_tokens=400, public=True, **changes,
         ),
         privacy=replace(
             config.privacy, epsilon=8.0, delta=1e-5, expected_batch_size=32, steps=20, spare_steps=0

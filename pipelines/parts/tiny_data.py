@@ -76,9 +76,10 @@ def questions(columns: dict[str, str], answers: str) -> tuple[str, str]:
     return _files(f"questions-{'-'.join(columns.values())}-{answers}", row)
 
 
-def articles(column: str, words: int) -> tuple[str, str]:
-    """The same of texts of so many words."""
-    return _files(f"articles-{column}-{words}", lambda rng: {column: _words(rng, words)})
+def articles(columns: Sequence[str], words: int) -> tuple[str, str]:
+    """The same of texts of so many words, in each of some columns."""
+    name = f"articles-{'-'.join(columns)}-{words}"
+    return _files(name, lambda rng: {column: _words(rng, words) for column in columns})
 
 
 def digits() -> tuple[str, str]:

@@ -24,7 +24,8 @@ TINY = [
     ("roberta_glue", ("dataset=trec", "paper=true")),
     ("opt_tasks", ("dataset=boolq", "paper=true")), ("opt_tasks", ("dataset=drop",)),
     ("gpt2_e2e", ()),
-    ("longcontext_llama", ()),
+    ("longcontext_llama", ("learned=texts",)), ("longcontext_llama", ("learned=summaries",)),
+    ("longcontext_llama", ("learned=answers",)), ("longcontext_llama", ("learned=classes",)),
 ]  # fmt: skip
 
 
