@@ -5,9 +5,10 @@ time linear in the length.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 from grape_ray.config.schema import Config, Method, Performance, Privacy
+from grape_ray.storage import Json
 from grape_ray.tasks.text_classification import TextClassification
 from grape_ray.tasks.text_generation import TextGeneration
 from pipelines.parts import tiny_data
@@ -19,9 +20,9 @@ _TINY = (
 )
 _ARXIV = "hf://datasets/ccdv/arxiv-summarization/document/%s-*.parquet"
 _CLASSES = "hf://datasets/ccdv/arxiv-classification@~parquet/no_ref/%s/*.parquet"
-_ARTICLES: dict[str, Any] = {"data": _ARXIV % "train", "validation": _ARXIV % "validation"}
+_ARTICLES: Json = {"data": _ARXIV % "train", "validation": _ARXIV % "validation"}
 
-_LEARNED: dict[str, tuple[type, dict[str, Any]]] = {
+_LEARNED: dict[str, tuple[type, Json]] = {
     "texts": (TextGeneration, {**_ARTICLES, "text_column": "article"}),
     "summaries": (
         TextGeneration,
@@ -84,7 +85,7 @@ def _tiny(config: Config) -> Config:
     """The same of generated texts; every number is ours."""
     task = config.task
     model = _TINY % 259  # bytes, and three marks
-    changes: dict[str, Any] = {"tokenizer": "bytes", "max_new_tokens": 12}
+    changes: Json = {"tokenizer": "bytes", "max_new_tokens": 12}
     if isinstance(task, Reading):
         columns = {"passage": "context", "question": "question"}
         train, validation = tiny_data.questions(columns, task.answers)

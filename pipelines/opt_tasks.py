@@ -5,9 +5,10 @@ experiment (arXiv 2506.15588).
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 from grape_ray.config.schema import Config, Method, Performance, Privacy
+from grape_ray.storage import Json
 from grape_ray.tasks.prompt_classification import PromptClassification
 from pipelines.parts import tiny_data
 from pipelines.parts.dp_grape import paper_projections
@@ -26,7 +27,7 @@ _DROP = "Passage: {passage}\nQuestion: {question}\nAnswer:"
 _SQUAD = "Title: {title}\nContext: {context}\nQuestion: {question}\nAnswer:"
 
 # Prompts are MeZO's (Malladi et al. 2023), but that BoolQ's questions there begin with a capital.
-_DATASETS: dict[str, dict[str, Any]] = {
+_DATASETS: dict[str, Json] = {
     "sst2": {
         "data": "nyu-mll/glue", "data_config": "sst2", "template": "{sentence} It was {mask}",
         "labels": ("negative", "positive"), "label_words": ("terrible", "great"),
@@ -94,7 +95,7 @@ def _tiny(config: Config) -> Config:
         own = {"context": "passage"}  # the generated text in a column of another name
         columns = {own.get(name, name): name for name in task.input_columns.named}
         train, validation = tiny_data.questions(columns, task.answers)
-        changes: dict[str, Any] = {"tokenizer": "bytes", "max_tokens": 200, "max_new_tokens": 12}
+        changes: Json = {"tokenizer": "bytes", "max_tokens": 200, "max_new_tokens": 12}
     else:
         texts = task.input_columns.named
         train, validation = tiny_data.classified(texts, task.label_column, len(task.labels))

@@ -5,9 +5,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from grape_ray.config.schema import Config, Method, Performance, Privacy
+from grape_ray.storage import Json
 from grape_ray.tasks.prompt_classification import PromptClassification
 from pipelines.parts import tiny_data
 from pipelines.parts.dp_grape import paper_projections
@@ -30,14 +31,14 @@ class _Prompted:
             word of each label. count: training records. label: the column of labels.
     """
 
-    fields: dict[str, Any]
+    fields: Json
     template: str
     words: dict[str, str]
     count: int
     label: str = "label"
 
 
-def _glue(config: str, validation: str = "validation") -> dict[str, Any]:
+def _glue(config: str, validation: str = "validation") -> Json:
     return {"data": "nyu-mll/glue", "data_config": config, "validation": validation}
 
 

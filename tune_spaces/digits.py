@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ray import tune
 
 from grape_ray.tuning import SweepStudy
+from grape_ray.tuning.spaces import Space
 from pipelines.digits_vit import digits_vit
 
 
-def space() -> dict[str, Any]:
+def space() -> Space:
     return {
         "method.rank": tune.choice([4, 8, 16, 32]),
         "privacy.clip_norm": tune.loguniform(0.1, 10.0),

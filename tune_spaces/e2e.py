@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from ray import tune
 
 from grape_ray.tuning import SweepStudy
+from grape_ray.tuning.spaces import Space
 from pipelines.gpt2_e2e import gpt2_e2e
 
 
-def space() -> dict[str, Any]:
+def space() -> Space:
     return {
         "method.name": tune.choice(["grape", "bookkeeping"]),
         "privacy.clip_norm": tune.loguniform(0.05, 2.0),

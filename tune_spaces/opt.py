@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from ray import tune
 
 from grape_ray.tuning import SweepStudy
+from grape_ray.tuning.spaces import Space
 from pipelines.opt_tasks import opt_tasks
 
 
-def space(size: str = "1.3b") -> dict[str, Any]:
+def space(size: str = "1.3b") -> Space:
     return {
         "method.rank": tune.choice([8, 16, 32] if size == "tiny" else [16, 32, 64]),
         "privacy.clip_norm": tune.loguniform(0.1, 20.0),

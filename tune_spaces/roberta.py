@@ -4,15 +4,16 @@ both splits are private.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from ray import tune
 
 from grape_ray.tuning import SweepStudy
+from grape_ray.tuning.spaces import Space
 from pipelines.roberta_glue import roberta_glue
 
 
-def space(size: str = "large") -> dict[str, Any]:
+def space(size: str = "large") -> Space:
     return {
         "method.rank": tune.choice([8, 16, 32] if size == "tiny" else [16, 32, 64, 128]),
         "privacy.clip_norm": tune.loguniform(0.1, 20.0),

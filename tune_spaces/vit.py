@@ -4,15 +4,16 @@ DP-GRAPE paper; `--set size=tiny` tunes it on digits.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from ray import tune
 
 from grape_ray.tuning import SweepStudy
+from grape_ray.tuning.spaces import Space
 from pipelines.vit_cifar10 import vit_cifar10
 
 
-def space(size: str = "base") -> dict[str, Any]:
+def space(size: str = "base") -> Space:
     return {
         "method.rank": tune.choice([8, 16, 32] if size == "tiny" else [16, 32, 64, 128]),
         "privacy.clip_norm": tune.loguniform(0.1, 10.0),

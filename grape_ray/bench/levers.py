@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grape_ray.accounting.calibration import noise_multiplier
+from grape_ray.data.arrays import Records
 from grape_ray.privacy.clipping import factors
 from grape_ray.tasks.batches import batches
 from grape_ray.tasks.task import load, resolved
@@ -302,7 +303,7 @@ def _whitener(public: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: _lengthened((x - mean) @ root)
 
 
-def _means(task: TextClassification, model: Any, records: Any) -> tuple[Tensor, Tensor]:
+def _means(task: TextClassification, model: Any, records: Records) -> tuple[Tensor, Tensor]:
     """Embeddings and classes of records, in their order."""
     order, found, labels = [], [], []
     for indices, batch in batches(task, model, records, 256):

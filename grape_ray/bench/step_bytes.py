@@ -66,7 +66,7 @@ def _watch(step: PrivateStep, own: set[int], found: dict[str, int]) -> None:
         collector.squared_norms = squared_norms
         return collector
 
-    def summed(*args: Any, **kwargs: Any) -> ClippedSum:
+    def summed(*args: object, **kwargs: object) -> ClippedSum:
         out = clipped_sum(*args, **kwargs)
         found["clipped sum"] = _bytes(dict(out.tensors), own)
         return out

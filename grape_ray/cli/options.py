@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import click
 
-Decorator = Callable[[Any], Any]
+Command = TypeVar("Command", bound=Callable[..., object])
+Decorator = Callable[[Command], Command]
 
 trust_module = click.option(
     "--trust-module", "trust", multiple=True, metavar="MODULE",
@@ -66,7 +67,7 @@ def dataset_budget(whose: str) -> Decorator:
 def _all(*options: Decorator) -> Decorator:
     """Options in the order in which --help shows them."""
 
-    def decorate(function: Any) -> Any:
+    def decorate(function: Command) -> Command:
         for option in reversed(options):
             function = option(function)
         return function

@@ -8,7 +8,6 @@ import inspect
 import re
 import typing
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from grape_ray.config.fields import FieldInfo, type_name
 from grape_ray.config.overrides import at, parse_as
@@ -20,7 +19,7 @@ def taken(
     assignments: Iterable[str],
     fields: Iterable[str],
     place: str = "--set",
-) -> tuple[dict[str, Any], list[str]]:
+) -> tuple[dict[str, object], list[str]]:
     """The arguments that assignments give a function, and the assignments that are left for what it
     returns: those with a dot in their key, or with the name of a field.
 
@@ -33,7 +32,7 @@ def taken(
             of another type.
     """
     hints, fields = _hints(function), tuple(fields)
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, object] = {}
     others = []
     for text in assignments:
         key, sign, value = (part.strip() for part in text.partition("="))
@@ -51,7 +50,7 @@ def taken(
 
 
 def parameters_of(
-    function: Callable[..., object], arguments: typing.Mapping[str, Any]
+    function: Callable[..., object], arguments: typing.Mapping[str, object]
 ) -> list[FieldInfo]:
     """The parameters of a function: names, types, values (where `arguments` give none, defaults),
     and what the `Args:` of its docstring says of them.
@@ -73,7 +72,7 @@ def parameters_of(
     ]
 
 
-def _hints(function: Callable[..., object]) -> dict[str, Any]:
+def _hints(function: Callable[..., object]) -> dict[str, object]:
     """The parameters that may be given by name, and their types: as annotated, or that of the
     default.
     """

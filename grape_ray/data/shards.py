@@ -16,10 +16,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from filelock import FileLock
+from torch import Tensor
 
 from grape_ray.data.arrays import Digests, Ragged, Records
 from grape_ray.data.cache import cache_folder
@@ -191,7 +191,7 @@ class ShardedRagged(Ragged):
         found = [self[int(index)] for index in indices]
         return Ragged.of(found, found[0].dtype.type if found else np.int32)
 
-    def padded(self, indices: np.ndarray, fill: int, multiple: int = 1) -> Any:
+    def padded(self, indices: np.ndarray, fill: int, multiple: int = 1) -> tuple[Tensor, Tensor]:
         return self.take(indices).padded(np.arange(len(indices)), fill, multiple)
 
 

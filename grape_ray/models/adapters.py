@@ -135,7 +135,7 @@ def _check_trainable(name: str, param: nn.Parameter) -> None:
         raise ConfigError(what, "a weight in four bits", "floating-point weights", fix)
 
 
-def _task_type(model: Any) -> str | None:
+def _task_type(model: nn.Module) -> str | None:
     """What peft calls the model's kind, by which it knows its head; None for others."""
     ends = {
         "ForSequenceClassification": "SEQ_CLS", "ForCausalLM": "CAUSAL_LM",
@@ -146,7 +146,7 @@ def _task_type(model: Any) -> str | None:
     return next((kind for end, kind in ends.items() if name.endswith(end)), None)
 
 
-def _classifies(model: Any, *what: str) -> bool:
+def _classifies(model: nn.Module, *what: str) -> bool:
     return type(model).__name__.endswith(tuple(f"For{kind}Classification" for kind in what))
 
 

@@ -31,14 +31,14 @@ class Fitted:
 
 def fit(
     model: nn.Module | Callable[[], nn.Module],
-    data: Sequence[Any] | Callable[[], Sequence[Any]],
+    data: Sequence[object] | Callable[[], Sequence[object]],
     loss: Callable[[nn.Module, Any], Tensor],
     *,
     epsilon: float,
     delta: float,
     expected_batch_size: int,
     steps: int,
-    validation: Sequence[Any] | Callable[[], Sequence[Any]] | None = None,
+    validation: Sequence[object] | Callable[[], Sequence[object]] | None = None,
     method: str | Method = "grape",
     clip_norm: float = 1.0,
     learning_rate: float = 1e-3,

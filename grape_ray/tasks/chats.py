@@ -69,7 +69,7 @@ def _chats(table: Table, column: str, tokenizer: Any) -> list[list[dict[str, str
     return chats
 
 
-def _is_message(message: dict[str, Any]) -> bool:
+def _is_message(message: dict[str, object]) -> bool:
     return message.get("role") in _ROLES and isinstance(message.get("content"), str)
 
 

@@ -160,7 +160,7 @@ def _records(dataset: Any, name: str) -> Records:
     return Records({key: np.stack(values) for key, values in columns.items()})
 
 
-def _parts(item: object) -> dict[str, Any]:
+def _parts(item: object) -> dict[str, object]:
     if isinstance(item, Mapping):
         return {f"key {key}": value for key, value in item.items()}
     if isinstance(item, (tuple, list)):

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -134,7 +133,7 @@ class ImageClassification(LabelledTask):
         return pixels.to(torch.float32 if self.weights == "fp32" else torch.bfloat16)
 
     @torch.no_grad()
-    def _check_size(self, model: Any) -> None:
+    def _check_size(self, model: nn.Module) -> None:
         """Refuses a model that does not take what its image processor makes, which no record can
         change. Raises ConfigError.
         """

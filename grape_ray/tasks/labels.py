@@ -119,8 +119,8 @@ class LabelledTask(NamedLabels):
         name.
         """
         names = self.label_names()
-        labels: list[Any] = [None] * len(records)
-        chances: list[Any] = [None] * len(records)
+        labels: list[object] = [None] * len(records)
+        chances: list[object] = [None] * len(records)
         for indices, batch in batches(self, model, records):
             logits = self.logits(model, batch).float()
             found = logits.sigmoid() if self.multi_label else logits.softmax(-1)

@@ -213,7 +213,7 @@ def _only(body: nn.Module, places: Tensor) -> Iterator[None]:
     large vocabulary is scored once.
     """
 
-    def keep(_module: nn.Module, _args: Any, output: Any) -> Any:
+    def keep(_module: nn.Module, _args: object, output: Any) -> Any:
         output[next(iter(output))] = _at(output[0], places)
         return output
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -122,7 +122,7 @@ class Seq2Seq(TokenizedTask):
         """The text that the model writes for each source, by the most likely token each time."""
         return {"text": self._written(model, records, range(len(records)))}
 
-    def _written(self, model: nn.Module, records: Records, indices: Any) -> list[str]:
+    def _written(self, model: nn.Module, records: Records, indices: Sequence[int]) -> list[str]:
         ids, tokenizer = records.sequences("input_ids"), self.load_tokenizer()
         sources = [ids[index].tolist() for index in indices]
         answers = generated(model, sources, self.max_new_tokens, tokenizer.eos_token_id)

@@ -196,11 +196,11 @@ class TokenClassification(NamedLabels, TokenizedTask):
 
         return table.lists(self.tags_column, is_tag, "texts or integers")
 
-    def _places(self, names: Sequence[str]) -> dict[Any, int]:
+    def _places(self, names: Sequence[str]) -> dict[object, int]:
         """The label of each tag, as a text, or as an integer: the number that a name is, or else
         the place of one.
         """
-        places: dict[Any, int] = {name: place for place, name in enumerate(names)}
+        places: dict[object, int] = {name: place for place, name in enumerate(names)}
         numbers = all(name.lstrip("-").isdigit() for name in names)
         return places | {
             (int(name) if numbers else place): place for place, name in enumerate(names)

@@ -31,7 +31,7 @@ _ROWS = 1024
 _ENDINGS = (".jsonl", ".parquet")
 
 
-def describe_exported(task: Any) -> str:
+def describe_exported(task: object) -> str:
     """What an exported folder says of the task, as JSON: without where its records, its model and
     its tokenizer lie, of which the folder holds the latter two.
     """

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from grape_ray.data.cache import cache_folder
+from grape_ray.storage import Json
 from pipelines.parts.image_files import images_table
 
 TRAIN, VALIDATION = 512, 64
@@ -31,8 +32,8 @@ def classified(columns: Sequence[str], label: str, classes: int) -> tuple[str, s
     that tells the class, and the class's number.
     """
 
-    def row(rng: np.random.Generator) -> dict[str, Any]:
-        found: dict[str, Any] = {name: _words(rng) for name in columns}
+    def row(rng: np.random.Generator) -> Json:
+        found: Json = {name: _words(rng) for name in columns}
         chosen = int(rng.integers(classes))
         found[columns[-1]] = f"{_TELLING[chosen]} {found[columns[-1]]}"
         return {**found, label: chosen}
@@ -43,7 +44,7 @@ def classified(columns: Sequence[str], label: str, classes: int) -> tuple[str, s
 def restaurants() -> tuple[str, str]:
     """The same of meanings and sentences, in the manner and with the columns of E2E."""
 
-    def row(rng: np.random.Generator) -> dict[str, Any]:
+    def row(rng: np.random.Generator) -> Json:
         name, food, place = (words[rng.integers(len(words))] for words in (_NAMES, _FOODS, _PLACES))
         return {
             "meaning_representation": f"name[{name}], food[{food}], area[{place[3:]}]",
@@ -62,7 +63,7 @@ def questions(columns: dict[str, str], answers: str) -> tuple[str, str]:
     """
     column, _, member = answers.partition(".")
 
-    def row(rng: np.random.Generator) -> dict[str, Any]:
+    def row(rng: np.random.Generator) -> Json:
         name, food = _NAMES[rng.integers(len(_NAMES))], _FOODS[rng.integers(len(_FOODS))]
         texts = {
             "title": name,
@@ -102,7 +103,7 @@ def _words(rng: np.random.Generator, count: int = 0) -> str:
     return " ".join(rng.choice(_FILLERS, count or int(rng.integers(2, 6))))
 
 
-def _files(name: str, row: Callable[[np.random.Generator], dict[str, Any]]) -> tuple[str, str]:
+def _files(name: str, row: Callable[[np.random.Generator], Json]) -> tuple[str, str]:
     places = []
     for part, rows, seed in (("train", TRAIN, 1), ("validation", VALIDATION, 2)):
         rng = np.random.default_rng(seed)
