@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from grape_ray.config.schema import Config, Method, Performance, Privacy
+from grape_ray.engines.losses import PerExampleLoss
 from grape_ray.ray_backend.train import train
 from grape_ray.storage import Storage
 from grape_ray.tasks.functions import FunctionTask, named
@@ -32,7 +33,7 @@ class Fitted:
 def fit(
     model: nn.Module | Callable[[], nn.Module],
     data: Sequence[object] | Callable[[], Sequence[object]],
-    loss: Callable[[nn.Module, Any], Tensor],
+    loss: PerExampleLoss,
     *,
     epsilon: float,
     delta: float,

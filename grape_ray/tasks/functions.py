@@ -88,7 +88,7 @@ class FunctionTask:
     name: str = "fit"
 
     @staticmethod
-    def imported(fields: Mapping[str, Any]) -> list[str]:
+    def imported(fields: Mapping[str, object]) -> list[str]:
         """The modules of the functions that fields name, which whoever is handed a description must
         trust: they are imported and called.
         """
@@ -168,7 +168,7 @@ def _parts(item: object) -> dict[str, object]:
     return {"item": item}
 
 
-def _item(batch: Mapping[str, Tensor]) -> Any:
+def _item(batch: Mapping[str, Tensor]) -> object:
     """A batch in the form that the dataset's items have."""
     if set(batch) == {"item"}:
         return batch["item"]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from grape_ray.data.arrays import Records
 from grape_ray.data.fingerprints import column_fingerprints, fingerprint_records
 from grape_ray.data.units import Units
+from grape_ray.engines.losses import PerExampleLoss
 from grape_ray.errors import ConfigError
 from grape_ray.privacy.redaction import run_redacted
 from grape_ray.storage import Json
@@ -72,6 +73,8 @@ class Data:
         columns = column_fingerprints(self.validation)
         return (fingerprint_records(self.validation), *columns, *self.validation_source)
 
+
+_Task = TypeVar("_Task")
 
 _PARTS = {
     "train": Records,
@@ -173,7 +176,7 @@ def loaded(task: Task, unit: str = "") -> Data:
     return data
 
 
-def resolved(task: Any, data: Data) -> Any:
+def resolved(task: _Task, data: Data) -> _Task:
     """The task with what it read from its data written into its fields, where it has a method
     `resolved` for that: so that its model can be built where the data is not.
     """
@@ -277,7 +280,7 @@ def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Te
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
-def loss_of(task: Task, precision: str, device: str) -> Callable[[nn.Module, Any], Tensor]:
+def loss_of(task: Task, precision: str, device: str) -> PerExampleLoss:
     """The task's per-example loss in a precision that `config.schema.Performance` names."""
     return (
         under_autocast(task.per_example_loss, device)
@@ -286,12 +289,10 @@ def loss_of(task: Task, precision: str, device: str) -> Callable[[nn.Module, Any
     )
 
 
-def under_autocast(
-    loss: Callable[[nn.Module, Any], Tensor], device: str
-) -> Callable[[nn.Module, Any], Tensor]:
+def under_autocast(loss: PerExampleLoss, device: str) -> PerExampleLoss:
     """The loss with products and activations in bfloat16, itself in fp32."""
 
-    def under(model: nn.Module, batch: Any) -> Tensor:
+    def under(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         with torch.autocast(device, torch.bfloat16):
             return loss(model, batch).float()
 

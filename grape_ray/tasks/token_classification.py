@@ -167,7 +167,7 @@ class TokenClassification(NamedLabels, TokenizedTask):
     def predict(self, model: nn.Module, records: Records) -> dict[str, list]:
         """For each record a tag a token; None for tokens beyond `max_tokens`."""
         names, words = self.label_names(), records.sequences("words")
-        tags: list[Any] = [[None] * int(count) for count in records.array("count")]
+        tags: list[list[object]] = [[None] * int(count) for count in records.array("count")]
         for indices, batch in batches(self, model, records):
             chosen = _logits(model, batch).argmax(-1).cpu().tolist()
             for index, row in zip(indices, chosen):
@@ -190,7 +190,7 @@ class TokenClassification(NamedLabels, TokenizedTask):
     def _tokens(self, table: Table) -> list[list[str]]:
         return table.lists(self.tokens_column, is_text, "texts")
 
-    def _tags(self, table: Table) -> list[list[Any]]:
+    def _tags(self, table: Table) -> list[list[object]]:
         def is_tag(kind: pa.DataType) -> bool:
             return is_text(kind) or pa.types.is_integer(kind)
 

@@ -26,7 +26,7 @@ PALETTE = {
     "best": ("#c2410c", "#fb8c4e"),
     "burn": ("#1d6fa5", "#5fb3e6"),
 }
-_SETTINGS: dict[Any, Any] = {
+_SETTINGS: dict[Any, object] = {
     "svg.fonttype": "none",  # text stays text: it can be selected, read aloud, and is small
     "svg.hashsalt": "grape-ray",  # without it the ids in the SVG are random
     "text.parse_math": False,  # a $ in a name is a $
