@@ -26,7 +26,7 @@ def sst2() -> Config:
             classes=2,
             max_tokens=64,
             pooling="mean",
-            trainable=("*.layer.[345].*", "classifier.*"),
+            trainable=("upper-half", "classifier.*"),
         ),
         privacy=Privacy(
             epsilon=3.0,

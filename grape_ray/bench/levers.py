@@ -42,8 +42,8 @@ class Lever:
         rank: of the first layer's projection; 0 clips the gradient itself. basis: columns of the
             projection: `random`, normal and new every step; `public`, the principal directions of
             public embeddings; `released`, half of them the main directions of earlier noised
-            gradients, the rest random beside those. beta1: of the mean of gradients, where the
-            coordinates stay the same.
+            gradients, the rest random beside those. beta1: of the mean of gradients or, of a
+            projected layer, of lifted updates (`method.moments=lifted`).
         clipping: `automatic` or `flat`. second: the divisor of an update: `kept`, the root of the
             mean square; `corrected`, less the noise's variance (Tang et al. 2024, arXiv
             2312.14334), but at least `floor` of it; `noise`, the noise's deviation alone.
@@ -69,6 +69,8 @@ BASE = Lever("rank 16, new random projections, automatic clipping")
 LEVERS = (
     replace(BASE, name="rank 4", rank=4),
     replace(BASE, name="rank 64", rank=64),
+    replace(BASE, name="momentum 0.9 of lifted updates", beta1=0.9),
+    replace(BASE, name="the same, rank 64", rank=64, beta1=0.9),
     replace(BASE, name="exact clipping in full", rank=0, beta1=0.9, rates=(1e-3, 3e-3, 1e-2)),
     *(replace(BASE, name=f"flat, C = {c:g}", clipping="flat", clip_norm=c) for c in (0.1, 1, 5)),
     *(
@@ -83,7 +85,7 @@ LEVERS = (
     replace(BASE, name="mean of the last quarter", tail=0.25),
     replace(BASE, name="projections from released gradients", basis="released"),
     replace(BASE, name="projections from public data", basis="public"),
-    replace(BASE, name="the same, rank 64", basis="public", rank=64),
+    replace(BASE, name="projections from public data, rank 64", basis="public", rank=64),
     replace(BASE, name="embeddings whitened by public data", whitened=True),
 )  # fmt: skip
 
@@ -200,8 +202,9 @@ def accuracy(data: Embedded, setting: Setting, lever: Lever, rate: float, seed: 
                 update = first[place] / (1 - lever.beta1 ** (step + 1))
             update = update / _divisor(lever, second[place] / (1 - _BETA2 ** (step + 1)), noise)
             if basis is not None and place == 0:
-                update, lifted = update @ basis.T, release @ basis.T
-                released = torch.lerp(lifted, released, 0.95)
+                released = torch.lerp(release @ basis.T, released, 0.95)
+                first[place] = torch.lerp(update @ basis.T, first[place], lever.beta1)
+                update = first[place] / (1 - lever.beta1 ** (step + 1))
             param -= pace * update
         averaged = _average(lever, kept, params, step, setting.steps, averaged)
     final = kept if averaged else params

@@ -47,12 +47,17 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     """The repeated layers of a model: the entries of its longest outermost ModuleLists (encoder and
     decoder both, where it has both).
     """
-    found: list[nn.Module] = []
+    return [block for stack in stacks(model) for block in stack]
+
+
+def stacks(model: nn.Module) -> list[nn.ModuleList]:
+    """The outermost ModuleLists of a model that hold something, in its order."""
+    found: list[nn.ModuleList] = []
 
     def walk(module: nn.Module) -> None:
         for child in module.children():
             if isinstance(child, nn.ModuleList) and len(child):
-                found.extend(child)
+                found.append(child)
             else:
                 walk(child)
 

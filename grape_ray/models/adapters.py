@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from grape_ray.distributed.sharding import stacks
 from grape_ray.errors import ConfigError, nearest
 from grape_ray.models.extras import needed
 from grape_ray.models.four_bit import CLASSIFIERS
 
+UPPER_HALF = "upper-half"  # in place of a pattern
 _PREFIX = "base_model.model."  # before each name, once a model has adapters
 
 
@@ -55,23 +57,25 @@ def adapted(model: nn.Module, lora: Lora, trainable: Sequence[str], seed: int) -
     With adapters a fresh head is trained, too, in full.
 
     Args:
-        trainable: name patterns (fnmatch) of weights; with adapters in addition to them, and none
-            without adapters trains all.
+        trainable: name patterns (fnmatch) of weights, or `UPPER_HALF`; with adapters in addition to
+            them, and none without adapters trains all.
         seed: public seed of the adapters.
 
     Raises:
         ConfigError: no adapter can be made of the model, or a pattern names none of its weights.
     """
-    names = [name for name, _ in model.named_parameters()]
+    names, chosen = [name for name, _ in model.named_parameters()], set[str]()
     for pattern in trainable:
-        if not fnmatch.filter(names, pattern):
+        found = _upper_half(model) if pattern == UPPER_HALF else fnmatch.filter(names, pattern)
+        if not found:
             fix = nearest(pattern, names)
             raise ConfigError("task.trainable", pattern, "a pattern of names of weights", fix)
+        chosen.update(found)
     if lora.rank:
         model = _with_adapters(model, lora, seed)
     if trainable:
         for name, param in model.named_parameters():
-            if any(fnmatch.fnmatch(_plain(name), pattern) for pattern in trainable):
+            if _plain(name) in chosen:
                 _check_trainable(name, param)
                 param.requires_grad_(True)
             elif not lora.rank:
@@ -124,6 +128,17 @@ def _with_adapters(model: nn.Module, lora: Lora, seed: int) -> nn.Module:
             raise ConfigError(
                 "task.lora", f"targets {list(lora.targets)}", "layers of the model", reason
             ) from error
+
+
+def _upper_half(model: nn.Module) -> list[str]:
+    """The names of the weights of the later half of a model's blocks (of an encoder's and of a
+    decoder's); a block that is frozen from the beginning does not count.
+    """
+    upper: set[nn.Parameter] = set()
+    for stack in stacks(model):
+        blocks = [b for b in stack if any(p.requires_grad for p in b.parameters())]
+        upper.update(p for block in blocks[len(blocks) // 2 :] for p in block.parameters())
+    return [name for name, param in model.named_parameters() if param in upper]
 
 
 def _check_trainable(name: str, param: nn.Parameter) -> None:

@@ -66,7 +66,8 @@ class DatasetTask:
             run may have a ledger of its own.
         lora: adapters that are trained in place of the model's own weights.
         trainable: name patterns (fnmatch) of the weights that are trained, such as `classifier.*`
-            or `*bias`; none trains all, or the adapters alone.
+            or `*bias`, and `upper-half`, the later half of the layers; none trains all, or the
+            adapters alone.
         weights: `fp32`, `bf16` or `nf4`: of the weights in memory; adapters are fp32 in any. `nf4`
             has four bits a weight of a linear layer, through bitsandbytes, beside adapters alone.
     """

@@ -12,7 +12,7 @@ from grape_ray.config.description import describe, rebuild_config
 from grape_ray.config.schema import Config, Method, Performance, Privacy
 from grape_ray.engines import make_engine
 from grape_ray.errors import ConfigError
-from grape_ray.models.adapters import Lora, adapted
+from grape_ray.models.adapters import UPPER_HALF, Lora, adapted
 from grape_ray.ray_backend.train import train
 from grape_ray.tasks.text_generation import TextGeneration
 from grape_ray.training.export import export
@@ -82,6 +82,8 @@ def test_patterns_say_what_is_trained():
         f"classifier.{part}.{kind}" for part in ("dense", "out_proj") for kind in ("weight", "bias")
     }
     assert all(name.endswith("bias") for name in shapes(adapted(roberta(), Lora(), ("*bias",), 0)))
+    halves = shapes(adapted(roberta(), Lora(), (UPPER_HALF, "*.out_proj.bias"), 0))
+    assert set(halves) == {n for n in shapes(roberta()) if ".layer.1." in n or "out_proj.bias" in n}
     with_norms = shapes(adapted(llama(), Lora(rank=2, targets=("q_proj",)), ("*norm*",), 0))
     assert sum("norm" in name for name in with_norms) == 5
     assert sum("lora" in name for name in with_norms) == 4

@@ -10,6 +10,7 @@ import transformers
 from torch.nn.functional import layer_norm
 
 from grape_ray.errors import ConfigError
+from grape_ray.models.adapters import UPPER_HALF, Lora, adapted
 from grape_ray.models.pooling import with_mean_pooling
 from grape_ray.tasks.text_classification import TextClassification
 
@@ -54,6 +55,9 @@ def test_the_first_token_becomes_the_mean_of_all_that_are_no_padding(config, kin
     frozen = {n for n, p in again.named_parameters() if not p.requires_grad}
     assert frozen
     assert all(".layer.2." in name for name in frozen)
+    half = adapted(again, Lora(), (UPPER_HALF,), 0)  # of its own two layers
+    trained = {n for n, p in half.named_parameters() if p.requires_grad}
+    assert trained == {n for n, _ in half.named_parameters() if ".layer.1." in n}
 
 
 def test_a_model_of_another_build_is_refused_by_name():
