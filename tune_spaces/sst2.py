@@ -13,9 +13,9 @@ def space() -> Space:
     return {
         "method.rank": tune.choice([4, 8, 16, 32, 64]),
         "privacy.clip_norm": tune.loguniform(0.5, 50.0),
-        "method.learning_rate": tune.loguniform(1e-4, 2e-3),
+        "method.learning_rate": tune.loguniform(1e-4, 4e-3),
         "method.refresh": tune.choice([1, 10, 100]),
-        "method.moments": tune.choice(["keep", "reset", "transfer"]),
+        "method.moments": tune.choice(["keep", "reset", "transfer", "lifted"]),
     }
 
 

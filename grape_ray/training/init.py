@@ -103,7 +103,7 @@ def run_file(kind: str, data: str, model: str, found: Found, epsilon: float) -> 
     """A commented run file for what was found."""
     units = found.units
     model = model or _MODELS.get(kind, _ENCODER)
-    chosen = recipe(kind, model)
+    chosen = recipe(kind, model, units)
     steps = chosen.steps(units)
     delta = 10.0 ** -(math.floor(math.log10(max(units, 10))) + 1)
     what = f"the column {found.unit}: {units} different" if found.unit else "one record"
@@ -139,11 +139,13 @@ def run_file(kind: str, data: str, model: str, found: Found, epsilon: float) -> 
         f"  delta: {delta:.0e}  # below 1 / {units}",
         f"  expected_batch_size: {chosen.batch(units)}  # large batches drown the noise",
         f"  steps: {steps}",
+        *(f"  {name}: {value}" for name, value in chosen.privacy.items()),
         f"method:  # {chosen.why}",
         *(f"  {name}: {value}" for name, value in chosen.method.items()),
         "performance:",
         "  micro_batch_size: 32",
         f"  eval_every: {max(steps // 4, 1)}",
+        *(f"  {name}: {value}" for name, value in chosen.performance.items()),
     ]
     return "\n".join(lines) + "\n"
 

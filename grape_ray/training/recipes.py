@@ -12,6 +12,7 @@ from grape_ray.accounting.batches import largest_batch
 # parts of names of sentence encoders that were trained for the mean of their tokens
 _MEAN_POOLED = ("all-minilm", "e5-", "gte-")
 _FEWEST, _SMALLEST_BATCH = 60, 16
+_MANY = 50_000  # units: with fewer, layers beside the head were not measured
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,16 @@ class Recipe:
     """What to train, and how.
 
     Attributes:
-        why: one line for the file. task, method: fields and their values as YAML.
+        why: one line for the file. task, privacy, method, performance: fields and their values as
+            YAML.
         epochs: passes over the privacy units.
     """
 
     why: str
     method: Mapping[str, str]
     task: Mapping[str, str] = field(default_factory=dict)
+    privacy: Mapping[str, str] = field(default_factory=dict)
+    performance: Mapping[str, str] = field(default_factory=dict)
     epochs: float = 6
 
     def batch(self, units: int) -> int:
@@ -40,17 +44,33 @@ class Recipe:
 _SCHEDULE = {"warmup_steps": "5", "schedule": "linear"}
 _HEAD = {"name": "bookkeeping", "learning_rate": "3.0e-2", **_SCHEDULE}
 _ALL_LAYERS = {"name": "grape", "rank": "16", "learning_rate": "3.0e-4", **_SCHEDULE}
+_UPPER_HALF = Recipe(  # that of pipelines.sst2
+    "the upper half of the layers in few coordinates, and a head: enough records for it",
+    {
+        "name": "grape", "rank": "16", "moments": "lifted", "learning_rate": "1.4e-3",
+        "rates": '["classifier.*:4"]', **_SCHEDULE,
+    },
+    {"pooling": "mean", "trainable": '["upper-half", "classifier.*"]'},
+    {"clip_norm": "10  # about the gradients' norms at the start, which the dry run can show"},
+    {"precision": "bf16"},
+    epochs=9,
+)  # fmt: skip
 
 
-def recipe(kind: str, model: str) -> Recipe:
-    """The recipe for a kind of task and a model's name.
+def recipe(kind: str, model: str, units: int) -> Recipe:
+    """The recipe for a kind of task, a model's name, and a number of privacy units.
 
-    >>> recipe("text-classification", "sentence-transformers/all-MiniLM-L6-v2").task["pooling"]
-    'mean'
-    >>> recipe("text-generation", "facebook/opt-125m").method["name"]
+    >>> encoder = "sentence-transformers/all-MiniLM-L6-v2"
+    >>> recipe("text-classification", encoder, 10_000).task["trainable"]
+    '["classifier.*"]'
+    >>> recipe("text-classification", encoder, 60_000).task["trainable"]
+    '["upper-half", "classifier.*"]'
+    >>> recipe("text-generation", "facebook/opt-125m", 10_000).method["name"]
     'grape'
     """
     head = {"trainable": '["classifier.*"]'}
+    if kind == "text-classification" and _is_mean_pooled(model) and units >= _MANY:
+        return _UPPER_HALF
     if kind in ("text-classification", "regression") and _is_mean_pooled(model):
         why = "a head on frozen sentence embeddings: few numbers are noised"
         return Recipe(why, _HEAD, {"pooling": "mean", **head})

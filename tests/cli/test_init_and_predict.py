@@ -14,7 +14,9 @@ from click.testing import CliRunner
 from grape_ray.cli.main import main
 from grape_ray.config.pipelines import pipeline
 from grape_ray.tasks.text_generation import TextGeneration
+from grape_ray.training.init import Found, run_file
 from grape_ray.training.predict import describe_exported
+from pipelines.sst2 import sst2
 from tests.support.word_model import WORDS, save_encoder
 
 
@@ -85,6 +87,19 @@ def test_from_a_csv_to_answers(here, bert):
     answers = pq.read_table("answers.parquet").to_pylist()
     assert [line["label"] for line in lines] == [answer["label"] for answer in answers]
     assert all(sum(line["probabilities"].values()) == pytest.approx(1) for line in lines)
+
+
+def test_many_records_of_a_sentence_encoder_are_worth_its_upper_half(here):
+    fields = {"text_column": "text", "label_column": "label"}
+    for units, trained in ((10_000, ("classifier.*",)), (67_349, ("upper-half", "classifier.*"))):
+        found = Found(units, fields, "", units, ("a", "b"))
+        said = run_file("text-classification", "d.csv", "all-MiniLM-L6-v2", found, 3.0)
+        (here / "run.yaml").write_text(said)
+        config = pipeline("run.yaml")
+        assert config.task.trainable == trained
+    assert config.method == replace(sst2().method, warmup_steps=5)
+    assert config.privacy.expected_batch_size == sst2().privacy.expected_batch_size
+    assert config.privacy.clip_norm == sst2().privacy.clip_norm
 
 
 def test_an_exported_folder_does_not_say_where_things_lay():
