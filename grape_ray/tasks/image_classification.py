@@ -115,7 +115,8 @@ class ImageClassification(LabelledTask):
         return model(pixel_values=self._typed(batch["pixel_values"])).logits
 
     def evaluate(self, model: nn.Module, records: Records) -> dict[str, float]:
-        return super(ImageClassification, self._plain()).evaluate(model, records)
+        plain = self if self.views == 1 else self._plain()
+        return LabelledTask.evaluate(plain, model, records)
 
     def predict(self, model: nn.Module, records: Records) -> dict[str, list]:
         return super(ImageClassification, self._plain()).predict(model, records)

@@ -34,6 +34,7 @@ class ActiveRun:
     """A run in progress on one rank; its loop (`training.loop`) calls these methods.
 
     Attributes:
+        task: as steps and evaluations see it.
         ledger: on rank 0; None for the non-private baseline.
         earlier_steps: executed before this attempt, as far as is known.
         grant: what the steps at hand are paid with. chunk: how many grants were asked for.
@@ -46,6 +47,7 @@ class ActiveRun:
     callbacks: RunCallbacks
     attempt: Attempt
     data: Data
+    task: Task
     model: torch.nn.Module
     checkpoints: CheckpointManager
     journal: Journal
@@ -123,10 +125,9 @@ class ActiveRun:
         """
         if self.plan.scores is None and not self.data.validation_public:
             return {}
-        task: Task = self.plan.config.task
         try:
             # the model is released: whatever is asked of it costs nothing more
-            return plain(task.evaluate(self.model, self.data.validation))
+            return plain(self.task.evaluate(self.model, self.data.validation))
         except Exception as error:
             self._note_problem("an evaluation failed", error)
             return None

@@ -28,6 +28,7 @@ from grape_ray.tasks.task import Data, Task, load, loss_of
 from grape_ray.training.active_run import ActiveRun
 from grape_ray.training.build import build_engine, build_model, public_key
 from grape_ray.training.callbacks import RunCallbacks
+from grape_ray.training.frozen_features import on_features
 from grape_ray.training.journal import Journal
 from grape_ray.training.loop import run_loop
 from grape_ray.training.plan import Plan
@@ -68,7 +69,7 @@ def _execute(plan: Plan, comms: Comms, callbacks: RunCallbacks, device: torch.de
     if performance.threads_per_worker:
         torch.set_num_threads(performance.threads_per_worker)
     data = _loaded(plan)
-    model, engine, loss = _model_and_engine(plan, data, device)
+    model, engine, task, loss = _what_is_trained(plan, data, device)
     optimizer = make_optimizer(
         model, engine, config.method, config.privacy.steps, public_key(config, "rounding")
     )
@@ -79,7 +80,7 @@ def _execute(plan: Plan, comms: Comms, callbacks: RunCallbacks, device: torch.de
     if attempt.probe_key:
         engine.use_secret(attempt.probe_key, comms.rank)
     step = Step(
-        task=config.task,
+        task=task,
         loss=loss,
         model=model,
         engine=engine,
@@ -112,6 +113,7 @@ def _execute(plan: Plan, comms: Comms, callbacks: RunCallbacks, device: torch.de
         callbacks,
         attempt,
         data,
+        task,
         model,
         checkpoints,
         journal,
@@ -193,11 +195,11 @@ def interrupted(plan: Plan, step: int) -> Interrupted:
     )
 
 
-def _model_and_engine(
+def _what_is_trained(
     plan: Plan, data: Data, device: torch.device
-) -> tuple[torch.nn.Module, Engine, PerExampleLoss]:
-    """The model on its device, whole or this rank's shards of it, its engine, and the loss in the
-    precision that was asked for.
+) -> tuple[torch.nn.Module, Engine, Task, PerExampleLoss]:
+    """The model on its device, whole or this rank's shards of it, its engine, the task as steps and
+    evaluations see it, and its loss in the precision that was asked for.
 
     A sharded model's engine learns how parameters are used before they are sharded, from the
     shortest and the longest records.
@@ -209,7 +211,9 @@ def _model_and_engine(
         if performance.recompute:
             sharding.recompute_blocks(model)
         model = model.to(device)
-        return model, build_engine(config, model), loss_of(task, performance.precision, device.type)
+        task = on_features(task, model, data)
+        loss = loss_of(task, performance.precision, device.type)
+        return model, build_engine(config, model), task, loss
     whole = build_engine(config, model)
     # Between the extremes, too: of two records alone, a batch's rows can be read in two ways.
     spread = np.linspace(0, len(data.train) - 1, _LEARNED_FROM).astype(np.int64)
@@ -219,7 +223,7 @@ def _model_and_engine(
     sharding.shard(model, device, half, performance.recompute)
     engine = build_engine(config, model)
     engine.adopt(layouts)
-    return model, engine, task.per_example_loss
+    return model, engine, task, task.per_example_loss
 
 
 def _restored(plan: Plan, comms: Comms, checkpoints: CheckpointManager) -> Restored:

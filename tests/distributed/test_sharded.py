@@ -19,14 +19,13 @@ from grape_ray.optim import make_optimizer, round_stochastically
 from grape_ray.privacy.noise import NoiseStream
 from grape_ray.privacy.random_streams import public_bits, public_normals
 from grape_ray.tasks.text_generation import TextGeneration
-from grape_ray.training.attempt import Attempt, begin_attempt
 from grape_ray.training.callbacks import RunCallbacks
 from grape_ray.training.export import export
 from grape_ray.training.progress import Signal
 from grape_ray.training.run import execute
 from grape_ray.training.step import Step
 from tests.support.grants import granted
-from tests.support.plans import planned
+from tests.support.plans import planned, same_streams
 
 STEPS, CPU = 3, torch.device("cpu")
 UNITS = Units.of(np.arange(16) ** 2 % 11)  # of the texts: 1, 1, 0, 2, 3, 3, 0, 0, 0, 3
@@ -182,13 +181,6 @@ def test_bfloat16_weights_are_the_same_on_any_number_of_ranks(found, task):
         torch.testing.assert_close(theirs[name].float(), mine.float(), rtol=0.02, atol=2e-3)
 
 
-def begin(plan, comms, ledger=None):
-    """A real attempt with the streams of another, the same each time: what only a test may do."""
-    return Attempt(
-        begin_attempt(plan, comms, ledger).number, b"s" * 32, b"d" * 32, b"n" * 32, b"p" * 32
-    )
-
-
 def run_rank(rank, world, path, plan, stop_after):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
@@ -198,7 +190,7 @@ def run_rank(rank, world, path, plan, stop_after):
             plan,
             Comms.distributed(),
             RunCallbacks(
-                begin_attempt=begin,
+                begin_attempt=same_streams,
                 agree_on_signal=lambda own: next(notices) if notices else Signal.NONE,
             ),
         )
@@ -229,7 +221,7 @@ def test_a_sharded_run_is_resumed_on_another_number_of_ranks(tmp_path, task):
     found = checkpoint.latest(plan.folder())
     alone = config.override(["performance.sharded=false", "performance.num_workers=0"])
     whole = planned(alone, run="b", storage=str(tmp_path / "runs"), key_path=str(tmp_path / "key"))
-    result = execute(whole, Comms.local(), RunCallbacks(begin_attempt=begin))
+    result = execute(whole, Comms.local(), RunCallbacks(begin_attempt=same_streams))
     wanted = checkpoint.latest(whole.folder())
     assert found is not None
     assert wanted is not None
