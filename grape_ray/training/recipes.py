@@ -12,6 +12,7 @@ from grape_ray.accounting.batches import largest_batch
 # parts of names of sentence encoders that were trained for the mean of their tokens
 _MEAN_POOLED = ("all-minilm", "e5-", "gte-")
 _FEWEST, _SMALLEST_BATCH = 60, 16
+_HEAD_EPOCHS = 20  # the frozen model reads each record once, whatever their number
 _MANY = 50_000  # units: with fewer, layers beside the head were not measured
 
 
@@ -73,10 +74,10 @@ def recipe(kind: str, model: str, units: int) -> Recipe:
         return _UPPER_HALF
     if kind in ("text-classification", "regression") and _is_mean_pooled(model):
         why = "a head on frozen sentence embeddings: few numbers are noised"
-        return Recipe(why, _HEAD, {"pooling": "mean", **head})
+        return Recipe(why, _HEAD, {"pooling": "mean", **head}, epochs=_HEAD_EPOCHS)
     if kind == "image-classification":
         why = "a head on a frozen pretrained model: few numbers are noised"
-        return Recipe(why, _HEAD, head)
+        return Recipe(why, _HEAD, head, epochs=_HEAD_EPOCHS)
     return Recipe("all layers, in few coordinates", _ALL_LAYERS)
 
 
