@@ -207,7 +207,7 @@ def explaining_long_texts(model: nn.Module, length: int) -> Iterator[None]:
     try:
         yield
     except (IndexError, RuntimeError, ValueError):
-        positions = _positions(model)
+        positions = positions_of(model)
         if positions is None or length <= positions:
             raise
     else:
@@ -221,7 +221,7 @@ def explaining_long_texts(model: nn.Module, length: int) -> Iterator[None]:
     )
 
 
-def _positions(model: nn.Module) -> int | None:
+def positions_of(model: nn.Module) -> int | None:
     """The longest text that a model with a table of positions reads; None for one without."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and any(
