@@ -19,7 +19,7 @@ from grape_ray.distributed import sharding
 from grape_ray.engines import Engine
 from grape_ray.engines.collector import sum_dtype
 from grape_ray.engines.directions import Directions
-from grape_ray.engines.subspace import Projection, Subspace, Svd, plan_projections
+from grape_ray.engines.subspace import Subspace, Svd, plan_projections
 from grape_ray.errors import CheckpointError, GrapeRayError
 from grape_ray.privacy.random_streams import public_bits
 from grape_ray.privacy.types import NonPrivateGradient, PrivateGradient, step_of
@@ -106,6 +106,9 @@ class Optimizer:
             else ()
         )
         self._state: dict[str, dict[str, Tensor]] = {slot: {} for slot in slots}
+        # projected weights whose first moment has their own shape
+        lifted = method.moments == "lifted" and "first" in slots
+        self._lifted = frozenset(subspace.plan) if lifted else frozenset[str]()
         for name, param in self.params.items():
             plan, like = subspace.plan.get(name), sharding.local(param)
             shape = plan.shape if plan else like.shape
@@ -113,15 +116,10 @@ class Optimizer:
                 shape = (self._rows[name].stop - self._rows[name].start, plan.rank)
             for slot in slots:
                 self._state[slot][name] = torch.zeros(
-                    like.shape if self._is_lifted(slot, name) else shape,
+                    like.shape if slot == "first" and name in self._lifted else shape,
                     dtype=sum_dtype(param),
                     device=like.device,
                 )
-
-    def _is_lifted(self, slot: str, name: str) -> bool:
-        """Whether this state of a projected weight has the weight's own shape."""
-        lifted = slot == "first" and self.method.moments == "lifted"
-        return lifted and name in self.subspace.plan
 
     def _rows_of(self, name: str, param: Tensor) -> slice:
         """The rows of the weight, seen as a matrix, that this rank updates."""
@@ -197,8 +195,8 @@ class Optimizer:
         if decay != 1:
             exact.mul_(decay)
         period, rows = self.subspace.period(step), self._rows[name]
-        first = self._state.get("first", {}).get(name)
-        if first is not None and self._is_lifted("first", name):
+        if name in self._lifted:
+            first = self._state["first"][name]
             adam = self.method.optimizer_name == "adam"
             kept = self.method.betas[0] if adam else self.method.momentum
             taken = 1 - kept if adam else 1.0
@@ -227,7 +225,7 @@ class Optimizer:
         """The direction in coordinates, of which a lifted mean is yet to be taken; may reuse the
         gradient's memory.
         """
-        lifted = self._is_lifted("first", name)
+        lifted = name in self._lifted
         if self.method.optimizer_name == "sgd":
             if lifted or not self.method.momentum:
                 return grad
@@ -275,9 +273,13 @@ class Optimizer:
             if not isinstance(param, DTensor):
                 continue
             for slot in self._state:
-                like = param if plan is None or self._is_lifted(slot, name) else plan
-                if not isinstance(like, Projection) or like.axis == 1:
-                    found[f"{slot}/{name}"] = (tuple(like.shape), self._rows[name].start)
+                if plan is None or (slot == "first" and name in self._lifted):
+                    shape = param.shape
+                elif plan.axis == 1:
+                    shape = plan.shape
+                else:  # every rank has all of them
+                    continue
+                found[f"{slot}/{name}"] = (tuple(shape), self._rows[name].start)
         return found
 
     def state_dict(self) -> dict[str, Tensor | int]:

@@ -115,11 +115,10 @@ class ImageClassification(LabelledTask):
         return model(pixel_values=self._typed(batch["pixel_values"])).logits
 
     def evaluate(self, model: nn.Module, records: Records) -> dict[str, float]:
-        plain = self if self.views == 1 else self._plain()
-        return LabelledTask.evaluate(plain, model, records)
+        return LabelledTask.evaluate(self._plain(), model, records)
 
     def predict(self, model: nn.Module, records: Records) -> dict[str, list]:
-        return super(ImageClassification, self._plain()).predict(model, records)
+        return LabelledTask.predict(self._plain(), model, records)
 
     def save(self, model: nn.Module, folder: Path) -> None:
         super().save(model, folder)
@@ -127,7 +126,7 @@ class ImageClassification(LabelledTask):
 
     def _plain(self) -> ImageClassification:
         """The task on images as they are."""
-        return dataclasses.replace(self, views=1)
+        return self if self.views == 1 else dataclasses.replace(self, views=1)
 
     def _typed(self, pixels: Tensor) -> Tensor:
         """Pixels in the type of the weights, to which not every model brings them itself."""

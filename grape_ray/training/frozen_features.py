@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,17 @@ def _head(model: nn.Module) -> str:
     return head
 
 
+@dataclass
+class _Kept:
+    """Features (N, width) of some records, where they are known: (N,) bool. The records are held
+    here, so that no others can get their id.
+    """
+
+    records: Records
+    known: np.ndarray
+    features: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
 class _OnFeatures:
     """A task whose batches hold `features` (B, width), what the head reads, in place of what the
     model reads; losses and metrics are the task's own methods, given these batches.
@@ -69,7 +81,7 @@ class _OnFeatures:
     def __init__(self, task: Any, model: nn.Module, head: str):
         self._task, self._model, self._head = task, model, head
         self._device = next(model.parameters()).device
-        self._kept: dict[int, tuple[Records, np.ndarray, Tensor]] = {}
+        self._kept: dict[int, _Kept] = {}
 
     def __getattr__(self, name: str) -> Any:
         """The task's own; methods are given this in place of the task."""
@@ -89,16 +101,13 @@ class _OnFeatures:
 
     def collate(self, records: Records, indices: np.ndarray) -> Mapping[str, Tensor]:
         """Features of the records, and their labels."""
-        # the records are kept, too, so that no others can get their id
-        _, known, features = self._kept.setdefault(
-            id(records), (records, np.zeros(len(records), bool), torch.empty(0))
-        )
-        missing = np.unique(indices[~known[indices]])
+        if id(records) not in self._kept:
+            self._kept[id(records)] = _Kept(records, np.zeros(len(records), bool))
+        kept = self._kept[id(records)]
+        missing = np.unique(indices[~kept.known[indices]])
         if len(missing):
-            features = self._filled(records, missing, features)
-            known[missing] = True
-            self._kept[id(records)] = records, known, features
-        batch = {"features": features[torch.from_numpy(indices)]}
+            self._fill(kept, missing)
+        batch = {"features": kept.features[torch.from_numpy(indices)]}
         if "labels" in records.columns:
             batch["labels"] = torch.from_numpy(records.array("labels")[indices])
         return batch
@@ -106,18 +115,19 @@ class _OnFeatures:
     def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         return model.get_submodule(self._head)(batch["features"])
 
-    def _filled(self, records: Records, missing: np.ndarray, features: Tensor) -> Tensor:
-        """Features (N, width) with those of some more records in them."""
-        order = records.by_length(missing)
+    def _fill(self, kept: _Kept, missing: np.ndarray) -> None:
+        """Computes the features of some more records."""
+        order = kept.records.by_length(missing)
         with evaluating(self._model), torch.no_grad():
             for start in range(0, len(order), _ROWS):
                 rows = order[start : start + _ROWS]
-                found, _ = self._read(records, rows)
+                found, _ = self._read(kept.records, rows)
                 assert found is not None
-                if not len(features):
-                    features = found.new_empty(len(records), found.shape[1], device="cpu")
-                features[torch.from_numpy(rows)] = found.cpu()
-        return features
+                if not len(kept.features):
+                    shape = len(kept.records), found.shape[1]
+                    kept.features = found.new_empty(shape, device="cpu")
+                kept.features[torch.from_numpy(rows)] = found.cpu()
+        kept.known[missing] = True
 
     def _read(self, records: Records, indices: np.ndarray) -> tuple[Tensor | None, Tensor]:
         """What the head reads of some records, None where it is not one tensor, once; and the

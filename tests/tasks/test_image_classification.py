@@ -15,6 +15,8 @@ from grape_ray.data.columns import Table
 from grape_ray.errors import ConfigError, DataError
 from grape_ray.tasks.image_classification import ImageClassification
 from grape_ray.tasks.images import random_views
+from grape_ray.tasks.task import loaded, resolved
+from grape_ray.training.frozen_features import on_features
 from tests.support.tasks import trained
 
 CLASSES = ("cat", "dog", "emu")
@@ -53,6 +55,18 @@ def folder(tmp_path_factory):
 def task(folder, model="vit", **fields):
     own = {"model": str(folder / model), "data": str(folder / "train"), "held_out": 0.3}
     return ImageClassification(**{**own, "public": True, **fields})
+
+
+def test_a_head_alone_reads_features_and_is_evaluated_as_ever(folder):
+    one = task(folder, trainable=("classifier.*",))
+    data = loaded(one, "")
+    one = resolved(one, data)
+    model = one.build_model(0)
+    kept = on_features(one, model, data)
+    assert kept is not one
+    assert set(kept.collate(data.train, np.arange(3))) == {"features", "labels"}
+    wanted = one.evaluate(model, data.validation)
+    assert kept.evaluate(model, data.validation) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_a_folder_of_classes_trains_and_is_exported(folder, tmp_path):
