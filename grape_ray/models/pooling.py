@@ -1,16 +1,18 @@
 """Mean pooling as weights: a last block that averages a text's tokens into its first one.
 
 A head that reads the first token of such a model reads the mean of all, and the model stays an
-ordinary one of its family, which any program loads.
+ordinary one of its family, which any program loads. Here that block is not computed as any other,
+but as what it comes to (`_averaged`).
 """
 
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from grape_ray.errors import ConfigError
 
@@ -42,7 +44,8 @@ def with_mean_pooling(model: nn.Module, name: str) -> nn.Module:
     """
     base: Any = getattr(model, "base_model", None)
     if getattr(getattr(base, "config", None), _MARK, False):
-        base.encoder.layer[-1].requires_grad_(False)  # it was exported with its block
+        block = base.encoder.layer[-1].requires_grad_(False)  # it was exported with its block
+        block.forward = partial(_averaged, block)
         return model
     layers = getattr(getattr(base, "encoder", None), "layer", None)
     head = _first_of_head(model)
@@ -64,10 +67,28 @@ def with_mean_pooling(model: nn.Module, name: str) -> nn.Module:
             parts[part].weight.fill_(1.0)
         head.bias.zero_()
         _become_identity(head, _HEAD_SHARE)
+    block.forward = partial(_averaged, block)
     layers.append(block.requires_grad_(False))
     base.config.num_hidden_layers = len(layers)
     setattr(base.config, _MARK, True)
     return model
+
+
+def _averaged(block: Any, hidden: Tensor, mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    """What the block gives for the first token, which is all that a head reads: (B, 1, width).
+
+    Args:
+        hidden: (B, T, width). mask: as attention is given it: (B, T), where it is not 0 on tokens,
+            (B, 1, T, T), true there or 0 in what is added to products, or None without padding.
+    """
+    if mask is None:
+        mean = hidden.mean(1, keepdim=True)
+    else:
+        row = mask if mask.ndim == 2 else mask[:, 0, 0]
+        real = (row >= 0 if row.is_floating_point() else row != 0)[:, :, None]
+        mean = (hidden * real).sum(1, keepdim=True) / real.sum(1, keepdim=True)
+    found = block.attention.output.LayerNorm(hidden[:, :1] + _SHARE * mean)
+    return block.output.LayerNorm(found)
 
 
 def _become_identity(layer: Any, scale: float = 1.0) -> None:

@@ -1,19 +1,21 @@
-"""Heads on frozen models: what the head reads of a record is computed once, and not again at every
-step that draws the record.
+"""Frozen parts of a model read each record once: what they make of it is kept, and not computed
+again at every step that draws the record.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from grape_ray.data.arrays import Records
+from grape_ray.distributed.sharding import stacks
 from grape_ray.tasks.image_classification import ImageClassification
 from grape_ray.tasks.regression import Regression
 from grape_ray.tasks.task import Data, Task, evaluating, to_device, views_of
@@ -25,21 +27,25 @@ _KINDS = (TextClassification, Regression, ImageClassification)
 _ROWS = 64  # read in one pass
 
 
-def on_features(task: Task, model: nn.Module, data: Data) -> Task:
-    """The task on features that are kept, where nothing but a head is trained: one module that
-    reads one vector a record, and gives the logits. Any other task as it is.
+def on_features(task: Task, model: nn.Module, data: Data, half: bool) -> Task:
+    """The task on features that are kept, where nothing but a head is trained (one module that
+    reads one vector a record, and gives the logits), or the first blocks of a text's model are
+    frozen. Any other task as it is.
 
     Args:
-        model: on its device, not sharded.
+        model: on its device, not sharded. half: whether the steps' products are bfloat16, and so
+            what is kept of every token.
     """
-    head = _head(model)
     known = type(task) in _KINDS and views_of(task) == 1
-    if not known or not head or any(module.training for module in model.modules()):
+    if not known or any(module.training for module in model.modules()):
         return task
-    made: Any = _OnFeatures(task, model, head)
-    width = made.width(data.train, np.arange(min(2, len(data.train))))
-    rows = len(data.train) + len(data.validation)
-    return made if 0 < width * rows * 4 <= _MOST_BYTES else task
+    if head := _head(model):
+        made = _OnVectors(task, model, model.get_submodule(head), half=False)
+    elif frozen := _frozen_blocks(model):
+        made = _OnTokens(task, model, frozen, half)
+    else:
+        return task
+    return cast(Task, made) if made.usable(data) else task
 
 
 def _head(model: nn.Module) -> str:
@@ -59,27 +65,43 @@ def _head(model: nn.Module) -> str:
     return head
 
 
+def _frozen_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks before the first that is trained, and that one; none where the model has several
+    stacks of blocks, or begins with a trained one.
+    """
+    blocks = [list(stack) for stack in stacks(model)]
+    if len(blocks) != 1:
+        return []
+    trained = [any(p.requires_grad for p in block.parameters()) for block in blocks[0]]
+    first = trained.index(True) if True in trained else 0
+    return blocks[0][: first + 1] if first else []
+
+
 @dataclass
 class _Kept:
-    """Features (N, width) of some records, where they are known: (N,) bool. The records are held
-    here, so that no others can get their id.
+    """The features of some records, None where they are not known yet. The records are held here,
+    so that no others can get their id.
     """
 
     records: Records
-    known: np.ndarray
-    features: Tensor = field(default_factory=lambda: torch.empty(0))
+    features: list[Tensor | None]
+
+
+class _Enough(Exception):
+    """What is kept has been computed; the rest of the model need not run."""
 
 
 class _OnFeatures:
-    """A task whose batches hold `features` (B, width), what the head reads, in place of what the
-    model reads; losses and metrics are the task's own methods, given these batches.
+    """A task whose batches hold `features`, what the trained part of the model reads; losses and
+    metrics are the task's own methods, given these batches.
 
-    Features are those of the weights' own precision, whatever the steps' is, and are rounded as in
-    the batch in which they were first computed. They stay in memory, as the records do.
+    Features are rounded as in the batch in which they were first computed. They stay in memory, as
+    the records do.
     """
 
-    def __init__(self, task: Any, model: nn.Module, head: str):
-        self._task, self._model, self._head = task, model, head
+    def __init__(self, task: Any, model: nn.Module, reader: nn.Module, half: bool):
+        """Args: reader: the module whose first argument is kept. half: in bfloat16, or as it is."""
+        self._task, self._model, self._reader, self._half = task, model, reader, half
         self._device = next(model.parameters()).device
         self._kept: dict[int, _Kept] = {}
 
@@ -88,58 +110,168 @@ class _OnFeatures:
         method = getattr(type(self._task), name, None)
         return method.__get__(self) if inspect.isfunction(method) else getattr(self._task, name)
 
-    def width(self, records: Records, indices: np.ndarray) -> int:
-        """Of a record's features; 0 where the head does not read one vector a record, or its answer
-        is not the model's.
+    def usable(self, data: Data) -> bool:
+        """Whether the features fit into memory, nothing before them is trained, and the rest of the
+        model gives the whole model's answer, to the last bit, on the shortest and the longest
+        record.
         """
+        some = np.unique(data.train.extremes())
+        read, _ = self._read(data.train, some, beyond=False)
+        if read is None or read.requires_grad or not 0 < self._bytes(read, data) <= _MOST_BYTES:
+            return False
         with torch.no_grad():
-            features, logits = self._read(records, indices)
-            if features is None or features.shape[:-1] != (len(indices),):
-                return 0
-            again = self.logits(self._model, {"features": features})
-        return features.shape[1] if torch.equal(again, logits) else 0
+            read, logits = self._read(data.train, some)
+            if read is None or logits is None:
+                return False
+            batch = self._batch(data.train, some, self._rows(data.train, some, read))
+            return torch.equal(self.logits(self._model, to_device(batch, self._device)), logits)
 
     def collate(self, records: Records, indices: np.ndarray) -> Mapping[str, Tensor]:
-        """Features of the records, and their labels."""
+        """`features` of the records, and what else the rest of the model reads."""
         if id(records) not in self._kept:
-            self._kept[id(records)] = _Kept(records, np.zeros(len(records), bool))
+            self._kept[id(records)] = _Kept(records, [None] * len(records))
         kept = self._kept[id(records)]
-        missing = np.unique(indices[~kept.known[indices]])
-        if len(missing):
-            self._fill(kept, missing)
-        batch = {"features": kept.features[torch.from_numpy(indices)]}
-        if "labels" in records.columns:
-            batch["labels"] = torch.from_numpy(records.array("labels")[indices])
-        return batch
+        missing = [index for index in np.unique(indices) if kept.features[index] is None]
+        if missing:
+            self._fill(kept, np.array(missing))
+        found = (kept.features[index] for index in indices)
+        return self._batch(records, indices, [one for one in found if one is not None])
 
     def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        return model.get_submodule(self._head)(batch["features"])
+        """Of the rest of the model."""
+        raise NotImplementedError
+
+    def _bytes(self, read: Tensor, data: Data) -> int:
+        """Of all features; 0 where what the reader was given is not of that kind."""
+        raise NotImplementedError
+
+    def _rows(self, records: Records, indices: np.ndarray, read: Tensor) -> Sequence[Tensor]:
+        """The features of each record, of what the reader was given of all."""
+        raise NotImplementedError
+
+    def _batch(
+        self, records: Records, indices: np.ndarray, rows: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        """A batch of the features of each record."""
+        raise NotImplementedError
 
     def _fill(self, kept: _Kept, missing: np.ndarray) -> None:
         """Computes the features of some more records."""
         order = kept.records.by_length(missing)
-        with evaluating(self._model), torch.no_grad():
+        precision = torch.autocast(self._device.type, torch.bfloat16, enabled=self._half)
+        with evaluating(self._model), torch.no_grad(), precision:
             for start in range(0, len(order), _ROWS):
-                rows = order[start : start + _ROWS]
-                found, _ = self._read(kept.records, rows)
-                assert found is not None
-                if not len(kept.features):
-                    shape = len(kept.records), found.shape[1]
-                    kept.features = found.new_empty(shape, device="cpu")
-                kept.features[torch.from_numpy(rows)] = found.cpu()
-        kept.known[missing] = True
+                some = order[start : start + _ROWS]
+                read, _ = self._read(kept.records, some, beyond=False)
+                assert read is not None
+                read = read.to("cpu", torch.bfloat16 if self._half else read.dtype)
+                for index, row in zip(some, self._rows(kept.records, some, read)):
+                    kept.features[index] = row
 
-    def _read(self, records: Records, indices: np.ndarray) -> tuple[Tensor | None, Tensor]:
-        """What the head reads of some records, None where it is not one tensor, once; and the
-        logits.
+    def _read(
+        self, records: Records, indices: np.ndarray, beyond: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """What the reader is given of some records, None where it is not one tensor, once; and the
+        logits, if the model is to run `beyond`.
         """
-        read: list[tuple[object, ...]] = []
-        head = self._model.get_submodule(self._head)
-        hook = head.register_forward_pre_hook(lambda _, given: read.append(given))
+        given: list[tuple[object, ...]] = []
+
+        def keep(_: nn.Module, args: tuple[object, ...]) -> None:
+            given.append(args)
+            if not beyond:
+                raise _Enough
+
+        hook, logits = self._reader.register_forward_pre_hook(keep), None
         try:
             batch = to_device(self._task.collate(records, indices), self._device)
             logits = self._task.logits(self._model, batch)
+        except _Enough:
+            pass
         finally:
             hook.remove()
-        one = read[0][0] if len(read) == 1 and len(read[0]) == 1 else None
+        one = given[0][0] if len(given) == 1 and given[0] else None
         return (one if isinstance(one, Tensor) else None), logits
+
+
+class _OnVectors(_OnFeatures):
+    """Where a head alone is trained: `features` (B, width) or (B, 1, width), of the weights' own
+    precision, whatever the steps' is.
+    """
+
+    def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        return self._reader(batch["features"])
+
+    def _bytes(self, read: Tensor, data: Data) -> int:
+        rows = len(data.train) + len(data.validation)
+        width = read[0].numel()
+        return rows * width * read.element_size() if width == read.shape[-1] else 0
+
+    def _rows(self, records: Records, indices: np.ndarray, read: Tensor) -> Sequence[Tensor]:
+        return read.unbind()
+
+    def _batch(
+        self, records: Records, indices: np.ndarray, rows: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        batch = {"features": torch.stack(list(rows))}
+        if "labels" in records.columns:
+            batch["labels"] = torch.from_numpy(records.array("labels")[indices])
+        return batch
+
+
+class _OnTokens(_OnFeatures):
+    """Where the first blocks are frozen: the task's own batches, and `features` (B, T, width), what
+    the first trained block reads of each token. The blocks before it are passed over.
+    """
+
+    def __init__(self, task: Any, model: nn.Module, blocks: Sequence[nn.Module], half: bool):
+        """Args: blocks: the frozen ones, and the first that is trained."""
+        super().__init__(task, model, blocks[-1], half)
+        self._frozen = blocks[:-1]
+
+    def usable(self, data: Data) -> bool:
+        """And whether the last frozen block hands on this one tensor alone."""
+        handed: list[object] = []
+        hook = self._frozen[-1].register_forward_hook(lambda *call: handed.append(call[-1]))
+        read, _ = self._read(data.train, np.array([0]), beyond=False)
+        hook.remove()
+        return any(one is read for one in handed) and super().usable(data)
+
+    def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        features = batch["features"].float() if self._half else batch["features"]
+        own = {name: tensor for name, tensor in batch.items() if name != "features"}
+        with contextlib.ExitStack() as restored:
+            for block in self._frozen:
+                restored.enter_context(_instead(block, lambda *_, **__: features))
+            return self._task.logits(model, own)
+
+    def _bytes(self, read: Tensor, data: Data) -> int:
+        if read.ndim != 3 or "input_ids" not in data.train.columns:
+            return 0
+        tokens = [len(part.sequences("input_ids").values) for part in (data.train, data.validation)]
+        return sum(tokens) * read.shape[2] * (2 if self._half else read.element_size())
+
+    def _rows(self, records: Records, indices: np.ndarray, read: Tensor) -> Sequence[Tensor]:
+        mask = self._task.collate(records, indices)["attention_mask"].bool()
+        return read[mask.to(read.device)].split(mask.sum(1).tolist())
+
+    def _batch(
+        self, records: Records, indices: np.ndarray, rows: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        batch = dict(self._task.collate(records, indices))
+        mask = batch["attention_mask"].bool()
+        features = rows[0].new_zeros(*mask.shape, rows[0].shape[1])
+        features[mask.to(features.device)] = torch.cat(list(rows))
+        return batch | {"features": features}
+
+
+@contextlib.contextmanager
+def _instead(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """A module with another forward pass for the time of a block."""
+    own = module.__dict__.get("forward")  # of this very module, as recomputation gives it one
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own

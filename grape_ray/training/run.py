@@ -211,7 +211,7 @@ def _what_is_trained(
         if performance.recompute:
             sharding.recompute_blocks(model)
         model = model.to(device)
-        task = on_features(task, model, data)
+        task = on_features(task, model, data, half=performance.precision == "bf16")
         loss = loss_of(task, performance.precision, device.type)
         return model, build_engine(config, model), task, loss
     whole = build_engine(config, model)

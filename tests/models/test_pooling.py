@@ -31,6 +31,23 @@ def texts():
     return {"input_ids": ids * mask, "attention_mask": mask.long()}
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize(("config", "kind"), FAMILIES)
+def test_the_block_is_what_it_comes_to(config, kind, padded, attention):
+    torch.manual_seed(0)
+    model: Any = with_mean_pooling(kind(config(**SIZES, attn_implementation=attention)).eval(), "m")
+    batch = texts() if padded else {"input_ids": texts()["input_ids"][:1]}
+    logits = model(**batch).logits
+    block = model.base_model.encoder.layer[-1]
+    short = torch.autograd.grad(logits.sum(), model.base_model.embeddings.word_embeddings.weight)
+    del block.forward  # the class's own is left
+    whole = model(**batch).logits
+    torch.testing.assert_close(logits, whole)
+    long = torch.autograd.grad(whole.sum(), model.base_model.embeddings.word_embeddings.weight)
+    torch.testing.assert_close(short, long, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("config", "kind"), FAMILIES)
 def test_the_first_token_becomes_the_mean_of_all_that_are_no_padding(config, kind, tmp_path):
     torch.manual_seed(0)

@@ -25,10 +25,10 @@ def save_tokenizer(folder: Path, **options: str) -> int:
     return len(vocabulary)
 
 
-def save_encoder(folder: Path) -> Path:
-    """Writes a BERT of one layer, without a head."""
+def save_encoder(folder: Path, layers: int = 1) -> Path:
+    """Writes a BERT without a head."""
     config = transformers.BertConfig(
-        vocab_size=save_tokenizer(folder), hidden_size=32, num_hidden_layers=1,
+        vocab_size=save_tokenizer(folder), hidden_size=32, num_hidden_layers=layers,
         num_attention_heads=2, intermediate_size=64, max_position_embeddings=32,
     )  # fmt: skip
     torch.manual_seed(0)

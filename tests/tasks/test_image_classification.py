@@ -62,7 +62,7 @@ def test_a_head_alone_reads_features_and_is_evaluated_as_ever(folder):
     data = loaded(one, "")
     one = resolved(one, data)
     model = one.build_model(0)
-    kept = on_features(one, model, data)
+    kept = on_features(one, model, data, half=False)
     assert kept is not one
     assert set(kept.collate(data.train, np.arange(3))) == {"features", "labels"}
     wanted = one.evaluate(model, data.validation)
