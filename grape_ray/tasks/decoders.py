@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grape_ray.data.arrays import Records
+from grape_ray.models.head_positions import logits_at
 from grape_ray.models.hugging_face import (
     check_vocabulary,
     explaining_long_texts,
@@ -123,7 +123,8 @@ class DecoderTask(TokenizedTask):
 
 
 def next_token_losses(model: nn.Module, ids: Tensor, learned: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy (B, T) of each next token, zero where it is not learned, and which are learned.
+    """Cross-entropy (B, K) of each learned token, and which of them there are: K is the largest
+    number that an example has, and the losses of others are zero beyond their own.
 
     Examples are padded at their end and attention is causal, so no real token sees padding and no
     mask is needed.
@@ -131,8 +132,11 @@ def next_token_losses(model: nn.Module, ids: Tensor, learned: Tensor) -> tuple[T
     Args:
         ids: (B, T). learned: (B, T) bool.
     """
-    targets = ids.masked_fill(~learned, token_losses.IGNORE)
-    targets = F.pad(targets[:, 1:], (0, 1), value=token_losses.IGNORE)
+    wanted = learned[:, 1:].int()  # at the position before
+    most = max(1, int(wanted.sum(1).max()))
+    places = wanted.argsort(dim=1, descending=True, stable=True)[:, :most]
+    ignored = wanted.gather(1, places) == 0
+    targets = ids[:, 1:].gather(1, places).masked_fill(ignored, token_losses.IGNORE)
     with explaining_long_texts(model, ids.shape[1]):
-        logits = model(input_ids=ids, use_cache=False).logits.float()
-    return token_losses.of_targets(logits, targets)
+        logits = logits_at(model, places, input_ids=ids, use_cache=False)
+    return token_losses.of_targets(logits.float(), targets)

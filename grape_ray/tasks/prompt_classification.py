@@ -4,9 +4,8 @@ and each label is scored by a word of its own, so that no head is learned from n
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -20,6 +19,7 @@ from grape_ray.data.arrays import Ragged, Records
 from grape_ray.data.columns import Table
 from grape_ray.data.prepared import Columns
 from grape_ray.errors import ConfigError, DataError
+from grape_ray.models.head_positions import logits_at
 from grape_ray.models.hugging_face import (
     check_vocabulary,
     explaining_long_texts,
@@ -155,14 +155,9 @@ class PromptClassification(LabelledTask, TokenizedTask):
 
     def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """(B, L): what the model gives for each label's word in the mask's place."""
-        own: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
-        length, places = batch["input_ids"].shape[1], batch["place"]
-        with explaining_long_texts(model, length), _only(own.base_model, places):
-            found = model(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-            ).logits
-        # a model whose head reads its body past the hook has given all positions
-        found = found if found.shape[1] == 1 else _at(found, places)
+        ids, mask, place = batch["input_ids"], batch["attention_mask"], batch["place"]
+        with explaining_long_texts(model, ids.shape[1]):
+            found = logits_at(model, place[:, None], input_ids=ids, attention_mask=mask)
         return found[:, 0, self.word_ids()]
 
     def _masking(self) -> Any:
@@ -205,25 +200,3 @@ def _is_causal(model: str) -> bool:
 @lru_cache(maxsize=4)
 def _word_ids(model: str, template: str, words: tuple[str, ...]) -> list[int]:
     return word_tokens(tokenizer_of(model), parsed(template), words, _is_causal(model))
-
-
-@contextlib.contextmanager
-def _only(body: nn.Module, places: Tensor) -> Iterator[None]:
-    """The head that follows a model's body sees one position (B, 1, D) of each example, not all: a
-    large vocabulary is scored once.
-    """
-
-    def keep(_module: nn.Module, _args: object, output: Any) -> Any:
-        output[next(iter(output))] = _at(output[0], places)
-        return output
-
-    hook = body.register_forward_hook(keep)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def _at(hidden: Tensor, places: Tensor) -> Tensor:
-    """(B, 1, D) of (B, T, D)."""
-    return hidden.gather(1, places.view(-1, 1, 1).expand(-1, 1, hidden.shape[-1]))
