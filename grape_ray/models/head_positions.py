@@ -4,8 +4,6 @@ is learned.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,26 +15,19 @@ def logits_at(model: nn.Module, places: Tensor, **inputs: Any) -> Tensor:
     Args:
         places: (B, K) positions. inputs: of the model, by name.
     """
-    own: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
-    with _only(own.base_model, places):
-        found = model(**inputs).logits
-    # a model whose head reads its body past the hook has given all positions
-    return found if found.shape[1] == places.shape[1] else _at(found, places)
+    whole: Any = model
+    head, met = whole.get_output_embeddings(), list[bool]()
 
+    def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        met.append(True)
+        return (_at(args[0], places), *args[1:])
 
-@contextlib.contextmanager
-def _only(body: nn.Module, places: Tensor) -> Iterator[None]:
-    """The head that follows a model's body sees (B, K, D), not all positions."""
-
-    def keep(_module: nn.Module, _args: object, output: Any) -> Any:
-        output[next(iter(output))] = _at(output[0], places)
-        return output
-
-    hook = body.register_forward_hook(keep)
+    hook = head.register_forward_pre_hook(keep)
     try:
-        yield
+        found = model(**inputs).logits
     finally:
         hook.remove()
+    return found if met else _at(found, places)  # a head whose weight is used, and not itself
 
 
 def _at(hidden: Tensor, places: Tensor) -> Tensor:

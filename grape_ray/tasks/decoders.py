@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from grape_ray.data.arrays import Records
@@ -122,21 +123,34 @@ class DecoderTask(TokenizedTask):
         return [[*ids, *last] for ids in found]
 
 
-def next_token_losses(model: nn.Module, ids: Tensor, learned: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy (B, K) of each learned token, and which of them there are: K is the largest
-    number that an example has, and the losses of others are zero beyond their own.
+def learned_tokens(ids: Tensor, learned: Tensor) -> dict[str, Tensor]:
+    """`places` (..., K), after which a token is learned, and `targets` (..., K), that token, or
+    `token_losses.IGNORE` beyond a row's own: K is the largest number that a row has.
+
+    Part of collating, not of a loss: K depends on the whole batch.
+
+    Args:
+        ids: (..., T). learned: (..., T) bool.
+    """
+    wanted = learned[..., 1:].int()
+    count = wanted.sum(-1, keepdim=True)
+    places = wanted.argsort(dim=-1, descending=True, stable=True)[..., : max(1, int(count.max()))]
+    beyond = torch.arange(places.shape[-1]) >= count
+    targets = ids[..., 1:].gather(-1, places).masked_fill(beyond, token_losses.IGNORE)
+    return {"places": places, "targets": targets}
+
+
+def next_token_losses(
+    model: nn.Module, ids: Tensor, places: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy (B, K) of each learned token, 0 beyond an example's own, and which there are.
 
     Examples are padded at their end and attention is causal, so no real token sees padding and no
     mask is needed.
 
     Args:
-        ids: (B, T). learned: (B, T) bool.
+        ids: (B, T). places, targets: (B, K), as `learned_tokens` gives them.
     """
-    wanted = learned[:, 1:].int()  # at the position before
-    most = max(1, int(wanted.sum(1).max()))
-    places = wanted.argsort(dim=1, descending=True, stable=True)[:, :most]
-    ignored = wanted.gather(1, places) == 0
-    targets = ids[:, 1:].gather(1, places).masked_fill(ignored, token_losses.IGNORE)
     with explaining_long_texts(model, ids.shape[1]):
         logits = logits_at(model, places, input_ids=ids, use_cache=False)
     return token_losses.of_targets(logits.float(), targets)

@@ -22,7 +22,7 @@ from grape_ray.models.hugging_face import load_language_model
 from grape_ray.models.identity import model_identity
 from grape_ray.storage import Json
 from grape_ray.tasks.batches import batches
-from grape_ray.tasks.decoders import PAD, DecoderTask, next_token_losses
+from grape_ray.tasks.decoders import PAD, DecoderTask, learned_tokens, next_token_losses
 
 _ROWS = 4  # pairs looked at together, outside of training
 _STEPS = 1024  # a nat of the reference
@@ -95,7 +95,7 @@ class Preference(DecoderTask):
         return {"input_ids": Ragged.of(self.prompts(table.texts(self.prompt_column)))}
 
     def collate(self, records: Records, indices: np.ndarray) -> Mapping[str, Tensor]:
-        """Both answers, the chosen one first: token ids and which are the answer's (B, 2, T), and
+        """Both answers, the chosen one first: token ids (B, 2, T), which of them are learned, and
         the reference (B, 2).
         """
         starts = torch.from_numpy(records.array("prompt")[indices])
@@ -106,7 +106,7 @@ class Preference(DecoderTask):
             for parts in zip(*found)
         )
         answers = torch.arange(longest) >= starts.view(-1, 1, 1)
-        batch = {"ids": ids, "learned": answers & (real > 0)}
+        batch = {"ids": ids, **learned_tokens(ids, answers & (real > 0))}
         if "reference" in records.columns:
             batch["reference"] = torch.from_numpy(records.array("reference")[indices])
         return batch
@@ -150,6 +150,6 @@ def _margin(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 def _answers(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """(B, 2): the log-probability of each answer, a sum over its tokens."""
-    ids, learned = batch["ids"], batch["learned"]
-    losses, _ = next_token_losses(model, ids.flatten(0, 1), learned.flatten(0, 1))
+    read = (batch[name].flatten(0, 1) for name in ("ids", "places", "targets"))
+    losses, _ = next_token_losses(model, *read)
     return -losses.sum(1).view(-1, 2)

@@ -16,7 +16,7 @@ from grape_ray.storage import Json
 from grape_ray.tasks import chats, token_losses
 from grape_ray.tasks.batches import batches
 from grape_ray.tasks.dataset_task import TextTask
-from grape_ray.tasks.decoders import BYTES, PAD, DecoderTask, next_token_losses
+from grape_ray.tasks.decoders import BYTES, PAD, DecoderTask, learned_tokens, next_token_losses
 from grape_ray.tasks.text_metrics import by_source, generation_metrics, token_metrics
 
 _EVALUATE_ROWS = 8
@@ -105,13 +105,11 @@ class TextGeneration(DecoderTask, TextTask):
 
     def collate(self, records: Records, indices: np.ndarray) -> Mapping[str, Tensor]:
         ids, _ = records.sequences("input_ids").padded(indices, PAD)
-        return {
-            "input_ids": ids,
-            "learned": records.sequences("learned").padded(indices, 0)[0].bool(),
-        }
+        learned = records.sequences("learned").padded(indices, 0)[0].bool()
+        return {"input_ids": ids, **learned_tokens(ids, learned)}
 
     def per_example_loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        losses, learned = next_token_losses(model, batch["input_ids"], batch["learned"])
+        losses, learned = _losses(model, batch)
         return token_losses.of_examples(losses, learned, self.loss)
 
     def evaluate(self, model: nn.Module, records: Records) -> dict[str, float]:
@@ -119,8 +117,7 @@ class TextGeneration(DecoderTask, TextTask):
         model writes are worth.
         """
         found = token_metrics(
-            next_token_losses(model, batch["input_ids"], batch["learned"])
-            for _, batch in batches(self, model, records, _EVALUATE_ROWS)
+            _losses(model, batch) for _, batch in batches(self, model, records, _EVALUATE_ROWS)
         )
         if not self.evaluate_generations:
             return found
@@ -137,3 +134,7 @@ class TextGeneration(DecoderTask, TextTask):
         if self.prompt_column:
             return self.answered(self.prompts(table.texts(self.prompt_column)), texts)
         return self.answered([self.begin()] * len(texts), texts)
+
+
+def _losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    return next_token_losses(model, batch["input_ids"], batch["places"], batch["targets"])

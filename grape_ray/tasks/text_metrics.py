@@ -19,8 +19,8 @@ def token_metrics(batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
     """Mean cross-entropy a learned token, in nats, and its exponential.
 
     Args:
-        batches: of each batch the losses (B, T) of its tokens, 0 where nothing is learned, and
-            which are learned (B, T).
+        batches: of each batch the losses (B, K) of its tokens, 0 where nothing is learned, and
+            which are learned (B, K).
     """
     total, count = 0.0, 0
     for losses, learned in batches:

@@ -8,7 +8,7 @@ import transformers
 from grape_ray.data.arrays import Ragged, Records
 from grape_ray.engines import make_engine
 from grape_ray.errors import UnsupportedLayer
-from grape_ray.tasks.decoders import next_token_losses
+from grape_ray.tasks.decoders import learned_tokens, next_token_losses
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def decoder():
 
 
 def loss(model, batch):
-    losses, learned = next_token_losses(model, batch["input_ids"], batch["learned"])
+    losses, learned = next_token_losses(model, **batch)
     return losses.sum(1) / learned.sum(1).clamp(min=1)
 
 
@@ -31,7 +31,7 @@ def batch_of(lengths):
     rng = np.random.default_rng(len(lengths))
     ids = Ragged.of([rng.integers(3, 64, n) for n in lengths])
     padded, mask = Records({"ids": ids}).sequences("ids").padded(np.arange(len(ids)), 0)
-    return {"input_ids": padded, "learned": mask.bool()}
+    return {"ids": padded, **learned_tokens(padded, mask.bool())}
 
 
 @pytest.mark.parametrize("lengths", [(21, 64), (21, 64, 30), (21, 64, 30, 40, 50, 60, 33)])

@@ -69,7 +69,12 @@ def task(folder, model="opt", **fields):
 def test_the_loss_is_the_mean_over_the_answer_alone(folder, model):
     one = task(folder, model)
     records, net = one.load().train, one.build_model(0)
+    scored = []
+    head: torch.nn.Module = net.get_output_embeddings()  # pyright: ignore
+    hook = head.register_forward_hook(lambda *call: scored.append(call[-1].shape[:2]))
     losses = one.per_example_loss(net, one.collate(records, np.arange(4)))
+    hook.remove()
+    assert scored == [(4, 1 + max(len(answer.encode()) for _, answer in PAIRS))]
     for row, (prompt, answer) in enumerate(PAIRS):
         ids = torch.tensor(
             [[1, *(b + 3 for b in prompt.encode()), *(b + 3 for b in answer.encode()), 2]]
