@@ -111,8 +111,9 @@ def roberta_glue(
     Args:
         size: `large`; `base`, which no paper has here; `tiny`, generated texts and random weights.
         dataset: of the hub; `tiny` generates texts in its columns, with as many labels.
-        shots: examples a class; the first so many rows of the set, whatever their labels: for a
-            balanced draw name a file of it, `task.data=FILE`. 0 takes the whole set.
+        shots: examples a class; the first so many rows of the set, whatever their labels, unless
+            `task.data` names a balanced draw, as `pipelines.parts.few_shots` writes it. 0 takes the
+            whole set.
         paper: whether projections are the paper's: of the smaller side, new at every 100th step,
             moments kept, embeddings and head not projected.
     """

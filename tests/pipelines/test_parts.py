@@ -1,4 +1,6 @@
-"""What pipelines have in common: questions answered in words, and images from arrays."""
+"""What pipelines have in common: questions answered in words, images from arrays, and balanced
+draws.
+"""
 
 import gzip
 import io
@@ -11,7 +13,7 @@ import pytest
 from PIL import Image
 
 from grape_ray.errors import DataError
-from pipelines.parts import tiny_data
+from pipelines.parts import few_shots, tiny_data
 from pipelines.parts.image_files import main
 from pipelines.parts.reading import Reading, f1_of_words
 
@@ -98,3 +100,24 @@ def test_arrays_of_images_become_tables(tmp_path):
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(image))), last)
     with pytest.raises(DataError, match="a folder of images"):
         main(str(tmp_path), str(tmp_path / "out"))
+
+
+def test_a_draw_has_as_many_rows_of_each_label_and_repeats(tmp_path):
+    rows = [f"text {number},{'ab'[number % 3 == 0]}" for number in range(30)]
+    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+
+    def drawn(name, *options):
+        place, out = str(tmp_path / "rows.csv"), str(tmp_path / name)
+        few_shots.main([place, out, "--shots", "8", *options], standalone_mode=False)
+        return pq.read_table(out).to_pylist()
+
+    first = drawn("first.parquet")
+    assert [row["label"] for row in first].count("a") == 8
+    assert len(first) == 16
+    assert len({row["text"] for row in first}) == 16
+    numbers = [int(row["text"].split()[1]) for row in first]
+    assert numbers == sorted(numbers)
+    assert drawn("again.parquet") == first
+    assert drawn("other.parquet", "--seed", "21") != first
+    with pytest.raises(DataError, match=r"rows of a label.*10 of 'b'.*at least 11"):
+        drawn("many.parquet", "--shots", "11")
