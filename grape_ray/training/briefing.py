@@ -13,6 +13,8 @@ from grape_ray.ledger.ledger import Ledger
 from grape_ray.storage import Json
 from grape_ray.training.plan import Plan
 
+_FAR, _ENOUGH = 3.0, 2.0  # signals to noise of a step
+
 
 def brief(plan: Plan) -> Json:
     """The plan in plain values, JSON-ready; what is not known or does not apply is None.
@@ -20,7 +22,8 @@ def brief(plan: Plan) -> Json:
     `signal_to_noise` is the largest that a step can have: a sum of expected_batch_size
     contributions of length C, all of one direction, over the length of its noise,
     expected_batch_size / (noise multiplier * sqrt(coordinates)). `longest_refresh` is for how many
-    steps a projection may be kept whatever the gradients are, see `_longest_refresh`.
+    steps a projection may be kept whatever the gradients are, see `_longest_refresh`, and
+    `better_rank` a rank with which a step of a projecting method loses less, see `_better_rank`.
     """
     config, performance, seen = plan.config, plan.config.performance, plan.dry_run
     noise = plan.noise_multiplier if plan.private else None
@@ -48,8 +51,10 @@ def brief(plan: Plan) -> Json:
         "delta_times_units": plan.target[1] * plan.units if plan.target else None,
         "coordinates": seen.report.coordinates if seen else None,
         "signal_to_noise": signal,
+        "rank": config.method.rank if _projects(plan) else None,
         "refresh": config.method.refresh_steps if _projects(plan) else None,
         "longest_refresh": _longest_refresh(signal) if signal and _projects(plan) else None,
+        "better_rank": _better_rank(plan, signal) if signal and _projects(plan) else None,
         "workers": performance.num_workers,
         "device": "cuda" if performance.use_gpu else "cpu",
         "folder": f"{plan.storage}/{plan.run}",
@@ -72,6 +77,16 @@ def _longest_refresh(signal_to_noise: float) -> int:
     is, stays below a tenth of the noise (docs/choosing.md); at least 1.
     """
     return max(1, int(0.1 / signal_to_noise**2))
+
+
+def _better_rank(plan: Plan, signal_to_noise: float) -> int | None:
+    """Where a step can tell more than its noise hides by far, what its projections lose is the
+    larger part: the rank at which there are so many coordinates that it is not (docs/choosing.md,
+    "Which rank"); None where the rank will do.
+    """
+    if signal_to_noise <= _FAR:
+        return None
+    return math.ceil(plan.config.method.rank * (signal_to_noise / _ENOUGH) ** 2)
 
 
 def _budget(plan: Plan, ledger: Ledger) -> dict[str, float]:
@@ -133,6 +148,12 @@ def lines(values: Json) -> list[str]:
         shown.append(
             f"projections are kept for {kept}: beyond {longest} that may cost accuracy with this"
             " noise; method.refresh and docs/choosing.md"
+        )
+    if values["better_rank"]:
+        shown.append(
+            f"with so much signal, projections of rank {values['rank']} lose more than the noise"
+            f" hides: rank {values['better_rank']}, or bookkeeping, may learn more;"
+            " method.rank and docs/choosing.md"
         )
     if values["budget"]:
         budget = values["budget"]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from pathlib import Path
 
@@ -297,6 +298,15 @@ def test_the_program_says_what_it_is_about_to_do(tmp_path):
     allowed = max(1, int(0.1 * numbers * (noise / 50) ** 2))
     assert (facts["refresh"], facts["longest_refresh"]) == (5, allowed)
     assert ("projections are kept for 5 steps" in result.stderr) == (allowed < 5)
+    assert facts["signal_to_noise"] < 3
+    assert facts["better_rank"] is None
+    assert "projections of rank" not in result.stderr
+    few = [*words, "--set", "method.rank=2", "--set", "privacy.epsilon=99"]
+    few[few.index("a")] = "b"
+    result = CliRunner(env={"XDG_DATA_HOME": str(tmp_path)}).invoke(main, few)
+    facts = json.loads(result.stdout.splitlines()[-1])["plan"]
+    assert facts["better_rank"] == math.ceil(2 * (facts["signal_to_noise"] / 2) ** 2) > 4
+    assert "projections of rank 2 lose more than the noise hides" in result.stderr
     again = CliRunner(env={"XDG_DATA_HOME": str(tmp_path)}).invoke(main, [*words, "--no-dry-run"])
     assert (
         "resumes at step 12: 0 steps that were paid for are taken and paid for again; 12 steps"
