@@ -12,6 +12,7 @@ from grape_ray.errors import GrapeRayError
 from grape_ray.ledger.ledger import Ledger
 from grape_ray.storage import Json
 from grape_ray.training.plan import Plan
+from grape_ray.training.preflight import Report
 
 _FAR, _ENOUGH = 3.0, 2.0  # signals to noise of a step
 
@@ -54,7 +55,11 @@ def brief(plan: Plan) -> Json:
         "rank": config.method.rank if _projects(plan) else None,
         "refresh": config.method.refresh_steps if _projects(plan) else None,
         "longest_refresh": _longest_refresh(signal) if signal and _projects(plan) else None,
-        "better_rank": _better_rank(plan, signal) if signal and _projects(plan) else None,
+        "better_rank": (
+            _better_rank(config.method.rank, seen.report, signal)
+            if seen and signal and _projects(plan)
+            else None
+        ),
         "workers": performance.num_workers,
         "device": "cuda" if performance.use_gpu else "cpu",
         "folder": f"{plan.storage}/{plan.run}",
@@ -79,14 +84,15 @@ def _longest_refresh(signal_to_noise: float) -> int:
     return max(1, int(0.1 / signal_to_noise**2))
 
 
-def _better_rank(plan: Plan, signal_to_noise: float) -> int | None:
+def _better_rank(rank: int, report: Report, signal_to_noise: float) -> int | None:
     """Where a step can tell more than its noise hides by far, what its projections lose is the
     larger part: the rank at which there are so many coordinates that it is not (docs/choosing.md,
-    "Which rank"); None where the rank will do.
+    "Which rank"), or 0 where all parameters are not so many; None where the rank will do.
     """
     if signal_to_noise <= _FAR:
         return None
-    return math.ceil(plan.config.method.rank * (signal_to_noise / _ENOUGH) ** 2)
+    more = (signal_to_noise / _ENOUGH) ** 2
+    return math.ceil(rank * more) if report.coordinates * more < report.parameters else 0
 
 
 def _budget(plan: Plan, ledger: Ledger) -> dict[str, float]:
@@ -149,11 +155,11 @@ def lines(values: Json) -> list[str]:
             f"projections are kept for {kept}: beyond {longest} that may cost accuracy with this"
             " noise; method.refresh and docs/choosing.md"
         )
-    if values["better_rank"]:
+    if values["better_rank"] is not None:
+        rank = f"rank {values['better_rank']}, or " if values["better_rank"] else ""
         shown.append(
             f"with so much signal, projections of rank {values['rank']} lose more than the noise"
-            f" hides: rank {values['better_rank']}, or bookkeeping, may learn more;"
-            " method.rank and docs/choosing.md"
+            f" hides: {rank}bookkeeping may learn more; method.rank and docs/choosing.md"
         )
     if values["budget"]:
         budget = values["budget"]

@@ -301,12 +301,16 @@ def test_the_program_says_what_it_is_about_to_do(tmp_path):
     assert facts["signal_to_noise"] < 3
     assert facts["better_rank"] is None
     assert "projections of rank" not in result.stderr
-    few = [*words, "--set", "method.rank=2", "--set", "privacy.epsilon=99"]
-    few[few.index("a")] = "b"
-    result = CliRunner(env={"XDG_DATA_HOME": str(tmp_path)}).invoke(main, few)
-    facts = json.loads(result.stdout.splitlines()[-1])["plan"]
-    assert facts["better_rank"] == math.ceil(2 * (facts["signal_to_noise"] / 2) ** 2) > 4
-    assert "projections of rank 2 lose more than the noise hides" in result.stderr
+    for epsilon, in_full in ((20, False), (99, True)):
+        few = [*words, "--set", "method.rank=2", "--set", f"privacy.epsilon={epsilon}"]
+        few[few.index("a")] = f"at-{epsilon}"
+        result = CliRunner(env={"XDG_DATA_HOME": str(tmp_path)}).invoke(main, few)
+        facts = json.loads(result.stdout.splitlines()[-1])["plan"]
+        more = (facts["signal_to_noise"] / 2) ** 2
+        assert (facts["coordinates"] * more > 2410) == in_full  # of the model's parameters
+        assert facts["better_rank"] == (0 if in_full else math.ceil(2 * more))
+        told = "bookkeeping" if in_full else f"rank {facts['better_rank']}, or bookkeeping"
+        assert f"projections of rank 2 lose more than the noise hides: {told}" in result.stderr
     again = CliRunner(env={"XDG_DATA_HOME": str(tmp_path)}).invoke(main, [*words, "--no-dry-run"])
     assert (
         "resumes at step 12: 0 steps that were paid for are taken and paid for again; 12 steps"
