@@ -44,8 +44,7 @@ def with_mean_pooling(model: nn.Module, name: str) -> nn.Module:
     """
     base: Any = getattr(model, "base_model", None)
     if getattr(getattr(base, "config", None), _MARK, False):
-        block = base.encoder.layer[-1].requires_grad_(False)  # it was exported with its block
-        block.forward = partial(_averaged, block)
+        _averaging(base.encoder.layer[-1])  # it was exported with its block
         return model
     layers = getattr(getattr(base, "encoder", None), "layer", None)
     head = _first_of_head(model)
@@ -67,11 +66,16 @@ def with_mean_pooling(model: nn.Module, name: str) -> nn.Module:
             parts[part].weight.fill_(1.0)
         head.bias.zero_()
         _become_identity(head, _HEAD_SHARE)
-    block.forward = partial(_averaged, block)
-    layers.append(block.requires_grad_(False))
+    layers.append(_averaging(block))
     base.config.num_hidden_layers = len(layers)
     setattr(base.config, _MARK, True)
     return model
+
+
+def _averaging(block: nn.Module) -> nn.Module:
+    """A block with the weights that average, frozen, and computed as what they come to."""
+    block.forward = partial(_averaged, block)
+    return block.requires_grad_(False)
 
 
 def _averaged(block: Any, hidden: Tensor, mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from grape_ray.data.arrays import Records
 from grape_ray.distributed.sharding import stacks
@@ -116,15 +117,12 @@ class _OnFeatures:
         record.
         """
         some = np.unique(data.train.extremes())
-        read, _ = self._read(data.train, some, beyond=False)
+        read, logits = self._read(data.train, some)
         if read is None or read.requires_grad or not 0 < self._bytes(read, data) <= _MOST_BYTES:
             return False
-        with torch.no_grad():
-            read, logits = self._read(data.train, some)
-            if read is None or logits is None:
-                return False
-            batch = self._batch(data.train, some, self._rows(data.train, some, read))
-            return torch.equal(self.logits(self._model, to_device(batch, self._device)), logits)
+        batch = self._batch(data.train, some, self._rows(data.train, some, read))
+        again = self.logits(self._model, to_device(batch, self._device))
+        return logits is not None and torch.equal(again, logits)
 
     def collate(self, records: Records, indices: np.ndarray) -> Mapping[str, Tensor]:
         """`features` of the records, and what else the rest of the model reads."""
@@ -228,14 +226,6 @@ class _OnTokens(_OnFeatures):
         super().__init__(task, model, blocks[-1], half)
         self._frozen = blocks[:-1]
 
-    def usable(self, data: Data) -> bool:
-        """And whether the last frozen block hands on this one tensor alone."""
-        handed: list[object] = []
-        hook = self._frozen[-1].register_forward_hook(lambda *call: handed.append(call[-1]))
-        read, _ = self._read(data.train, np.array([0]), beyond=False)
-        hook.remove()
-        return any(one is read for one in handed) and super().usable(data)
-
     def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         features = batch["features"].float() if self._half else batch["features"]
         own = {name: tensor for name, tensor in batch.items() if name != "features"}
@@ -250,18 +240,28 @@ class _OnTokens(_OnFeatures):
         tokens = [len(part.sequences("input_ids").values) for part in (data.train, data.validation)]
         return sum(tokens) * read.shape[2] * (2 if self._half else read.element_size())
 
+    def _read(
+        self, records: Records, indices: np.ndarray, beyond: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """None, too, where the last frozen block hands on something else, or more."""
+        handed: list[object] = []
+        hook = self._frozen[-1].register_forward_hook(lambda *call: handed.append(call[-1]))
+        try:
+            read, logits = super()._read(records, indices, beyond)
+        finally:
+            hook.remove()
+        return (read if any(one is read for one in handed) else None), logits
+
     def _rows(self, records: Records, indices: np.ndarray, read: Tensor) -> Sequence[Tensor]:
-        mask = self._task.collate(records, indices)["attention_mask"].bool()
-        return read[mask.to(read.device)].split(mask.sum(1).tolist())
+        lengths = records.sequences("input_ids").lengths(indices)
+        # copies, so that no padding stays in memory
+        return [row[:length].clone() for row, length in zip(read, lengths.tolist())]
 
     def _batch(
         self, records: Records, indices: np.ndarray, rows: Sequence[Tensor]
     ) -> dict[str, Tensor]:
-        batch = dict(self._task.collate(records, indices))
-        mask = batch["attention_mask"].bool()
-        features = rows[0].new_zeros(*mask.shape, rows[0].shape[1])
-        features[mask.to(features.device)] = torch.cat(list(rows))
-        return batch | {"features": features}
+        features = pad_sequence(list(rows), batch_first=True)
+        return {**self._task.collate(records, indices), "features": features}
 
 
 @contextlib.contextmanager
