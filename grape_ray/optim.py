@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +23,8 @@ from grape_ray.engines.subspace import Subspace, Svd, plan_projections
 from grape_ray.errors import CheckpointError, GrapeRayError
 from grape_ray.privacy.random_streams import public_bits
 from grape_ray.privacy.types import NonPrivateGradient, PrivateGradient, step_of
+
+_BLOCK = 1 << 20  # entries of a bfloat16 weight that are moved at a time
 
 
 def learning_rate(method: Method, step: int, total_steps: int) -> float:
@@ -124,7 +126,7 @@ class Optimizer:
     def _rows_of(self, name: str, param: Tensor) -> slice:
         """The rows of the weight, seen as a matrix, that this rank updates."""
         plan = self.subspace.plan.get(name)
-        held = sharding.rows(param)
+        held = sharding.rows(param) if param.ndim else slice(0, 1)
         if plan is None or plan.rows == param.shape[0]:
             return held
         # (1, d0, ...): one rank holds it all
@@ -190,10 +192,6 @@ class Optimizer:
         self, name: str, weight: Tensor, update: Tensor, moves: float, decay: float, step: int
     ) -> None:
         """weight <- decay * weight + moves * (lifted update), in the weight's own memory."""
-        # a copy of one tensor at a time, not of the model
-        exact = weight.float() if weight.dtype == torch.bfloat16 else weight
-        if decay != 1:
-            exact.mul_(decay)
         period, rows = self.subspace.period(step), self._rows[name]
         if name in self._lifted:
             first = self._state["first"][name]
@@ -201,16 +199,53 @@ class Optimizer:
             kept = self.method.betas[0] if adam else self.method.momentum
             taken = 1 - kept if adam else 1.0
             self.subspace.lift_(first.mul_(kept), name, period, update, taken, rows)
-            exact.add_(first, alpha=moves / (1 - kept**self.updates) if adam else moves)
-        else:
-            self.subspace.lift_(exact, name, period, update, moves, rows)
-        if exact is not weight:
-            flat = exact.view(max(exact.shape[0], 1), -1)
-            whole = self.params[name].shape[0], flat.shape[1]
-            bits = torch.from_numpy(
-                public_bits(self._rounding_key, name, step, whole, rows).astype("i4")
-            )
-            weight.copy_(round_stochastically(flat, bits.to(weight.device)).view(weight.shape))
+            update = first
+            moves = moves / (1 - kept**self.updates) if adam else moves
+
+        def move(exact: Tensor, rows: slice, update: Tensor) -> None:
+            if decay != 1:
+                exact.mul_(decay)
+            if name in self._lifted:
+                exact.add_(update, alpha=moves)
+            else:
+                self.subspace.lift_(exact, name, period, update, moves, rows)
+
+        if weight.dtype != torch.bfloat16:
+            move(weight, rows, update)
+        elif weight.numel():
+            self._round_by_blocks(name, weight, update, step, move)
+
+    def _round_by_blocks(
+        self,
+        name: str,
+        weight: Tensor,
+        update: Tensor,
+        step: int,
+        move: Callable[[Tensor, slice, Tensor], None],
+    ) -> None:
+        """Moves a bfloat16 weight in fp32 and rounds it, by blocks of rows: what is made beside it
+        is some blocks large, whatever the weight is.
+
+        Args:
+            move: moves rows of the weight in fp32, given their places and what belongs to them of
+                `update`.
+        """
+        plan, held = self.subspace.plan.get(name), self._rows[name]
+        count = held.stop - held.start
+        matrix = weight.contiguous().view(count, -1)
+        whole = self.params[name].numel() // matrix.shape[1], matrix.shape[1]
+        by_rows = name in self._lifted or plan is None or plan.axis == 1
+        update = update.reshape(count, -1) if by_rows else update
+        size = max(_BLOCK // matrix.shape[1], 1)
+        for low in range(0, count, size):
+            high = min(low + size, count)
+            rows = slice(held.start + low, held.start + high)
+            exact = matrix[low:high].float()
+            move(exact, rows, update[low:high] if by_rows else update)
+            bits = public_bits(self._rounding_key, name, step, whole, rows, weight.device)
+            matrix[low:high] = round_stochastically(exact, bits)
+        if not weight.is_contiguous():
+            weight.copy_(matrix.view(weight.shape))
 
     def _averaged(self, name: str, step: int) -> int:
         """The number of gradients that the first moment of a tensor is a mean of, with that of
@@ -315,15 +350,14 @@ class Optimizer:
 
 
 def round_stochastically(exact: Tensor, bits: Tensor) -> Tensor:
-    """fp32 as bfloat16, up or down with probabilities that keep the mean.
+    """fp32 as bfloat16, up or down with probabilities that keep the mean; spends `exact`.
 
     Args:
-        bits: int32, uniform in [0, 2^16), of the same shape: added below the kept half of each
-            number before the rest is cut off.
+        bits: int16, uniform, of the same shape: 2^15 more, in [0, 2^16), is added below the kept
+            half of each number before the rest is cut off.
     """
-    return (
-        (exact.view(torch.int32) + bits).bitwise_and_(-65536).view(torch.float32).to(torch.bfloat16)
-    )
+    raised = exact.view(torch.int32).add_(bits).add_(1 << 15)
+    return raised.bitwise_and_(-(1 << 16)).view(torch.float32).to(torch.bfloat16)
 
 
 def make_optimizer(

@@ -9,8 +9,9 @@ from torch import nn
 from grape_ray import Method, make_engine
 from grape_ray.engines.subspace import Gaussian, Projection, Svd, plan_projections
 from grape_ray.errors import CheckpointError, ConfigError, GrapeRayError, NoiseReuse
-from grape_ray.optim import learning_rate, make_optimizer
+from grape_ray.optim import Optimizer, learning_rate, make_optimizer
 from grape_ray.privacy.noise import NoiseStream, privatize
+from grape_ray.privacy.types import NonPrivateGradient
 from tests.support import zoo
 from tests.support.grants import granted
 
@@ -280,3 +281,47 @@ def test_rank_must_be_below_the_side_it_compresses():
         plan_projections(nn.Sequential(nn.Linear(64, 256)), rank=64, side="out")["0.weight"].axis
         == 0
     )
+
+
+SHAPES = {"scalar": (), "vector": (9,), "left": (12, 10), "right": (12, 10), "one": (1, 12, 10)}
+
+
+def moved(dtype, moments, block, monkeypatch, steps=3):
+    """Weights of many shapes, one of them a transposed view, after some steps with projections."""
+    monkeypatch.setattr("grape_ray.optim._BLOCK", block)
+    made = torch.Generator().manual_seed(0)
+    params = {
+        name: nn.Parameter(torch.randn(shape, generator=made).to(dtype))
+        for name, shape in SHAPES.items()
+    }
+    params["view"] = nn.Parameter(torch.randn(10, 12, generator=made).to(dtype).T)
+    plan = {
+        "left": Projection(0, 12, 10, 3),
+        "right": Projection(1, 10, 12, 3),
+        "one": Projection(0, 12, 10, 3),
+    }
+    method = Method(rank=3, moments=moments, refresh=1, learning_rate=0.05)
+    optimizer = Optimizer(params, Gaussian(plan, b"k", 1), method, steps, b"rounding")
+    for step in range(steps):
+        tensors = {
+            name: torch.randn(plan[name].shape if name in plan else param.shape, generator=made)
+            for name, param in params.items()
+        }
+        optimizer.step(NonPrivateGradient(tensors, step, period=step))
+    return {name: param.detach().float() for name, param in params.items()}
+
+
+@pytest.mark.parametrize("moments", ["reset", "lifted"])
+def test_bfloat16_weights_move_by_blocks_as_others_do(moments, monkeypatch):
+    exact = moved(torch.float32, moments, 1 << 20, monkeypatch)
+    whole = moved(torch.bfloat16, moments, 1 << 20, monkeypatch)
+    for block in (1, 25):
+        found = moved(torch.bfloat16, moments, block, monkeypatch)
+        for name, weight in found.items():
+            # blocks round products otherwise, and so a number in a thousand at most
+            torch.testing.assert_close(weight, whole[name], rtol=2**-7, atol=1e-3)
+            assert (weight != whole[name]).float().mean() < 0.05
+    for name, weight in whole.items():
+        # three roundings of bfloat16, and the first of the weights themselves
+        torch.testing.assert_close(weight, exact[name], rtol=4 * 2**-7, atol=2e-2)
+        assert weight.shape == exact[name].shape

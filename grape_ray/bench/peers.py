@@ -2,7 +2,7 @@
 `peers`.
 
 Its noise is torch's ordinary generator (`secure_mode` off, its default), where the private methods
-here draw theirs from AES.
+here draw theirs from ChaCha20.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from grape_ray.engines.subspace import Subspace
+from grape_ray.privacy.random_streams import STREAMS
 from grape_ray.storage import Json
 
 # Beyond either the next checkpoint is a full one: a delta would no longer be small, or differ by
@@ -91,10 +92,11 @@ class Coordinates:
         }
 
     def counters(self) -> Json:
-        """The numbers that go with `tensors`: f (`factor`), f_p (`factors`), and how many deltas
-        and steps there were since the full checkpoint.
+        """The numbers that go with `tensors`: f (`factor`), f_p (`factors`), how many deltas and
+        steps there were since the full checkpoint, and which projections they are of (`streams`).
         """
         return {
+            "streams": STREAMS,
             "factor": self._factor,
             "factors": {str(p): f for p, f in self._factors.items()},
             "deltas": self.deltas,

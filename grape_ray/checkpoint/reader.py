@@ -14,6 +14,7 @@ from grape_ray.checkpoint.manifest import names, read_manifest
 from grape_ray.checkpoint.shards import read
 from grape_ray.engines.subspace import Subspace
 from grape_ray.errors import CheckpointError
+from grape_ray.privacy.random_streams import STREAMS
 from grape_ray.storage import Json, Storage
 
 _INSTEAD = "an earlier one is used instead"
@@ -54,6 +55,11 @@ class Reader:
         if read_manifest(self.storage, base).base:
             what = f"checkpoint {self.manifest.name} is torn: its base is a delta"
             raise CheckpointError(what, base, "a full checkpoint", _INSTEAD)
+        made_with = self.manifest.counters.get("coordinates", {}).get("streams", 1)
+        if made_with != STREAMS:
+            what = f"checkpoint {self.manifest.name}, in coordinates of another version's"
+            got, expected = f"projections {made_with}", f"projections {STREAMS}"
+            raise CheckpointError(what, got, expected, _INSTEAD)
         return Reader(self.storage, base)
 
     def names(self, kind: str) -> list[str]:

@@ -411,6 +411,32 @@ def ledger(entries: str, **options: object) -> None:
     )
 
 
+@command.command("random")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--count", type=click.IntRange(1024), default=1 << 24, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@results_file
+@as_json
+def random(device: str, count: int, rounds: int, **options: object) -> None:
+    """Random numbers a second: noise, projections, the bits that round bfloat16 weights."""
+    from grape_ray.bench.random_numbers import rates
+    from grape_ray.bench.report import environment
+
+    rows = rates(device, count, rounds)
+    shown = [
+        [r["kind"], str(r["threads"]), f"{r['per_s'] / 1e6:.0f}", f"{r['cost_ns']:.2f}"]
+        for r in rows
+    ]
+    _finish(
+        f"Random numbers on {device}, {count:,} at a time",
+        ("numbers", "threads", "millions a second", "ns a number"),
+        shown,
+        {**environment(), "rows": rows},
+        options,
+        "The last column is CPU-seconds of all threads." if device == "cpu" else "",
+    )
+
+
 @command.command("study")
 @click.argument("pipeline")
 @click.option(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from grape_ray.engines.subspace import Subspace
@@ -46,10 +45,9 @@ class Directions(Subspace):
         memory of its own.
         """
         rows = like.shape[0] if like.ndim else 1
-        drawn = public_normals(
-            self._key, f"direction {number} of {name}", period, (rows, like.numel() // rows)
-        )
-        return torch.from_numpy(drawn).view(like.shape).to(like.device, like.dtype)
+        label, shape = f"direction {number} of {name}", (rows, like.numel() // rows)
+        drawn = public_normals(self._key, label, period, shape, device=like.device)
+        return drawn.view(like.shape).to(like.dtype)
 
     def lift_(
         self,

@@ -62,11 +62,11 @@ class ProbeStream:
             key, start = hashlib.sha256(self._key + f"|{name}".encode()).digest(), 0
         else:
             self._used += count
-        flat = torch.from_numpy(normals(key, self._step, start, count))
+        flat = normals(key, self._step, start, count, like.device)
         return (
             flat.mul_(1 / math.sqrt(self.probes))
             .view(examples, side, self.probes)
-            .to(like.device, sum_dtype(like))
+            .to(sum_dtype(like))
         )
 
 

@@ -162,7 +162,7 @@ class Gaussian(Subspace):
             and held[1].dtype == dtype
         ):
             return held[1]
-        matrix = self._draw(name, period, slice(None)).to(like.device, dtype)
+        matrix = self._draw(name, period, slice(None), like.device).to(dtype)
         if self._cached:
             self._cache[name] = (period, matrix)
         return matrix
@@ -170,16 +170,14 @@ class Gaussian(Subspace):
     def matrix_rows(self, name: str, period: int, like: Tensor, rows: slice) -> Tensor:
         if self._cached:
             return self.matrix(name, period, like)[rows]
-        return self._draw(name, period, rows).to(
-            like.device, torch.float64 if like.dtype == torch.float64 else torch.float32
-        )
+        drawn = self._draw(name, period, rows, like.device)
+        return drawn.double() if like.dtype == torch.float64 else drawn
 
-    def _draw(self, name: str, period: int, rows: slice) -> Tensor:
+    def _draw(self, name: str, period: int, rows: slice, device: torch.device) -> Tensor:
         plan = self.plan[name]
         std = 1 / plan.rank if self._scale == "paper" else 1 / math.sqrt(plan.rank)
-        return torch.from_numpy(
-            public_normals(self._key, name, period, (plan.dim, plan.rank), rows)
-        ).mul_(std)
+        drawn = public_normals(self._key, name, period, (plan.dim, plan.rank), rows, device)
+        return drawn.mul_(std)
 
 
 class Svd(Subspace):

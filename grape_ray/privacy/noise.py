@@ -10,9 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +27,6 @@ from grape_ray.privacy.types import (
     step_of,
 )
 
-_BACKGROUND = ThreadPoolExecutor(1, "noise")
 _BELOW_SENSITIVITY = 31  # bits from the sensitivity down to the grid
 # bits from the noise's standard deviation down to the grid, at most: normals below 16 times 2^48
 # are below 2^52
@@ -37,8 +34,9 @@ _BELOW_STD = 47
 # of the sum from zero, in grid steps: it and the noise add up below 2^53, where doubles hold every
 # integer
 _FARTHEST = 2.0**52
-_PIECE = {"cpu": 1 << 16}  # coordinates noised at a time, so that they stay in a core's cache
-_LARGE_PIECE = 1 << 24
+# coordinates noised at a time: what stays in a core's cache, work for several cores, and for a GPU
+# such that what is made on the way is some hundred MiB
+_PIECE, _SHARED_PIECE, _DEVICE_PIECE = 1 << 16, 1 << 20, 1 << 22
 
 
 class NoiseStream:
@@ -61,7 +59,6 @@ class NoiseStream:
             )
         self._key, self._last = key, -1
         self.name = hashlib.sha256(key).hexdigest()[:8]
-        self._ahead: tuple[int, int, Future[np.ndarray]] | None = None
 
     def __repr__(self) -> str:
         return f"NoiseStream(id={self.name}, last_step={self._last})"
@@ -77,23 +74,11 @@ class NoiseStream:
             )
         self._last = step
 
-    def draw_ahead(self, step: int, start: int, count: int) -> None:
-        """Begins to draw in another thread what `normals` will be asked for at `step`, which must
-        be paid for by now.
-
-        It takes 8 `count` bytes until then, and pays where the gradients are computed elsewhere
-        than on this machine's cores.
+    def normals(self, step: int, start: int, count: int, device: torch.device) -> Tensor:
+        """Standard normals `start .. start+count` of a step's noise vector, float64, made on
+        `device`.
         """
-        self._ahead = step, start, _BACKGROUND.submit(normals, self._key, step, start, count)
-
-    def normals(self, step: int, start: int, count: int) -> Tensor:
-        """Standard normals `start .. start+count` of a step's noise vector, float64."""
-        if self._ahead is not None and self._ahead[0] == step:
-            # the same function of the same key: drawn ahead or now, the values are alike
-            drawn, first = self._ahead[2].result(), self._ahead[1]
-            if first <= start and start + count <= first + len(drawn):
-                return torch.as_tensor(drawn[start - first : start - first + count])
-        return torch.as_tensor(normals(self._key, step, start, count))
+        return normals(self._key, step, start, count, device)
 
 
 def privatize(
@@ -159,9 +144,9 @@ def privatize(
     grid, std = grid_and_std(summed.sensitivity, noise_multiplier, count)
 
     def release(mine: Tensor, start: int) -> Tensor:
-        for low, high in _pieces(start, mine.numel(), _PIECE.get(mine.device.type, _LARGE_PIECE)):
+        for low, high in _pieces(start, mine.numel(), _piece(mine.device)):
             part = mine[low:high]
-            noise = stream.normals(step, start + low, high - low).to(mine.device)
+            noise = stream.normals(step, start + low, high - low, mine.device)
             part.copy_(on_grid(part.double(), noise, std, grid).div_(expected_batch_size))
         return mine
 
@@ -224,6 +209,12 @@ def on_grid(value: Tensor, normal: Tensor, std: float, grid: float) -> Tensor:
     """
     value = value.mul_(1 / grid).clamp_(-_FARTHEST, _FARTHEST).round_()
     return value.add_(normal.mul_(std / grid).round_()).mul_(grid)
+
+
+def _piece(device: torch.device) -> int:
+    if device.type != "cpu":
+        return _DEVICE_PIECE
+    return _PIECE if torch.get_num_threads() == 1 else _SHARED_PIECE
 
 
 def _pieces(start: int, count: int, size: int) -> Iterator[tuple[int, int]]:

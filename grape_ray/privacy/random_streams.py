@@ -1,101 +1,82 @@
 """Keyed streams: every random number of a run is a pure function of (key, step, index), so no
 hidden generator state exists.
 
-Secret streams (noise, sampling, probes) come from AES-256 in counter mode; public ones
-(projections) from Philox.
+All come from ChaCha20 (`chacha20`): secret ones (noise, sampling, probes) with a secret key, public
+ones (projections, rounding) with a public key. Which records of a unit a step takes comes from
+AES-256, by blocks whose counters name the unit.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import numpy as np
+import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from torch import Tensor
 
+from grape_ray.privacy import box_muller
+from grape_ray.privacy.box_muller import CHUNK
+from grape_ray.privacy.chacha20 import words, words_on
 from grape_ray.privacy.keys import derive
 
-# normals made at a time; fixed, so that a value does not depend on the slice it was asked for in
-_CHUNK = 16384
+STREAMS = 2  # the version of what public streams hold: 1 came from Philox
+_CPU = torch.device("cpu")
 _WORD = 1 << 64
-_TAIL, _TAIL_WORDS = 2.0**-20, 1 << 63  # uniforms below it are refined, by words from there on
-_BLOCK_ROWS = 1024  # rows of a public matrix made at a time
+_TAIL_WORDS = 1 << 63  # the words from there on refine the radii of normals
+_PART = 4 * CHUNK  # numbers that a thread makes at a time, so that they stay in a core's cache
 
 
-def words(key: bytes, step: int, first: int, count: int) -> np.ndarray:
-    """Words `first .. first+count` of the AES-256-CTR stream of (key, step).
-
-    Args:
-        key: 32 secret bytes. step: in [0, 2^64), the upper half of the counter block. first: index
-            of the first word, even.
-
-    Returns:
-        `count` uint64.
-    """
-    # a block of AES is two words
-    block = step.to_bytes(8, "big") + (first // 2).to_bytes(8, "big")
-    stream = Cipher(algorithms.AES256(key), modes.CTR(block)).encryptor()
-    return np.frombuffer(stream.update(bytes(16 * ((count + 1) // 2))), dtype="<u8")[:count]
-
-
-def _chunk_of_normals(key: bytes, step: int, chunk: int) -> np.ndarray:
-    """Standard normals `chunk*_CHUNK ..` by Box-Muller in float64, from two uniforms of 52 bits, or
-    116 where the radius is large.
-
-    |z| reaches 12.68, beyond which a normal lies with probability 1e-36.
-
-    The angle's cosine and sine come from the tangent of its half, 2 / (1 + t^2) - 1 and 2 t / (1 +
-    t^2): one fast function for two.
-    """
-    bits = words(key, step, chunk * _CHUNK, _CHUNK) >> np.uint64(12)
-    bits |= np.uint64(0x3FF0000000000000)  # the mantissa of a double in [1, 2)
-    unit, half = bits.view(np.float64)[: _CHUNK // 2], bits.view(np.float64)[_CHUNK // 2 :]
-    radius = np.subtract(2.0, unit, out=unit)  # (0, 1]: its logarithm is finite
-    _refine(radius, key, step, chunk)
-    np.log(radius, out=radius)
-    np.sqrt(np.multiply(radius, -2.0, out=radius), out=radius)
-    half -= 1.0
-    tangent = np.tan(np.multiply(half, np.pi, out=half), out=half)
-    share = tangent * tangent
-    share += 1.0
-    np.divide(2.0, share, out=share)
-    out = np.empty(_CHUNK)
-    sine, cosine = out[: _CHUNK // 2], out[_CHUNK // 2 :]
-    np.multiply(tangent, share, out=sine)
-    sine *= radius
-    np.subtract(share, 1.0, out=cosine)
-    cosine *= radius
-    return out
-
-
-def _refine(uniform: np.ndarray, key: bytes, step: int, chunk: int) -> None:
-    """Gives the uniforms in (0, 1] of 52 bits that are below 2^-20, the normals' tails, 64 bits
-    more from words of their own.
-    """
-    for place in np.flatnonzero(uniform < _TAIL):
-        more = words(key, step, _TAIL_WORDS + 2 * (chunk * _CHUNK + int(place)), 1)[0]
-        uniform[place] = max(uniform[place] - float(more) * 2.0**-116, 2.0**-116)
-
-
-def normals(key: bytes, step: int, start: int, count: int) -> np.ndarray:
-    """Standard normals `start .. start+count` of the stream (key, step), float64.
+def normals(key: bytes, step: int, start: int, count: int, device: torch.device = _CPU) -> Tensor:
+    """Standard normals `start .. start+count` of the stream (key, step), float64, on `device`.
 
     Guarantees: the value at an index is bitwise the same whatever slice it is asked for in, so any
-    shard makes its own.
+    shard makes its own. Another device differs from it by rounding (`box_muller`).
 
     >>> whole = normals(bytes(32), step=3, start=0, count=10)
-    >>> (whole[4:7] == normals(bytes(32), step=3, start=4, count=3)).all()
-    np.True_
+    >>> bool((whole[4:7] == normals(bytes(32), step=3, start=4, count=3)).all())
+    True
     """
-    out = np.empty(max(count, 0))
-    for chunk in range(start // _CHUNK, -(-(start + count) // _CHUNK)):
-        first = chunk * _CHUNK
-        low, high = max(start, first), min(start + count, first + _CHUNK)
-        out[low - start : high - start] = _chunk_of_normals(key, step, chunk)[
-            low - first : high - first
-        ]
-    return out
+    first, count = start // CHUNK * CHUNK, max(count, 0)
+    size = -(-(start + count) // CHUNK) * CHUNK - first
+
+    def refine(low: int) -> box_muller.Refine:
+        def refining(places: np.ndarray) -> np.ndarray:
+            radii = [_TAIL_WORDS + low // 2 + int(place) for place in places]
+            return np.array([words(key, step, radius, 1)[0] for radius in radii])
+
+        return refining
+
+    if device.type != "cpu":
+        made = box_muller.doubles_on(words_on(key, step, first, size, device), refine(first))
+        return made[start - first :][:count]
+    out = np.empty(size)
+
+    def fill(low: int, high: int) -> None:
+        box_muller.doubles(
+            words(key, step, first + low, high - low), refine(first + low), out[low:high]
+        )
+
+    _in_threads(fill, size)
+    return torch.as_tensor(out[start - first :][:count])
+
+
+def _in_threads(fill: Callable[[int, int], None], size: int) -> None:
+    """Calls `fill` for parts of 0 .. size, in as many threads as torch uses; OpenSSL and NumPy run
+    beside each other.
+    """
+    parts = [(low, min(low + _PART, size)) for low in range(0, size, _PART)]
+    threads = min(torch.get_num_threads(), len(parts))
+    if threads < 2:
+        for part in parts:
+            fill(*part)
+        return
+    with ThreadPoolExecutor(threads, "random") as pool:  # of the call alone: nothing to fork
+        for ended in [pool.submit(fill, *part) for part in parts]:
+            ended.result()
 
 
 def poisson_batch(key: bytes, step: int, size: int, sampling_prob: float) -> np.ndarray:
@@ -172,63 +153,65 @@ def _below(key: bytes, step: int, units: np.ndarray, draw: int, bounds: np.ndarr
 
 
 def public_normals(
-    key: bytes, label: str, period: int, shape: tuple[int, int], rows: slice = slice(None)
-) -> np.ndarray:
-    """Standard normals, float32, of a public stream: a function of (key, label, period) alone; used
-    for projections.
+    key: bytes,
+    label: str,
+    period: int,
+    shape: tuple[int, int],
+    rows: slice = slice(None),
+    device: torch.device = _CPU,
+) -> Tensor:
+    """Standard normals, float32, of a public stream: a function of (key, label, period) and of the
+    place in the matrix alone; used for projections.
 
     Args:
-        shape: of the whole matrix. rows: the part of its rows that is wanted; it costs little more
-            than that part.
+        shape: of the whole matrix. rows: the part of its rows that is wanted; it costs that part.
+        device: where they are made; devices differ by rounding.
     """
-    return _by_blocks(
-        key,
-        label,
-        period,
-        shape,
-        rows,
-        lambda stream, size: stream.standard_normal(size, dtype=np.float32),
-    )
+    start, count, whole = _rows_of(shape, rows)
+    stream, first = _public_key(key, label, period), start // 2
+    size = -(-(start + count) // 2) - first
+    if device.type != "cpu":
+        made = box_muller.singles_on(words_on(stream, 0, first, size, device))
+        return made[start - 2 * first :][:count].view(whole)
+    out = np.empty(2 * size, dtype=np.float32)
+
+    def fill(low: int, high: int) -> None:
+        box_muller.singles(words(stream, 0, first + low, high - low), out[2 * low : 2 * high])
+
+    _in_threads(fill, size)
+    return torch.as_tensor(out[start - 2 * first :][:count].reshape(whole))
 
 
 def public_bits(
-    key: bytes, label: str, step: int, shape: tuple[int, int], rows: slice = slice(None)
-) -> np.ndarray:
-    """Uniform uint16 of a public stream, in rows like `public_normals`; used to round weights
-    stochastically.
-    """
-    return _by_blocks(
-        key,
-        label,
-        step,
-        shape,
-        rows,
-        lambda stream, size: stream.integers(0, 1 << 16, size, dtype=np.uint16),
-    )
-
-
-def _by_blocks(
     key: bytes,
     label: str,
-    number: int,
+    step: int,
     shape: tuple[int, int],
-    rows: slice,
-    draw: Callable[[np.random.Generator, tuple[int, int]], np.ndarray],
-) -> np.ndarray:
-    """Rows of a matrix of random numbers, each block of rows from a Philox stream of its own."""
-    start, stop, _ = rows.indices(shape[0])
-    # an empty part, so that no rows have a type, too
-    parts = [draw(np.random.default_rng(0), (0, shape[1]))]
-    for block in range(start // _BLOCK_ROWS, -(-stop // _BLOCK_ROWS)):
-        first = block * _BLOCK_ROWS
-        digest = hashlib.sha256(
-            b"|".join([key, label.encode(), str(number).encode(), str(block).encode()])
-        ).digest()
-        # a stream of its own for each block, so that a rank makes its rows without the rows before
-        stream = np.random.Generator(np.random.Philox(key=np.frombuffer(digest[:16], dtype="<u8")))
-        parts.append(
-            draw(stream, (min(_BLOCK_ROWS, shape[0] - first), shape[1]))[
-                max(start - first, 0) : max(stop - first, 0)
-            ]
-        )
-    return np.concatenate(parts)
+    rows: slice = slice(None),
+    device: torch.device = _CPU,
+) -> Tensor:
+    """16 random bits for each place of a matrix, of a public stream, as int16; used to round
+    weights stochastically. Bitwise the same on all devices.
+
+    Args:
+        shape, rows, device: as of `public_normals`.
+    """
+    start, count, whole = _rows_of(shape, rows)
+    stream, first = _public_key(key, label, step), start // 4
+    size = -(-(start + count) // 4) - first
+    if device.type == "cpu":
+        made = torch.as_tensor(words(stream, 0, first, size).view(np.int16))
+    else:
+        made = words_on(stream, 0, first, size, device).view(torch.int16)
+    return made[start - 4 * first :][:count].view(whole)
+
+
+def _public_key(key: bytes, label: str, number: int) -> bytes:
+    return hashlib.sha256(b"|".join([key, label.encode(), str(number).encode()])).digest()
+
+
+def _rows_of(shape: tuple[int, int], rows: slice) -> tuple[int, int, tuple[int, int]]:
+    """Of some rows of a matrix: the first place, how many places, and their shape."""
+    low, high, _ = rows.indices(shape[0])
+    taken = max(high - low, 0)
+    return low * shape[1], taken * shape[1], (taken, shape[1])

@@ -143,7 +143,7 @@ class PrivateScore:
             == 0
         ):
             return {}
-        noise = torch.from_numpy(normals(self._key, self._given, 0, 1))
+        noise = normals(self._key, self._given, 0, 1)
         self._given += 1
         grid, std = grid_and_std(1.0, self._terms.noise_multiplier, 1)
         released = on_grid(torch.tensor([value * records], dtype=torch.float64), noise, std, grid)

@@ -26,8 +26,6 @@ from grape_ray.privacy.types import ClippedSum, NonPrivateGradient, PrivateGradi
 from grape_ray.tasks.task import Task, to_device, views_of
 from grape_ray.training.micro_batches import MicroBatch, common_sizes, micro_batches, share_of
 
-_AHEAD = 1 << 25  # normals drawn ahead at most, 256 MiB
-
 
 @dataclass(frozen=True)
 class Step:
@@ -84,7 +82,6 @@ class Step:
                 "charge the study of this run's mechanism",
             )
         batch = poisson_batch(self.sampling_key, step, self._size(), self.sampling_prob)
-        self._draw_ahead(step)
         summed = self._summed(batch, step)
         self.optimizer.step(self._gradient(summed, len(batch), grant))
 
@@ -92,23 +89,13 @@ class Step:
         """The number of units that are sampled from."""
         return len(self.records if self.units is None else self.units)
 
-    def _draw_ahead(self, step: int) -> None:
-        """Where a GPU computes the gradients, idle cores draw the noise meanwhile: it does not
-        depend on them.
-        """
-        if self.noise is None or self.device.type != "cuda":
-            return
-        low, high = self.comms.slice_of(self.engine.coordinates)
-        if high - low <= _AHEAD:
-            self.noise.draw_ahead(step, low, high - low)
-
     def _summed(self, batch: np.ndarray, step: int) -> ClippedSum:
         """The clipped sum over this rank's share, by micro-batches."""
         total, place = None, self.comms.rank * self._size()
         for part in self._micro_batches(batch, step):
             # What a model draws, dropout's masks above all, is a function of (key, step), of the
             # rank and of the place in its share.
-            seed = words(self.dropout_key, step, 2 * (place + part.place), 1)[0] >> np.uint64(1)
+            seed = words(self.dropout_key, step, place + part.place, 1)[0] >> np.uint64(1)
             torch.manual_seed(int(seed))
             rows = to_device(self.task.collate(self.records, part.records), self.device)
             mask = None if part.mask is None else part.mask.to(self.device)

@@ -24,6 +24,17 @@ def run(*words):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def test_random_numbers_are_counted_by_kind_and_threads():
+    done = CliRunner().invoke(
+        main, ["bench", "random", "--count", "5000", "--rounds", "2", "--json"]
+    )
+    assert done.exit_code == 0, done.output
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert len({row["kind"] for row in rows}) == 3
+    assert len({(row["kind"], row["threads"]) for row in rows}) == len(rows)
+    assert all(row["per_s"] > 0 and row["cost_ns"] > 0 for row in rows)
+
+
 @pytest.mark.slow
 def test_methods_reports_the_promised_shape(tmp_path):
     out = tmp_path / "RESULTS.md"

@@ -3,6 +3,7 @@ rounding.
 """
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from grape_ray import checkpoint
 from grape_ray.checkpoint.coordinates import MAX_PERIODS, MAX_STEPS
 from grape_ray.checkpoint.manager import CheckpointManager, Occasion
+from grape_ray.checkpoint.manifest import MANIFEST
 from grape_ray.config.schema import Config, Method, Performance
 from grape_ray.distributed.comms import Comms
 from grape_ray.engines import from_config
@@ -174,6 +176,26 @@ def test_a_delta_whose_base_is_damaged_is_passed_over(tmp_path):
     place.remove(f"{old.name}/model-00001-of-00001.safetensors")
     with pytest.warns(UserWarning, match="passed over"):
         assert checkpoint.latest(place) is None
+
+
+def test_a_delta_in_projections_of_another_version_gives_way_to_a_full_checkpoint(tmp_path):
+    place = Storage(tmp_path)
+    run = Trained(place)
+    full = run.save()
+    run.take(1)
+    delta = run.save()
+    manifest = f"{delta.name}/{MANIFEST}"
+    for streams in ({"streams": 3}, {}):
+        fields = json.loads(place.read(manifest))
+        assert fields["counters"]["coordinates"].pop("streams") == 2
+        fields["counters"]["coordinates"] |= streams
+        place.write(manifest, json.dumps(fields).encode())
+        with pytest.warns(UserWarning, match="passed over.*projections"):
+            found = checkpoint.latest(place)
+        assert found is not None
+        assert found.step == full.step
+        fields["counters"]["coordinates"]["streams"] = 2
+        place.write(manifest, json.dumps(fields).encode())
 
 
 def test_a_run_resumes_from_a_delta_and_exports_one(tmp_path):

@@ -110,9 +110,9 @@ def test_each_rank_draws_only_the_slice_it_owns():
     drawn = []
 
     class Watching(NoiseStream):
-        def normals(self, step, start, count):
+        def normals(self, step, start, count, device):
             drawn.append((start, count))
-            return super().normals(step, start, count)
+            return super().normals(step, start, count, device)
 
     class Second(Comms):
         """Rank 1 of 3 without its peers."""
