@@ -244,6 +244,8 @@ class Optimizer:
             move(exact, rows, update[low:high] if by_rows else update)
             bits = public_bits(self._rounding_key, name, step, whole, rows, weight.device)
             matrix[low:high] = round_stochastically(exact, bits)
+            if weight.is_meta:  # of shapes alone one block says what all do
+                break
         if not weight.is_contiguous():
             weight.copy_(matrix.view(weight.shape))
 

@@ -44,9 +44,9 @@ def peak_bytes(device: str, work: Callable[[], None]) -> int | None:
         return torch.cuda.max_memory_allocated() - before
     if not _reset_peak():
         return None
-    before = _status("VmRSS")
+    before = status_bytes("VmRSS")
     work()
-    return max(_status("VmHWM") - before, 0)
+    return max(status_bytes("VmHWM") - before, 0)
 
 
 def _reset_peak() -> bool:
@@ -59,7 +59,7 @@ def _reset_peak() -> bool:
     return True
 
 
-def _status(field: str) -> int:
+def status_bytes(field: str) -> int:
     """A field of /proc/self/status, in bytes."""
     line = next(
         line for line in (_PROC / "status").read_text().splitlines() if line.startswith(f"{field}:")

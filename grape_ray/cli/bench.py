@@ -4,6 +4,7 @@ the peers.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 from collections.abc import Sequence
@@ -408,6 +409,44 @@ def ledger(entries: str, **options: object) -> None:
         shown,
         {**environment(), "rows": rows},
         options,
+    )
+
+
+@command.command("large")
+@click.option("--model", default="opt-1.3b", show_default=True, help="opt-125m to opt-6.7b.")
+@click.option("--method", default="grape", show_default=True)
+@click.option("--rank", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--rows", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--tokens", type=click.IntRange(2), default=64, show_default=True)
+@results_file
+@as_json
+def large(model: str, method: str, rank: int, rows: int, tokens: int, **options: object) -> None:
+    """One private step of a large model on this CPU: resident peak, seconds, and the plan's bytes.
+
+    The weights are random, in bfloat16, of the true shape; a step keeps each block's input alone.
+    """
+    from grape_ray.bench.large import Large, measured, planned
+    from grape_ray.bench.report import environment
+
+    case = Large(model, method, rank, rows, tokens)
+    facts = {**dataclasses.asdict(case), **planned(case), **measured(case)}
+    sizes = ("weights_bytes", "planned_bytes", "built_bytes", "peak_bytes", "library_bytes")
+    parts = ("clipped_sum_s", "noise_s", "update_s")
+    shown = [f"{facts[size] / 2**30:.2f}" for size in sizes] + [f"{facts[s]:.1f}" for s in parts]
+    columns = (
+        "weights GiB", "planned", "peak after building", "peak", "library", "sum s", "noise s",
+        "update s",
+    )  # fmt: skip
+    shape = f"rank {rank}, B={rows}, T={tokens}, bf16 weights, recompute, cpu"
+    _finish(
+        f"Large: {model}, {method}, {shape}",
+        columns,
+        [shown],
+        {**environment(), **facts},
+        options,
+        f"Loss {facts['loss']:.3f}; what was released has norm {facts['released_norm']:.1f}, its"
+        f" noise alone {facts['noise_norm']:.1f}. The peak is of the whole process; planned are the"
+        " tensors alone. Seconds are of the wall clock.",
     )
 
 

@@ -23,6 +23,7 @@ from grape_ray.engines.norm_routes import parse_overrides
 from grape_ray.engines.precision import pinned
 from grape_ray.engines.rules.table import HANDLERS
 from grape_ray.engines.subspace import Subspace, owned_parameters
+from grape_ray.engines.verification.assumed import Assumed
 from grape_ray.engines.verification.forward import Forward, Verifier
 from grape_ray.engines.verification.verified import Layouts
 from grape_ray.errors import ConfigError, UnsupportedLayer
@@ -119,6 +120,12 @@ class Engine:
         # for its shapes alone
         collector = self.collector_type(self.params, 0, self.subspace, 0)
         return sum(math.prod(collector.shape(name)) for name in self.params)
+
+    def take_shapes_alone(self) -> None:
+        """From now on passes are over the meta device: nothing can be verified, and every tensor's
+        rows are taken to be the examples', one after the other.
+        """
+        self._verifier = Assumed(param.dtype for param in self.params.values())
 
     def use_secret(self, key: bytes, rank: int = 0) -> None:
         """Takes this attempt's secret (32 bytes), for methods that draw secret numbers before the

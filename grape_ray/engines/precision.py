@@ -6,9 +6,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextvars import ContextVar
 
 import torch
 
+# where tensors have shapes and no device, torch has no autocast: what is assumed in its place
+_ASSUMED: ContextVar[torch.dtype | None] = ContextVar("assumed autocast", default=None)
 _BACKENDS = (
     torch.backends.cuda.matmul,
     *(getattr(torch.backends.cudnn, name) for name in ("conv", "rnn")),
@@ -31,10 +34,34 @@ def pinned(device: str) -> Iterator[None]:
             backend.fp32_precision = "ieee"
         for name in _REDUCTIONS:
             setattr(matmul, name, False)
-        with torch.autocast(device, enabled=False):
+        with without_autocast(device):
             yield
     finally:
         for backend, value in zip(_BACKENDS, before):
             backend.fp32_precision = value
         for name, value in reductions.items():
             setattr(matmul, name, value)
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast turns the arguments of products into on a kind of device; None where it is
+    off.
+    """
+    if device == "meta":
+        return _ASSUMED.get()
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+@contextlib.contextmanager
+def assumed_autocast(dtype: torch.dtype | None) -> Iterator[None]:
+    """For the time of a block, passes over shapes alone are as under autocast to `dtype`."""
+    before = _ASSUMED.set(dtype)
+    try:
+        yield
+    finally:
+        _ASSUMED.reset(before)
+
+
+def without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
+    """A block without autocast."""
+    return assumed_autocast(None) if device == "meta" else torch.autocast(device, enabled=False)

@@ -26,7 +26,8 @@ _T = TypeVar("_T")
 # parts below the base model that a checkpoint of it may lack, because a classifier's own head holds
 # them
 _HEADS = ("pooler", "summary")
-WEIGHTS = ("fp32", "bf16", "nf4")  # types of weights in memory; nf4: see `models.four_bit`
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+WEIGHTS = (*_DTYPES, "nf4")  # types of weights in memory; nf4: see `models.four_bit`
 _SOURCE = "a hub name, a folder with config.json and weights, or scratch:FAMILY"
 
 
@@ -246,17 +247,17 @@ def save_pretrained(model: nn.Module, folder: Path) -> None:
 
 def _weights(kind: Any, place: str, seed: int, weights: str, **options: Any) -> tuple[Any, Json]:
     """A model in one of `WEIGHTS`, and what of them was not there or had another shape."""
-    made = _drawn if is_scratch(place) else _loaded
-    model, found = made(kind, place, seed, weights, **options)
-    return (model.bfloat16() if weights == "bf16" else model), found
+    shapes_alone = torch.get_default_device().type == "meta"
+    made = _drawn if is_scratch(place) or shapes_alone else _loaded
+    return made(kind, place, seed, weights, **options)
 
 
 def _loaded(kind: Any, place: str, seed: int, weights: str, **options: Any) -> tuple[Any, Json]:
-    """A model from its files, in NF4 or else in fp32."""
+    """A model from its files, which are read into its own type of weights at once."""
     if weights == "nf4":
         options |= four_bit.loading_options("num_labels" in options)
     else:
-        options["dtype"] = torch.float32
+        options["dtype"] = _DTYPES[weights]
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         # What does not fit we refuse by name; transformers would print a table on the terminal.
@@ -272,16 +273,18 @@ def _loaded(kind: Any, place: str, seed: int, weights: str, **options: Any) -> t
 
 
 def _drawn(kind: Any, name: str, seed: int, weights: str, **options: Any) -> tuple[Any, Json]:
-    """A model that begins at random weights, of which none is missing."""
+    """A model that begins at random weights, of which none is missing; on the meta device one of
+    any weights.
+    """
     if weights == "nf4":
         fix = "set task.weights=fp32, or name pretrained weights"
         raise ConfigError("task.weights", weights, "fp32 or bf16 of random weights", fix)
-    config = scratch_config(name)
+    config = load_config(name)
     for field, value in options.items():
         setattr(config, field, value)
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        model = kind.from_config(config, trust_remote_code=False)
+        model = kind.from_config(config, trust_remote_code=False, dtype=_DTYPES[weights])
     return model, {"mismatched_keys": [], "missing_keys": []}
 
 
@@ -307,6 +310,8 @@ def _whole(name: str, model: nn.Module, found: Json) -> nn.Module:
         )
         raise ConfigError(f"the weights of task.model {name} are not whole", got, expected, fix)
     for key, tensor in model.named_parameters():
+        if tensor.is_meta:
+            break
         # a sum needs no memory of the tensor's size
         if not bool(torch.isfinite(tensor.detach().sum())):
             raise ConfigError(

@@ -27,36 +27,44 @@ def sample(
         ConfigError: the model cannot be loaded, or takes neither tokens nor pixels.
     """
     model = load_as_saved(name)
-    config: Any = model.config
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        if getattr(config, "vocab_size", None):
-            ids = torch.randint(5, config.vocab_size, (rows, length))
-            batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            if getattr(config, "is_encoder_decoder", False):
-                batch["decoder_input_ids"] = ids.clone()
-        elif getattr(config, "image_size", None):
-            size = (
-                config.image_size
-                if isinstance(config.image_size, (tuple, list))
-                else (config.image_size,) * 2
-            )
-            batch = {"pixel_values": torch.randn(rows, config.num_channels, *size)}
-        else:
-            raise ConfigError(
-                "model",
-                type(model).__name__,
-                "a model of tokens or pixels",
-                "check a pipeline instead",
-            )
-    return model, _loss, batch
+        return model, sample_loss, made_up_batch(model, rows, length)
 
 
-def _loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def made_up_batch(model: nn.Module, rows: int, length: int) -> dict[str, Tensor]:
+    """Random inputs of a model, by its configuration.
+
+    Args:
+        rows, length: as of `sample`.
+
+    Raises:
+        ConfigError: it takes neither tokens nor pixels.
+    """
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "vocab_size", None):
+        ids = torch.randint(5, config.vocab_size, (rows, length))
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if getattr(config, "is_encoder_decoder", False):
+            batch["decoder_input_ids"] = ids.clone()
+        return batch
+    if getattr(config, "image_size", None):
+        size = (
+            config.image_size
+            if isinstance(config.image_size, (tuple, list))
+            else (config.image_size,) * 2
+        )
+        return {"pixel_values": torch.randn(rows, config.num_channels, *size)}
+    expected = "a model of tokens or pixels"
+    raise ConfigError("model", type(model).__name__, expected, "check a pipeline instead")
+
+
+def sample_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Cross-entropy against the inputs for a language model, against class 0 for a classifier,
     squares for bare features.
     """
-    out = model(**batch)
+    cached = getattr(getattr(model, "config", None), "use_cache", None) is not None
+    out = model(**batch, **({"use_cache": False} if cached else {}))
     logits = getattr(out, "logits", None)
     if logits is None:
         return out.last_hidden_state.square().flatten(1).mean(1)

@@ -56,6 +56,8 @@ def words_on(key: bytes, step: int, first: int, count: int, device: torch.device
 
     On a GPU the rounds are compiled into one kernel where torch can do that.
     """
+    if device.type == "meta":  # shapes alone have no words
+        return torch.empty(count, dtype=torch.int64, device=device)
     low, high = first // WORDS, -(-(first + count) // WORDS)
     fixed = b"expand 32-byte k" + key + step.to_bytes(8, "little")
     state = torch.frombuffer(bytearray(fixed), dtype=torch.int32).to(device).unbind()

@@ -35,6 +35,20 @@ def test_random_numbers_are_counted_by_kind_and_threads():
     assert all(row["per_s"] > 0 and row["cost_ns"] > 0 for row in rows)
 
 
+def test_a_large_model_takes_a_private_step_beside_its_plan():
+    """The real path at a tiny size; opt-6.7b has its section in RESULTS.md."""
+    words = ["large", "--model", "opt-tiny", "--rank", "16", "--tokens", "16", "--json"]
+    done = CliRunner().invoke(main, ["bench", *words])
+    assert done.exit_code == 0, done.output
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert 0 < facts["weights_bytes"] < facts["planned_bytes"] < facts["peak_bytes"]
+    assert math.isfinite(facts["loss"])
+    assert facts["released_norm"] == pytest.approx(facts["noise_norm"], rel=0.05)
+    assert facts["step_s"] > 0
+    done = CliRunner().invoke(main, ["bench", "large", "--model", "opt-6.7"])
+    assert "opt-6.7b" in done.output
+
+
 @pytest.mark.slow
 def test_methods_reports_the_promised_shape(tmp_path):
     out = tmp_path / "RESULTS.md"

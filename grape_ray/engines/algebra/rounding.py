@@ -14,6 +14,8 @@ import math
 import torch
 from torch import Tensor
 
+from grape_ray.engines.precision import without_autocast
+
 BLOCK = 512  # terms that are added in single precision before a sum goes on with the next block
 # entries that are squared and added in single precision before a norm goes on in double precision
 _SHORT = 64
@@ -37,7 +39,7 @@ def products(a: Tensor, b: Tensor) -> Tensor:
     """a b^T per example, (B,Ta,n) and (B,Tb,n) -> (B,Ta,Tb), by blocks of n and in their own
     precision even under autocast.
     """
-    with torch.autocast(a.device.type, enabled=False):
+    with without_autocast(a.device.type):
         parts = (
             torch.bmm(left, right.transpose(1, 2))
             for left, right in zip(a.split(BLOCK, 2), b.split(BLOCK, 2))

@@ -21,6 +21,7 @@ from grape_ray.engines.capture.capture_pass import CapturePass
 from grape_ray.engines.capture.rule import Rule, Settings
 from grape_ray.engines.capture.tap import Tap
 from grape_ray.engines.capture.tracked import Node, Tracked
+from grape_ray.engines.precision import autocast_dtype, without_autocast
 from grape_ray.errors import UnsupportedLayer
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -131,10 +132,9 @@ class _TapFunction(torch.autograd.Function):
 
 def _as_under_autocast(args: tuple) -> tuple:
     """The arguments as autocast would pass them to a matrix product."""
-    device = args[0].device.type
-    if not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(args[0].device.type)
+    if dtype is None:
         return args
-    dtype = torch.get_autocast_dtype(device)
     return tuple(
         arg.to(dtype) if isinstance(arg, Tensor) and arg.is_floating_point() else arg
         for arg in args
@@ -155,10 +155,10 @@ def _keep(ctx: _Context, x: Tensor) -> Tensor | None:
         return x
     ctx.projected = True
     matrix, device = collector.matrix(node.root, x), x.device.type
-    if not torch.is_autocast_enabled(device):  # to enter its context takes longer than to ask
+    if autocast_dtype(device) is None:  # to enter its context takes longer than to ask
         return rule.project(x, matrix, ctx.settings)
     # never in the lower precision of an autocast around the engine
-    with torch.autocast(device, enabled=False):
+    with without_autocast(device):
         return rule.project(x, matrix, ctx.settings)
 
 

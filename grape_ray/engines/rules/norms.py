@@ -12,6 +12,7 @@ from grape_ray.engines.capture.rule import Rule, Saved, Settings
 from grape_ray.engines.capture.tap_function import apply_rule
 from grape_ray.engines.capture.torch_functions import Call, Result
 from grape_ray.engines.capture.tracked import Tracked, tracked_in
+from grape_ray.engines.precision import autocast_dtype
 from grape_ray.engines.rules.arguments import bind, learned_elsewhere
 from grape_ray.errors import UnsupportedLayer
 
@@ -48,7 +49,7 @@ def layer_norm(capture: CapturePass, call: Call) -> Result:
         return general(capture, call)
     dtype = x.dtype
     # autocast takes a layer norm to fp32, but does not know the operator that the rule calls
-    if torch.is_autocast_enabled(x.device.type):
+    if autocast_dtype(x.device.type):
         x = x.float()
     settings = {"shape": tuple(shape), "eps": eps}
     lead = x.shape[: x.ndim - len(settings["shape"])]
