@@ -111,15 +111,17 @@ def _rotated(word: Tensor, left: int) -> Tensor:
 
 @cache
 def _rounds(device: torch.device) -> Callable[..., Tensor]:
-    """`blocks` as one kernel; as it is where torch cannot compile it."""
+    """`blocks` as one kernel, if it gives the same bits; as it is where torch cannot compile it."""
     compiled: Callable[..., Tensor] = torch.compile(  # pyright: ignore[reportUnknownMemberType]
         blocks, dynamic=True
     )
-    zeros = torch.zeros(16, dtype=torch.int32, device=device).unbind()
-    counter = torch.zeros(64, dtype=torch.int32, device=device)
+    state = list(torch.arange(16, dtype=torch.int32, device=device).unbind())
+    state[12] = state[13] = torch.arange(-32, 32, dtype=torch.int32, device=device)
     try:
-        compiled(*zeros[:12], counter, counter, *zeros[14:])
+        reason = None if torch.equal(compiled(*state), blocks(*state)) else "its bits are others"
     except Exception as error:  # without Triton, a C compiler or a cache folder, each its own error
-        warnings.warn(f"random numbers are made by slower kernels: {error}", stacklevel=2)
-        return blocks
-    return compiled
+        reason = str(error)
+    if reason is None:
+        return compiled
+    warnings.warn(f"random numbers are made by slower kernels: {reason}", stacklevel=2)
+    return blocks

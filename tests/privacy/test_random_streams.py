@@ -85,10 +85,26 @@ def test_words_are_bitwise_the_same_by_tensor_operations(first, count, step):
 
 @pytest.mark.slow
 def test_compiled_rounds_are_bitwise_the_same():
+    compiled = chacha20._rounds.__wrapped__(CPU)
+    assert compiled is not chacha20.blocks
     state = torch.randint(-(2**31), 2**31, (16, 50), dtype=torch.int64).to(torch.int32).unbind()
-    assert torch.equal(
-        torch.compile(chacha20.blocks, dynamic=True)(*state), chacha20.blocks(*state)
-    )
+    assert torch.equal(compiled(*state), chacha20.blocks(*state))
+
+
+def test_a_compiler_that_fails_or_errs_is_not_used(monkeypatch):
+    def failing(function, **_):
+        def call(*state):
+            raise RuntimeError("no compiler here")
+
+        return call
+
+    def erring(function, **_):
+        return lambda *state: function(*state) + 1
+
+    for compiler, reason in [(failing, "no compiler here"), (erring, "its bits are others")]:
+        monkeypatch.setattr(torch, "compile", compiler)
+        with pytest.warns(UserWarning, match=reason):
+            assert chacha20._rounds.__wrapped__(CPU) is chacha20.blocks
 
 
 @pytest.mark.statistical
