@@ -56,7 +56,8 @@ def made_up_batch(model: nn.Module, rows: int, length: int) -> dict[str, Tensor]
         )
         return {"pixel_values": torch.randn(rows, config.num_channels, *size)}
     expected = "a model of tokens or pixels"
-    raise ConfigError("model", type(model).__name__, expected, "check a pipeline instead")
+    fix = "name another, or check a pipeline whose task makes its batches"
+    raise ConfigError("model", type(model).__name__, expected, fix)
 
 
 def sample_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

@@ -7,10 +7,11 @@ kernels' scratch memory, the records, and noise, which is drawn by pieces of som
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from grape_ray.distributed import sharding
 from grape_ray.engines import Engine
 from grape_ray.engines.capture.tracked import Tracked
 from grape_ray.engines.precision import assumed_autocast, autocast_dtype
+from grape_ray.errors import ConfigError, GrapeRayError
 from grape_ray.models.sample import made_up_batch, sample_loss
 from grape_ray.optim import Optimizer, make_optimizer
 from grape_ray.privacy.noise import nonprivate_mean
@@ -67,14 +69,14 @@ class MethodPlan:
 
     def rows_within(self, memory_bytes: float) -> int:
         """How many rows a memory holds, if each adds what it adds at this size."""
-        return max(
-            min(
-                self.rows + math.floor((memory_bytes - peak) / each) if each else self.rows
-                for peak, each in self.phases.values()
-                if each or peak > memory_bytes
-            ),
-            0,
-        )
+        if any(not each and peak > memory_bytes for peak, each in self.phases.values()):
+            return 0
+        held = [
+            self.rows + math.floor((memory_bytes - peak) / each)
+            for peak, each in self.phases.values()
+            if each
+        ]
+        return max(min(held), 0)
 
 
 class MemoryPlanner:
@@ -84,16 +86,17 @@ class MemoryPlanner:
         config: of the run. device: `cpu` or `cuda`: some kernels differ.
 
     Raises:
-        ConfigError: no such model, or it reads neither tokens nor pixels.
+        ConfigError: no such model, it reads neither tokens nor pixels, or it cannot be built of
+            shapes alone.
     """
 
     def __init__(self, config: Config, device: str):
         self._config = config
-        with META:
+        with META, _explained():
             self._model = build_model(config, device)
             made_up_batch(self._model, 1, self._tokens())
         stacks = sharding.stacks(self._model)
-        self._depth = max((len(stack) for stack in stacks), default=0)
+        self._depth = len(stacks[0]) if _alike(stacks) else 0
         if self._depth > _MORE:
             for stack in stacks:
                 del stack[_MORE:]
@@ -142,17 +145,41 @@ class MemoryPlanner:
 
     def _counted(self, config: Config, rows: int) -> _Counted:
         if self._depth <= _MORE:
-            return self._counted_of(config, rows, self._depth)
+            return self._counted_of(config, rows, None)
         few, more = (self._counted_of(config, rows, blocks) for blocks in (_FEW, _MORE))
         return few.deeper(more, (self._depth - _FEW) / (_MORE - _FEW))
 
-    def _counted_of(self, config: Config, rows: int, blocks: int) -> _Counted:
-        """The figures of a step over so many rows, of a model cut to so many blocks a stack."""
-        with META:
+    def _counted_of(self, config: Config, rows: int, blocks: int | None) -> _Counted:
+        """The figures of a step over so many rows, of a model cut to so many blocks a stack, or of
+        all of it.
+        """
+        with META, _explained():
             model = copy.deepcopy(self._model)
-            for stack in sharding.stacks(model):
+            for stack in sharding.stacks(model) if blocks else ():
                 del stack[blocks:]
             return _counted(config, model, made_up_batch(model, rows, self._tokens()))
+
+
+def _alike(stacks: Sequence[nn.ModuleList]) -> bool:
+    """Whether a model is as many equal blocks in each of its stacks."""
+    shapes = [[[p.shape for p in block.parameters()] for block in stack] for stack in stacks]
+    return bool(stacks) and all(
+        len(stack) == len(shapes[0]) and all(block == stack[0] for block in stack)
+        for stack in shapes
+    )
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """What torch raises where an operation needs values becomes a ConfigError."""
+    try:
+        yield
+    except (RuntimeError, TypeError) as error:
+        if isinstance(error, GrapeRayError):
+            raise
+        reason = (str(error).splitlines() or [""])[0]
+        expected, fix = "a step that is a function of shapes", "measure it: grape-ray bench methods"
+        raise ConfigError("a model on the meta device", reason, expected, fix) from error
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ real tensors, and the resident peak of a process.
 
 import json
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -162,6 +163,37 @@ def test_what_turns_on_numbers_is_refused():
     config = replace(config_of(), task=Turning("tiny", 8))
     with pytest.raises(ConfigError, match=r"reads numbers of its batch.*function of shapes"):
         planned(config)
+
+
+def test_blocks_of_several_kinds_are_all_counted():
+    class Uneven(Bench):
+        def build_model(self, seed):
+            model = nn.Module()
+            model.layers = nn.ModuleList([nn.Linear(50 + n, 51 + n) for n in range(9)])
+            model.config = SimpleNamespace(image_size=(1, 50), num_channels=1)
+            model.forward = lambda pixel_values: _through(model.layers, pixel_values)
+            return model
+
+    config = replace(config_of("dp_adam"), task=Uneven("uneven", 0))
+    weights = sum((50 + n + 1) * (51 + n) * 4 for n in range(9))
+    assert planned(config).by_category["weights"] == weights
+    assert planned(config).checkpoint_bytes == 3 * weights
+
+
+def _through(layers, pixels):
+    for layer in layers:
+        pixels = layer(pixels)
+    return SimpleNamespace(last_hidden_state=pixels)
+
+
+def test_a_model_that_needs_values_to_be_built_is_refused():
+    class Loaded(Bench):
+        def build_model(self, seed):
+            torch.zeros(3).numpy()
+            return super().build_model(seed)
+
+    with pytest.raises(ConfigError, match=r"on the meta device.*function of shapes"):
+        planned(replace(config_of(), task=Loaded("tiny", 8)))
 
 
 def run(*words):
