@@ -20,7 +20,7 @@ COMMANDS = {
     "batches": "Batch sizes that cost the same, in compute and in privacy.",
     "ledger": "List, show, verify or extend the ledgers of datasets.",
     "check": "See whether a model or pipeline can be trained, before anything is paid for.",
-    "plan": "Memory of a step by method, from shapes alone.",
+    "plan": "Memory and work of a step by method, from shapes alone.",
     "init": "Write a run file for your data, with what is found in it.",
     "fields": "List the fields of a pipeline and what they mean.",
     "prepare": "Encode a dataset once, for a cluster.",

@@ -1,5 +1,5 @@
-"""How much memory a step of each method takes, from shapes alone: the model is built, and its step
-taken, on the meta device.
+"""How much memory, and how many operations, a step of each method takes, from shapes alone: the
+model is built, and its step taken, on the meta device.
 
 What is counted is every tensor of the step. What is not: the library itself, an allocator's waste,
 kernels' scratch memory, the records, and noise, which is drawn by pieces of some MiB.
@@ -32,6 +32,7 @@ from grape_ray.optim import Optimizer, make_optimizer
 from grape_ray.privacy.noise import nonprivate_mean
 from grape_ray.training.build import build_engine, build_model
 from grape_ray.training.live_bytes import LiveBytes
+from grape_ray.training.roofline import DEVICES, Device, Roofline
 
 META = torch.device("meta")
 CATEGORIES = WEIGHTS, STATE, FORWARD, BACKWARD, UPDATE = (
@@ -51,7 +52,8 @@ class MethodPlan:
     Attributes:
         rows: of the micro-batch. peak_bytes: at once, of a step. by_category: the peak's parts, by
             what made them. reduced_bytes: that each rank gives to a reduction a step.
-        checkpoint_bytes: of a full checkpoint.
+        checkpoint_bytes: of a full checkpoint. operations: of products, a micro-batch and the
+            update. seconds: at least, of kernels alone (`roofline`).
         phases: of each phase of a step its peak, and what one row more adds to that.
     """
 
@@ -60,6 +62,8 @@ class MethodPlan:
     by_category: Mapping[str, int]
     reduced_bytes: int
     checkpoint_bytes: int
+    operations: int
+    seconds: float
     phases: Mapping[str, tuple[int, float]]
 
     @property
@@ -83,15 +87,16 @@ class MemoryPlanner:
     """Plans the methods of one model, on one worker that holds it whole.
 
     Args:
-        config: of the run. device: `cpu` or `cuda`: some kernels differ.
+        config: of the run. device: `cpu` or `cuda`: some kernels differ. roof: what the device can
+            do.
 
     Raises:
         ConfigError: no such model, it reads neither tokens nor pixels, or it cannot be built of
             shapes alone.
     """
 
-    def __init__(self, config: Config, device: str):
-        self._config = config
+    def __init__(self, config: Config, device: str, roof: Device = DEVICES["h100"]):
+        self._config, self._roof = config, roof
         with META, _explained():
             self._model = build_model(config, device)
             made_up_batch(self._model, 1, self._tokens())
@@ -135,6 +140,8 @@ class MemoryPlanner:
             parts,
             found.reduced_bytes,
             found.checkpoint_bytes,
+            found.operations,
+            found.seconds,
             {
                 phase: (sum(held.values()), (sum(more.values()) - sum(held.values())) / rows)
                 for phase, held, more in zip(
@@ -157,7 +164,8 @@ class MemoryPlanner:
             model = copy.deepcopy(self._model)
             for stack in sharding.stacks(model) if blocks else ():
                 del stack[blocks:]
-            return _counted(config, model, made_up_batch(model, rows, self._tokens()))
+            work = Roofline(self._roof)
+            return _counted(config, model, made_up_batch(model, rows, self._tokens()), work)
 
 
 def _alike(stacks: Sequence[nn.ModuleList]) -> bool:
@@ -184,11 +192,15 @@ def _explained() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Counted:
-    """What was counted of a step: peaks as of `LiveBytes`, and the bytes of a sum and a state."""
+    """What was counted of a step: peaks as of `LiveBytes`, the bytes of a sum and a state, and the
+    work of `Roofline`.
+    """
 
     peaks: Mapping[str, Mapping[str, int]]
     reduced_bytes: int
     checkpoint_bytes: int
+    operations: int
+    seconds: float
 
     def deeper(self, other: _Counted, times: float) -> _Counted:
         """These figures, and `times` what `other`, of a deeper model, has more: each block adds the
@@ -209,6 +221,8 @@ class _Counted:
             peaks,
             grown(self.reduced_bytes, other.reduced_bytes),
             grown(self.checkpoint_bytes, other.checkpoint_bytes),
+            grown(self.operations, other.operations),
+            self.seconds + (other.seconds - self.seconds) * times,
         )
 
     def largest(self) -> Mapping[str, int]:
@@ -216,7 +230,9 @@ class _Counted:
         return max(self.peaks.values(), key=lambda parts: sum(parts.values()))
 
 
-def _counted(config: Config, model: nn.Module, batch: dict[str, Tensor]) -> _Counted:
+def _counted(
+    config: Config, model: nn.Module, batch: dict[str, Tensor], work: Roofline
+) -> _Counted:
     """The figures of one step on the meta device."""
     if config.performance.recompute:
         for block in sharding.blocks(model):  # what is made again has these kernels, too
@@ -229,11 +245,12 @@ def _counted(config: Config, model: nn.Module, batch: dict[str, Tensor]) -> _Cou
         engine = build_engine(config, model)
         with live.of(STATE):
             optimizer = make_optimizer(model, engine, config.method, config.privacy.steps)
-        _step(config, live, engine, optimizer, batch)
+        with work:
+            _step(config, live, engine, optimizer, batch)
     kept = {id(t): t for t in (*model.parameters(), *model.buffers())}
     state = [t for t in optimizer.state_dict().values() if isinstance(t, Tensor)]
     saved = sum(t.nbytes for t in (*kept.values(), *state))
-    return _Counted(live.peaks, 4 * engine.coordinates, saved)
+    return _Counted(live.peaks, 4 * engine.coordinates, saved, work.operations, work.seconds)
 
 
 def _step(
