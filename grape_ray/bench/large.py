@@ -60,17 +60,20 @@ class Large:
 
     def build_model(self, seed: int) -> nn.Module:
         """OPT with a language-modelling head, bfloat16, random weights."""
-        if self.model not in SHAPES:
-            expected = "one of " + ", ".join(SHAPES)
-            raise ConfigError("--model", self.model, expected, nearest(self.model, SHAPES))
-        width, blocks, heads = SHAPES[self.model]
-        shape = {
-            "hidden_size": width, "word_embed_proj_dim": width, "ffn_dim": 4 * width,
-            "num_hidden_layers": blocks, "num_attention_heads": heads, "vocab_size": _VOCABULARY,
-            "max_position_embeddings": 2048, "dropout": 0.0, "attention_dropout": 0.0,
-        }  # fmt: skip
-        fields = "&".join(f"{field}={value}" for field, value in shape.items())
-        return load_language_model(f"scratch:opt?{fields}", seed, weights="bf16")
+        return load_language_model(opt_of(self.model), seed, weights="bf16")
+
+
+def opt_of(model: str) -> str:
+    """What `task.model` says of a row of SHAPES at random weights. Raises ConfigError: no row."""
+    if model not in SHAPES:
+        raise ConfigError("--model", model, "one of " + ", ".join(SHAPES), nearest(model, SHAPES))
+    width, blocks, heads = SHAPES[model]
+    shape = {
+        "hidden_size": width, "word_embed_proj_dim": width, "ffn_dim": 4 * width,
+        "num_hidden_layers": blocks, "num_attention_heads": heads, "vocab_size": _VOCABULARY,
+        "max_position_embeddings": 2048, "dropout": 0.0, "attention_dropout": 0.0,
+    }  # fmt: skip
+    return "scratch:opt?" + "&".join(f"{field}={value}" for field, value in shape.items())
 
 
 def planned(case: Large) -> Json:

@@ -100,7 +100,7 @@ def _planned(planner: MemoryPlanner, method: str, memory_gb: float | None) -> Js
         "operations": plan.operations,
         "seconds_at_least": plan.seconds,
         "fits": None if memory is None else plan.peak_bytes <= memory,
-        "max_microbatch": None if memory is None else planner.max_microbatch(method, memory),
+        "max_microbatch": None if memory is None else planner.max_microbatch(plan, memory),
     }
 
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,13 +49,15 @@ class MethodPlan:
     """What one method takes.
 
     Attributes:
-        rows: of the micro-batch. peak_bytes: at once, of a step. by_category: the peak's parts, by
-            what made them. reduced_bytes: that each rank gives to a reduction a step.
+        method: its name. rows: of the micro-batch. peak_bytes: at once, of a step.
+        by_category: the peak's parts, by what made them.
+        reduced_bytes: that each rank gives to a reduction a step.
         checkpoint_bytes: of a full checkpoint. operations: of products, a micro-batch and the
             update. seconds: at least, of kernels alone (`roofline`).
         phases: of each phase of a step its peak, and what one row more adds to that.
     """
 
+    method: str
     rows: int
     peak_bytes: int
     by_category: Mapping[str, int]
@@ -109,13 +110,15 @@ class MemoryPlanner:
     def _tokens(self) -> int:
         return getattr(self._config.task, "max_tokens", 0)
 
-    def max_microbatch(self, method: str, memory_bytes: float) -> int:
-        """The largest micro-batch of a method that fits into a memory, or a few rows less; 0 where
-        none does.
+    def max_microbatch(self, found: MethodPlan, memory_bytes: float) -> int:
+        """The largest micro-batch that fits into a memory, or a few rows less; 0 where none does.
+
+        Args:
+            found: a plan of the method.
         """
-        rows = self.plan(method).rows_within(memory_bytes)
+        rows = found.rows_within(memory_bytes)
         while rows:
-            found = self.plan(method, rows)
+            found = self.plan(found.method, rows)
             if found.peak_bytes <= memory_bytes:
                 break
             rows = min(found.rows_within(memory_bytes), rows - 1)
@@ -135,6 +138,7 @@ class MemoryPlanner:
         found, wider = self._counted(config, rows), self._counted(config, 2 * rows)
         parts = found.largest()
         return MethodPlan(
+            method,
             rows,
             sum(parts.values()),
             parts,
@@ -236,20 +240,19 @@ def _counted(
     """The figures of one step on the meta device."""
     if config.performance.recompute:
         for block in sharding.blocks(model):  # what is made again has these kernels, too
-            block.forward = functools.partial(_with_kernels, block.forward, _half(config))
+            block.forward = _kernels(_half(config))(block.forward)
         sharding.recompute_blocks(model)
-    live = LiveBytes()
+    live, held = LiveBytes(), [*model.parameters(), *model.buffers()]
     with live.of(WEIGHTS):
-        live.hold([*model.parameters(), *model.buffers()])
+        live.hold(held)
     with live, torch.no_grad():
         engine = build_engine(config, model)
         with live.of(STATE):
             optimizer = make_optimizer(model, engine, config.method, config.privacy.steps)
         with work:
             _step(config, live, engine, optimizer, batch)
-    kept = {id(t): t for t in (*model.parameters(), *model.buffers())}
     state = [t for t in optimizer.state_dict().values() if isinstance(t, Tensor)]
-    saved = sum(t.nbytes for t in (*kept.values(), *state))
+    saved = sum(t.nbytes for t in (*held, *state))
     return _Counted(live.peaks, 4 * engine.coordinates, saved, work.operations, work.seconds)
 
 
@@ -259,7 +262,7 @@ def _step(
     half = _half(config)
 
     def loss(model: nn.Module, some: Any) -> Tensor:
-        with live.of(FORWARD), assumed_autocast(half), _Kernels():
+        with live.of(FORWARD), _kernels(half):
             return sample_loss(model, some).float()
 
     engine.take_shapes_alone()
@@ -274,11 +277,11 @@ def _half(config: Config) -> torch.dtype | None:
     return torch.bfloat16 if config.performance.precision == "bf16" else None
 
 
-def _with_kernels(
-    forward: Callable[..., object], half: torch.dtype | None, *args: object, **kwargs: object
-) -> object:
+@contextlib.contextmanager
+def _kernels(half: torch.dtype | None) -> Iterator[None]:
+    """A block, or a function, as it would be under autocast to `half` on a device."""
     with assumed_autocast(half), _Kernels():
-        return forward(*args, **kwargs)
+        yield
 
 
 class _Kernels(TorchFunctionMode):

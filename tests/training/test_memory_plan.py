@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from grape_ray.bench.large import Large
+from grape_ray.bench.large import Large, opt_of
 from grape_ray.bench.models import MODELS
 from grape_ray.cli.main import main
 from grape_ray.config.methods import METHODS
@@ -137,12 +137,13 @@ def test_the_largest_micro_batch_fits_and_a_row_more_does_not():
         config = config_of(method, model="llama", rows=4, tokens=48)
         memory = 300 * 2**20
         planner = MemoryPlanner(config, "cpu")
-        most = planner.max_microbatch(method, memory)
+        found = planner.plan(method)
+        most = planner.max_microbatch(found, memory)
         assert most > 4
         assert planner.plan(method, most).peak_bytes <= memory
         # what a row adds is taken at two sizes, and is not quite the same at all
         assert planner.plan(method, most + 2).peak_bytes > memory
-        assert planner.max_microbatch(method, 1000) == 0
+        assert planner.max_microbatch(found, 1000) == 0
 
 
 def test_values_are_never_taken_on_trust():
@@ -266,15 +267,8 @@ def test_a_method_that_cannot_train_the_model_says_so_beside_the_others():
     assert found["none"]["peak_bytes"] > 0
 
 
-OPT_67B = {
-    "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "ffn_dim": 16384,
-    "word_embed_proj_dim": 4096, "vocab_size": 50272, "max_position_embeddings": 2048,
-    "dropout": 0.0, "attention_dropout": 0.0,
-}  # fmt: skip
-
-
 def test_opt_6_7b_fits_one_gpu_of_24_gb_by_grape_and_not_by_dp_adam():
-    model = "scratch:opt?" + "&".join(f"{field}={value}" for field, value in OPT_67B.items())
+    model = opt_of("opt-6.7b")
     words = ["pipelines.opt", "--set", f"task.model={model}", "--set", "task.max_tokens=256"]
     words += ["--set", "task.weights=bf16", "--set", "performance.micro_batch_size=1"]
     done = run(
